@@ -1,0 +1,24 @@
+"""Search-based global sparsity allocation for transformers: a model and a budget in, a pruning plan out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from allocator.api import evaluate, inspect, prune, search
+    from allocator.core.errors import UserError
+    from allocator.core.plan import Plan
+
+__version__ = "0.1.0"
+__all__ = ["Plan", "UserError", "evaluate", "inspect", "prune", "search"]
+
+_HOMES = {"Plan": "core.plan", "UserError": "core.errors"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for, so that the command line starts quickly."""
+    if name not in __all__:
+        raise AttributeError(f"module 'allocator' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"allocator.{_HOMES.get(name, 'api')}"), name)

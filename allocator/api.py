@@ -1,0 +1,233 @@
+"""The package from Python: the same verbs as on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from allocator.config import RunConfig, load_config
+from allocator.core.budget import Budget, budget_for
+from allocator.core.errors import UserError
+from allocator.core.journal import Journal
+from allocator.core.plan import Plan
+from allocator.core.space import SearchSpace
+from allocator.evaluate.engine import DTYPES, Engine, EngineSpec
+from allocator.job import read_model, read_tokens, text_fingerprint
+from allocator.model.family import find_family, resolve_layout
+from allocator.model.headers import locate, read_model_files
+from allocator.model.load import load_model
+from allocator.model.walk import BlockWalker
+from allocator.progress import Reporter, Silent
+from allocator.prune.build import prune_all_levels, prune_along
+from allocator.prune.execute import save_pruned
+from allocator.prune.pruners import make_pruner
+from allocator.prune.store import open_store
+from allocator.search.baselines import uniform
+from allocator.workflow import Result, run_search
+
+Execution = Literal["assemble", "recompute"]
+
+
+def search(
+    model: str | Path | None = None,
+    *,
+    target: float | None = None,
+    pattern: str | None = None,
+    workers: int | None = None,
+    seed: int | None = None,
+    name: str | None = None,
+    runs_dir: Path | str | None = None,
+    text: Path | str | None = None,
+    address: str | None = None,
+    config: Path | str | None = None,
+    settings: Sequence[str] = (),
+    resume: bool = False,
+    reporter: Reporter | None = None,
+) -> Result:
+    """Run the whole line: level store, search, plan, checkpoint, measured figures.
+
+    Args:
+        model: A Hugging Face folder or hub id; None for the packaged model.
+        target: Share of the parameters inside units to remove, in (0, 1).
+        pattern: ``structured`` or ``unstructured``.
+        workers: Ray workers; 0 runs in this process.
+        seed: Of the search.
+        name: Of the run, a folder under ``runs_dir``.
+        runs_dir: The folder of runs.
+        text: Text for calibration, search, selection and test; None for the Python standard library.
+        address: A running Ray cluster; None for a local one.
+        config: A run file, overridden by the arguments.
+        settings: Any other key, such as ``"search.evolution.generations=10"``.
+        resume: Continue the run of this name.
+        reporter: Hears about progress.
+
+    Raises:
+        UserError: An input is wrong; the message says what to do, and nothing was written.
+    """
+    flags = {
+        "model": None if model is None else str(model),
+        "target": target,
+        "pattern": pattern,
+        "workers": workers,
+        "seed": seed,
+        "name": name,
+        "runs_dir": runs_dir,
+        "text": text,
+        "address": address,
+    }
+    return run_search(load_config(None if config is None else Path(config), flags, settings), resume, reporter)
+
+
+def inspect(config: RunConfig) -> tuple[SearchSpace, dict[str, Any]]:
+    """Return the search space of a model and a summary, from its configuration and headers alone.
+
+    Raises:
+        UserError: The model cannot be used, or the target is out of reach.
+    """
+    files, _, space = read_model(config)
+    budget = budget_for(space, config.target)
+    even = uniform(space, budget, config.target)
+    summary = {
+        "model": str(files.folder),
+        "architecture": files.architecture,
+        "pattern": space.pattern,
+        "params": {"dense": space.cost(space.dense), "in_units": space.unit_params, "fixed": space.fixed["params"]},
+        "macs_per_token": {"dense": space.cost(space.dense, "macs"), "fixed": space.fixed["macs"]},
+        "target": config.target,
+        "budget": {"cost": budget.cost, "limit": budget.limit},
+        "uniform": {"params": space.cost(even), "sparsity": round(space.sparsity(even), 6)},
+        "units": space.to_json()["units"],
+    }
+    return space, summary
+
+
+def plan_from_run(folder: Path | str, target: float | None = None) -> Plan:
+    """Return the plan of a finished run, or another point of a run's front.
+
+    Args:
+        folder: The run.
+        target: Share to remove; the point of lowest KL among those that remove at least as much. None for the
+            plan that the run chose.
+
+    Raises:
+        UserError: The run has no such plan.
+    """
+    folder = Path(folder)
+    if target is None:
+        return Plan.load(folder / "plan.json")
+    chosen = Plan.load(folder / "plan.json")
+    journal = Journal.read(folder / "journal.jsonl")
+    space, tokens = journal.space, journal.header["tokens"][-1]
+    limit = budget_for(space, target).limit
+    measured = [o for o in journal if (o.request.split, o.request.tokens) == ("search", tokens)]
+    within = [o for o in measured if space.cost(o.request.allocation) <= limit]
+    if not within:
+        smallest = min(measured, key=lambda o: space.cost(o.request.allocation)).request.allocation
+        raise UserError(
+            f"{folder}: nothing that was measured removes {target} of the units; the most is "
+            f"{space.sparsity(smallest):.4f}. Search with --target {target}, or with --set search.method=nsga2"
+        )
+    best = min(within, key=lambda o: (o.kl, o.request.allocation))
+    allocation = best.request.allocation
+    return Plan(
+        model=chosen.model,
+        space=space,
+        allocation=allocation,
+        budget=Budget(space.cost(allocation)),
+        pruner=chosen.pruner,
+        measured={"search_split": dict(best.measured)},
+        provenance={**chosen.provenance, "target": target},
+    )
+
+
+def prune(
+    plan: Plan | Path | str,
+    out: Path | str,
+    *,
+    model: str | Path,
+    execution: Execution = "assemble",
+    store: Path | str | None = None,
+    text: Path | str | None = None,
+    reporter: Reporter | None = None,
+) -> int:
+    """Execute a plan: write the pruned checkpoint, and return the parameters counted in it.
+
+    Args:
+        plan: A plan or its file.
+        out: A folder that does not exist yet.
+        model: The dense model that the plan was made for.
+        execution: ``assemble`` takes levels pruned on dense inputs, from ``store`` where given; ``recompute``
+            prunes block by block on what the pruned predecessors produce.
+        store: A level store of the same model, text and pruner.
+        text: The calibration text that the plan was made with; None for the Python standard library.
+        reporter: Hears about progress.
+
+    Raises:
+        UserError: The plan is for another model, the text is another, or ``out`` exists.
+    """
+    plan = plan if isinstance(plan, Plan) else Plan.load(plan)
+    reporter, out = reporter or Silent(), Path(out)
+    if out.exists():
+        raise UserError(f"{out}: exists already. Name another folder with --out, or remove it")
+    files = read_model_files(locate(model))
+    if files.fingerprint != plan.model["fingerprint"]:
+        raise UserError(
+            f"plan: made for {plan.model['id']} ({plan.model['fingerprint'][:19]}...), and {files.folder} is another "
+            f"model ({files.fingerprint[:19]}...). Name the plan's model with --model"
+        )
+    layout = resolve_layout(find_family(str(files.config.get("model_type"))), files)
+    settings = plan.pruner
+    if store is not None and execution == "assemble":
+        key = {"model": files.fingerprint, "calibration": settings["calibration"]}
+        opened = open_store(Path(store), key)
+        if opened is None:
+            raise UserError(f"store: {store}: no finished level store. Leave --store out to prune afresh")
+        return save_pruned(plan.allocation, files, layout, plan.space, opened, out)
+    length, wanted = settings["sequence_length"], settings["tokens"]
+    tokens = read_tokens(None if text is None else Path(text), files.folder, {"calibration": wanted}, length)
+    if text_fingerprint(tokens["calibration"]) != settings["calibration"]:
+        raise UserError(
+            "text: the plan was made with other calibration text. Name the same with --text, run the same Python "
+            "version if it was the standard library, or give the run's level store with --store"
+        )
+    pruner = make_pruner(settings["name"], plan.space.pattern, settings.get("damping", 0.01))
+    walker = BlockWalker(load_model(files, DTYPES[settings["dtype"]]), layout)
+    reporter.phase("pruning", len(layout.blocks))
+    calibration = torch.from_numpy(tokens["calibration"])
+    if execution == "recompute":
+        compact = prune_along(plan.allocation, walker, files, layout, plan.space, pruner, calibration, reporter.step)
+    else:
+        compact = dict(prune_all_levels(walker, files, layout, plan.space, pruner, calibration, reporter.step))
+    return save_pruned(plan.allocation, files, layout, plan.space, compact.__getitem__, out)
+
+
+def evaluate(
+    checkpoint: Path | str, *, model: str | Path, text: Path | str | None = None, tokens: int = 32768, length: int = 512
+) -> dict[str, float]:
+    """Measure a checkpoint on the test split: parameters, perplexity, and KL from the dense model.
+
+    Args:
+        checkpoint: A pruned or dense folder with the dense model's blocks.
+        model: The dense model.
+        text: Where the text is; None for the Python standard library.
+        tokens: How many tokens of the test split.
+        length: Tokens per sequence.
+
+    Returns:
+        ``params``, ``kl`` and ``nll`` (nats per token), ``perplexity``.
+
+    Raises:
+        UserError: A folder cannot be read, or the text is too short.
+    """
+    if tokens % length:
+        raise UserError(f"tokens: {tokens} is not a multiple of the sequence length {length}")
+    files, pruned = read_model_files(locate(model)), read_model_files(locate(checkpoint))
+    layout = resolve_layout(find_family(str(files.config.get("model_type"))), files)
+    packed = read_tokens(None if text is None else Path(text), files.folder, {"test": tokens}, length)
+    space = SearchSpace(pattern="structured", units=(), fixed={"params": 0, "macs": 0})
+    engine = Engine(EngineSpec(files, layout, space, store=None), packed)
+    params = sum(torch.Size(shape).numel() for shape in pruned.shapes.values())
+    return {"params": params, **engine.measure_checkpoint(pruned.folder, "test", tokens)}

@@ -1,0 +1,236 @@
+"""The command line: one verb per step of the way from a model to a smaller one."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from allocator.core.errors import UserError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Find how much each layer of a transformer should lose, and prune it so.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Model = Annotated[str | None, typer.Option(help="Hugging Face folder or hub id. [default: the packaged model]")]
+Text = Annotated[Path | None, typer.Option(help=".txt or .jsonl file or folder. [default: Python's library]")]
+Pattern = Annotated[str | None, typer.Option(help="structured or unstructured. [default: structured]")]
+Target = Annotated[float | None, typer.Option(help="Share of the units' parameters to remove. [default: 0.5]")]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other key of a run file.")]
+Run = Annotated[Path, typer.Argument(help="Folder of a run.")]
+
+
+@app.command()
+def inspect(
+    model: Annotated[str | None, typer.Argument(help="Folder or hub id. [default: the packaged model]")] = None,
+    pattern: Pattern = None,
+    target: Target = None,
+    set_: Sets = None,
+    json_: Json = False,
+) -> None:
+    """Show a model's units, ladders and exact costs, from its headers alone."""
+    from allocator import api
+    from allocator.config import load_config
+
+    space, summary = api.inspect(load_config(None, {"model": model, "pattern": pattern, "target": target}, set_ or ()))
+    if json_:
+        _emit(summary)
+        return
+    from allocator.report.tables import space_table
+
+    _print(space_table(space))
+    _print(
+        f"target {summary['target']}: at most {summary['budget']['limit']:,} parameters; "
+        f"uniform reaches {summary['uniform']['params']:,}"
+    )
+
+
+@app.command()
+def search(
+    file: Annotated[Path | None, typer.Argument(help="Run file in YAML.")] = None,
+    model: Model = None,
+    target: Target = None,
+    pattern: Pattern = None,
+    workers: Annotated[int | None, typer.Option(help="Ray workers; 0 for none. [default: one per core]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the search. [default: 0]")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run.")] = None,
+    runs_dir: Annotated[Path | None, typer.Option(help="Folder of runs. [default: runs]")] = None,
+    text: Text = None,
+    address: Annotated[str | None, typer.Option(help="Running Ray cluster. [default: a local one]")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run of this name.")] = False,
+    set_: Sets = None,
+    json_: Json = False,
+) -> None:
+    """Run the whole line: level store, search, plan, pruned checkpoint, measured figures."""
+    from allocator.config import load_config
+    from allocator.progress import Live
+    from allocator.workflow import load_run_config, run_search
+
+    flags: dict[str, Any] = {
+        "model": model,
+        "target": target,
+        "pattern": pattern,
+        "workers": workers,
+        "seed": seed,
+        "name": name,
+        "runs_dir": runs_dir,
+        "text": text,
+        "address": address,
+    }
+    config = load_config(file, flags, set_ or ())
+    if resume and file is None:
+        stored = load_run_config(config.folder)
+        flags = {**stored, **{key: value for key, value in flags.items() if value is not None}}
+        config = load_config(None, flags, set_ or ())
+    try:
+        with Live() as live:
+            result = run_search(config, resume, live)
+    except KeyboardInterrupt:
+        where = f" --runs-dir {config.runs_dir}" if config.runs_dir != Path("runs") else ""
+        print(
+            f"\nstopped; nothing measured is lost. Continue with:\n"
+            f"  allocator search --resume --name {config.run_name}{where}",
+            file=sys.stderr,
+        )
+        raise typer.Exit(130) from None
+    if json_:
+        _emit({**result.summary, "folder": str(result.folder), "checkpoint": str(result.checkpoint)})
+        return
+    from allocator.report.tables import result_table
+
+    _print(result_table(result.summary))
+    _print(
+        f"plan        {result.folder / 'plan.json'}\n"
+        f"checkpoint  {result.checkpoint}\n"
+        f"report      {result.folder / 'report.html'}\n"
+        f"next        allocator front {result.folder}"
+    )
+
+
+@app.command()
+def front(run: Run, json_: Json = False) -> None:
+    """Show the Pareto front of a run, finished or not."""
+    from allocator.core.files import read_json
+
+    data = read_json(run / "front.json", "front")
+    if json_:
+        _emit(data)
+        return
+    from allocator.report.tables import front_table
+
+    _print(front_table(data))
+    _print(f"next  allocator plan {run} --target SHARE --out plan.json")
+
+
+@app.command()
+def plan(
+    run: Run,
+    target: Annotated[float | None, typer.Option(help="Choose from the front: remove at least this share.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the plan here.")] = None,
+    json_: Json = False,
+) -> None:
+    """Show the plan of a run, or choose another point of its front."""
+    from allocator import api
+
+    chosen = api.plan_from_run(run, target)
+    if out is not None:
+        chosen.save(out)
+    if json_:
+        _emit(chosen.to_json())
+        return
+    from allocator.report.tables import plan_table
+
+    _print(plan_table(chosen))
+    if out is not None:
+        _print(f"plan  {out}\nnext  allocator prune {out} --out FOLDER")
+
+
+@app.command()
+def prune(
+    plan: Annotated[Path, typer.Argument(help="plan.json")],
+    out: Annotated[Path, typer.Option(help="Folder of the pruned checkpoint; must not exist.")],
+    model: Model = None,
+    execution: Annotated[str, typer.Option(help="assemble: dense inputs. recompute: pruned inputs.")] = "assemble",
+    store: Annotated[Path | None, typer.Option(help="Level store of the run. [default: beside the plan]")] = None,
+    text: Text = None,
+    json_: Json = False,
+) -> None:
+    """Execute a plan: write a pruned checkpoint that loads without this package."""
+    from allocator import api
+    from allocator.model.headers import PACKAGED
+    from allocator.progress import Live
+
+    if execution not in ("assemble", "recompute"):
+        raise UserError(f"--execution: expected assemble or recompute, found {execution!r}")
+    beside = plan.parent / "levels"
+    if store is None and (beside / "manifest.json").exists():
+        store = beside
+    with Live() as live:
+        counted = api.prune(
+            plan, out, model=model or PACKAGED, execution=execution, store=store, text=text, reporter=live
+        )
+    if json_:
+        _emit({"checkpoint": str(out), "params": counted})
+        return
+    _print(f"{out}: {counted:,} parameters, as planned\nnext  allocator evaluate {out}")
+
+
+@app.command()
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a checkpoint.")],
+    model: Model = None,
+    text: Text = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of the test split.")] = 32768,
+    json_: Json = False,
+) -> None:
+    """Measure a checkpoint on held-out text: perplexity, and KL from the dense model."""
+    from allocator import api
+    from allocator.model.headers import PACKAGED
+
+    figures = api.evaluate(checkpoint, model=model or PACKAGED, text=text, tokens=tokens)
+    if json_:
+        _emit(figures)
+        return
+    _print(
+        f"{figures['params']:,} parameters, perplexity {figures['perplexity']:.3f}, "
+        f"KL from dense {figures['kl']:.4f} nats per token"
+    )
+
+
+@app.command()
+def report(run: Run, json_: Json = False) -> None:
+    """Write the report of a run, finished or not."""
+    from allocator.report.page import write_report
+
+    path = write_report(run)
+    if json_:
+        _emit({"report": str(path)})
+        return
+    _print(f"report  {path}")
+
+
+def _emit(value: Any) -> None:
+    print(json.dumps(value, indent=1))
+
+
+def _print(renderable: Any) -> None:
+    from rich.console import Console
+
+    Console(highlight=False, soft_wrap=isinstance(renderable, str)).print(renderable)
+
+
+def main() -> None:
+    """Run the command line; bad input is one message and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

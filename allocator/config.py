@@ -1,0 +1,189 @@
+"""The configuration of a run: one strict file, a few flags, and ``--set a.b=c`` for the rest."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from allocator.core.errors import UserError, did_you_mean
+from allocator.model.headers import PACKAGED
+from allocator.search.decide import SearchSettings
+
+Pattern = Literal["structured", "unstructured"]
+
+PLACES = ("name", "runs_dir", "store", "model", "text", "family", "workers", "address")
+"""Keys that say where and how wide to run. What they lead to is part of a run's identity; they are not."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LadderSettings(_Strict):
+    """Levels of units.
+
+    Attributes:
+        sparsities: Sparsities of every unit beside dense, in place of the default ladder.
+        align: Widths of channels are multiples of this.
+    """
+
+    sparsities: tuple[float, ...] | None = None
+    align: int = Field(default=1, ge=1)
+
+    @field_validator("sparsities")
+    @classmethod
+    def _increasing(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if value is not None and (list(value) != sorted(set(value)) or not value or value[0] <= 0 or value[-1] > 1):
+            raise ValueError("expected increasing sparsities in (0, 1], such as [0.25, 0.5, 0.75, 1.0]")
+        return value
+
+
+class PrunerSettings(_Strict):
+    """The local pruner.
+
+    Attributes:
+        name: ``obs`` (structured), ``wanda`` or ``magnitude`` (unstructured); None for the pattern's default.
+        damping: Share of the mean of the Hessian's diagonal that is added to it.
+    """
+
+    name: str | None = None
+    damping: float = Field(default=0.01, gt=0)
+
+
+class TokenSettings(_Strict):
+    """How much text is used for what; the search's own fidelities are in ``search``.
+
+    Attributes:
+        sequence_length: Tokens per packed sequence.
+        calibration: Tokens from which units are pruned.
+        selection: Tokens on which the winner is chosen among the finalists.
+        test: Tokens of the reported figures.
+    """
+
+    sequence_length: int = Field(default=512, ge=8)
+    calibration: int = Field(default=32768, ge=1)
+    selection: int = Field(default=16384, ge=1)
+    test: int = Field(default=32768, ge=1)
+
+
+class RunConfig(_Strict):
+    """Everything a run depends on. Every default is written into ``run.yaml``.
+
+    Attributes:
+        model: A Hugging Face folder, a hub id, or the name of the packaged model.
+        text: A .txt or .jsonl file or a folder of text; None for the Python standard library.
+        family: A family file in place of those shipped.
+        pattern: What is removed: whole channels and KV groups, or single weights.
+        target: Share of the parameters inside units to remove.
+        seed: Of the search.
+        name: Of the run; None for one made from model, pattern, target and seed.
+        runs_dir: The folder of runs.
+        store: Where the level store lies, to share it between runs; None for inside the run.
+        workers: Ray workers; 0 runs in this process.
+        address: A running Ray cluster; None for a local one.
+        dtype: Data type of evaluations.
+        threads: CPU threads of one evaluation.
+    """
+
+    model: str = PACKAGED
+    text: Path | None = None
+    family: Path | None = None
+    pattern: Pattern = "structured"
+    target: float = 0.5
+    seed: int = Field(default=0, ge=0)
+    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    runs_dir: Path = Path("runs")
+    store: Path | None = None
+    workers: int = Field(default_factory=lambda: min(4, len(os.sched_getaffinity(0))), ge=0)
+    address: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    threads: int = Field(default=1, ge=1)
+    ladder: LadderSettings = LadderSettings()
+    pruner: PrunerSettings = PrunerSettings()
+    tokens: TokenSettings = TokenSettings()
+    search: SearchSettings = SearchSettings()
+
+    @property
+    def run_name(self) -> str:
+        """The name given, or one that says what is run."""
+        return self.name or f"{Path(self.model).name}-{self.pattern}-{self.target:g}-seed{self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        """Where the run lies."""
+        return self.runs_dir / self.run_name
+
+    def identity(self) -> dict[str, Any]:
+        """Return what two runs of one search have in common: everything but names, places and workers."""
+        return self.model_dump(mode="json", exclude=set(PLACES))
+
+    def to_yaml(self) -> str:
+        """Return the content of ``run.yaml``."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_config(
+    file: Path | None = None, flags: Mapping[str, Any] | None = None, assignments: Iterable[str] = ()
+) -> RunConfig:
+    """Return the configuration of a file, overridden by flags, overridden by ``a.b=c`` assignments.
+
+    Args:
+        file: A run file in YAML; None for the defaults.
+        flags: Top-level keys; None values are left out.
+        assignments: Such as ``search.evolution.generations=10``; values are YAML.
+
+    Raises:
+        UserError: The file cannot be read, a key is unknown, or a value is not allowed.
+    """
+    source, data = "configuration", {}
+    if file is not None:
+        source = str(file)
+        try:
+            data = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{file}: cannot read the run file: {error}") from None
+        except yaml.YAMLError as error:
+            raise UserError(f"{file}: not YAML: {error}") from None
+        if not isinstance(data, dict):
+            raise UserError(f"{file}: a run file is a mapping of keys, found {type(data).__name__}")
+    data.update({key: value for key, value in (flags or {}).items() if value is not None})
+    for assignment in assignments:
+        _assign(data, assignment)
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise UserError(f"{source}: {_explain(error)}") from None
+
+
+def _assign(data: dict[str, Any], assignment: str) -> None:
+    path, equals, text = assignment.partition("=")
+    if not equals or not path:
+        raise UserError(f"--set {assignment}: expected key=value, such as search.evolution.generations=10")
+    *parents, last = path.strip().split(".")
+    for parent in parents:
+        inner = data.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise UserError(f"--set {assignment}: {parent} is not a group of keys")
+        data = inner
+    try:
+        data[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {assignment}: the value is not YAML: {error}") from None
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    where = ".".join(location) or "top level"
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        known: Any = RunConfig().model_dump()
+        for part in location[:-1]:
+            known = known[part]
+        return f"unknown key {where!r}{did_you_mean(location[-1], known)}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{where}: {message}; found {first['input']!r}"

@@ -1,0 +1,159 @@
+"""The append-only record of a run: a header, then one JSON line per measured outcome.
+
+The journal is the truth and a search is its fold: whoever rebuilds a searcher and answers its requests from
+the journal continues where the run stopped. There is one writer, the driver, which holds a lock.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from allocator.core.errors import UserError
+from allocator.core.files import canonical_json
+from allocator.core.protocols import Key, Outcome, Request
+from allocator.core.space import SearchSpace
+
+SCHEMA = 1
+
+
+class Journal:
+    """Outcomes by request, kept on disk. Open with :meth:`create`, :meth:`resume` or :meth:`read`.
+
+    Attributes:
+        header: What the run is: space, versions, fingerprints, everything the outcomes depend on.
+    """
+
+    def __init__(self, path: Path, header: Mapping[str, Any], outcomes: list[Outcome], file: BinaryIO | None) -> None:
+        self.path = path
+        self.header = header
+        self._outcomes: dict[Key, Outcome] = {outcome.request.key: outcome for outcome in outcomes}
+        self._file = file
+
+    @classmethod
+    def create(cls, path: Path, header: Mapping[str, Any]) -> Journal:
+        """Start a journal at a path where there is none."""
+        file = path.open("xb")
+        _lock(file, path)
+        journal = cls(path, header, [], file)
+        journal._write({"schema": SCHEMA, "kind": "allocator.journal", **header})
+        journal.sync()
+        return journal
+
+    @classmethod
+    def resume(cls, path: Path) -> Journal:
+        """Open for appending; a line torn by a crash is cut off.
+
+        Raises:
+            UserError: The file is missing, damaged, or in use by another process.
+        """
+        if not path.is_file():
+            raise UserError(f"{path}: no such journal; nothing to resume")
+        file = path.open("r+b")
+        _lock(file, path)
+        whole = file.read()
+        file.seek(whole.rfind(b"\n") + 1)
+        file.truncate()
+        header, outcomes = _parse(path, whole)
+        return cls(path, header, outcomes, file)
+
+    @classmethod
+    def read(cls, path: Path) -> Journal:
+        """Open for reading only, also while a run is writing."""
+        if not path.is_file():
+            raise UserError(f"{path}: no such journal. Name the folder of a run")
+        header, outcomes = _parse(path, path.read_bytes())
+        return cls(path, header, outcomes, None)
+
+    @property
+    def space(self) -> SearchSpace:
+        """The search space that the run searched."""
+        return SearchSpace.from_json(self.header["space"])
+
+    def __len__(self) -> int:
+        return len(self._outcomes)
+
+    def __iter__(self) -> Iterator[Outcome]:
+        return iter(self._outcomes.values())
+
+    def get(self, request: Request) -> Outcome | None:
+        """Return what is known of a request."""
+        return self._outcomes.get(request.key)
+
+    def append(self, outcome: Outcome) -> None:
+        """Record an outcome; flushed to the system at once, to the disk by :meth:`sync`."""
+        self._outcomes[outcome.request.key] = outcome
+        request = outcome.request
+        self._write(
+            {
+                "allocation": list(request.allocation),
+                "split": request.split,
+                "tokens": request.tokens,
+                "measured": dict(outcome.measured),
+                "wall_s": round(outcome.wall_s, 4),
+            }
+        )
+
+    def sync(self) -> None:
+        """Force what was appended to the disk; called once per batch."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Release the file and its lock."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        assert self._file is not None, "opened for reading"
+        self._file.write(canonical_json(line).encode() + b"\n")
+        self._file.flush()
+
+
+def _lock(file: BinaryIO, path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"{path}: another process is writing this run. Wait for it or stop it") from None
+
+
+def _parse(path: Path, data: bytes) -> tuple[dict[str, Any], list[Outcome]]:
+    lines = data[: data.rfind(b"\n") + 1].splitlines()
+    header: dict[str, Any] | None = None
+    outcomes: list[Outcome] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line)
+            if header is None:
+                if entry["kind"] != "allocator.journal" or entry["schema"] != SCHEMA:
+                    raise ValueError("not the header of a journal of this version")
+                header = entry
+                num_units = len(entry["space"]["units"])
+                continue
+            allocation = tuple(int(level) for level in entry["allocation"])
+            if len(allocation) != num_units:
+                raise ValueError(f"{len(allocation)} levels for {num_units} units")
+            request = Request(allocation, int(entry["tokens"]), str(entry["split"]))
+            outcomes.append(Outcome(request, dict(entry["measured"]), float(entry["wall_s"])))
+        except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"{path}: line {number} of {len(lines)} is damaged ({type(error).__name__}: {error}). "
+                f"Restore the file, or keep its first {number - 1} lines and resume"
+            ) from None
+    if header is None:
+        raise UserError(f"{path}: the journal has no header. The run never began: delete its folder and start again")
+    return header, outcomes

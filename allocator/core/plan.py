@@ -1,0 +1,141 @@
+"""The plan: the chosen allocation as a file, keyed by module name, with its provenance."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from allocator.core.budget import Budget
+from allocator.core.errors import UserError
+from allocator.core.files import read_json, write_json
+from allocator.core.space import Allocation, SearchSpace
+
+SCHEMA = 1
+
+
+@cache
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema of ``plan.json``, as shipped in the package."""
+    text = (resources.files("allocator.core") / "plan.schema.json").read_text(encoding="utf-8")
+    schema: dict[str, Any] = json.loads(text)
+    return schema
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What each named part of a model gives up, and what came of it.
+
+    Attributes:
+        model: ``id``, ``architecture`` and ``fingerprint`` of the dense model.
+        space: The search space that the levels refer to.
+        allocation: One level per unit of ``space``.
+        budget: What the allocation keeps to.
+        pruner: Name, settings and calibration fingerprint of the local pruner.
+        measured: Figures of the executed checkpoints, by name (``dense``, ``uniform``, ``searched``, ...).
+        provenance: Configuration hash, searcher, seed and package versions.
+    """
+
+    model: Mapping[str, str]
+    space: SearchSpace
+    allocation: Allocation
+    budget: Budget
+    pruner: Mapping[str, Any]
+    measured: Mapping[str, Mapping[str, float]]
+    provenance: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of ``plan.json``: no time, host, path, run name or worker count."""
+        space, allocation = self.space, self.allocation
+        units = {
+            unit.name: {
+                "kind": unit.kind,
+                "part": unit.part,
+                "block": unit.block,
+                "level": level,
+                "sparsity": round(unit.sparsity(level), 6),
+                "kept": unit.kept[level],
+                "total": unit.total,
+                "ladder": {"kept": list(unit.kept), "params": list(unit.params), "macs": list(unit.macs)},
+            }
+            for unit, level in zip(space.units, allocation, strict=True)
+        }
+        return {
+            "schema": SCHEMA,
+            "kind": "allocator.plan",
+            "model": dict(self.model),
+            "pattern": space.pattern,
+            "budget": {
+                "cost": self.budget.cost,
+                "limit": self.budget.limit,
+                "achieved": space.cost(allocation, self.budget.cost),
+            },
+            "costs": {
+                cost: {"achieved": space.cost(allocation, cost), "dense": space.cost(space.dense, cost), "fixed": fixed}
+                for cost, fixed in (("params", space.fixed["params"]), ("macs", space.fixed["macs"]))
+            },
+            "sparsity": round(space.sparsity(allocation), 6),
+            "units": units,
+            "pruner": dict(self.pruner),
+            "measured": {name: dict(figures) for name, figures in self.measured.items()},
+            "provenance": dict(self.provenance),
+        }
+
+    def save(self, path: Path | str) -> None:
+        """Write ``plan.json`` atomically."""
+        write_json(Path(path), self.to_json())
+
+    @classmethod
+    def load(cls, path: Path | str) -> Plan:
+        """Read and check a plan.
+
+        Raises:
+            UserError: The file is missing, not JSON, against the schema, or its figures disagree.
+        """
+        import jsonschema
+
+        path = Path(path)
+        data = read_json(path, "plan")
+        try:
+            jsonschema.validate(data, json_schema())
+        except jsonschema.ValidationError as error:
+            where = error.json_path.removeprefix("$.") or "the file"
+            raise UserError(
+                f"{path}: not a plan of schema {SCHEMA}: at {where}: {error.message}. Make it again with a search"
+            ) from None
+        plan = cls._from_json(data)
+        for name, unit in data["units"].items():
+            if unit["level"] >= len(unit["ladder"]["kept"]) or unit["ladder"]["kept"][unit["level"]] != unit["kept"]:
+                raise UserError(f"{path}: unit {name!r}: level {unit['level']} does not keep {unit['kept']} items")
+        achieved = plan.space.cost(plan.allocation, plan.budget.cost)
+        if achieved != data["budget"]["achieved"] or achieved > plan.budget.limit:
+            raise UserError(
+                f"{path}: the units cost {achieved} {plan.budget.cost}, and the plan says {data['budget']['achieved']} "
+                f"within a limit of {plan.budget.limit}. The file was edited by hand: search again, or restore it"
+            )
+        return plan
+
+    @classmethod
+    def _from_json(cls, data: Mapping[str, Any]) -> Plan:
+        units = [
+            {
+                "name": name,
+                **{key: unit[key] for key in ("kind", "part", "block", "total")},
+                **unit["ladder"],
+            }
+            for name, unit in data["units"].items()
+        ]
+        fixed = {cost: figures["fixed"] for cost, figures in data["costs"].items()}
+        return cls(
+            model=data["model"],
+            space=SearchSpace.from_json({"pattern": data["pattern"], "units": units, "fixed": fixed}),
+            allocation=tuple(unit["level"] for unit in data["units"].values()),
+            budget=Budget(data["budget"]["limit"], data["budget"]["cost"]),
+            pruner=data["pruner"],
+            measured=data["measured"],
+            provenance=data["provenance"],
+        )

@@ -1,0 +1,70 @@
+"""The seams of the search: what is asked, what comes back, who proposes and who measures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from allocator.core.space import Allocation
+
+Key = tuple[Allocation, str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Measure one allocation on the first ``tokens`` tokens of a split.
+
+    The tokens of a low fidelity are a prefix of a higher one's, so outcomes of one stage are paired.
+    """
+
+    allocation: Allocation
+    tokens: int
+    split: str = "search"
+
+    @property
+    def key(self) -> Key:
+        """What makes two requests the same."""
+        return (self.allocation, self.split, self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a request measured: ``kl`` and ``nll``, in nats per token."""
+
+    request: Request
+    measured: Mapping[str, float]
+    wall_s: float
+
+    @property
+    def kl(self) -> float:
+        """Kullback-Leibler divergence from the dense model, nats per token."""
+        return self.measured["kl"]
+
+
+class Searcher(Protocol):
+    """Proposes allocations and learns from outcomes.
+
+    All randomness is a function of the seed and of what was told, so that a searcher rebuilt from its
+    settings and told the same outcomes continues the same search.
+    """
+
+    def ask(self) -> Sequence[Request]:
+        """Return the next batch to measure; empty when the search is over."""
+        ...
+
+    def tell(self, outcomes: Sequence[Outcome]) -> None:
+        """Take the outcomes of the last batch, in the order of its requests."""
+        ...
+
+    def finalists(self) -> Sequence[Allocation]:
+        """Return the best allocations so far within the budget, best first."""
+        ...
+
+
+class Evaluator(Protocol):
+    """Measures allocations; in process, or on a pool of workers."""
+
+    def evaluate(self, requests: Sequence[Request]) -> Iterator[Outcome]:
+        """Yield one outcome per request as it comes, in any order."""
+        ...

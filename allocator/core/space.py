@@ -1,0 +1,116 @@
+"""The search space: what may be pruned, to which levels, at which exact cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+Allocation: TypeAlias = tuple[int, ...]
+"""One level per unit, in the order of :attr:`SearchSpace.units`. The genome."""
+
+Cost = Literal["params", "macs"]
+COSTS: tuple[Cost, ...] = ("params", "macs")
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What receives one level.
+
+    Attributes:
+        name: Module name in the model, such as ``model.layers.0.mlp``.
+        kind: ``channels``, ``kv_groups`` or ``matrix``: what is counted in ``total`` and ``kept``.
+        part: Which side of a block it belongs to, ``attention`` or ``mlp``.
+        block: Index of the block that holds it.
+        total: Channels, KV groups or weights in the dense unit.
+        kept: How many of them each level keeps, strictly decreasing; ``kept[0] == total``.
+        params: Parameters left at each level.
+        macs: Multiply-accumulates per token at each level, as executed.
+    """
+
+    name: str
+    kind: str
+    part: str
+    block: int
+    total: int
+    kept: tuple[int, ...]
+    params: tuple[int, ...]
+    macs: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        assert len(self.kept) == len(self.params) == len(self.macs) > 0
+        assert self.kept[0] == self.total, f"{self.name}: level 0 must be dense"
+        assert all(a > b for a, b in zip(self.kept, self.kept[1:], strict=False)), f"{self.name}: {self.kept}"
+
+    @property
+    def num_levels(self) -> int:
+        """Length of the ladder, the dense level included."""
+        return len(self.kept)
+
+    def sparsity(self, level: int) -> float:
+        """Share of the unit that ``level`` removes, in [0, 1]."""
+        return 1.0 - self.kept[level] / self.total
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """The units of one model with their ladders, and the exact cost of everything else.
+
+    Attributes:
+        pattern: ``structured`` or ``unstructured``.
+        units: In model order.
+        fixed: Cost of what no unit holds (embeddings, norms, head), for each of :data:`COSTS`.
+    """
+
+    pattern: str
+    units: tuple[Unit, ...]
+    fixed: Mapping[str, int]
+
+    @cached_property
+    def dense(self) -> Allocation:
+        """The allocation that removes nothing."""
+        return (0,) * len(self.units)
+
+    @cached_property
+    def sparsest(self) -> Allocation:
+        """The allocation with every unit at its last level."""
+        return tuple(unit.num_levels - 1 for unit in self.units)
+
+    @cached_property
+    def unit_params(self) -> int:
+        """Parameters inside units when dense: what ``--target`` is a share of."""
+        return sum(unit.params[0] for unit in self.units)
+
+    def cost(self, allocation: Sequence[int], cost: Cost = "params") -> int:
+        """Return the exact cost of the whole model under ``allocation``."""
+        assert len(allocation) == len(self.units)
+        return self.fixed[cost] + sum(
+            getattr(unit, cost)[level] for unit, level in zip(self.units, allocation, strict=True)
+        )
+
+    def compute_share(self, allocation: Sequence[int]) -> float:
+        """Share of the dense forward's multiply-accumulates that ``allocation`` really computes."""
+        return self.cost(allocation, "macs") / self.cost(self.dense, "macs")
+
+    def sparsity(self, allocation: Sequence[int]) -> float:
+        """Share of the parameters inside units that ``allocation`` removes."""
+        return 1.0 - (self.cost(allocation) - self.fixed["params"]) / self.unit_params
+
+    def limit_for(self, target: float) -> int:
+        """Return the parameter limit of the whole model that removes at least ``target`` of the units."""
+        return self.fixed["params"] + int(np.floor((1.0 - target) * self.unit_params + 1e-9))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data that :meth:`from_json` reads back."""
+        return {"pattern": self.pattern, "fixed": dict(self.fixed), "units": [asdict(u) for u in self.units]}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> SearchSpace:
+        """Read what :meth:`to_json` wrote."""
+        units = tuple(
+            Unit(**{k: tuple(v) if isinstance(v, list) else v for k, v in unit.items()}) for unit in data["units"]
+        )
+        return cls(pattern=data["pattern"], units=units, fixed=dict(data["fixed"]))

@@ -1,0 +1,180 @@
+"""A job: a configuration whose every input was read and checked, before any work starts or any file is written."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from allocator.config import RunConfig
+from allocator.core.budget import Budget, budget_for
+from allocator.core.errors import UserError
+from allocator.core.files import fingerprint
+from allocator.core.space import SearchSpace
+from allocator.evaluate.engine import EngineSpec
+from allocator.model.family import Layout, build_space, find_family, resolve_layout
+from allocator.model.headers import ModelFiles, locate, read_model_files
+from allocator.model.load import load_tokenizer
+from allocator.model.text import pack, read_documents, split_of
+from allocator.prune.pruners import PRUNERS, LocalPruner, make_pruner
+from allocator.prune.store import LevelStore
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the commands work on.
+
+    Attributes:
+        config: As given.
+        files: The dense model.
+        layout: Where its units are.
+        space: Their ladders and costs.
+        budget: What the target allows.
+        pruner: The local pruner.
+        tokens: Token ids [sequences, length] by split.
+    """
+
+    config: RunConfig
+    files: ModelFiles
+    layout: Layout
+    space: SearchSpace
+    budget: Budget
+    pruner: LocalPruner
+    tokens: dict[str, np.ndarray]
+
+    @cached_property
+    def model_id(self) -> dict[str, str]:
+        """Which model this is, wherever it lies."""
+        return {
+            "id": locate(self.config.model).resolve().name,
+            "architecture": self.files.architecture,
+            "fingerprint": self.files.fingerprint,
+        }
+
+    @cached_property
+    def text_fingerprints(self) -> dict[str, str]:
+        """Hash of the tokens of each split."""
+        return {split: text_fingerprint(ids) for split, ids in self.tokens.items()}
+
+    @cached_property
+    def pruner_id(self) -> dict[str, Any]:
+        """The local pruner and what its results depend on."""
+        calibration = self.text_fingerprints["calibration"]
+        return {
+            "name": self.pruner.name,
+            **self.pruner.settings(),
+            "inputs": "dense",
+            "tokens": int(self.tokens["calibration"].size),
+            "sequence_length": self.config.tokens.sequence_length,
+            "dtype": self.config.dtype,
+            "calibration": calibration,
+        }
+
+    @property
+    def store_key(self) -> dict[str, str]:
+        """What a level store must have been built for."""
+        return {
+            "model": self.files.fingerprint,
+            "calibration": self.text_fingerprints["calibration"],
+            "pruner": fingerprint(self.pruner_id),
+            "space": fingerprint(self.space.to_json()),
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """Return what makes two runs the same search, wherever they run."""
+        return {
+            **self.config.identity(),
+            "model": self.model_id["fingerprint"],
+            "text": self.text_fingerprints,
+            "space": fingerprint(self.space.to_json()),
+        }
+
+    def engine_spec(self, store: LevelStore | None) -> EngineSpec:
+        """Return what an engine of this job is made from."""
+        return EngineSpec(
+            self.files, self.layout, self.space, store, self.pruner, self.config.dtype, self.config.threads
+        )
+
+
+def read_model(config: RunConfig) -> tuple[ModelFiles, Layout, SearchSpace]:
+    """Read a model's headers and resolve its search space; no weight is loaded.
+
+    Raises:
+        UserError: The model or the family cannot be used.
+    """
+    if not 0.0 < config.target < 1.0:
+        raise UserError(f"target: expected a share in (0, 1), found {config.target}. 0.5 removes half of the units")
+    files = read_model_files(locate(config.model))
+    if "pruned" in files.config:
+        raise UserError(f"model: {files.folder} is pruned already. Give the dense model that it was made from")
+    family = find_family(str(files.config.get("model_type")), config.family)
+    layout = resolve_layout(family, files)
+    space = build_space(layout, files, config.pattern, config.target, config.ladder.sparsities, config.ladder.align)
+    return files, layout, space
+
+
+def prepare(config: RunConfig) -> Job:
+    """Read and check every input of a configuration.
+
+    Raises:
+        UserError: An input is missing, damaged, too short or out of reach.
+    """
+    files, layout, space = read_model(config)
+    budget = budget_for(space, config.target)
+    pruner = make_pruner(config.pruner.name or PRUNERS[config.pattern][0], config.pattern, config.pruner.damping)
+    wanted = {
+        "calibration": config.tokens.calibration,
+        "search": config.search.tokens[-1],
+        "selection": config.tokens.selection,
+        "test": config.tokens.test,
+    }
+    length = config.tokens.sequence_length
+    for name, count in [*wanted.items(), *(("search", count) for count in config.search.tokens)]:
+        if count % length:
+            raise UserError(
+                f"tokens: {name} asks for {count} tokens, which is not a multiple of the sequence length {length}"
+            )
+    longest = files.config.get("max_position_embeddings")
+    if longest is not None and length > longest:
+        raise UserError(f"tokens.sequence_length: the model reads at most {longest} tokens, found {length}")
+    return Job(config, files, layout, space, budget, pruner, read_tokens(config.text, files.folder, wanted, length))
+
+
+def read_tokens(text: Path | None, model: Path, wanted: dict[str, int], length: int) -> dict[str, np.ndarray]:
+    """Read text, split it, and pack each split into sequences.
+
+    Args:
+        text: Where the text is; None for the Python standard library.
+        model: The folder of the tokenizer.
+        wanted: Tokens of each split, multiples of ``length``.
+        length: Tokens per sequence.
+
+    Raises:
+        UserError: A split holds too few tokens.
+    """
+    documents = read_documents(text)
+    encode, separator = load_tokenizer(model)
+    tokens = {}
+    for split, count in wanted.items():
+        own = [document for document in documents if split_of(document.name) == split]
+        try:
+            tokens[split] = pack(own, encode, count // length, length, separator)
+        except ValueError as error:
+            raise UserError(f"{split} split: {error}") from None
+    return tokens
+
+
+def text_fingerprint(tokens: np.ndarray) -> str:
+    """Return the hash of packed token ids."""
+    return fingerprint(tokens.tolist())
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what results depend on."""
+    packages = ("allocator", "torch", "transformers", "numpy", "ray", "optuna", "pymoo")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}

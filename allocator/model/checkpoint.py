@@ -1,0 +1,118 @@
+"""Writing a pruned checkpoint that stock tools load, and counting what is in one.
+
+The files mirror the dense checkpoint's shards. Where shapes changed, ``config.json`` lists them and a short
+modelling file lies beside the weights, so that ``trust_remote_code=True`` loads it without this package;
+where only values changed, the checkpoint is an ordinary dense one with zeros.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from importlib import resources
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from allocator.core.errors import UserError
+from allocator.core.files import write_json
+from allocator.core.space import SearchSpace
+from allocator.model.family import Layout
+from allocator.model.headers import INDEX, ModelFiles, read_model_files
+
+Replacements = Mapping[str, torch.Tensor | None]
+"""New values by tensor name; None for a tensor that is gone."""
+
+_TEMPLATE_IMPORT = "from transformers import LlamaForCausalLM as Dense"
+_COPIED = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model")
+
+
+def read_tensors(files: ModelFiles, names: list[str]) -> dict[str, torch.Tensor]:
+    """Read some tensors of a checkpoint, in the checkpoint's data type."""
+    tensors = {}
+    for shard in sorted({files.shards[name] for name in names}):
+        with safe_open(files.folder / shard, framework="pt") as file:
+            tensors.update({name: file.get_tensor(name) for name in names if files.shards[name] == shard})
+    return tensors
+
+
+def write_checkpoint(files: ModelFiles, layout: Layout, replace: Callable[[str], Replacements], out: Path) -> None:
+    """Write a pruned copy of a model.
+
+    Args:
+        files: The dense model.
+        layout: Where its units are.
+        replace: Returns the new tensors of a sub-block by its name, one sub-block at a time.
+        out: A folder that does not exist yet. It appears when it is whole.
+    """
+    if out.exists():
+        raise UserError(f"{out}: exists already. Name another folder, or remove it")
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    owners = {f"{site.name}.": site.name for site in layout.sites}
+    shapes: dict[str, list[int]] = {}
+    gone: set[str] = set()
+    weight_map: dict[str, str] = {}
+    cached: tuple[str, Replacements] = ("", {})
+    for shard in sorted(set(files.shards.values())):
+        tensors: dict[str, torch.Tensor] = {}
+        with safe_open(files.folder / shard, framework="pt") as file:
+            for name in sorted(key for key, home in files.shards.items() if home == shard):
+                owner = next((site for prefix, site in owners.items() if name.startswith(prefix)), None)
+                if owner is not None and cached[0] != owner:
+                    cached = (owner, replace(owner))
+                new = cached[1].get(name, ...) if owner is not None else ...
+                tensor = file.get_tensor(name) if new is ... else new
+                if tensor is None:
+                    gone.add(name)
+                    continue
+                tensors[name] = tensor.to(_dtype(files.dtypes[name])).contiguous()
+                weight_map[name] = shard
+                if name.endswith(".weight") and tuple(tensor.shape) != files.shapes[name]:
+                    shapes[name.removesuffix(".weight")] = list(tensor.shape)
+        save_file(tensors, partial / shard, metadata={"format": "pt"})
+    removed = {site.name: site.part for site in layout.sites if f"{site.output}.weight" in gone}
+    if (files.folder / INDEX).exists():
+        sizes = sum((partial / shard).stat().st_size for shard in set(weight_map.values()))
+        write_json(partial / INDEX, {"metadata": {"total_size": sizes}, "weight_map": weight_map})
+    config = dict(files.config)
+    if shapes or removed:
+        config["pruned"] = {"architecture": files.architecture, "shapes": shapes, "removed": removed}
+        config["architectures"] = ["PrunedForCausalLM"]
+        config["auto_map"] = {"AutoModelForCausalLM": "modeling_pruned.PrunedForCausalLM"}
+        code = (resources.files("allocator.model") / "modeling_pruned.py").read_text(encoding="utf-8")
+        assert _TEMPLATE_IMPORT in code
+        line = f"from transformers import {files.architecture} as Dense"
+        (partial / "modeling_pruned.py").write_text(code.replace(_TEMPLATE_IMPORT, line), encoding="utf-8")
+    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for pattern in _COPIED:
+        for path in files.folder.glob(pattern):
+            shutil.copy(path, partial / path.name)
+    partial.rename(out)
+
+
+def count_params(folder: Path, space: SearchSpace) -> int:
+    """Count the parameters of a saved checkpoint as the budget counts them.
+
+    Structured: elements of all tensors. Unstructured: of a unit's matrix, at most the kept positions are not
+    zero, and kept weights may happen to be zero; so what is counted is the dense count less the zeros of
+    unit matrices.
+    """
+    files = read_model_files(folder)
+    total = 0
+    matrices = {f"{unit.name}.weight" for unit in space.units if unit.kind == "matrix"}
+    for name, shape in files.shapes.items():
+        if name in matrices:
+            total += int(torch.count_nonzero(read_tensors(files, [name])[name]))
+        else:
+            total += int(torch.Size(shape).numel())
+    return total
+
+
+def _dtype(name: str) -> torch.dtype:
+    table = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+    return table[name]

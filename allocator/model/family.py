@@ -1,0 +1,264 @@
+"""Families of model names: which modules of a model form units, and how their rows and columns belong together."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from allocator.core.errors import UserError
+from allocator.core.space import SearchSpace, Unit
+from allocator.model.headers import ModelFiles
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class KvGroups(_Strict):
+    """Attention whose key/value heads are removed together with the query heads they serve."""
+
+    kind: Literal["kv_groups"]
+    query: str
+    key: str
+    value: str
+    output: str
+
+    @property
+    def inputs(self) -> list[str]:
+        """Modules whose rows belong to groups."""
+        return [self.query, self.key, self.value]
+
+
+class Channels(_Strict):
+    """A feed-forward network whose hidden channels are removed."""
+
+    kind: Literal["channels"]
+    inputs: list[str] = Field(min_length=1)
+    output: str
+
+
+class Family(_Strict):
+    """One naming family, as a file of ``search_spaces/`` describes it."""
+
+    schema_: Literal[1] = Field(alias="schema")
+    model_types: list[str] = Field(min_length=1)
+    blocks: str = Field(pattern=r"\{block\}")
+    units: dict[Literal["attention", "mlp"], Annotated[KvGroups | Channels, Field(discriminator="kind")]]
+    tail: list[str] = Field(min_length=1)
+    skip: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A prunable sub-block of one block, with concrete module names.
+
+    It holds ``total`` items (channels or KV groups). Item i owns rows [i·r, (i+1)·r) of each input module,
+    where r is the module's rows per item, and columns [i·width, (i+1)·width) of the output module.
+    """
+
+    name: str
+    kind: str
+    part: str
+    block: int
+    total: int
+    inputs: tuple[tuple[str, int], ...]
+    output: str
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where things are in one model.
+
+    Attributes:
+        blocks: Module names of the blocks, in order.
+        tail: Modules from the last block's output to the logits.
+        sites: Prunable sub-blocks, in model order.
+    """
+
+    blocks: tuple[str, ...]
+    tail: tuple[str, ...]
+    sites: tuple[Site, ...]
+
+
+def families_folder() -> Path:
+    """Return the folder of the family files, in a wheel or beside an editable install."""
+    inside = Path(str(resources.files("allocator") / "search_spaces"))
+    return inside if inside.is_dir() else Path(str(resources.files("allocator"))).parent / "search_spaces"
+
+
+def load_family(path: Path) -> Family:
+    """Read one family file.
+
+    Raises:
+        UserError: The file is missing, not YAML, or has a missing or unknown key.
+    """
+    try:
+        return Family.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise UserError(f"family: {path}: {error.strerror}. Name a file like those in {families_folder()}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"family: {path}: not YAML: {error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"family: {path}: {where or 'file'}: {first['msg']}. Compare with llama.yaml") from None
+
+
+def find_family(model_type: str, file: Path | None = None) -> Family:
+    """Return the family of a model type, from ``file`` or from those shipped.
+
+    Raises:
+        UserError: No family names the model type.
+    """
+    if file is not None:
+        family = load_family(file)
+        if model_type not in family.model_types:
+            raise UserError(f"family: {file}: serves {family.model_types}, and the model is of type {model_type!r}")
+        return family
+    families = [load_family(path) for path in sorted(families_folder().glob("*.yaml"))]
+    for family in families:
+        if model_type in family.model_types:
+            return family
+    known = sorted(name for family in families for name in family.model_types)
+    raise UserError(
+        f"model: no family file serves the model type {model_type!r}; known: {', '.join(known)}. "
+        f"Write one like {families_folder() / 'llama.yaml'} and name it with --set family=FILE"
+    )
+
+
+def resolve_layout(family: Family, files: ModelFiles) -> Layout:
+    """Find the family's modules in a model, and check that they cover every weight matrix.
+
+    Raises:
+        UserError: A named module is missing, a matrix is covered by no unit and no ``skip`` line, or shapes
+            do not divide into items.
+    """
+    shapes = files.shapes
+    pattern = re.compile(re.escape(family.blocks).replace(r"\{block\}", r"(\d+)") + r"\.")
+    numbers = sorted({int(match[1]) for name in shapes if (match := pattern.match(name))})
+    if not numbers:
+        raise UserError(f"family: blocks {family.blocks!r} matches no module of {files.architecture}")
+    blocks = tuple(family.blocks.format(block=number) for number in numbers)
+    sites = tuple(
+        _site(part, parts, block, index, files)
+        for index, block in enumerate(blocks)
+        for part, parts in family.units.items()
+    )
+    covered = {*family.skip, *(name for site in sites for name in (*(m for m, _ in site.inputs), site.output))}
+    for name, shape in shapes.items():
+        module = name.removesuffix(".weight")
+        if len(shape) >= 2 and module not in covered:
+            raise UserError(
+                f"family: matrix {module} {list(shape)} of {files.architecture} is in no unit. "
+                "Name it in a unit, or list it under 'skip'"
+            )
+    return Layout(blocks, tuple(family.tail), sites)
+
+
+def _site(part: str, parts: KvGroups | Channels, block: str, index: int, files: ModelFiles) -> Site:
+    inputs, output = [f"{block}.{name}" for name in parts.inputs], f"{block}.{parts.output}"
+    for module in (*inputs, output):
+        if f"{module}.weight" not in files.shapes:
+            near = ", ".join(sorted(n for n in files.shapes if n.startswith(f"{block}."))[:12])
+            raise UserError(f"family: unit {part!r} names {module}, which {files.architecture} lacks. It has {near}")
+    rows = {module: files.shapes[f"{module}.weight"][0] for module in inputs}
+    columns = files.shapes[f"{output}.weight"][1]
+    total = columns if isinstance(parts, Channels) else int(files.config["num_key_value_heads"])
+    name = os.path.commonpath([module.replace(".", "/") for module in (*inputs, output)]).replace("/", ".")
+    for module, size in {**rows, output: columns}.items():
+        if size % total:
+            raise UserError(f"family: {module} has {size} rows or columns, which {total} {parts.kind} do not divide")
+    return Site(
+        name=name,
+        kind=parts.kind,
+        part=part,
+        block=index,
+        total=total,
+        inputs=tuple((module, size // total) for module, size in rows.items()),
+        output=output,
+        width=columns // total,
+    )
+
+
+def build_space(
+    layout: Layout,
+    files: ModelFiles,
+    pattern: str,
+    target: float,
+    ladder: Sequence[float] | None = None,
+    align: int = 1,
+) -> SearchSpace:
+    """Return the search space of a model.
+
+    Args:
+        layout: Where the model's units are.
+        files: The model's shapes.
+        pattern: ``structured`` or ``unstructured``.
+        target: Share to remove; ladders of the unstructured pattern are centred on it.
+        ladder: Sparsities of every unit in place of the default. Default: channels in eighths, KV groups one
+            by one, both down to nothing; matrices nine levels of ``target`` ± 0.3 beside the dense one.
+        align: Widths of channels are multiples of this.
+    """
+    shapes = files.shapes
+    if pattern == "structured":
+        units = [_structured_unit(site, files, ladder, align) for site in layout.sites]
+    else:
+        levels = ladder or [target + step * 0.075 for step in range(-4, 5)]
+        units = [
+            _matrix_unit(module, site, shapes[f"{module}.weight"], levels)
+            for site in layout.sites
+            for module in (*(name for name, _ in site.inputs), site.output)
+        ]
+    total = sum(_size(shape) for shape in shapes.values())
+    head = shapes.get("lm_head.weight") or shapes["model.embed_tokens.weight"]
+    fixed = {"params": total - sum(unit.params[0] for unit in units), "macs": _size(head)}
+    return SearchSpace(pattern, tuple(units), fixed)
+
+
+def _size(shape: Sequence[int]) -> int:
+    size = 1
+    for extent in shape:
+        size *= extent
+    return size
+
+
+def _structured_unit(site: Site, files: ModelFiles, ladder: Sequence[float] | None, align: int) -> Unit:
+    shapes = files.shapes
+    if ladder is None:
+        steps = 8 if site.kind == "channels" else site.total
+        ladder = [step / steps for step in range(1, steps + 1)]
+    unit_align = align if site.kind == "channels" else 1
+    counts = {site.total, *(round(site.total * (1.0 - s) / unit_align) * unit_align for s in ladder)}
+    kept = tuple(sorted((count for count in counts if count <= site.total), reverse=True))
+    owned = {name: shape for name, shape in shapes.items() if name.startswith(f"{site.name}.")}
+    matrices = {f"{module}.weight" for module, _ in site.inputs} | {f"{site.output}.weight"}
+    biases = {f"{module}.bias" for module, _ in site.inputs} & set(owned)
+    per_item = sum(_size(owned[name]) // site.total for name in matrices)
+    per_item_bias = sum(_size(owned[name]) // site.total for name in biases)
+    whole = sum(_size(shape) for name, shape in owned.items() if name not in matrices | biases)
+    params = tuple(count and count * (per_item + per_item_bias) + whole for count in kept)
+    macs = tuple(count * per_item for count in kept)
+    return Unit(site.name, site.kind, site.part, site.block, site.total, kept, params, macs)
+
+
+def _matrix_unit(module: str, site: Site, shape: Sequence[int], ladder: Sequence[float]) -> Unit:
+    rows, columns = shape
+    counts = {columns, *(round(columns * (1.0 - min(1.0, s))) for s in ladder if s > 0)}
+    kept = tuple(rows * count for count in sorted(counts, reverse=True))
+    macs = tuple(itertools.repeat(rows * columns, len(kept)))
+    return Unit(module, "matrix", site.part, site.block, rows * columns, kept, kept, macs)
+
+
+def read_family_table() -> dict[str, Any]:
+    """Return the shipped families by file name, for the command line."""
+    return {path.stem: load_family(path).model_types for path in sorted(families_folder().glob("*.yaml"))}

@@ -1,0 +1,118 @@
+"""A model folder as it lies on disk: its configuration and the headers of its safetensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from allocator.core.errors import UserError
+from allocator.core.files import file_fingerprint, fingerprint, read_json
+
+PACKAGED = "tiny-python-llama"
+"""Name of the model inside the package, the default of every command."""
+
+INDEX = "model.safetensors.index.json"
+_REMEDY = "Give a local Hugging Face folder with config.json and *.safetensors"
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A checkpoint in the Hugging Face format, known without loading a weight.
+
+    Attributes:
+        folder: Where it lies.
+        config: The content of ``config.json``.
+        shapes: Shape of every tensor by name; tied tensors once.
+        shards: The file, inside ``folder``, of every tensor.
+        dtypes: Safetensors data type (``BF16``, ``F32``, ...) of every tensor.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+    shards: Mapping[str, str]
+    dtypes: Mapping[str, str]
+
+    @property
+    def architecture(self) -> str:
+        """Class name of the model, such as ``LlamaForCausalLM``."""
+        return str(self.config["architectures"][0])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the configuration and of every weight file. Reads all of them."""
+        names = sorted(set(self.shards.values()))
+        return fingerprint({"config": self.config, "files": {n: file_fingerprint(self.folder / n) for n in names}})
+
+
+def locate(model: str | Path) -> Path:
+    """Return the folder of a model: the packaged one by name, a local folder, or a hub id in the local cache.
+
+    Raises:
+        UserError: There is no such folder, and the hub has no such model or cannot be reached.
+    """
+    if str(model) == PACKAGED:
+        return Path(str(resources.files("allocator") / "packaged" / PACKAGED))
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or str(model).startswith((".", "/", "~")) or str(model).count("/") != 1:
+        raise UserError(f"model: {model}: no such folder. {_REMEDY}, or the name {PACKAGED!r}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.txt"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"model: {model}: no such folder, and the hub did not give a model of that name ({reason}). {_REMEDY}"
+        ) from None
+
+
+def read_model_files(folder: Path) -> ModelFiles:
+    """Read the configuration and the tensor headers of a causal language model.
+
+    Raises:
+        UserError: The folder is not a causal language model in safetensors, or a file is damaged.
+    """
+    if not folder.is_dir():
+        raise UserError(f"model: {folder}: no such folder. {_REMEDY}")
+    config = read_json(folder / "config.json", "model configuration")
+    architectures = config.get("architectures") or ["nothing"]
+    if not str(architectures[0]).endswith("ForCausalLM"):
+        raise UserError(
+            f"model: {folder}/config.json names the architecture {architectures[0]!r}, which is not a causal "
+            "language model. Give a model whose architecture ends in ForCausalLM"
+        )
+    if (folder / INDEX).exists():
+        index = read_json(folder / INDEX, "safetensors index")
+        names = sorted(set(index.get("weight_map", {}).values()))
+    else:
+        names = sorted(path.name for path in folder.glob("*.safetensors"))
+    if not names:
+        raise UserError(f"model: {folder}: no *.safetensors file. Save the model with save_pretrained")
+    shapes: dict[str, tuple[int, ...]] = {}
+    shards: dict[str, str] = {}
+    dtypes: dict[str, str] = {}
+    for name in names:
+        try:
+            with safe_open(folder / name, framework="numpy") as file:
+                for key in file.keys():
+                    view = file.get_slice(key)
+                    shapes[key], shards[key], dtypes[key] = tuple(view.get_shape()), name, view.get_dtype()
+        except (SafetensorError, OSError, json.JSONDecodeError) as error:
+            raise UserError(
+                f"model: {folder / name}: not a readable safetensors file: {error}. Copy it again"
+            ) from None
+    if config.get("tie_word_embeddings") and "lm_head.weight" in shapes:
+        for table in (shapes, shards, dtypes):
+            del table["lm_head.weight"]
+    return ModelFiles(folder, config, shapes, shards, dtypes)

@@ -1,0 +1,204 @@
+"""Text for measuring a model: where it comes from, how it is split, how it becomes token sequences."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from allocator.core.errors import UserError
+
+SPLITS = ("calibration", "search", "selection", "test")
+
+LONGEST_LIBRARY_DOCUMENT = 16 * 1024
+"""Bytes used of one standard-library file, so that no one file dominates."""
+
+SHORTEST_LIBRARY_FILE = 512
+"""Bytes below which a standard-library file is skipped."""
+
+PIECE_BYTES = 8 * 1024
+"""Bytes, about, of the documents that a plain text file is cut into."""
+
+_EXCLUDED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+_EXCLUDED_FOLDERS |= {"__pycache__", "encodings", "pydoc_data", "lib2to3"}
+_FOLDER_SUFFIXES = (".txt", ".jsonl", ".py", ".md")
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One text with the name that decides its split and its place in the order."""
+
+    name: str
+    text: str
+
+
+def split_of(name: str) -> str:
+    """Returns the split a document belongs to, decided by the hash of its name alone.
+
+    Args:
+        name: The document's name, a POSIX relative path.
+
+    Returns:
+        One of `SPLITS`: 6 % search, 4 % selection, 10 % test, the rest calibration.
+    """
+    share = int.from_bytes(_digest(name)[:6], "big") / 2**48
+    if share < 0.06:
+        return "search"
+    if share < 0.10:
+        return "selection"
+    return "test" if share < 0.20 else "calibration"
+
+
+def standard_library() -> list[Document]:
+    """Reads the running interpreter's standard library, without its tests.
+
+    Returns:
+        The Python files, each cut to `LONGEST_LIBRARY_DOCUMENT` bytes at a line end, in the order of the
+        hash of their names, so that the first documents are a random sample of the files.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    documents = []
+    for path in root.rglob("*.py"):
+        relative = path.relative_to(root)
+        if any(part in _EXCLUDED_FOLDERS or part.startswith("config-") for part in relative.parts[:-1]):
+            continue
+        data = path.read_bytes()
+        if len(data) < SHORTEST_LIBRARY_FILE:
+            continue
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError:
+            continue
+        documents.append(Document(relative.as_posix(), next(_pieces(text, LONGEST_LIBRARY_DOCUMENT))))
+    return _in_hash_order(documents)
+
+
+def read_documents(path: Path | None) -> list[Document]:
+    """Reads the documents at a path.
+
+    Args:
+        path: A `.jsonl` file (one document a line, under the key "text"), a text file (cut at line ends
+            into documents of about `PIECE_BYTES`), a folder of such files (`.txt`, `.jsonl`, `.py`, `.md`,
+            read recursively), or None for the standard library.
+
+    Returns:
+        The documents; those of a folder in the order of the hash of their names.
+
+    Raises:
+        UserError: If the path is missing, a file cannot be read as it should, or there is no document.
+    """
+    if path is None:
+        documents = standard_library()
+    elif path.is_dir():
+        files = (file for file in path.rglob("*") if file.is_file() and file.suffix in _FOLDER_SUFFIXES)
+        documents = _in_hash_order(
+            document for file in files for document in _read_file(file, file.relative_to(path).as_posix())
+        )
+    elif path.is_file():
+        documents = list(_read_file(path, path.name))
+    else:
+        raise UserError(f"text: {path} does not exist; give a .jsonl file, a text file or a folder of them")
+    if not documents:
+        raise UserError(
+            f"text: no documents in {path or 'the standard library'}; "
+            f"give text that is not empty, in files ending in {', '.join(_FOLDER_SUFFIXES)}"
+        )
+    return documents
+
+
+def pack(
+    documents: Iterable[Document],
+    encode: Callable[[str], list[int]],
+    num_sequences: int,
+    sequence_length: int,
+    separator_id: int,
+) -> np.ndarray:
+    """Packs documents, in the given order, into full token sequences.
+
+    Args:
+        documents: The documents; no more of them are encoded than are needed.
+        encode: Gives the token ids of a text, without special tokens.
+        num_sequences: How many sequences to make.
+        sequence_length: Tokens in each sequence.
+        separator_id: The token put after each document.
+
+    Returns:
+        Token ids, int64, of shape (num_sequences, sequence_length).
+
+    Raises:
+        UserError: If the documents hold too few tokens.
+    """
+    needed = num_sequences * sequence_length
+    tokens: list[int] = []
+    for document in documents:
+        if len(tokens) >= needed:
+            break
+        tokens.extend(encode(document.text))
+        tokens.append(separator_id)
+    if len(tokens) < needed:
+        raise UserError(
+            f"text: {num_sequences} sequences of {sequence_length} tokens need {needed} tokens, "
+            f"the documents hold {len(tokens)}; give more text, or ask for fewer or shorter sequences"
+        )
+    return np.asarray(tokens[:needed], dtype=np.int64).reshape(num_sequences, sequence_length)
+
+
+def _digest(name: str) -> bytes:
+    return hashlib.sha256(name.encode("utf-8")).digest()
+
+
+def _in_hash_order(documents: Iterable[Document]) -> list[Document]:
+    return sorted(documents, key=lambda document: (_digest(document.name), document.name))
+
+
+def _read_file(path: Path, name: str) -> Iterator[Document]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"text: {path} is not UTF-8 (byte {error.start}); convert it to UTF-8") from error
+    if path.suffix == ".jsonl":
+        yield from _read_json_lines(path, name, text)
+        return
+    for number, piece in enumerate(_pieces(text, PIECE_BYTES)):
+        yield Document(f"{name}#{number}", piece)
+
+
+def _read_json_lines(path: Path, name: str, text: str) -> Iterator[Document]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"text: {path}, line {number} is not JSON ({error}); put one JSON object on each line"
+            ) from error
+        content = record.get("text") if isinstance(record, dict) else None
+        if type(content) is not str:
+            found = f"the keys {sorted(record)}" if isinstance(record, dict) else type(record).__name__
+            raise UserError(
+                f'text: {path}, line {number} has no string under the key "text" (found {found}); '
+                'write each line as {"text": "..."}'
+            )
+        if content:
+            yield Document(f"{name}#{number}", content)
+
+
+def _pieces(text: str, size: int) -> Iterator[str]:
+    """Cuts text at line ends into pieces of at most `size` bytes; a longer line is a piece of its own."""
+    lines: list[str] = []
+    used = 0
+    for line in text.splitlines(keepends=True):
+        length = len(line.encode("utf-8"))
+        if lines and used + length > size:
+            yield "".join(lines)
+            lines, used = [], 0
+        lines.append(line)
+        used += length
+    if lines:
+        yield "".join(lines)

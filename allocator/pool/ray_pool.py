@@ -1,0 +1,143 @@
+"""A pool of Ray actors, each with an engine. Work is pulled: a worker that is done gets the next request."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError
+
+from allocator.core.errors import UserError
+from allocator.core.protocols import Outcome, Request
+from allocator.evaluate.engine import Engine, EngineSpec, Execution
+
+MAX_DEATHS = 3
+"""Workers that one task may cost, each time on a fresh worker, before the run stops."""
+
+Notify = Callable[[str], None]
+
+
+@ray.remote(max_restarts=0)
+class Worker:
+    """One engine in one process."""
+
+    def __init__(self, spec: EngineSpec, tokens: Mapping[str, np.ndarray]) -> None:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        self._engine = Engine(spec, tokens)
+
+    def measure(self, request: Request) -> Outcome:
+        """See :meth:`Engine.measure`."""
+        return self._engine.measure(request)
+
+    def execute(self, execution: Execution, tokens: int) -> dict[str, float]:
+        """See :meth:`Engine.execute`."""
+        return self._engine.execute(execution, tokens)
+
+
+class RayPool:
+    """Evaluates on Ray workers: a local cluster of its own, or a running one.
+
+    A worker that dies is replaced and its task is run again; a task that kills worker after worker stops the
+    run. Outcomes do not depend on which worker measured them, nor on how many there are.
+    """
+
+    def __init__(
+        self,
+        spec: EngineSpec,
+        tokens: Mapping[str, np.ndarray],
+        workers: int,
+        address: str | None = None,
+        notify: Notify = lambda message: None,
+    ) -> None:
+        """Start ``workers`` actors.
+
+        Raises:
+            UserError: No Ray cluster answers at ``address``, or it has no room for one worker.
+        """
+        self._owns_cluster = connect(workers * spec.threads, address)
+        self._spec, self._notify = spec, notify
+        self._spec_ref, self._tokens_ref = ray.put(spec), ray.put(dict(tokens))
+        self._workers = [self._start() for _ in range(workers)]
+
+    def evaluate(self, requests: Sequence[Request]) -> Iterator[Outcome]:
+        """Yield outcomes as workers finish them."""
+        for _, outcome in self._run([("measure", (request,)) for request in requests]):
+            yield outcome
+
+    def execute(self, executions: Sequence[Execution], tokens: int) -> list[dict[str, float]]:
+        """Save and measure checkpoints side by side; results in order."""
+        results = dict(self._run([("execute", (execution, tokens)) for execution in executions]))
+        return [results[index] for index in range(len(executions))]
+
+    def close(self) -> None:
+        """Stop the workers, and the cluster if this pool started it."""
+        for worker in self._workers:
+            with contextlib.suppress(RayActorError):
+                ray.kill(worker)
+        self._workers = []
+        if self._owns_cluster:
+            ray.shutdown()
+
+    def _start(self) -> Any:
+        threads = {name: str(self._spec.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        options = Worker.options(num_cpus=self._spec.threads, runtime_env={"env_vars": threads})
+        return options.remote(self._spec_ref, self._tokens_ref)
+
+    def _run(self, tasks: Sequence[tuple[str, tuple[Any, ...]]]) -> Iterator[tuple[int, Any]]:
+        waiting = list(range(len(tasks)))[::-1]
+        idle, flying, deaths = list(self._workers), {}, [0] * len(tasks)
+        while waiting or flying:
+            while waiting and idle:
+                worker, index = idle.pop(), waiting.pop()
+                method, arguments = tasks[index]
+                flying[getattr(worker, method).remote(*arguments)] = (worker, index)
+            done, _ = ray.wait(list(flying), num_returns=1)
+            worker, index = flying.pop(done[0])
+            try:
+                result = ray.get(done[0])
+            except (ActorDiedError, ActorUnavailableError) as error:
+                deaths[index] += 1
+                if deaths[index] >= MAX_DEATHS:
+                    raise UserError(
+                        f"workers: {MAX_DEATHS} workers died one after the other on the same task ({error}). "
+                        "Free some memory or use fewer workers, then resume"
+                    ) from None
+                self._notify(f"a worker died and is replaced; its task is run again ({deaths[index]} of {MAX_DEATHS})")
+                replacement = self._start()
+                self._workers[self._workers.index(worker)] = replacement
+                idle.append(replacement)
+                waiting.append(index)
+                continue
+            except ray.exceptions.RayTaskError as error:
+                cause = error.cause
+                raise cause if isinstance(cause, UserError) else error from None
+            idle.append(worker)
+            yield index, result
+
+
+def connect(cpus: int, address: str | None) -> bool:
+    """Connect to a Ray cluster, or start a local one; return whether it was started here.
+
+    Raises:
+        UserError: No cluster answers at ``address``.
+    """
+    if ray.is_initialized():
+        return False
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if address is None and "RAY_ADDRESS" not in os.environ and "RAY_JOB_ID" not in os.environ:
+        ray.init(address="local", num_cpus=max(cpus, 1), include_dashboard=False, **quiet)
+        return True
+    try:
+        ray.init(address=address, **quiet)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"address: no Ray cluster answers at {address} ({reason}). Start one with 'ray start --head', "
+            "or leave --address out for a local one"
+        ) from None
+    return False

@@ -1,0 +1,93 @@
+"""Live progress on the terminal: one bar per phase, or plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+
+class Reporter(Protocol):
+    """Hears how a run gets on."""
+
+    def phase(self, name: str, total: int | None = None) -> None:
+        """A phase begins; ``total`` steps, if known."""
+        ...
+
+    def step(self, done: int, note: str = "") -> None:
+        """So many steps of the phase are done."""
+        ...
+
+    def say(self, message: str) -> None:
+        """Something worth a line of its own."""
+        ...
+
+
+class Silent:
+    """Hears nothing."""
+
+    def phase(self, name: str, total: int | None = None) -> None:
+        """Ignore."""
+
+    def step(self, done: int, note: str = "") -> None:
+        """Ignore."""
+
+    def say(self, message: str) -> None:
+        """Ignore."""
+
+
+class Live:
+    """Progress on standard error. Use as a context manager."""
+
+    _QUIET_S = 10.0
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        columns = (
+            TextColumn("{task.description:<11}"),
+            BarColumn(bar_width=24),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+        self._task: TaskID | None = None
+        self._name, self._total, self._spoken = "", None, 0.0
+
+    def __enter__(self) -> Live:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._finish()
+        self._progress.stop()
+
+    def phase(self, name: str, total: int | None = None) -> None:
+        """Finish the last bar and begin one."""
+        self._finish()
+        self._name, self._total, self._spoken = name, total, time.monotonic()
+        self._task = self._progress.add_task(name, total=total, note="")
+        if not self._console.is_terminal:
+            self._console.print(f"{name} ...")
+
+    def step(self, done: int, note: str = "") -> None:
+        """Move the bar; without a terminal, a line every ten seconds."""
+        if self._task is not None:
+            self._progress.update(self._task, completed=done, note=note)
+        if not self._console.is_terminal and time.monotonic() - self._spoken >= self._QUIET_S:
+            self._spoken = time.monotonic()
+            self._console.print(f"{self._name}: {done}{f' of {self._total}' if self._total else ''} {note}")
+
+    def say(self, message: str) -> None:
+        """Print a line above the bars."""
+        self._progress.console.print(message, soft_wrap=True)
+
+    def _finish(self) -> None:
+        if self._task is not None:
+            total = self._progress.tasks[self._task].total or 1
+            self._progress.update(self._task, total=total, completed=total)
+        self._task = None

@@ -1,0 +1,57 @@
+"""Executing a plan: from the level store or recomputed, saved, reloaded, counted, and compared with the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from allocator.core.errors import UserError
+from allocator.core.space import Allocation, SearchSpace
+from allocator.model.checkpoint import count_params, read_tensors, write_checkpoint
+from allocator.model.family import Layout
+from allocator.model.headers import ModelFiles
+from allocator.prune.assemble import Assembler, CompactLevels
+
+
+def save_pruned(
+    allocation: Allocation,
+    files: ModelFiles,
+    layout: Layout,
+    space: SearchSpace,
+    compact: Callable[[str], CompactLevels],
+    out: Path,
+) -> int:
+    """Write the checkpoint of an allocation, count its parameters on disk, and return the count.
+
+    Args:
+        allocation: One level per unit.
+        files: The dense model.
+        layout: Where its units are.
+        space: Their ladders.
+        compact: Returns a unit's compact levels: a level store, or what was recomputed along the allocation.
+        out: A folder that does not exist yet.
+
+    Raises:
+        UserError: The saved checkpoint does not hold what the allocation says.
+    """
+    assembler = Assembler(files, layout, space, compact)
+    levels = {unit.name: level for unit, level in zip(space.units, allocation, strict=True)}
+
+    def replace(site: str) -> dict[str, torch.Tensor | None]:
+        return dict(assembler.site(site, levels))
+
+    write_checkpoint(files, layout, replace, out)
+    planned, counted = space.cost(allocation), count_params(out, space)
+    if not planned - _dense_zeros(files, space) <= counted <= planned:
+        raise UserError(
+            f"{out}: holds {counted} parameters, and the plan says {planned}. Please report this as a defect"
+        )
+    return counted
+
+
+def _dense_zeros(files: ModelFiles, space: SearchSpace) -> int:
+    """Count the weights of unit matrices that are zero in the dense model, and so may be kept and zero."""
+    names = [f"{unit.name}.weight" for unit in space.units if unit.kind == "matrix"]
+    return sum(int((read_tensors(files, [name])[name] == 0).sum()) for name in names)

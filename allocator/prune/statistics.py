@@ -1,0 +1,104 @@
+"""What local pruners need to know about the inputs of a matrix: their norms, or their Gram matrix.
+
+Shapes: n tokens, i input features. ``input_ni``, ``gram_ii``, ``square_i``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import nn
+
+from allocator.core.errors import UserError
+
+Need = Literal["nothing", "norms", "gram"]
+
+
+class Statistics(Protocol):
+    """Accumulates over batches of inputs."""
+
+    def add(self, input_ni: torch.Tensor) -> None:
+        """Take a batch of inputs."""
+        ...
+
+
+class Gram:
+    """H = XᵀX over all tokens, accumulated in fp32. Shape [in, in]."""
+
+    def __init__(self, num_inputs: int) -> None:
+        self.gram_ii = torch.zeros(num_inputs, num_inputs)
+
+    def add(self, input_ni: torch.Tensor) -> None:
+        """Add a batch."""
+        input_ni = input_ni.float()
+        self.gram_ii.addmm_(input_ni.T, input_ni)
+
+    def check(self, module: str) -> None:
+        """Raise if an activation was not finite."""
+        _check_finite(self.gram_ii, module)
+
+
+class Norms:
+    """Sum of squares of every input feature, which is diag(XᵀX). Shape [in]."""
+
+    def __init__(self, num_inputs: int) -> None:
+        self.square_i = torch.zeros(num_inputs)
+
+    def add(self, input_ni: torch.Tensor) -> None:
+        """Add a batch."""
+        self.square_i += input_ni.float().square().sum(0)
+
+    def check(self, module: str) -> None:
+        """Raise if an activation was not finite."""
+        _check_finite(self.square_i, module)
+
+
+class Nothing:
+    """For pruners that look at weights alone."""
+
+    def __init__(self, num_inputs: int) -> None:
+        pass
+
+    def add(self, input_ni: torch.Tensor) -> None:
+        """Ignore the batch."""
+
+    def check(self, module: str) -> None:
+        """Nothing can be wrong."""
+
+
+KINDS: Mapping[Need, Callable[[int], Gram | Norms | Nothing]] = {"gram": Gram, "norms": Norms, "nothing": Nothing}
+
+
+@contextmanager
+def collected(model: nn.Module, modules: Sequence[str], need: Need) -> Iterator[dict[str, Gram | Norms | Nothing]]:
+    """Collect statistics of the inputs of named linear modules while the body runs the model.
+
+    Raises:
+        UserError: At the end, if an input was NaN or infinite; names the module.
+    """
+    gathered = {name: KINDS[need](model.get_submodule(name).weight.shape[1]) for name in modules}
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def add(module: nn.Module, args: tuple[Any, ...]) -> None:
+            gathered[name].add(args[0].flatten(0, -2))
+
+        return add
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in modules]
+    try:
+        yield gathered
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, statistics in gathered.items():
+        statistics.check(name)
+
+
+def _check_finite(values: torch.Tensor, module: str) -> None:
+    if not torch.isfinite(values).all():
+        raise UserError(
+            f"calibration: the inputs of {module} are not all finite. Check the weights, or use --set dtype=float32"
+        )

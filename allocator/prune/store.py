@@ -1,0 +1,94 @@
+"""The level store: every unit pruned at every level, on disk, ready to be assembled.
+
+A folder with one safetensors file per unit and a manifest that says what the store belongs to and how each
+file must hash. The manifest is written last, so a store without one is unfinished.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from allocator.core.errors import UserError
+from allocator.core.files import file_fingerprint, read_json, write_json
+from allocator.prune.assemble import CompactLevels
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+
+
+class LevelStore:
+    """A finished store, memory-mapped."""
+
+    def __init__(self, folder: Path, units: Iterable[str]) -> None:
+        self.folder = folder
+        self._units = frozenset(units)
+        self._cache: dict[str, CompactLevels] = {}
+
+    def __call__(self, unit: str) -> CompactLevels:
+        """Return the compact levels of a unit."""
+        if unit not in self._cache:
+            with safe_open(self.folder / f"{unit}.safetensors", framework="pt") as file:
+                self._cache[unit] = {key: file.get_tensor(key) for key in file.keys()}
+        return self._cache[unit]
+
+
+def create_store(folder: Path, key: Mapping[str, Any], levels: Iterable[tuple[str, CompactLevels]]) -> LevelStore:
+    """Write a store, unit by unit, and its manifest at the end.
+
+    Args:
+        folder: Where to; what an unfinished store left there is removed.
+        key: What the store belongs to: model, calibration, pruner, space.
+        levels: Units by name with their compact levels.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    hashes: dict[str, str] = {}
+    for unit, tensors in levels:
+        path = folder / f"{unit}.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        hashes[unit] = file_fingerprint(path)
+    write_json(folder / MANIFEST, {"schema": SCHEMA, "kind": "allocator.levels", "key": dict(key), "units": hashes})
+    return LevelStore(folder, hashes)
+
+
+def open_store(folder: Path, key: Mapping[str, Any]) -> LevelStore | None:
+    """Open a finished store, or return None where there is none.
+
+    Raises:
+        UserError: The store belongs to another model, calibration or setting, or a file of it is damaged.
+    """
+    if not (folder / MANIFEST).exists():
+        return None
+    manifest = read_json(folder / MANIFEST, "level store manifest")
+    remedy = f"Remove {folder} to have it built again, or name another with --set store=FOLDER"
+    if manifest.get("kind") != "allocator.levels" or manifest.get("schema") != SCHEMA or "key" not in manifest:
+        raise UserError(f"{folder / MANIFEST}: not a level store of schema {SCHEMA}. {remedy}")
+    for name, value in key.items():
+        if manifest["key"].get(name) != value:
+            raise UserError(
+                f"{folder}: the level store was built for another {name}: {manifest['key'].get(name)}, "
+                f"and this search needs {value}. {remedy}"
+            )
+    for unit, expected in manifest["units"].items():
+        path = folder / f"{unit}.safetensors"
+        if not path.is_file():
+            raise UserError(f"{path}: missing from the level store. {remedy}")
+        if file_fingerprint(path) != expected:
+            raise UserError(f"{path}: damaged: its hash is not the manifest's. {remedy}")
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise UserError(f"{path}: not readable: {error}. {remedy}") from None
+    return LevelStore(folder, manifest["units"])
+
+
+def store_bytes(folder: Path) -> int:
+    """Return the size of a store on disk."""
+    return sum(path.stat().st_size for path in folder.iterdir())

@@ -1,0 +1,110 @@
+"""From a budget to a decision: baselines, the search, and the choice of the winner on text of its own.
+
+Everything here asks the journal first, so a finished run can be replayed without a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from allocator.core.budget import Budget, denser_moves, fits
+from allocator.core.journal import Journal
+from allocator.core.protocols import Evaluator, Outcome, Request, Searcher
+from allocator.core.space import Allocation, SearchSpace
+from allocator.search.baselines import two_rate, uniform
+from allocator.search.evolution import EvolutionSettings, ExchangeEvolution
+from allocator.search.loop import Listener, measure, search
+from allocator.search.nsga2 import Nsga2, Nsga2Settings
+from allocator.search.tpe import Tpe, TpeSettings
+
+Method = Literal["evolution", "nsga2", "tpe"]
+
+FINALISTS = 4
+"""Allocations that are measured again on the selection split, of which the best is the plan."""
+
+
+@dataclass(frozen=True, slots=True)
+class SearchSettings:
+    """Which method searches, and the settings of each."""
+
+    method: Method = "evolution"
+    evolution: EvolutionSettings = field(default_factory=EvolutionSettings)
+    nsga2: Nsga2Settings = field(default_factory=Nsga2Settings)
+    tpe: TpeSettings = field(default_factory=TpeSettings)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Fidelities that the method uses, increasing."""
+        if self.method == "evolution":
+            return self.evolution.tokens
+        return (self.nsga2.tokens if self.method == "nsga2" else self.tpe.tokens,)
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The chosen allocation, and those it is compared with, all within the budget."""
+
+    uniform: Allocation
+    two_rate: Allocation
+    searched: Allocation
+
+
+def make_searcher(
+    space: SearchSpace, budget: Budget, start: Sequence[Allocation], settings: SearchSettings, seed: int
+) -> Searcher:
+    """Return the searcher that the settings name, beginning at ``start``."""
+    if settings.method == "evolution":
+        return ExchangeEvolution(space, budget, start, settings.evolution, seed)
+    if settings.method == "nsga2":
+        return Nsga2(space, budget, start, settings.nsga2, seed)
+    return Tpe(space, budget, start, settings.tpe, seed)
+
+
+def decide(
+    space: SearchSpace,
+    budget: Budget,
+    target: float,
+    settings: SearchSettings,
+    seed: int,
+    selection_tokens: int,
+    evaluator: Evaluator,
+    journal: Journal,
+    listen: Listener = lambda outcomes: None,
+    phase: Callable[[str], None] = lambda name: None,
+) -> Decision:
+    """Measure the baselines, search from them, and choose among the finalists on the selection split.
+
+    Args:
+        space: What may be pruned.
+        budget: What every allocation keeps to.
+        target: The sparsity that uniform gives every unit.
+        settings: The method and its settings.
+        seed: Of the search.
+        selection_tokens: Tokens of the selection split on which finalists are compared.
+        evaluator: Measures what the journal does not know.
+        journal: Answers first, and records.
+        listen: Called with the outcomes of every batch of the search.
+        phase: Called with the name of each phase.
+    """
+    tokens = settings.tokens[-1]
+    phase("baselines")
+    even = uniform(space, budget, target)
+    sweep = two_rate(space, budget)
+    scored = measure([Request(a, tokens) for a in dict.fromkeys([even, *sweep])], evaluator, journal)
+    listen(scored)
+    best_two_rate = _best([o for o in scored if o.request.allocation in set(sweep)])
+    phase("search")
+    searcher = make_searcher(space, budget, list(dict.fromkeys([even, best_two_rate])), settings, seed)
+    search(searcher, evaluator, journal, listen)
+    phase("selection")
+    finalists = searcher.finalists()[:FINALISTS]
+    winner = _best(measure([Request(a, selection_tokens, "selection") for a in finalists], evaluator, journal))
+    assert fits(space, winner, budget), "every searcher keeps to the budget"
+    assert not denser_moves(space, winner, budget), "every searcher fills the budget"
+    return Decision(even, best_two_rate, winner)
+
+
+def _best(outcomes: Sequence[Outcome]) -> Allocation:
+    return min(outcomes, key=lambda outcome: (outcome.kl, outcome.request.allocation)).request.allocation

@@ -1,0 +1,142 @@
+"""Exchange evolution: (1+λ), elitist, with offspring that trade levels and selection in stages.
+
+After EvoPress (Sieberling et al., ICML 2025): offspring are the parent with min(U{1..m}, U{1..m}) exchanges,
+selection is staged over growing token sets, and the parent competes in the last stage. It departs from the
+paper in three ways: an exchange may cross unit kinds and step sizes, for the budget is an exact integer sum
+that is repaired and filled after it; the tokens of a stage are a prefix of the next stage's and the same in
+every generation, so all comparisons are paired; and no allocation is proposed twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from allocator.core.budget import Budget, repair
+from allocator.core.errors import UserError
+from allocator.core.protocols import Outcome, Request
+from allocator.core.space import Allocation, SearchSpace
+
+_ATTEMPTS_PER_OFFSPRING = 16
+
+
+@dataclass(frozen=True, slots=True)
+class EvolutionSettings:
+    """Settings of exchange evolution.
+
+    Attributes:
+        generations: How often the parent is challenged.
+        offspring: λ, proposals per generation.
+        tokens: Tokens of each stage, increasing.
+        survivors: How many stay after each stage; the last is 1, the next parent.
+        max_exchanges: m; an offspring differs by min(U{1..m}, U{1..m}) exchanges.
+    """
+
+    generations: int = 60
+    offspring: int = 16
+    tokens: tuple[int, ...] = (2048, 8192)
+    survivors: tuple[int, ...] = (4, 1)
+    max_exchanges: int = 3
+
+    def __post_init__(self) -> None:
+        if min(self.generations, self.offspring, self.max_exchanges) < 1:
+            raise UserError("search.evolution: generations, offspring and max_exchanges must be at least 1")
+        if len(self.tokens) != len(self.survivors) or not self.tokens:
+            raise UserError(
+                f"search.evolution: one number of survivors for each stage, found tokens {list(self.tokens)} "
+                f"and survivors {list(self.survivors)}"
+            )
+        if list(self.tokens) != sorted(set(self.tokens)) or self.tokens[0] < 1:
+            raise UserError(f"search.evolution.tokens: expected increasing counts, found {list(self.tokens)}")
+        counts = [self.offspring, *self.survivors]
+        if counts != sorted(counts, reverse=True) or self.survivors[-1] != 1:
+            raise UserError(
+                f"search.evolution.survivors: expected counts that fall from offspring ({self.offspring}) to 1, "
+                f"found {list(self.survivors)}"
+            )
+
+
+def exchange(
+    space: SearchSpace, parent: Allocation, budget: Budget, rng: np.random.Generator, times: int
+) -> Allocation:
+    """Return ``parent`` after ``times`` exchanges, within the budget and with the budget full.
+
+    One exchange makes a random unit one level sparser and another one level denser. What the unequal costs
+    of the two leave over or short is settled by units that were not touched, in random order, if they can.
+    """
+    levels = list(parent)
+    touched: dict[int, None] = {}
+    for _ in range(times):
+        givers = [i for i, unit in enumerate(space.units) if levels[i] + 1 < unit.num_levels]
+        receivers = [i for i, level in enumerate(levels) if level > 0]
+        if not givers or not receivers:
+            break
+        giver, receiver = int(rng.choice(givers)), int(rng.choice(receivers))
+        if giver != receiver:
+            levels[giver] += 1
+            levels[receiver] -= 1
+            touched.update({giver: None, receiver: None})
+    order = [i for i in rng.permutation(len(levels)).tolist() if i not in touched]
+    return repair(space, levels, budget, [*order, *touched])
+
+
+class ExchangeEvolution:
+    """Exchange evolution for one budget. See the module's text for the method and its source."""
+
+    def __init__(
+        self, space: SearchSpace, budget: Budget, start: Sequence[Allocation], settings: EvolutionSettings, seed: int
+    ) -> None:
+        """Begin at the best of ``start``, allocations within the budget."""
+        self._space, self._budget, self._settings, self._seed = space, budget, settings, seed
+        self._generation = 0
+        self._stage = len(settings.tokens) - 1
+        self._candidates: list[Allocation] = list(dict.fromkeys(start))
+        self._seen: set[Allocation] = set(self._candidates)
+        self._scored: dict[Allocation, float] = {}
+
+    def ask(self) -> Sequence[Request]:
+        """Return one stage of one generation."""
+        if not self._candidates:
+            return []
+        tokens = self._settings.tokens[self._stage]
+        return [Request(allocation, tokens) for allocation in self._candidates]
+
+    def tell(self, outcomes: Sequence[Outcome]) -> None:
+        """Keep the survivors of the stage, or begin the next generation."""
+        ranked = sorted(outcomes, key=lambda outcome: (outcome.kl, outcome.request.allocation))
+        last = len(self._settings.tokens) - 1
+        if self._stage < last:
+            keep = self._settings.survivors[self._stage]
+            self._candidates = [outcome.request.allocation for outcome in ranked[:keep]]
+            self._stage += 1
+            if self._stage == last:
+                self._candidates.append(self._parent)
+            return
+        for outcome in outcomes:
+            self._scored[outcome.request.allocation] = outcome.kl
+        self._parent = ranked[0].request.allocation
+        self._candidates = self._offspring() if self._generation < self._settings.generations else []
+        self._generation += 1
+        self._stage = 0
+        if last == 0 and self._candidates:
+            self._candidates.append(self._parent)
+
+    def finalists(self) -> Sequence[Allocation]:
+        """Return what was scored on all tokens, best first."""
+        return sorted(self._scored, key=lambda allocation: (self._scored[allocation], allocation))
+
+    def _offspring(self) -> list[Allocation]:
+        settings = self._settings
+        rng = np.random.default_rng([self._seed, self._generation])
+        children: list[Allocation] = []
+        for _ in range(settings.offspring * _ATTEMPTS_PER_OFFSPRING):
+            times = int(rng.integers(1, settings.max_exchanges + 1, size=2).min())
+            child = exchange(self._space, self._parent, self._budget, rng, times)
+            if child not in self._seen:
+                self._seen.add(child)
+                children.append(child)
+                if len(children) == settings.offspring:
+                    break
+        return children

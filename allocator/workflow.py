@@ -1,0 +1,317 @@
+"""The whole line: a trained model goes in; a plan, a smaller checkpoint and its measured figures come out."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from allocator.config import RunConfig
+from allocator.core.errors import UserError
+from allocator.core.files import fingerprint, write_atomic, write_json
+from allocator.core.front import pareto_front
+from allocator.core.journal import Journal
+from allocator.core.plan import Plan
+from allocator.core.protocols import Outcome
+from allocator.core.space import SearchSpace
+from allocator.evaluate.engine import DTYPES, EngineSpec, Execution, LocalEvaluator
+from allocator.job import Job, prepare, versions
+from allocator.model.load import load_model
+from allocator.model.walk import BlockWalker
+from allocator.progress import Reporter, Silent
+from allocator.prune.build import prune_all_levels
+from allocator.prune.store import LevelStore, create_store, open_store
+from allocator.search.decide import Decision, decide
+
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a finished search leaves.
+
+    Attributes:
+        folder: The run.
+        plan: The chosen plan.
+        summary: The content of ``result.json``.
+    """
+
+    folder: Path
+    plan: Plan
+    summary: Mapping[str, Any]
+
+    @property
+    def checkpoint(self) -> Path:
+        """The pruned checkpoint."""
+        return self.folder / "checkpoint"
+
+
+def run_search(config: RunConfig, resume: bool = False, reporter: Reporter | None = None) -> Result:
+    """Run the whole line for one configuration.
+
+    Args:
+        config: What to do.
+        resume: Continue the run of this name; what it measured is not measured again.
+        reporter: Hears about progress.
+
+    Raises:
+        UserError: An input is wrong. Nothing was written.
+    """
+    reporter = reporter or Silent()
+    folder = config.folder
+    _check_folder(folder, resume)
+    reporter.phase("checking")
+    job = prepare(config)
+    if config.workers:
+        from allocator.pool.ray_pool import connect
+
+        connect(config.workers * config.threads, config.address)
+    started = time.perf_counter()
+    wall: dict[str, float] = {}
+    with _open_journal(job, folder, resume, reporter) as journal:
+        with _timed(wall, "store"):
+            store = _store(job, config.store or folder / "levels", reporter)
+        with evaluators(job.engine_spec(store), job.tokens, config, reporter) as evaluator:
+            with _timed(wall, "search"):
+                decision = _decide(job, folder, evaluator, journal, reporter)
+            with _timed(wall, "execute"):
+                measured = _execute(job, folder, decision, evaluator, reporter)
+        wall["total"] = time.perf_counter() - started
+        plan = _plan(job, decision, measured)
+        plan.save(folder / "plan.json")
+        summary = _summary(job, decision, plan, measured, journal, wall)
+        write_json(folder / "result.json", summary)
+    from allocator.report.page import write_report
+
+    write_report(folder)
+    return Result(folder, plan, summary)
+
+
+@contextmanager
+def evaluators(
+    spec: EngineSpec, tokens: Mapping[str, np.ndarray], config: RunConfig, reporter: Reporter
+) -> Iterator[Any]:
+    """Yield an evaluator: in process for no workers, else a Ray pool, closed at the end."""
+    if config.workers == 0:
+        yield LocalEvaluator(spec, tokens)
+        return
+    from allocator.pool.ray_pool import RayPool
+
+    pool = RayPool(spec, tokens, config.workers, config.address, reporter.say)
+    try:
+        yield pool
+    finally:
+        pool.close()
+
+
+def write_front(folder: Path, space: SearchSpace, outcomes: Sequence[Outcome], tokens: int) -> None:
+    """Write ``front.json``: the non-dominated outcomes of the search at its highest fidelity."""
+    comparable = [o for o in outcomes if o.request.split == "search" and o.request.tokens == tokens]
+    points = [
+        {
+            "params": space.cost(outcome.request.allocation),
+            "sparsity": round(space.sparsity(outcome.request.allocation), 6),
+            "kl": outcome.kl,
+            "allocation": list(outcome.request.allocation),
+        }
+        for outcome in pareto_front(space, comparable)
+    ]
+    write_json(folder / "front.json", {"schema": 1, "kind": "allocator.front", "tokens": tokens, "points": points})
+
+
+def _check_folder(folder: Path, resume: bool) -> None:
+    if resume:
+        if not (folder / "journal.jsonl").is_file():
+            raise UserError(f"{folder}: no run of this name to resume. Leave out --resume to start it")
+        return
+    if folder.exists():
+        raise UserError(f"{folder}: the run exists already. Continue it with --resume, or choose another --name")
+    parent = folder.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"{parent}: not a folder that can be written to. Choose another with --runs-dir")
+
+
+def _open_journal(job: Job, folder: Path, resume: bool, reporter: Reporter) -> Journal:
+    header = {
+        "identity": job.identity(),
+        "model": job.model_id,
+        "target": job.config.target,
+        "method": job.config.search.method,
+        "seed": job.config.seed,
+        "tokens": list(job.config.search.tokens),
+        "budget": {"cost": job.budget.cost, "limit": job.budget.limit},
+        "space": job.space.to_json(),
+        "device": "cpu",
+        "versions": versions(),
+    }
+    if not resume:
+        folder.mkdir(parents=True)
+        write_atomic(folder / "run.yaml", job.config.to_yaml())
+        return Journal.create(folder / "journal.jsonl", header)
+    journal = Journal.resume(folder / "journal.jsonl")
+    for key, value in header["identity"].items():
+        if journal.header["identity"].get(key) != value:
+            journal.close()
+            raise UserError(
+                f"{folder}: holds another search: its {key} is {journal.header['identity'].get(key)}, and this one's "
+                f"is {value}. Resume it with its own settings ({folder / 'run.yaml'}), or choose another --name"
+            )
+    if journal.header["versions"] != header["versions"]:
+        reporter.say(f"notice: {folder} was begun with other package versions; the plan may differ by rounding")
+    reporter.say(f"resuming {folder}: {len(journal)} measurements are known")
+    return journal
+
+
+def _store(job: Job, folder: Path, reporter: Reporter) -> LevelStore:
+    store = open_store(folder, job.store_key)
+    if store is not None:
+        reporter.say(f"level store {folder} fits and is reused")
+        return store
+    reporter.phase("level store", len(job.layout.blocks))
+    torch.set_num_threads(job.config.threads)
+    walker = BlockWalker(load_model(job.files, DTYPES[job.config.dtype]), job.layout)
+    tokens = torch.from_numpy(job.tokens["calibration"])
+    levels = prune_all_levels(walker, job.files, job.layout, job.space, job.pruner, tokens, reporter.step)
+    return create_store(folder, job.store_key, levels)
+
+
+def _decide(job: Job, folder: Path, evaluator: Any, journal: Journal, reporter: Reporter) -> Decision:
+    settings = job.config.search
+    tokens = settings.tokens[-1]
+
+    def listen(outcomes: Sequence[Outcome]) -> None:
+        write_front(folder, job.space, list(journal), tokens)
+        within = [
+            o.kl
+            for o in journal
+            if (o.request.split, o.request.tokens) == ("search", tokens)
+            and job.space.cost(o.request.allocation, job.budget.cost) <= job.budget.limit
+        ]
+        best = f"best KL {min(within):.4f}" if within else ""
+        reporter.step(len(journal), f"{len(journal)} evaluations, {best}")
+
+    return decide(
+        job.space,
+        job.budget,
+        job.config.target,
+        settings,
+        job.config.seed,
+        job.config.tokens.selection,
+        evaluator,
+        journal,
+        listen,
+        reporter.phase,
+    )
+
+
+def _execute(job: Job, folder: Path, decision: Decision, evaluator: Any, reporter: Reporter) -> dict[str, Figures]:
+    """Save, reload, count and measure: nothing removed, the baselines, the plan; from the store, and recomputed."""
+    named = {
+        "dense": (job.space.dense, False),
+        "uniform": (decision.uniform, False),
+        "two_rate": (decision.two_rate, False),
+        "searched": (decision.searched, False),
+        "uniform_recomputed": (decision.uniform, True),
+        "searched_recomputed": (decision.searched, True),
+    }
+    reporter.phase("executing")
+    with tempfile.TemporaryDirectory(prefix=".executing-", dir=folder) as scratch:
+        executions = [
+            Execution(allocation, recompute, Path(scratch).absolute() / name)
+            for name, (allocation, recompute) in named.items()
+        ]
+        figures = evaluator.execute(executions, job.config.tokens.test)
+        shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+        (Path(scratch) / "searched").rename(folder / "checkpoint")
+    return {
+        name: {"params": measured.pop("params"), "sparsity": round(job.space.sparsity(allocation), 6), **measured}
+        for (name, (allocation, _)), measured in zip(named.items(), figures, strict=True)
+    }
+
+
+def _plan(job: Job, decision: Decision, measured: Mapping[str, Figures]) -> Plan:
+    return Plan(
+        model=job.model_id,
+        space=job.space,
+        allocation=decision.searched,
+        budget=job.budget,
+        pruner=job.pruner_id,
+        measured=measured,
+        provenance={
+            "run": fingerprint(job.identity()),
+            "searcher": job.config.search.method,
+            "seed": job.config.seed,
+            "target": job.config.target,
+            "versions": versions(),
+        },
+    )
+
+
+def _summary(
+    job: Job,
+    decision: Decision,
+    plan: Plan,
+    measured: Mapping[str, Figures],
+    journal: Journal,
+    wall: Mapping[str, float],
+) -> dict[str, Any]:
+    space = job.space
+    named = {"uniform": decision.uniform, "two_rate": decision.two_rate, "searched": decision.searched}
+    units = [
+        {
+            "name": unit.name,
+            "part": unit.part,
+            "kind": unit.kind,
+            "block": unit.block,
+            "sparsity": {name: round(unit.sparsity(a[index]), 6) for name, a in named.items()},
+        }
+        for index, unit in enumerate(space.units)
+    ]
+    spent = sum(o.request.tokens * space.compute_share(o.request.allocation) for o in journal)
+    return {
+        "schema": 1,
+        "kind": "allocator.result",
+        "model": dict(plan.model),
+        "pattern": space.pattern,
+        "target": job.config.target,
+        "method": job.config.search.method,
+        "seed": job.config.seed,
+        "budget": {**plan.to_json()["budget"]},
+        "measured": {name: dict(figures) for name, figures in measured.items()},
+        "units": units,
+        "search": {
+            "evaluations": len(journal),
+            "candidate_tokens": round(spent),
+            "store_tokens": int(job.tokens["calibration"].size),
+        },
+        "wall_s": {name: round(seconds, 2) for name, seconds in wall.items()},
+        "tokens": {split: int(ids.size) for split, ids in job.tokens.items()},
+        "versions": versions(),
+    }
+
+
+@contextmanager
+def _timed(wall: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    wall[name] = time.perf_counter() - start
+
+
+def load_run_config(folder: Path) -> dict[str, Any]:
+    """Return the content of a run's ``run.yaml``, the base of a resumed configuration."""
+    path = folder / "run.yaml"
+    if not path.is_file():
+        raise UserError(f"{path}: no such run. Start it without --resume")
+    return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
