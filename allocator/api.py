@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -27,8 +27,6 @@ from allocator.prune.pruners import make_pruner
 from allocator.prune.store import open_store
 from allocator.search.baselines import uniform
 from allocator.workflow import Result, run_search
-
-Execution = Literal["assemble", "recompute"]
 
 
 def search(
@@ -148,7 +146,7 @@ def prune(
     out: Path | str,
     *,
     model: str | Path,
-    execution: Execution = "assemble",
+    execution: str = "assemble",
     store: Path | str | None = None,
     text: Path | str | None = None,
     reporter: Reporter | None = None,
@@ -168,6 +166,8 @@ def prune(
     Raises:
         UserError: The plan is for another model, the text is another, or ``out`` exists.
     """
+    if execution not in ("assemble", "recompute"):
+        raise UserError(f"execution: expected assemble or recompute, found {execution!r}")
     plan = plan if isinstance(plan, Plan) else Plan.load(plan)
     reporter, out = reporter or Silent(), Path(out)
     if out.exists():

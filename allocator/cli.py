@@ -168,8 +168,6 @@ def prune(
     from allocator.model.headers import PACKAGED
     from allocator.progress import Live
 
-    if execution not in ("assemble", "recompute"):
-        raise UserError(f"--execution: expected assemble or recompute, found {execution!r}")
     beside = plan.parent / "levels"
     if store is None and (beside / "manifest.json").exists():
         store = beside

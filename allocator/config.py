@@ -124,7 +124,7 @@ class RunConfig(_Strict):
 
     def to_yaml(self) -> str:
         """Return the content of ``run.yaml``."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
 
 
 def load_config(
@@ -140,7 +140,8 @@ def load_config(
     Raises:
         UserError: The file cannot be read, a key is unknown, or a value is not allowed.
     """
-    source, data = "configuration", {}
+    source = "configuration"
+    data: dict[str, Any] = {}
     if file is not None:
         source = str(file)
         try:

@@ -54,7 +54,8 @@ class Live:
         )
         self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
         self._task: TaskID | None = None
-        self._name, self._total, self._spoken = "", None, 0.0
+        self._name, self._spoken = "", 0.0
+        self._total: int | None = None
 
     def __enter__(self) -> Live:
         self._progress.start()

@@ -144,8 +144,9 @@ def _check_folder(folder: Path, resume: bool) -> None:
 
 
 def _open_journal(job: Job, folder: Path, resume: bool, reporter: Reporter) -> Journal:
+    identity = job.identity()
     header = {
-        "identity": job.identity(),
+        "identity": identity,
         "model": job.model_id,
         "target": job.config.target,
         "method": job.config.search.method,
@@ -157,11 +158,15 @@ def _open_journal(job: Job, folder: Path, resume: bool, reporter: Reporter) -> J
         "versions": versions(),
     }
     if not resume:
-        folder.mkdir(parents=True)
-        write_atomic(folder / "run.yaml", job.config.to_yaml())
-        return Journal.create(folder / "journal.jsonl", header)
+        partial = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write_atomic(partial / "run.yaml", job.config.to_yaml())
+        Journal.create(partial / "journal.jsonl", header).close()
+        partial.rename(folder)
+        return Journal.resume(folder / "journal.jsonl")
     journal = Journal.resume(folder / "journal.jsonl")
-    for key, value in header["identity"].items():
+    for key, value in identity.items():
         if journal.header["identity"].get(key) != value:
             journal.close()
             raise UserError(
@@ -288,7 +293,7 @@ def _summary(
         "target": job.config.target,
         "method": job.config.search.method,
         "seed": job.config.seed,
-        "budget": {**plan.to_json()["budget"]},
+        "budget": plan.to_json()["budget"],
         "measured": {name: dict(figures) for name, figures in measured.items()},
         "units": units,
         "search": {

@@ -47,7 +47,7 @@ def denser_moves(space: SearchSpace, allocation: Sequence[int], budget: Budget) 
     room = budget.limit - space.cost(allocation, budget.cost)
     moves = []
     for index, (unit, level) in enumerate(zip(space.units, allocation, strict=True)):
-        ladder = getattr(unit, budget.cost)
+        ladder = unit.costs(budget.cost)
         if level > 0 and ladder[level - 1] - ladder[level] <= room:
             moves.append(index)
     return moves
@@ -67,7 +67,7 @@ def repair(space: SearchSpace, allocation: Sequence[int], budget: Budget, order:
         order: A permutation of the unit indices: who gives first, and who receives first.
     """
     levels = list(allocation)
-    ladders = [getattr(unit, budget.cost) for unit in space.units]
+    ladders = [unit.costs(budget.cost) for unit in space.units]
     room = budget.limit - space.cost(levels, budget.cost)
     while room < 0:
         movable = [i for i in order if levels[i] + 1 < len(ladders[i])]

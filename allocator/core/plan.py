@@ -13,7 +13,7 @@ from typing import Any
 from allocator.core.budget import Budget
 from allocator.core.errors import UserError
 from allocator.core.files import read_json, write_json
-from allocator.core.space import Allocation, SearchSpace
+from allocator.core.space import COSTS, Allocation, SearchSpace
 
 SCHEMA = 1
 
@@ -75,8 +75,12 @@ class Plan:
                 "achieved": space.cost(allocation, self.budget.cost),
             },
             "costs": {
-                cost: {"achieved": space.cost(allocation, cost), "dense": space.cost(space.dense, cost), "fixed": fixed}
-                for cost, fixed in (("params", space.fixed["params"]), ("macs", space.fixed["macs"]))
+                cost: {
+                    "achieved": space.cost(allocation, cost),
+                    "dense": space.cost(space.dense, cost),
+                    "fixed": space.fixed[cost],
+                }
+                for cost in COSTS
             },
             "sparsity": round(space.sparsity(allocation), 6),
             "units": units,

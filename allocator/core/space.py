@@ -50,6 +50,10 @@ class Unit:
         """Length of the ladder, the dense level included."""
         return len(self.kept)
 
+    def costs(self, cost: Cost) -> tuple[int, ...]:
+        """Return one cost of every level."""
+        return self.params if cost == "params" else self.macs
+
     def sparsity(self, level: int) -> float:
         """Share of the unit that ``level`` removes, in [0, 1]."""
         return 1.0 - self.kept[level] / self.total
@@ -87,9 +91,7 @@ class SearchSpace:
     def cost(self, allocation: Sequence[int], cost: Cost = "params") -> int:
         """Return the exact cost of the whole model under ``allocation``."""
         assert len(allocation) == len(self.units)
-        return self.fixed[cost] + sum(
-            getattr(unit, cost)[level] for unit, level in zip(self.units, allocation, strict=True)
-        )
+        return self.fixed[cost] + sum(u.costs(cost)[level] for u, level in zip(self.units, allocation, strict=True))
 
     def compute_share(self, allocation: Sequence[int]) -> float:
         """Share of the dense forward's multiply-accumulates that ``allocation`` really computes."""
@@ -111,6 +113,16 @@ class SearchSpace:
     def from_json(cls, data: Mapping[str, Any]) -> SearchSpace:
         """Read what :meth:`to_json` wrote."""
         units = tuple(
-            Unit(**{k: tuple(v) if isinstance(v, list) else v for k, v in unit.items()}) for unit in data["units"]
+            Unit(
+                name=unit["name"],
+                kind=unit["kind"],
+                part=unit["part"],
+                block=unit["block"],
+                total=unit["total"],
+                kept=tuple(unit["kept"]),
+                params=tuple(unit["params"]),
+                macs=tuple(unit["macs"]),
+            )
+            for unit in data["units"]
         )
         return cls(pattern=data["pattern"], units=units, fixed=dict(data["fixed"]))

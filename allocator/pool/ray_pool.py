@@ -22,7 +22,6 @@ MAX_DEATHS = 3
 Notify = Callable[[str], None]
 
 
-@ray.remote(max_restarts=0)
 class Worker:
     """One engine in one process."""
 
@@ -85,12 +84,13 @@ class RayPool:
 
     def _start(self) -> Any:
         threads = {name: str(self._spec.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-        options = Worker.options(num_cpus=self._spec.threads, runtime_env={"env_vars": threads})
-        return options.remote(self._spec_ref, self._tokens_ref)
+        actor = ray.remote(num_cpus=self._spec.threads, runtime_env={"env_vars": threads})(Worker)
+        return actor.remote(self._spec_ref, self._tokens_ref)
 
     def _run(self, tasks: Sequence[tuple[str, tuple[Any, ...]]]) -> Iterator[tuple[int, Any]]:
         waiting = list(range(len(tasks)))[::-1]
-        idle, flying, deaths = list(self._workers), {}, [0] * len(tasks)
+        idle, deaths = list(self._workers), [0] * len(tasks)
+        flying: dict[Any, tuple[Any, int]] = {}
         while waiting or flying:
             while waiting and idle:
                 worker, index = idle.pop(), waiting.pop()

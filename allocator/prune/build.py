@@ -24,7 +24,8 @@ from allocator.prune.statistics import collected
 SEQUENCES_PER_BATCH = 4
 """Sequences that run together; part of the numerics, so not derived from free memory."""
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[int], None]
+"""Hears how many blocks are done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ def prune_all_levels(
     space: SearchSpace,
     pruner: LocalPruner,
     tokens_nt: torch.Tensor,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = lambda done: None,
 ) -> Iterator[tuple[str, CompactLevels]]:
     """Yield each unit's compact levels, from dense inputs; one pass over the calibration text per block."""
     hidden = [walker.embed(batch) for batch in tokens_nt.split(SEQUENCES_PER_BATCH)]
@@ -69,7 +70,7 @@ def prune_all_levels(
             weight = _weight(files, task)
             wanted = range(1, task.unit.num_levels)
             yield task.unit.name, pruner.levels(task.unit, task.width, weight, statistics[task.module], wanted)
-        progress(index + 1, len(layout.blocks))
+        progress(index + 1)
 
 
 @torch.inference_mode()
@@ -81,7 +82,7 @@ def prune_along(
     space: SearchSpace,
     pruner: LocalPruner,
     tokens_nt: torch.Tensor,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = lambda done: None,
 ) -> dict[str, CompactLevels]:
     """Return each unit's compact form at its level of ``allocation``, from pruned predecessors' inputs.
 
@@ -105,7 +106,7 @@ def prune_along(
                     )
                     switchboard.set(task.unit.name, level)
         hidden = [walker.run(index, batch) for batch in hidden]
-        progress(index + 1, len(layout.blocks))
+        progress(index + 1)
     return compact
 
 

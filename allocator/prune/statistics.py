@@ -79,7 +79,7 @@ def collected(model: nn.Module, modules: Sequence[str], need: Need) -> Iterator[
     Raises:
         UserError: At the end, if an input was NaN or infinite; names the module.
     """
-    gathered = {name: KINDS[need](model.get_submodule(name).weight.shape[1]) for name in modules}
+    gathered = {name: KINDS[need](model.get_parameter(f"{name}.weight").shape[1]) for name in modules}
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def add(module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -95,6 +95,7 @@ class ExchangeEvolution:
         self._candidates: list[Allocation] = list(dict.fromkeys(start))
         self._seen: set[Allocation] = set(self._candidates)
         self._scored: dict[Allocation, float] = {}
+        self._parent = self._candidates[0]
 
     def ask(self) -> Sequence[Request]:
         """Return one stage of one generation."""
