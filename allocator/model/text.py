@@ -38,7 +38,7 @@ class Document:
 
 
 def split_of(name: str) -> str:
-    """Returns the split a document belongs to, decided by the hash of its name alone.
+    """Return the split a document belongs to, decided by the hash of its name alone.
 
     Args:
         name: The document's name, a POSIX relative path.
@@ -55,7 +55,7 @@ def split_of(name: str) -> str:
 
 
 def standard_library() -> list[Document]:
-    """Reads the running interpreter's standard library, without its tests.
+    """Read the running interpreter's standard library, without its tests.
 
     Returns:
         The Python files, each cut to `LONGEST_LIBRARY_DOCUMENT` bytes at a line end, in the order of the
@@ -79,15 +79,16 @@ def standard_library() -> list[Document]:
 
 
 def read_documents(path: Path | None) -> list[Document]:
-    """Reads the documents at a path.
+    """Read the documents at a path.
 
     Args:
         path: A `.jsonl` file (one document a line, under the key "text"), a text file (cut at line ends
-            into documents of about `PIECE_BYTES`), a folder of such files (`.txt`, `.jsonl`, `.py`, `.md`,
-            read recursively), or None for the standard library.
+            into documents of about `PIECE_BYTES`), a folder of `.jsonl` and text files (`.txt`, `.py`, `.md`;
+            read recursively, each text file one document), a folder that Hugging Face `datasets` saved (one
+            document a row, column "text"), or None for the standard library.
 
     Returns:
-        The documents; those of a folder in the order of the hash of their names.
+        The documents, in the order of the hash of their names, so that the first are a random sample.
 
     Raises:
         UserError: If the path is missing, a file cannot be read as it should, or there is no document.
@@ -95,12 +96,9 @@ def read_documents(path: Path | None) -> list[Document]:
     if path is None:
         documents = standard_library()
     elif path.is_dir():
-        files = (file for file in path.rglob("*") if file.is_file() and file.suffix in _FOLDER_SUFFIXES)
-        documents = _in_hash_order(
-            document for file in files for document in _read_file(file, file.relative_to(path).as_posix())
-        )
+        documents = _in_hash_order(_read_folder(path))
     elif path.is_file():
-        documents = list(_read_file(path, path.name))
+        documents = _in_hash_order(_read_file(path, path.name, whole=False))
     else:
         raise UserError(f"text: {path} does not exist; give a .jsonl file, a text file or a folder of them")
     if not documents:
@@ -118,7 +116,7 @@ def pack(
     sequence_length: int,
     separator_id: int,
 ) -> np.ndarray:
-    """Packs documents, in the given order, into full token sequences.
+    """Pack documents, in the given order, into full token sequences.
 
     Args:
         documents: The documents; no more of them are encoded than are needed.
@@ -156,13 +154,44 @@ def _in_hash_order(documents: Iterable[Document]) -> list[Document]:
     return sorted(documents, key=lambda document: (_digest(document.name), document.name))
 
 
-def _read_file(path: Path, name: str) -> Iterator[Document]:
+def _read_folder(folder: Path) -> Iterator[Document]:
+    if (folder / "dataset_info.json").exists():
+        yield from _read_dataset(folder)
+        return
+    for path in folder.rglob("*"):
+        if path.is_file() and path.suffix in _FOLDER_SUFFIXES:
+            yield from _read_file(path, path.relative_to(folder).as_posix(), whole=True)
+
+
+def _read_dataset(folder: Path) -> Iterator[Document]:
+    try:
+        from datasets import load_from_disk
+    except ImportError:
+        raise UserError(
+            f"text: {folder} was saved by Hugging Face datasets, which is not installed; "
+            "install it with: pip install 'allocator[datasets]'"
+        ) from None
+    rows = load_from_disk(str(folder))
+    if "text" not in rows.column_names:
+        raise UserError(
+            f'text: {folder} has no column "text" (found {rows.column_names}); rename one with rename_column'
+        )
+    for number, text in enumerate(rows["text"]):
+        if text:
+            yield Document(f"row#{number}", text)
+
+
+def _read_file(path: Path, name: str, whole: bool) -> Iterator[Document]:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"text: {path} is not UTF-8 (byte {error.start}); convert it to UTF-8") from error
     if path.suffix == ".jsonl":
         yield from _read_json_lines(path, name, text)
+        return
+    if whole:
+        if text:
+            yield Document(name, text)
         return
     for number, piece in enumerate(_pieces(text, PIECE_BYTES)):
         yield Document(f"{name}#{number}", piece)
@@ -190,7 +219,7 @@ def _read_json_lines(path: Path, name: str, text: str) -> Iterator[Document]:
 
 
 def _pieces(text: str, size: int) -> Iterator[str]:
-    """Cuts text at line ends into pieces of at most `size` bytes; a longer line is a piece of its own."""
+    """Cut text at line ends into pieces of at most `size` bytes; a longer line is a piece of its own."""
     lines: list[str] = []
     used = 0
     for line in text.splitlines(keepends=True):
