@@ -11,13 +11,14 @@ import torch
 from allocator.config import RunConfig, load_config
 from allocator.core.budget import Budget, budget_for
 from allocator.core.errors import UserError
+from allocator.core.files import check_place, fingerprint
 from allocator.core.journal import Journal
 from allocator.core.plan import Plan
 from allocator.core.space import SearchSpace
 from allocator.evaluate.engine import DTYPES, Engine, EngineSpec
 from allocator.job import read_model, read_tokens, text_fingerprint
 from allocator.model.family import find_family, resolve_layout
-from allocator.model.headers import locate, read_model_files
+from allocator.model.headers import ModelFiles, locate, read_model_files
 from allocator.model.load import load_model
 from allocator.model.walk import BlockWalker
 from allocator.progress import Reporter, Silent
@@ -172,6 +173,7 @@ def prune(
     reporter, out = reporter or Silent(), Path(out)
     if out.exists():
         raise UserError(f"{out}: exists already. Name another folder with --out, or remove it")
+    check_place(out, "Name another folder with --out")
     files = read_model_files(locate(model))
     if files.fingerprint != plan.model["fingerprint"]:
         raise UserError(
@@ -181,7 +183,12 @@ def prune(
     layout = resolve_layout(find_family(str(files.config.get("model_type"))), files)
     settings = plan.pruner
     if store is not None and execution == "assemble":
-        key = {"model": files.fingerprint, "calibration": settings["calibration"]}
+        key = {
+            "model": files.fingerprint,
+            "calibration": settings["calibration"],
+            "pruner": fingerprint(dict(settings)),
+            "space": fingerprint(plan.space.to_json()),
+        }
         opened = open_store(Path(store), key)
         if opened is None:
             raise UserError(f"store: {store}: no finished level store. Leave --store out to prune afresh")
@@ -225,9 +232,22 @@ def evaluate(
     if tokens % length:
         raise UserError(f"tokens: {tokens} is not a multiple of the sequence length {length}")
     files, pruned = read_model_files(locate(model)), read_model_files(locate(checkpoint))
+    dense, own = _shape(files), _shape(pruned)
+    if own != dense:
+        raise UserError(
+            f"{pruned.folder}: made from {own}, and {files.folder} is {dense}. "
+            "Name the dense model that it was made from with --model"
+        )
     layout = resolve_layout(find_family(str(files.config.get("model_type"))), files)
     packed = read_tokens(None if text is None else Path(text), files.folder, {"test": tokens}, length)
     space = SearchSpace(pattern="structured", units=(), fixed={"params": 0, "macs": 0})
     engine = Engine(EngineSpec(files, layout, space, store=None), packed)
     params = sum(torch.Size(shape).numel() for shape in pruned.shapes.values())
     return {"params": params, **engine.measure_checkpoint(pruned.folder, "test", tokens)}
+
+
+def _shape(files: ModelFiles) -> str:
+    """Return what a pruned model shares with the dense one, in words."""
+    architecture = files.config.get("pruned", {}).get("architecture", files.architecture)
+    sizes = (f"{key} {files.config.get(key)}" for key in ("num_hidden_layers", "hidden_size", "vocab_size"))
+    return f"{architecture} with {', '.join(sizes)}"

@@ -121,6 +121,8 @@ def front(run: Run, json_: Json = False) -> None:
     from allocator.core.files import read_json
 
     data = read_json(run / "front.json", "front")
+    if data.get("kind") != "allocator.front" or "points" not in data:
+        raise UserError(f"{run / 'front.json'}: not the front of a run. Restore it, or resume the run to write it again")
     if json_:
         _emit(data)
         return
@@ -142,6 +144,8 @@ def plan(
 
     chosen = api.plan_from_run(run, target)
     if out is not None:
+        if out.is_dir() or not out.parent.is_dir():
+            raise UserError(f"{out}: no file can be written there. Name a file in a folder that exists with --out")
         chosen.save(out)
     if json_:
         _emit(chosen.to_json())

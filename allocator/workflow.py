@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,20 +17,20 @@ import torch
 import yaml
 
 from allocator.config import RunConfig
+from allocator.core.budget import fits
 from allocator.core.errors import UserError
-from allocator.core.files import fingerprint, write_atomic, write_json
-from allocator.core.front import pareto_front
+from allocator.core.files import check_place, fingerprint, write_atomic, write_json
 from allocator.core.journal import Journal
 from allocator.core.plan import Plan
 from allocator.core.protocols import Outcome
-from allocator.core.space import SearchSpace
 from allocator.evaluate.engine import DTYPES, EngineSpec, Execution, LocalEvaluator
 from allocator.job import Job, prepare, versions
 from allocator.model.load import load_model
 from allocator.model.walk import BlockWalker
 from allocator.progress import Reporter, Silent
 from allocator.prune.build import prune_all_levels
-from allocator.prune.store import LevelStore, create_store, open_store
+from allocator.prune.store import LevelStore, check_free, create_store, open_store
+from allocator.report import curves
 from allocator.search.decide import Decision, decide
 
 Figures = dict[str, float]
@@ -72,15 +72,23 @@ def run_search(config: RunConfig, resume: bool = False, reporter: Reporter | Non
     _check_folder(folder, resume)
     reporter.phase("checking")
     job = prepare(config)
-    if config.workers:
-        from allocator.pool.ray_pool import connect
-
-        connect(config.workers * config.threads, config.address)
     started = time.perf_counter()
     wall: dict[str, float] = {}
-    with _open_journal(job, folder, resume, reporter) as journal:
+    with ExitStack() as opened:
+        if resume:
+            journal = opened.enter_context(_resume(job, folder, reporter))
+        place = config.store or folder / "levels"
+        found = open_store(place, job.store_key)
+        if found is None:
+            check_free(place)
+        if config.workers:
+            from allocator.pool.ray_pool import connected
+
+            opened.enter_context(connected(config.workers * config.threads, config.address))
+        if not resume:
+            journal = opened.enter_context(_begin(job, folder))
         with _timed(wall, "store"):
-            store = _store(job, config.store or folder / "levels", reporter)
+            store = _store(job, place, found, reporter)
         with evaluators(job.engine_spec(store), job.tokens, config, reporter) as evaluator:
             with _timed(wall, "search"):
                 decision = _decide(job, folder, evaluator, journal, reporter)
@@ -114,21 +122,6 @@ def evaluators(
         pool.close()
 
 
-def write_front(folder: Path, space: SearchSpace, outcomes: Sequence[Outcome], tokens: int) -> None:
-    """Write ``front.json``: the non-dominated outcomes of the search at its highest fidelity."""
-    comparable = [o for o in outcomes if o.request.split == "search" and o.request.tokens == tokens]
-    points = [
-        {
-            "params": space.cost(outcome.request.allocation),
-            "sparsity": round(space.sparsity(outcome.request.allocation), 6),
-            "kl": outcome.kl,
-            "allocation": list(outcome.request.allocation),
-        }
-        for outcome in pareto_front(space, comparable)
-    ]
-    write_json(folder / "front.json", {"schema": 1, "kind": "allocator.front", "tokens": tokens, "points": points})
-
-
 def _check_folder(folder: Path, resume: bool) -> None:
     if resume:
         if not (folder / "journal.jsonl").is_file():
@@ -136,17 +129,12 @@ def _check_folder(folder: Path, resume: bool) -> None:
         return
     if folder.exists():
         raise UserError(f"{folder}: the run exists already. Continue it with --resume, or choose another --name")
-    parent = folder.parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"{parent}: not a folder that can be written to. Choose another with --runs-dir")
+    check_place(folder, "Choose another with --runs-dir")
 
 
-def _open_journal(job: Job, folder: Path, resume: bool, reporter: Reporter) -> Journal:
-    identity = job.identity()
-    header = {
-        "identity": identity,
+def _header(job: Job) -> dict[str, Any]:
+    return {
+        "identity": job.identity(),
         "model": job.model_id,
         "target": job.config.target,
         "method": job.config.search.method,
@@ -157,33 +145,37 @@ def _open_journal(job: Job, folder: Path, resume: bool, reporter: Reporter) -> J
         "device": "cpu",
         "versions": versions(),
     }
-    if not resume:
-        partial = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write_atomic(partial / "run.yaml", job.config.to_yaml())
-        Journal.create(partial / "journal.jsonl", header).close()
-        partial.rename(folder)
-        return Journal.resume(folder / "journal.jsonl")
+
+
+def _begin(job: Job, folder: Path) -> Journal:
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    write_atomic(partial / "run.yaml", job.config.to_yaml())
+    Journal.create(partial / "journal.jsonl", _header(job)).close()
+    partial.rename(folder)
+    return Journal.resume(folder / "journal.jsonl")
+
+
+def _resume(job: Job, folder: Path, reporter: Reporter) -> Journal:
     journal = Journal.resume(folder / "journal.jsonl")
-    for key, value in identity.items():
+    for key, value in job.identity().items():
         if journal.header["identity"].get(key) != value:
             journal.close()
             raise UserError(
                 f"{folder}: holds another search: its {key} is {journal.header['identity'].get(key)}, and this one's "
                 f"is {value}. Resume it with its own settings ({folder / 'run.yaml'}), or choose another --name"
             )
-    if journal.header["versions"] != header["versions"]:
+    if journal.header["versions"] != versions():
         reporter.say(f"notice: {folder} was begun with other package versions; the plan may differ by rounding")
     reporter.say(f"resuming {folder}: {len(journal)} measurements are known")
     return journal
 
 
-def _store(job: Job, folder: Path, reporter: Reporter) -> LevelStore:
-    store = open_store(folder, job.store_key)
-    if store is not None:
+def _store(job: Job, folder: Path, found: LevelStore | None, reporter: Reporter) -> LevelStore:
+    if found is not None:
         reporter.say(f"level store {folder} fits and is reused")
-        return store
+        return found
     reporter.phase("level store", len(job.layout.blocks))
     torch.set_num_threads(job.config.threads)
     walker = BlockWalker(load_model(job.files, DTYPES[job.config.dtype]), job.layout)
@@ -194,18 +186,13 @@ def _store(job: Job, folder: Path, reporter: Reporter) -> LevelStore:
 
 def _decide(job: Job, folder: Path, evaluator: Any, journal: Journal, reporter: Reporter) -> Decision:
     settings = job.config.search
-    tokens = settings.tokens[-1]
+    batches = itertools.count(1)
 
     def listen(outcomes: Sequence[Outcome]) -> None:
-        write_front(folder, job.space, list(journal), tokens)
-        within = [
-            o.kl
-            for o in journal
-            if (o.request.split, o.request.tokens) == ("search", tokens)
-            and job.space.cost(o.request.allocation, job.budget.cost) <= job.budget.limit
-        ]
+        write_json(folder / "front.json", curves.front(journal))
+        within = [o.kl for o in curves.comparable(journal) if fits(job.space, o.request.allocation, job.budget)]
         best = f"best KL {min(within):.4f}" if within else ""
-        reporter.step(len(journal), f"{len(journal)} evaluations, {best}")
+        reporter.step(next(batches), f"{len(journal)} evaluations, {best}")
 
     return decide(
         job.space,
@@ -217,7 +204,7 @@ def _decide(job: Job, folder: Path, evaluator: Any, journal: Journal, reporter: 
         evaluator,
         journal,
         listen,
-        reporter.phase,
+        lambda name: reporter.phase(name, settings.num_batches if name == "search" else None),
     )
 
 
@@ -232,6 +219,8 @@ def _execute(job: Job, folder: Path, decision: Decision, evaluator: Any, reporte
         "searched_recomputed": (decision.searched, True),
     }
     reporter.phase("executing")
+    for left in folder.glob(".executing-*"):
+        shutil.rmtree(left)
     with tempfile.TemporaryDirectory(prefix=".executing-", dir=folder) as scratch:
         executions = [
             Execution(allocation, recompute, Path(scratch).absolute() / name)
@@ -284,7 +273,7 @@ def _summary(
         }
         for index, unit in enumerate(space.units)
     ]
-    spent = sum(o.request.tokens * space.compute_share(o.request.allocation) for o in journal)
+    spent = sum(curves.candidate_tokens(space, outcome) for outcome in journal)
     return {
         "schema": 1,
         "kind": "allocator.result",
@@ -319,4 +308,10 @@ def load_run_config(folder: Path) -> dict[str, Any]:
     path = folder / "run.yaml"
     if not path.is_file():
         raise UserError(f"{path}: no such run. Start it without --resume")
-    return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+    try:
+        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML: {error}. Restore it, or give the run file again with --resume") from None
+    if not isinstance(stored, dict):
+        raise UserError(f"{path}: a run file is a mapping of keys. Restore it, or give the run file with --resume")
+    return stored

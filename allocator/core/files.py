@@ -45,6 +45,19 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
+def check_place(path: Path, remedy: str) -> None:
+    """Check that a folder could be made at ``path``, or is there and can be written to.
+
+    Raises:
+        UserError: What is there, or the nearest thing above it, is not a folder that can be written to.
+    """
+    place = path.absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{place}: not a folder that can be written to. {remedy}")
+
+
 def read_json(path: Path, what: str) -> Any:
     """Read a JSON object, or raise a :class:`UserError` that names the file as ``what``."""
     try:
@@ -53,8 +66,10 @@ def read_json(path: Path, what: str) -> Any:
         raise UserError(f"{path}: no such {what}") from None
     except IsADirectoryError:
         raise UserError(f"{path}: a {what} is a file, and this is a folder") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the {what}: {error.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a readable {what}: {error}. Restore it or make it again") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path}: a {what} is a JSON object, found {type(value).__name__}")
+        raise UserError(f"{path}: a {what} is a JSON object, found {type(value).__name__}. Restore it or make it again")
     return value

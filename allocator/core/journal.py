@@ -55,11 +55,15 @@ class Journal:
         if not path.is_file():
             raise UserError(f"{path}: no such journal; nothing to resume")
         file = path.open("r+b")
-        _lock(file, path)
-        whole = file.read()
-        file.seek(whole.rfind(b"\n") + 1)
-        file.truncate()
-        header, outcomes = _parse(path, whole)
+        try:
+            _lock(file, path)
+            whole = file.read()
+            header, outcomes = _parse(path, whole)
+            file.seek(whole.rfind(b"\n") + 1)
+            file.truncate()
+        except BaseException:
+            file.close()
+            raise
         return cls(path, header, outcomes, file)
 
     @classmethod
@@ -142,14 +146,19 @@ def _parse(path: Path, data: bytes) -> tuple[dict[str, Any], list[Outcome]]:
                 if entry["kind"] != "allocator.journal" or entry["schema"] != SCHEMA:
                     raise ValueError("not the header of a journal of this version")
                 header = entry
-                num_units = len(entry["space"]["units"])
+                ladders = [len(unit["kept"]) for unit in entry["space"]["units"]]
                 continue
             allocation = tuple(int(level) for level in entry["allocation"])
-            if len(allocation) != num_units:
-                raise ValueError(f"{len(allocation)} levels for {num_units} units")
+            if len(allocation) != len(ladders):
+                raise ValueError(f"{len(allocation)} levels for {len(ladders)} units")
+            if not all(0 <= level < length for level, length in zip(allocation, ladders, strict=True)):
+                raise ValueError("a level outside its unit's ladder")
             request = Request(allocation, int(entry["tokens"]), str(entry["split"]))
-            outcomes.append(Outcome(request, dict(entry["measured"]), float(entry["wall_s"])))
-        except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+            measured = {str(name): float(value) for name, value in entry["measured"].items()}
+            if "kl" not in measured:
+                raise ValueError("no kl was measured")
+            outcomes.append(Outcome(request, measured, float(entry["wall_s"])))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{path}: line {number} of {len(lines)} is damaged ({type(error).__name__}: {error}). "
                 f"Restore the file, or keep its first {number - 1} lines and resume"

@@ -111,15 +111,24 @@ class Plan:
             raise UserError(
                 f"{path}: not a plan of schema {SCHEMA}: at {where}: {error.message}. Make it again with a search"
             ) from None
-        plan = cls._from_json(data)
         for name, unit in data["units"].items():
-            if unit["level"] >= len(unit["ladder"]["kept"]) or unit["ladder"]["kept"][unit["level"]] != unit["kept"]:
-                raise UserError(f"{path}: unit {name!r}: level {unit['level']} does not keep {unit['kept']} items")
+            kept, level = unit["ladder"]["kept"], unit["level"]
+            if kept != sorted({*kept, unit["total"]}, reverse=True) or len({*map(len, unit["ladder"].values())}) != 1:
+                raise UserError(f"{path}: unit {name!r}: its ladder does not fall from {unit['total']} level by level")
+            if level >= len(kept) or kept[level] != unit["kept"]:
+                raise UserError(f"{path}: unit {name!r}: level {level} does not keep {unit['kept']} items")
+        plan = cls._from_json(data)
         achieved = plan.space.cost(plan.allocation, plan.budget.cost)
         if achieved != data["budget"]["achieved"] or achieved > plan.budget.limit:
             raise UserError(
                 f"{path}: the units cost {achieved} {plan.budget.cost}, and the plan says {data['budget']['achieved']} "
                 f"within a limit of {plan.budget.limit}. The file was edited by hand: search again, or restore it"
+            )
+        if (again := plan.to_json()) != data:
+            wrong = ", ".join(key for key in again if again[key] != data[key])
+            raise UserError(
+                f"{path}: figures under {wrong} disagree with the units' levels. The file was edited by hand: "
+                "search again, or restore it"
             )
         return plan
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from functools import cached_property
+from math import floor
 from typing import Any, Literal, TypeAlias
-
-import numpy as np
 
 Allocation: TypeAlias = tuple[int, ...]
 """One level per unit, in the order of :attr:`SearchSpace.units`. The genome."""
@@ -103,7 +103,8 @@ class SearchSpace:
 
     def limit_for(self, target: float) -> int:
         """Return the parameter limit of the whole model that removes at least ``target`` of the units."""
-        return self.fixed["params"] + int(np.floor((1.0 - target) * self.unit_params + 1e-9))
+        # as a fraction of decimals: 1 - 0.9 is not 0.1 in floating point, and billions show it
+        return self.fixed["params"] + floor((1 - Fraction(str(target))) * self.unit_params)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data that :meth:`from_json` reads back."""

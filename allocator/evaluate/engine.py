@@ -15,12 +15,13 @@ from allocator.core.errors import UserError
 from allocator.core.protocols import Outcome, Request
 from allocator.core.space import Allocation, SearchSpace
 from allocator.evaluate.loss import divergence
+from allocator.evaluate.teacher import Lesson, Teacher
 from allocator.model.family import Layout
 from allocator.model.headers import ModelFiles, read_model_files
 from allocator.model.load import load_model
 from allocator.model.walk import BlockWalker
 from allocator.prune.assemble import Assembler, Switchboard
-from allocator.prune.build import SEQUENCES_PER_BATCH, prune_along
+from allocator.prune.build import prune_along
 from allocator.prune.execute import save_pruned
 from allocator.prune.pruners import LocalPruner
 from allocator.prune.store import LevelStore
@@ -84,23 +85,20 @@ class Engine:
         if spec.store is not None:
             assembler = Assembler(spec.files, spec.layout, spec.space, spec.store, DTYPES[spec.dtype])
             self._switchboard = Switchboard(self._walker.model, spec.layout, assembler)
-        self._teacher: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._teacher = Teacher(self._walker, self._tokens)
 
     def measure(self, request: Request) -> Outcome:
         """Return the KL from the dense model and the negative log-likelihood of an allocation."""
         start = time.perf_counter()
-        batches = list(self._batches(request.split, request.tokens))
+        lessons = self._lessons(request.split, request.tokens)
         self._switch(request.allocation)
-        measured = self._compare(self._walker, batches)
+        measured = self._compare(self._walker, lessons)
         return Outcome(request, measured, time.perf_counter() - start)
 
     def measure_checkpoint(self, folder: Path, split: str, tokens: int) -> dict[str, float]:
         """Load a saved checkpoint and measure it as :meth:`measure` does."""
         walker = BlockWalker(load_model(read_model_files(folder), DTYPES[self._spec.dtype]), self._spec.layout)
-        batches = list(self._batches(split, tokens))
-        for _, tokens_bt in batches:
-            walker.embed(tokens_bt)
-        measured = self._compare(walker, batches)
+        measured = self._compare(walker, self._lessons(split, tokens))
         return {**measured, "perplexity": math.exp(measured["nll"])}
 
     def execute(self, execution: Execution, tokens: int) -> dict[str, float]:
@@ -124,17 +122,16 @@ class Engine:
         params = save_pruned(execution.allocation, spec.files, spec.layout, spec.space, compact, execution.out)
         return {"params": params, **self.measure_checkpoint(execution.out, "test", tokens)}
 
-    def _compare(
-        self, walker: BlockWalker, batches: Sequence[tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]]
-    ) -> dict[str, float]:
+    def _compare(self, walker: BlockWalker, lessons: Sequence[Lesson]) -> dict[str, float]:
         kl = nll = 0.0
-        for (embedded_btd, teacher_btd), tokens_bt in batches:
-            own_btd = embedded_btd if walker is self._walker else walker.embed(tokens_bt)
-            student_btd = walker.run_all(own_btd)
-            batch_kl, batch_nll = divergence(teacher_btd, student_btd, self._walker.logits, walker.logits, tokens_bt)
+        for lesson in lessons:
+            own = walker is self._walker
+            student_btd = walker.run_all(lesson.embedded_btd if own else walker.embed(lesson.tokens_bt))
+            taught = self._teacher.targets(lesson)
+            batch_kl, batch_nll = divergence(taught, student_btd, walker.logits, lesson.tokens_bt)
             kl, nll = kl + batch_kl, nll + batch_nll
-        positions = sum(tokens_bt.numel() for _, tokens_bt in batches)
-        sequences = sum(len(tokens_bt) for _, tokens_bt in batches)
+        positions = sum(lesson.tokens_bt.numel() for lesson in lessons)
+        sequences = sum(len(lesson.tokens_bt) for lesson in lessons)
         measured = {"kl": kl / positions, "nll": nll / (positions - sequences)}
         if not all(math.isfinite(value) for value in measured.values()):
             raise UserError(
@@ -142,21 +139,10 @@ class Engine:
             )
         return measured
 
-    def _batches(self, split: str, tokens: int) -> Iterator[tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]]:
-        sequences = self._tokens[split][: tokens // self._tokens[split].shape[1]]
-        assert sequences.numel() == tokens, f"{tokens} tokens of {split} were not packed"
-        for number, tokens_bt in enumerate(sequences.split(SEQUENCES_PER_BATCH)):
-            yield self._taught(split, number, tokens_bt), tokens_bt
-
-    def _taught(self, split: str, number: int, tokens_bt: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the embedded batch and the dense model's last hidden states, computed once."""
-        known = self._teacher.get((split, number))
-        if known is None or len(known[0]) != len(tokens_bt):
+    def _lessons(self, split: str, tokens: int) -> list[Lesson]:
+        if not self._teacher.knows(split, tokens):
             self._switch(self._spec.space.dense)
-            embedded_btd = self._walker.embed(tokens_bt)
-            known = (embedded_btd, self._walker.run_all(embedded_btd))
-            self._teacher[split, number] = known
-        return known
+        return self._teacher.lessons(split, tokens)
 
     def _switch(self, allocation: Sequence[int]) -> None:
         if self._switchboard is not None:

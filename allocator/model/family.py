@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -257,8 +257,3 @@ def _matrix_unit(module: str, site: Site, shape: Sequence[int], ladder: Sequence
     kept = tuple(rows * count for count in sorted(counts, reverse=True))
     macs = tuple(itertools.repeat(rows * columns, len(kept)))
     return Unit(module, "matrix", site.part, site.block, rows * columns, kept, kept, macs)
-
-
-def read_family_table() -> dict[str, Any]:
-    """Return the shipped families by file name, for the command line."""
-    return {path.stem: load_family(path).model_types for path in sorted(families_folder().glob("*.yaml"))}

@@ -85,6 +85,8 @@ def read_model_files(folder: Path) -> ModelFiles:
     """
     if not folder.is_dir():
         raise UserError(f"model: {folder}: no such folder. {_REMEDY}")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model: {folder / 'config.json'}: no such file. {_REMEDY}")
     config = read_json(folder / "config.json", "model configuration")
     architectures = config.get("architectures") or ["nothing"]
     if not str(architectures[0]).endswith("ForCausalLM"):

@@ -11,7 +11,7 @@ from torch import nn
 
 from allocator.core.errors import UserError
 from allocator.model import modeling_pruned
-from allocator.model.headers import ModelFiles, read_model_files
+from allocator.model.headers import ModelFiles
 
 
 def load_model(files: ModelFiles, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -53,8 +53,3 @@ def load_tokenizer(folder: Path) -> tuple[Callable[[str], list[int]], int]:
         return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     return encode, int(separator)
-
-
-def load_folder(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Read the headers of a folder and load its model."""
-    return load_model(read_model_files(folder), dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from allocator.evaluate.engine import Engine, EngineSpec, Execution
 
 MAX_DEATHS = 3
 """Workers that one task may cost, each time on a fresh worker, before the run stops."""
+
+_KNOCK_S = 10.0
 
 Notify = Callable[[str], None]
 
@@ -120,8 +123,19 @@ class RayPool:
             yield index, result
 
 
+@contextlib.contextmanager
+def connected(cpus: int, address: str | None) -> Iterator[None]:
+    """Hold a connection, see :func:`connect`; one that was made here ends, and its local cluster with it."""
+    owned = connect(cpus, address)
+    try:
+        yield
+    finally:
+        if owned:
+            ray.shutdown()
+
+
 def connect(cpus: int, address: str | None) -> bool:
-    """Connect to a Ray cluster, or start a local one; return whether it was started here.
+    """Connect to a Ray cluster, or start a local one; return whether there was no connection before.
 
     Raises:
         UserError: No cluster answers at ``address``.
@@ -129,10 +143,13 @@ def connect(cpus: int, address: str | None) -> bool:
     if ray.is_initialized():
         return False
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if address is None and "RAY_ADDRESS" not in os.environ and "RAY_JOB_ID" not in os.environ:
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address is None and "RAY_JOB_ID" not in os.environ:
         ray.init(address="local", num_cpus=max(cpus, 1), include_dashboard=False, **quiet)
         return True
     try:
+        if address is not None:
+            _knock(address)
         ray.init(address=address, **quiet)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -140,4 +157,11 @@ def connect(cpus: int, address: str | None) -> bool:
             f"address: no Ray cluster answers at {address} ({reason}). Start one with 'ray start --head', "
             "or leave --address out for a local one"
         ) from None
-    return False
+    return True
+
+
+def _knock(address: str) -> None:
+    """Raise OSError where nothing listens at host:port: Ray itself would try for minutes, and write about it."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_S).close()

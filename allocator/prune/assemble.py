@@ -73,11 +73,6 @@ class Assembler:
             tensors.update(self.unit(unit.name, levels[unit.name]))
         return tensors
 
-    def forget(self, name: str) -> None:
-        """Drop what is held of a unit."""
-        self._dense.pop(name, None)
-        self._ordered.pop(name, None)
-
     def _dense_tensors(self, name: str) -> dict[str, torch.Tensor]:
         if name not in self._dense:
             names = [key for key in self._files.shapes if key.startswith(f"{name}.")]

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from allocator.core.errors import UserError
-from allocator.core.files import file_fingerprint, read_json, write_json
+from allocator.core.files import check_place, file_fingerprint, read_json, write_json
 from allocator.prune.assemble import CompactLevels
 
 SCHEMA = 1
@@ -45,7 +45,11 @@ def create_store(folder: Path, key: Mapping[str, Any], levels: Iterable[tuple[st
         folder: Where to; what an unfinished store left there is removed.
         key: What the store belongs to: model, calibration, pruner, space.
         levels: Units by name with their compact levels.
+
+    Raises:
+        UserError: See :func:`check_free`.
     """
+    check_free(folder)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     hashes: dict[str, str] = {}
@@ -67,7 +71,8 @@ def open_store(folder: Path, key: Mapping[str, Any]) -> LevelStore | None:
         return None
     manifest = read_json(folder / MANIFEST, "level store manifest")
     remedy = f"Remove {folder} to have it built again, or name another with --set store=FOLDER"
-    if manifest.get("kind") != "allocator.levels" or manifest.get("schema") != SCHEMA or "key" not in manifest:
+    ours = manifest.get("kind") == "allocator.levels" and manifest.get("schema") == SCHEMA
+    if not ours or not all(isinstance(manifest.get(name), dict) for name in ("key", "units")):
         raise UserError(f"{folder / MANIFEST}: not a level store of schema {SCHEMA}. {remedy}")
     for name, value in key.items():
         if manifest["key"].get(name) != value:
@@ -75,6 +80,9 @@ def open_store(folder: Path, key: Mapping[str, Any]) -> LevelStore | None:
                 f"{folder}: the level store was built for another {name}: {manifest['key'].get(name)}, "
                 f"and this search needs {value}. {remedy}"
             )
+    strays = sorted({path.stem for path in folder.glob("*.safetensors")} - set(manifest["units"]))
+    if strays:
+        raise UserError(f"{folder / MANIFEST}: damaged: it does not name {strays[0]}, which is there. {remedy}")
     for unit, expected in manifest["units"].items():
         path = folder / f"{unit}.safetensors"
         if not path.is_file():
@@ -89,6 +97,19 @@ def open_store(folder: Path, key: Mapping[str, Any]) -> LevelStore | None:
     return LevelStore(folder, manifest["units"])
 
 
-def store_bytes(folder: Path) -> int:
-    """Return the size of a store on disk."""
-    return sum(path.stat().st_size for path in folder.iterdir())
+def check_free(folder: Path) -> None:
+    """Check that a store can be written here: nothing is there, or what an unfinished store left.
+
+    Raises:
+        UserError: The folder holds something else, or cannot be written to.
+    """
+    remedy = "Name an empty or new folder with --set store=FOLDER"
+    if folder.is_dir():
+        foreign = [p.name for p in sorted(folder.iterdir()) if not _is_ours(p)]
+        if foreign:
+            raise UserError(f"{folder}: not a level store, and it holds {foreign[0]}, which is not replaced. {remedy}")
+    check_place(folder, remedy)
+
+
+def _is_ours(path: Path) -> bool:
+    return path.is_file() and (path.suffix == ".safetensors" or path.name.startswith(f".{MANIFEST}."))

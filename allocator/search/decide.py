@@ -41,6 +41,15 @@ class SearchSettings:
             return self.evolution.tokens
         return (self.nsga2.tokens if self.method == "nsga2" else self.tpe.tokens,)
 
+    @property
+    def num_batches(self) -> int:
+        """Batches that the method will ask for, baselines included; small spaces may end sooner."""
+        if self.method == "evolution":
+            return 2 + self.evolution.generations * len(self.evolution.tokens)
+        if self.method == "nsga2":
+            return 3 + self.nsga2.generations
+        return 1 + -(-self.tpe.trials // self.tpe.batch)
+
 
 @dataclass(frozen=True, slots=True)
 class Decision:

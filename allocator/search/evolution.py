@@ -4,7 +4,8 @@ After EvoPress (Sieberling et al., ICML 2025): offspring are the parent with min
 selection is staged over growing token sets, and the parent competes in the last stage. It departs from the
 paper in three ways: an exchange may cross unit kinds and step sizes, for the budget is an exact integer sum
 that is repaired and filled after it; the tokens of a stage are a prefix of the next stage's and the same in
-every generation, so all comparisons are paired; and no allocation is proposed twice.
+every generation, so all comparisons are paired; and no allocation is proposed twice, so that random
+allocations take over when exchanges reach nothing new.
 """
 
 from __future__ import annotations
@@ -132,9 +133,14 @@ class ExchangeEvolution:
         settings = self._settings
         rng = np.random.default_rng([self._seed, self._generation])
         children: list[Allocation] = []
-        for _ in range(settings.offspring * _ATTEMPTS_PER_OFFSPRING):
-            times = int(rng.integers(1, settings.max_exchanges + 1, size=2).min())
-            child = exchange(self._space, self._parent, self._budget, rng, times)
+        attempts = settings.offspring * _ATTEMPTS_PER_OFFSPRING
+        for attempt in range(attempts):
+            if attempt < attempts // 2:
+                times = int(rng.integers(1, settings.max_exchanges + 1, size=2).min())
+                child = exchange(self._space, self._parent, self._budget, rng, times)
+            else:  # what exchanges reach is seen, as happens in small spaces
+                levels = rng.integers([unit.num_levels for unit in self._space.units]).tolist()
+                child = repair(self._space, levels, self._budget, rng.permutation(len(levels)).tolist())
             if child not in self._seen:
                 self._seen.add(child)
                 children.append(child)

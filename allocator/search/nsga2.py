@@ -71,10 +71,10 @@ class Nsga2:
         """Return a generation; after the last one, the members nearest the budget, repaired."""
         if self._done:
             return []
-        if self._generation > self._settings.generations:
+        if self._generation <= self._settings.generations:
+            self._asked = self._algorithm.ask()
+        if self._asked is None:  # after the last generation, or when pymoo breeds nothing new
             return self._requests(self._at_budget())
-        self._asked = self._algorithm.ask()
-        assert self._asked is not None
         return self._requests([tuple(int(level) for level in row) for row in self._asked.get("X")])
 
     def tell(self, outcomes: Sequence[Outcome]) -> None:

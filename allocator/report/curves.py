@@ -1,0 +1,147 @@
+"""What a journal says, as plain numbers: the front, convergence, cost, and the allocations that have a name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from allocator.core.budget import Budget, fits
+from allocator.core.errors import UserError
+from allocator.core.front import pareto_front
+from allocator.core.journal import Journal
+from allocator.core.protocols import Outcome, Request
+from allocator.core.space import Allocation, SearchSpace, Unit
+
+NAMED = ("uniform", "two_rate", "searched")
+"""Allocations that ``result.json`` records unit by unit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A measured allocation: parameters of the whole model, and KL from the dense model in nats per token."""
+
+    params: int
+    kl: float
+
+
+@dataclass(frozen=True, slots=True)
+class Spending:
+    """What the measurements of one split at one fidelity cost.
+
+    Attributes:
+        split: Which text was read.
+        tokens: Tokens of one measurement.
+        evaluations: How many were made.
+        candidate_tokens: Tokens times the share of the dense forward that was really computed, summed.
+        wall_s: Seconds inside evaluations, summed over workers.
+    """
+
+    split: str
+    tokens: int
+    evaluations: int
+    candidate_tokens: float
+    wall_s: float
+
+
+def comparable(journal: Journal) -> list[Outcome]:
+    """Return the outcomes of the search split at its highest fidelity, in journal order."""
+    tokens = journal.header["tokens"][-1]
+    return [outcome for outcome in journal if (outcome.request.split, outcome.request.tokens) == ("search", tokens)]
+
+
+def candidate_tokens(space: SearchSpace, outcome: Outcome) -> float:
+    """Return what a measurement cost: tokens times the share of the dense forward that was really computed."""
+    return outcome.request.tokens * space.compute_share(outcome.request.allocation)
+
+
+def front(journal: Journal) -> dict[str, Any]:
+    """Return the front of a run as ``front.json`` holds it; the journal may be ahead of that file."""
+    space = journal.space
+    points = [
+        {
+            "params": space.cost(outcome.request.allocation),
+            "sparsity": round(space.sparsity(outcome.request.allocation), 6),
+            "kl": outcome.kl,
+            "allocation": list(outcome.request.allocation),
+        }
+        for outcome in pareto_front(space, comparable(journal))
+    ]
+    return {"schema": 1, "kind": "allocator.front", "tokens": journal.header["tokens"][-1], "points": points}
+
+
+def cloud(journal: Journal) -> list[Point]:
+    """Return all that the front was chosen from."""
+    space = journal.space
+    return [Point(space.cost(outcome.request.allocation), outcome.kl) for outcome in comparable(journal)]
+
+
+def convergence(journal: Journal) -> list[tuple[float, float]]:
+    """Return the best KL so far against what was spent, one point per measurement that could be the best.
+
+    All measurements are paid for; only those of the search split, at its highest fidelity and within the
+    budget, can be the best.
+
+    Returns:
+        Pairs of candidate-tokens spent and lowest KL (nats per token), in journal order.
+    """
+    space = journal.space
+    budget = Budget(journal.header["budget"]["limit"], journal.header["budget"]["cost"])
+    eligible = {outcome.request.key for outcome in comparable(journal)}
+    spent, best = 0.0, float("inf")
+    curve: list[tuple[float, float]] = []
+    for outcome in journal:
+        spent += candidate_tokens(space, outcome)
+        if outcome.request.key in eligible and fits(space, outcome.request.allocation, budget):
+            best = min(best, outcome.kl)
+            curve.append((spent, best))
+    return curve
+
+
+def spending(journal: Journal) -> list[Spending]:
+    """Return the cost of a run by split and fidelity, in the order in which they first appear."""
+    space = journal.space
+    groups: dict[tuple[str, int], list[Outcome]] = {}
+    for outcome in journal:
+        groups.setdefault((outcome.request.split, outcome.request.tokens), []).append(outcome)
+    return [
+        Spending(
+            split,
+            tokens,
+            len(outcomes),
+            sum(candidate_tokens(space, outcome) for outcome in outcomes),
+            sum(outcome.wall_s for outcome in outcomes),
+        )
+        for (split, tokens), outcomes in groups.items()
+    ]
+
+
+def allocations(space: SearchSpace, units: Iterable[Mapping[str, Any]]) -> dict[str, Allocation]:
+    """Return the named allocations of ``result.json``, found again in the search space.
+
+    Args:
+        space: The space that was searched.
+        units: The ``units`` of a result: ``name``, and ``sparsity`` by the name of an allocation.
+
+    Raises:
+        UserError: The result has other units than the space.
+    """
+    recorded = {unit["name"]: unit["sparsity"] for unit in units}
+    if set(recorded) != {unit.name for unit in space.units}:
+        raise UserError(
+            "result.json: its units are not those of journal.jsonl, so the files are of two runs. "
+            "Restore the one that was replaced, or run the search again"
+        )
+    named = [name for name in NAMED if all(name in sparsities for sparsities in recorded.values())]
+    return {name: tuple(_level(unit, recorded[unit.name][name]) for unit in space.units) for name in named}
+
+
+def marks(journal: Journal, named: Mapping[str, Allocation]) -> dict[str, Point]:
+    """Return where named allocations lie on the front's axes, for those measured on the same text."""
+    space, tokens = journal.space, journal.header["tokens"][-1]
+    found = {name: journal.get(Request(allocation, tokens)) for name, allocation in named.items()}
+    return {name: Point(space.cost(o.request.allocation), o.kl) for name, o in found.items() if o is not None}
+
+
+def _level(unit: Unit, sparsity: float) -> int:
+    return min(range(unit.num_levels), key=lambda level: abs(unit.sparsity(level) - sparsity))

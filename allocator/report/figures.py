@@ -1,0 +1,286 @@
+"""Figures: pure functions from data to matplotlib figures, and those to SVG that is the same every time.
+
+Colours are from Okabe and Ito (2008), and no two things differ by colour alone. Nothing here touches pyplot.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from allocator.report.curves import Point
+from allocator.report.tables import LABELS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PAPER, INK, MUTED, RULE = "#ffffff", "#24292f", "#6a737d", "#e1e4e8"
+SEARCHED, TWO_RATE = "#0072b2", "#d55e00"
+CELL_DARK, CELL_LIGHT = "#1b1b1b", "#fafafa"
+"""Text on the cells of a heat map, whose colours stay the same on a dark page."""
+
+_MARKS = {"uniform": ("s", INK), "two_rate": ("D", TWO_RATE), "searched": ("o", SEARCHED)}
+_LINES = {"uniform": (0, (4, 2)), "two_rate": (0, (1, 1.5))}
+_WIDTH, _WIDE, _HEIGHT = 5.6, 10.0, 3.5
+_SMALL = 8.5
+_MOST_ANNOTATED = 16
+_LOG_BEYOND = 20.0
+_FLOOR = 1e-3
+_FAR = 4.0
+
+
+def front_figure(
+    front: Mapping[str, Any],
+    marks: Mapping[str, Point],
+    cloud: Sequence[Point] = (),
+    limit: int | None = None,
+) -> Figure:
+    """Draw the front: the lowest KL that was found for at most so many parameters.
+
+    Args:
+        front: The content of ``front.json``.
+        marks: Allocations to mark, measured on the same text: ``uniform``, ``two_rate``, ``searched``.
+        cloud: Everything that the front was chosen from.
+        limit: The budget, in parameters.
+    """
+    figure, axes = _figure()
+    points = sorted((point["params"], point["kl"]) for point in front["points"])
+    params = [p for p, _ in points] + [mark.params for mark in marks.values()] + ([limit] if limit else [])
+    middle = (min(params) + max(params)) / 2
+    reach = max(0.56 * (max(params) - min(params)), 0.01 * middle)
+    left, right = middle - reach, middle + reach
+    _scale_kl(axes, [kl for _, kl in points] + [mark.kl for mark in marks.values()])
+    axes.plot([p.params for p in cloud], [p.kl for p in cloud], ".", color=MUTED, alpha=0.35, ms=4, mew=0, zorder=1)
+    xs, ys = [*(p for p, _ in points), right], [*(kl for _, kl in points), points[-1][1]]
+    axes.step(xs, ys, where="post", color=SEARCHED, lw=1.6, label="front", zorder=2)
+    axes.plot(xs[:-1], ys[:-1], "o", color=SEARCHED, ms=3, mew=0, zorder=3)
+    if limit:
+        axes.axvline(limit, color=MUTED, lw=1, ls=(0, (4, 2)), label="budget", zorder=0)
+    for name, mark in marks.items():
+        _mark(axes, name, mark.params, mark.kl)
+    axes.set_xlim(left, right)
+    axes.xaxis.set_major_formatter(_si)
+    axes.locator_params(axis="x", nbins=6)
+    axes.set_xlabel("parameters of the whole model")
+    axes.set_ylabel(f"KL, nats per token\n({front['tokens']:,} tokens, search split)")
+    _legend(figure)
+    return figure
+
+
+def convergence_figure(curve: Sequence[tuple[float, float]], marks: Mapping[str, Point]) -> Figure:
+    """Draw the best KL so far against candidate-tokens, with what the baselines reach on the same text.
+
+    The frame is for the search: a baseline far above it is named in the legend and not drawn.
+
+    Args:
+        curve: From :func:`allocator.report.curves.convergence`, at least one point.
+        marks: As for :func:`front_figure`.
+    """
+    figure, axes = _figure()
+    spent, best = [x for x, _ in curve], [y for _, y in curve]
+    baselines = {name: mark.kl for name, mark in marks.items() if name in _LINES}
+    closest = min(baselines.values(), default=best[0])
+    ceiling = best[-1] + _FAR * max(closest - best[-1], 0.05 * best[-1])
+    _scale_kl(axes, [min(kl, ceiling) for kl in (*best, closest)])
+    for name, kl in baselines.items():
+        label = LABELS[name] if kl <= ceiling else f"{LABELS[name]}: {kl:.3g}, above"
+        axes.axhline(kl, color=_MARKS[name][1], lw=1, ls=_LINES[name], label=label, zorder=1)
+    axes.step(spent, best, where="post", color=SEARCHED, lw=1.6, label="best so far", zorder=2)
+    axes.plot(spent[-1], best[-1], "o", color=SEARCHED, ms=5, mec=PAPER, mew=0.8, zorder=3)
+    axes.set_xlim(0, spent[-1] * 1.03)
+    axes.xaxis.set_major_formatter(_si)
+    axes.set_xlabel("candidate-tokens spent")
+    axes.set_ylabel("KL, nats per token\n(within the budget, search split)")
+    _legend(figure)
+    return figure
+
+
+def sparsity_figure(units: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw what the plan removes from each block beside what uniform removes, a panel for each part.
+
+    A part with one unit per block gets bars, with uniform as a line. A part with several (matrices) gets a
+    heat map of the difference from uniform, with the plan's own sparsity written in the cells.
+
+    Args:
+        units: The ``units`` of ``result.json``.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    parts: dict[str, list[Mapping[str, Any]]] = {}
+    for unit in units:
+        parts.setdefault(unit["part"], []).append(unit)
+    blocks = sorted({unit["block"] for unit in units})
+    rows = {part: list(dict.fromkeys(_leaf(unit) for unit in own)) for part, own in parts.items()}
+    heights = {part: 1.25 if len(rows[part]) == 1 else 0.32 * len(rows[part]) for part in parts}
+    figure = Figure(figsize=(_WIDE, sum(heights.values()) + 0.5 * len(parts) + 0.9), layout="constrained")
+    figure.set_facecolor(PAPER)
+    panels = figure.subplots(len(parts), 1, sharex=True, squeeze=False, height_ratios=list(heights.values()))[:, 0]
+    maps = []
+    reach = max(0.1, *(abs(_beside(unit)) for unit in units))
+    for axes, (part, own) in zip(panels, parts.items(), strict=True):
+        if len(rows[part]) == 1:
+            _plain(axes)
+            _bars(axes, own)
+        else:
+            _plain(axes, grid=False)
+            maps.append((axes, _heat_map(axes, own, blocks, rows[part], reach)))
+        axes.set_title(part, fontsize=9.5, color=INK, loc="left", fontweight="bold")
+    panels[-1].set_xlabel("block")
+    panels[-1].xaxis.set_major_locator(MaxNLocator(nbins=24, integer=True))
+    panels[-1].set_xlim(blocks[0] - 0.6, blocks[-1] + 0.6)
+    if maps:
+        bar = figure.colorbar(maps[0][1], ax=[axes for axes, _ in maps], pad=0.015, aspect=28)
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(labelsize=_SMALL, colors=INK, length=0)
+        bar.ax.yaxis.set_major_formatter(_points)
+        bar.set_label("points beside uniform", fontsize=_SMALL, color=INK)
+    _legend(figure)
+    return figure
+
+
+def to_svg(figure: Figure, name: str) -> str:
+    """Return a figure as SVG whose text is text, with no date in it and the same ids every time.
+
+    Args:
+        figure: What to write.
+        name: Begins every id, so that several figures can share a page.
+    """
+    import matplotlib
+
+    metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", metadata=metadata)
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", buffer.getvalue())
+    return "\n".join(line.rstrip() for line in svg.splitlines()) + "\n"
+
+
+def _figure() -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
+    figure.set_facecolor(PAPER)
+    axes = figure.subplots()
+    _plain(axes)
+    return figure, axes
+
+
+def _plain(axes: Axes, grid: bool = True) -> None:
+    """Take away every line that carries no data."""
+    axes.set_facecolor("none")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(MUTED)
+    axes.spines["bottom"].set_visible(grid)
+    axes.tick_params(which="both", labelsize=_SMALL, labelcolor=INK, color=MUTED, length=0)
+    axes.xaxis.label.set(color=INK, fontsize=9)
+    axes.yaxis.label.set(color=INK, fontsize=9)
+    if grid:
+        axes.grid(axis="y", color=RULE, lw=0.8)
+        axes.set_axisbelow(True)
+
+
+def _scale_kl(axes: Axes, values: Sequence[float]) -> None:
+    """Frame the values; logarithmic where they span more than a glance can take in."""
+    low, high = max(min(values), _FLOOR), max(*values, _FLOOR)
+    if high / low > _LOG_BEYOND:
+        from matplotlib.ticker import LogLocator, NullFormatter
+
+        axes.set_yscale("log")
+        axes.set_ylim(low / 1.4, high * 1.4)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0) if high / low < 1000 else (1.0,)))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        return
+    margin = 0.12 * (max(values) - min(values)) or 0.1 * high
+    axes.set_ylim(max(0.0, min(values) - margin), max(values) + margin)
+
+
+def _mark(axes: Axes, name: str, x: float, y: float) -> None:
+    shape, color = _MARKS[name]
+    size, order = (9, 4) if name == "searched" else (6, 5)
+    axes.plot(x, y, shape, color=color, ms=size, mec=PAPER, mew=1.0, ls="", label=LABELS[name], zorder=order)
+
+
+def _legend(figure: Figure) -> None:
+    handles: dict[str, Any] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    if handles:
+        figure.legend(
+            list(handles.values()),
+            list(handles),
+            loc="outside upper left",
+            ncols=len(handles),
+            frameon=False,
+            fontsize=_SMALL,
+            labelcolor=INK,
+            handlelength=1.6,
+            columnspacing=1.4,
+        )
+
+
+def _bars(axes: Axes, units: Sequence[Mapping[str, Any]]) -> None:
+    blocks = [unit["block"] for unit in units]
+    searched = [unit["sparsity"]["searched"] for unit in units]
+    uniform = [unit["sparsity"]["uniform"] for unit in units]
+    axes.bar(
+        blocks, searched, width=0.72, color=SEARCHED, edgecolor=SEARCHED, lw=1.5, label=LABELS["searched"], zorder=2
+    )
+    lefts, rights = [block - 0.5 for block in blocks], [block + 0.5 for block in blocks]
+    axes.hlines(uniform, lefts, rights, color=INK, lw=1.4, label=LABELS["uniform"], zorder=3)
+    for (x, low), (_, high) in pairwise(zip(rights, uniform, strict=True)):
+        axes.vlines(x, *sorted((low, high)), color=INK, lw=1.4, zorder=3)
+    axes.set_ylim(0, 1)
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "", "50%", "", "100%"])
+    axes.set_ylabel("removed")
+
+
+def _heat_map(
+    axes: Axes, units: Sequence[Mapping[str, Any]], blocks: Sequence[int], rows: Sequence[str], reach: float
+) -> Any:
+    import matplotlib
+    import numpy as np
+    from matplotlib.colors import ListedColormap
+
+    palette = ListedColormap(matplotlib.colormaps["PuOr_r"](np.linspace(0.12, 0.88, 21)))
+    difference = np.full((len(rows), len(blocks)), np.nan)
+    for unit in units:
+        row, column = rows.index(_leaf(unit)), blocks.index(unit["block"])
+        difference[row, column] = beside = _beside(unit)
+        if len(blocks) <= _MOST_ANNOTATED:
+            text = f"{100 * unit['sparsity']['searched']:.0f}"
+            color = CELL_LIGHT if abs(beside) > 0.65 * reach else CELL_DARK
+            axes.text(unit["block"], row, text, ha="center", va="center", fontsize=7.5, color=color)
+    mesh = axes.pcolormesh(
+        blocks, range(len(rows)), difference, cmap=palette, vmin=-reach, vmax=reach, edgecolors=PAPER, lw=1
+    )
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.invert_yaxis()
+    return mesh
+
+
+def _leaf(unit: Mapping[str, Any]) -> str:
+    return str(unit["name"].rpartition(".")[2])
+
+
+def _beside(unit: Mapping[str, Any]) -> float:
+    return float(unit["sparsity"]["searched"] - unit["sparsity"]["uniform"])
+
+
+def _si(value: float, _: object = None) -> str:
+    """Format a tick of a large count: 1.25M, 300k."""
+    for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.6g}{suffix}"
+    return f"{value:g}"
+
+
+def _points(value: float, _: object = None) -> str:
+    """Format a difference of shares in percentage points."""
+    return f"{round(100 * value):+d}".replace("-", "\N{MINUS SIGN}") if round(100 * value) else "0"

@@ -1,0 +1,167 @@
+"""The report of a run: one page that needs nothing beside it, and its figures as files."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from allocator.core.errors import UserError
+from allocator.core.files import read_json, write_atomic
+from allocator.core.journal import Journal
+from allocator.core.space import Allocation, SearchSpace
+from allocator.report import curves, figures, tables
+
+_FILES = {
+    "plan.json": "the plan: what each unit keeps, with its provenance",
+    "checkpoint": "the pruned model; loads without this package",
+    "front.json": "the Pareto front",
+    "run.yaml": "the configuration, every default written out",
+    "journal.jsonl": "every measurement, in order",
+    "levels": "the level store: every unit pruned at every level",
+    "figures": "the figures of this page as SVG",
+}
+_COLOURS = {
+    figures.PAPER: "var(--paper)",
+    figures.INK: "var(--ink)",
+    figures.MUTED: "var(--muted)",
+    figures.RULE: "var(--rule)",
+    figures.SEARCHED: "var(--searched)",
+    figures.TWO_RATE: "var(--two-rate)",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _UnitRow:
+    name: str
+    kind: str
+    total: int
+    kept: int
+    sparsity: float
+    uniform: float
+
+
+def write_report(folder: Path) -> Path:
+    """Write ``report.html`` and ``figures/*.svg`` into the folder of a run, finished or not.
+
+    Args:
+        folder: The run: a journal, and ``result.json`` if the run is finished.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        UserError: The folder holds no journal, or a file in it is damaged. Nothing was written.
+    """
+    import jinja2
+    from markupsafe import Markup
+
+    journal = Journal.read(folder / "journal.jsonl")
+    result = _result(folder / "result.json")
+    space = journal.space
+    named = curves.allocations(space, result["units"]) if result else {}
+    drawn = _draw(journal, named, result)
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(count=tables.count, number=tables.number, share=tables.share, change=tables.change)
+    template = (resources.files("allocator.report") / "page.html.j2").read_text(encoding="utf-8")
+    page = environment.from_string(template).render(
+        run=folder.resolve().name,
+        resume=f"allocator search --resume --name {shlex.quote(folder.resolve().name)}",
+        header=journal.header,
+        result=result,
+        dense_params=space.cost(space.dense),
+        rows={row.key: row for row in tables.result_rows(result)} if result else {},
+        gains=_gains(result["measured"]) if result else {},
+        units=_unit_rows(space, named),
+        curve=curves.convergence(journal),
+        spending=curves.spending(journal),
+        figures={name: Markup(_inline(svg)) for name, svg in drawn.items()},
+        prints=_fingerprints(journal.header),
+        pruner=_pruner(folder),
+        files={
+            name: what for name, what in _FILES.items() if (name == "figures" and drawn) or (folder / name).exists()
+        },
+    )
+    for name, svg in drawn.items():
+        (folder / "figures").mkdir(exist_ok=True)
+        write_atomic(folder / "figures" / f"{name}.svg", svg)
+    write_atomic(folder / "report.html", page)
+    return folder / "report.html"
+
+
+def _result(path: Path) -> dict[str, Any] | None:
+    """Return the content of ``result.json``; None for a run that is not finished."""
+    if not path.exists():
+        return None
+    result: dict[str, Any] = read_json(path, "result")
+    if (result.get("kind"), result.get("schema")) != ("allocator.result", 1):
+        raise UserError(f"{path}: not the result of a run of this version. Restore it, or run the search again")
+    return result
+
+
+def _gains(measured: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Return the KL of the searched plan relative to each baseline that was measured; below 0 is better."""
+    baselines = {name: measured[name]["kl"] for name in ("uniform", "two_rate") if name in measured}
+    if "searched" not in measured:
+        return {}
+    return {name: measured["searched"]["kl"] / kl - 1.0 for name, kl in baselines.items() if kl > 0.0}
+
+
+def _draw(journal: Journal, named: Mapping[str, Allocation], result: Mapping[str, Any] | None) -> dict[str, str]:
+    """Return the figures that the run has data for, as SVG by name."""
+    front, curve, marks = curves.front(journal), curves.convergence(journal), curves.marks(journal, named)
+    budget = journal.header["budget"]
+    drawn = {}
+    if front["points"]:
+        limit = budget["limit"] if budget["cost"] == "params" else None
+        drawn["front"] = figures.front_figure(front, marks, curves.cloud(journal), limit)
+    if curve:
+        drawn["convergence"] = figures.convergence_figure(curve, marks)
+    if result and {"uniform", "searched"} <= set(named):
+        drawn["sparsity"] = figures.sparsity_figure(result["units"])
+    return {name: figures.to_svg(figure, name) for name, figure in drawn.items()}
+
+
+def _inline(svg: str) -> str:
+    """Make a figure part of a page: no prologue, no namespaces, and the page's colours, light or dark."""
+    svg = svg[svg.index("<svg") :].replace("xlink:href", "href")
+    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)
+    svg = re.sub(r" font-family: [^;]*;", "", svg)
+    svg = re.sub(r'(<svg) width="([\d.]+)pt" height="[\d.]+pt"', r'\1 style="max-width: \2pt"', svg)
+    for colour, variable in _COLOURS.items():
+        svg = svg.replace(colour, variable)
+    return svg
+
+
+def _unit_rows(space: SearchSpace, named: Mapping[str, Allocation]) -> list[_UnitRow]:
+    if not {"uniform", "searched"} <= set(named):
+        return []
+    return [
+        _UnitRow(unit.name, unit.kind, unit.total, unit.kept[level], unit.sparsity(level), unit.sparsity(even))
+        for unit, level, even in zip(space.units, named["searched"], named["uniform"], strict=True)
+    ]
+
+
+def _fingerprints(header: Mapping[str, Any]) -> dict[str, str]:
+    """Return what the run depended on, by hash."""
+    identity = header.get("identity", {})
+    prints = {"model": header["model"]["fingerprint"], "search space": identity.get("space")}
+    prints |= {f"{split} text": value for split, value in identity.get("text", {}).items()}
+    return {name: value for name, value in prints.items() if value}
+
+
+def _pruner(folder: Path) -> dict[str, Any]:
+    """Return the local pruner and its settings, as the plan has them."""
+    if not (folder / "plan.json").exists():
+        return {}
+    return {name.replace("_", " "): value for name, value in read_json(folder / "plan.json", "plan")["pruner"].items()}

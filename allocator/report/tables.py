@@ -1,0 +1,211 @@
+"""Tables for a terminal of 80 to 100 columns, and the rows and number formats that the page shares with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from allocator.core.plan import Plan
+from allocator.core.space import SearchSpace, Unit
+
+LABELS = {
+    "dense": "dense",
+    "uniform": "uniform",
+    "two_rate": "two-rate uniform",
+    "searched": "searched",
+    "uniform_recomputed": "uniform, recomputed",
+    "searched_recomputed": "searched, recomputed",
+}
+"""How measured models are called, in the order in which they are shown."""
+
+_NONE = "—"
+_MINUS = "\N{MINUS SIGN}"
+_MOST_POINTS = 24
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One measured model, ready to be shown.
+
+    Attributes:
+        key: Its name in ``result.json``.
+        label: Its name for people.
+        params: Parameters of the whole model.
+        sparsity: Share of the parameters inside units removed.
+        perplexity: On held-out text.
+        kl: From the dense model on held-out text, nats per token.
+        versus_uniform: KL relative to uniform executed the same way; below 0 is better.
+    """
+
+    key: str
+    label: str
+    params: int | None
+    sparsity: float | None
+    perplexity: float | None
+    kl: float | None
+    versus_uniform: float | None
+
+
+def result_rows(result: Mapping[str, Any]) -> list[Row]:
+    """Return the measured models of ``result.json``, those that are there.
+
+    A recomputed model is compared with uniform recomputed, so that the comparison shows what the allocation
+    is worth and not what the recomputation is.
+    """
+    measured: Mapping[str, Mapping[str, Any]] = result["measured"]
+    order = [*(key for key in LABELS if key in measured), *(key for key in measured if key not in LABELS)]
+    rows = []
+    for key in order:
+        figures = measured[key]
+        reference = "uniform_recomputed" if key.endswith("_recomputed") else "uniform"
+        base, kl = measured.get(reference, {}).get("kl"), figures.get("kl")
+        versus = kl / base - 1.0 if key not in ("dense", reference) and kl is not None and base else None
+        rows.append(
+            Row(
+                key=key,
+                label=LABELS.get(key, key.replace("_", " ")),
+                params=figures.get("params"),
+                sparsity=figures.get("sparsity"),
+                perplexity=figures.get("perplexity"),
+                kl=kl,
+                versus_uniform=versus,
+            )
+        )
+    return rows
+
+
+def result_table(result: Mapping[str, Any]) -> Table:
+    """Return what was measured on held-out text: dense, the baselines and the searched plan."""
+    table = _table(f"{result['model']['id']}, {result['pattern']}, target {share(result['target'], 0)}")
+    table.add_column("")
+    for heading in ("parameters", "removed", "perplexity", "KL", "vs uniform"):
+        table.add_column(heading, justify="right")
+    rows = result_rows(result)
+    for row in rows:
+        table.add_row(
+            escape(row.label),
+            count(row.params),
+            share(row.sparsity),
+            number(row.perplexity, 2),
+            number(row.kl, 4),
+            change(row.versus_uniform),
+            style="bold" if row.key == "searched" else None,
+        )
+    table.caption = "Held-out text. KL: from dense, nats per token. Removed: share of the units."
+    if any(row.key.endswith("_recomputed") for row in rows):
+        table.caption += "\nRecomputed: pruned on what pruned blocks produce; compared like with like."
+    return table
+
+
+def front_table(front: Mapping[str, Any]) -> Table:
+    """Return the front, from large to small; of a long one, points evenly spaced along it."""
+    points: Sequence[Mapping[str, Any]] = front["points"]
+    shown = points
+    if len(points) > _MOST_POINTS:
+        last = len(points) - 1
+        shown = [points[round(step * last / (_MOST_POINTS - 1))] for step in range(_MOST_POINTS)]
+    table = _table(f"Pareto front: {_plural(len(points), 'point')}")
+    for heading in ("parameters", "removed", "KL"):
+        table.add_column(heading, justify="right")
+    for point in shown:
+        table.add_row(count(point["params"]), share(point["sparsity"]), number(point["kl"], 4))
+    table.caption = f"KL: {count(front['tokens'])} search tokens"
+    if len(shown) < len(points):
+        table.caption += f"\n{len(shown)} shown; front.json has all"
+    return table
+
+
+def space_table(space: SearchSpace) -> Table:
+    """Return a line per unit: what it is, what its levels keep, and its parameters when dense."""
+    table = _table(f"{space.pattern} search space: {_plural(len(space.units), 'unit')}")
+    table.add_column("unit", no_wrap=True)
+    table.add_column("kind", no_wrap=True)
+    table.add_column("total", justify="right", no_wrap=True)
+    table.add_column("kept at each level", no_wrap=True)
+    table.add_column("parameters", justify="right", no_wrap=True)
+    for unit in space.units:
+        table.add_row(escape(unit.name), unit.kind, count(unit.total), ladder(unit), count(unit.params[0]))
+    table.add_section()
+    table.add_row("embeddings, norms, head", "fixed", "", "", count(space.fixed["params"]))
+    table.add_row("whole model", "", "", "", count(space.cost(space.dense)), style="bold")
+    return table
+
+
+def plan_table(plan: Plan) -> Table:
+    """Return a line per unit of a plan: what it keeps and what it loses."""
+    table = _table(f"{plan.model['id']}, {plan.space.pattern}: the plan")
+    table.add_column("unit", no_wrap=True)
+    table.add_column("kind", no_wrap=True)
+    for heading in ("kept", "total", "removed"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for unit, level in zip(plan.space.units, plan.allocation, strict=True):
+        removed = share(unit.sparsity(level), 1)
+        table.add_row(escape(unit.name), unit.kind, count(unit.kept[level]), count(unit.total), removed)
+    table.add_section()
+    space, budget = plan.space, plan.budget
+    achieved, dense = space.cost(plan.allocation), space.cost(space.dense)
+    removed = share(space.sparsity(plan.allocation))
+    table.add_row("whole model", "parameters", count(achieved), count(dense), removed, style="bold")
+    table.caption = f"Limit: {count(budget.limit)} {budget.cost}. Removed, last line: share of the units."
+    return table
+
+
+def ladder(unit: Unit) -> str:
+    """Return the counts that a unit's levels keep, in short where the ladder is long."""
+    kept = unit.kept
+    steps = {a - b for a, b in pairwise(kept)}
+    if len(kept) <= 5:
+        return " ".join(map(str, kept))
+    if len(steps) == 1:
+        return f"{kept[0]} .. {kept[-1]} by {steps.pop()}"
+    if unit.kind == "matrix":
+        return f"{share(kept[1] / kept[0], 0)} .. {share(kept[-1] / kept[0], 0)}, {len(kept)} levels"
+    return f"{kept[0]} {kept[1]} .. {kept[-1]}, {len(kept)} levels"
+
+
+def count(value: int | None) -> str:
+    """Format an integer with thousands separators."""
+    return _NONE if value is None else f"{value:,}"
+
+
+def number(value: float | None, digits: int) -> str:
+    """Format a figure; a large one loses its decimals, for nobody reads them."""
+    if value is None:
+        return _NONE
+    return f"{value:,.{digits}f}" if abs(value) < 10_000 else f"{value:,.0f}"
+
+
+def share(value: float | None, digits: int = 2) -> str:
+    """Format a share in [0, 1] as a percentage."""
+    return _NONE if value is None else f"{value:.{digits}%}"
+
+
+def change(value: float | None) -> str:
+    """Format a relative difference as a signed percentage."""
+    if value is None:
+        return _NONE
+    text = f"{abs(value):.1%}"
+    sign = "" if text == "0.0%" else "+" if value > 0 else _MINUS
+    return sign + text
+
+
+def _table(title: str) -> Table:
+    return Table(
+        title=escape(title),
+        title_justify="left",
+        title_style="bold",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+    )
+
+
+def _plural(amount: int, noun: str) -> str:
+    return f"{amount:,} {noun}{'' if amount == 1 else 's'}"

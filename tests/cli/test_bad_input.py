@@ -1,0 +1,707 @@
+"""Bad input: one clear message with the remedy, exit code 2, and nothing changed on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from allocator.core.files import file_fingerprint
+
+Refused = Callable[..., str]
+Args = list[object]
+
+
+def tree(folder: Path) -> dict[str, str]:
+    return {str(p.relative_to(folder)): file_fingerprint(p) if p.is_file() else "/" for p in folder.rglob("*")}
+
+
+def refused_by_process(here: Path, *arguments: object) -> str:
+    """Run a real process that must refuse, and return its message."""
+    before = tree(here)
+    command = [sys.executable, "-m", "allocator", *map(str, arguments)]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, ""), done
+    lines = [line for line in done.stderr.splitlines() if line != "checking ..."]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: "), done.stderr
+    assert tree(here) == before
+    return lines[0]
+
+
+def edit_json(path: Path, change: Callable[[Any], object]) -> None:
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+# --- a real process: what a user sees on the terminal ---------------------------------------------------------
+
+
+def test_process_model_folder_missing(here: Path) -> None:
+    message = refused_by_process(here, "search", "--model", here / "no-such-model", "--workers", 0)
+    assert f"{here / 'no-such-model'}: no such folder" in message
+    assert "tiny-python-llama" in message
+
+
+def test_process_unknown_key_in_run_file(here: Path) -> None:
+    (here / "run.yaml").write_text("target: 0.5\nsearch:\n  evolution:\n    generatoins: 3\n")
+    message = refused_by_process(here, "search", "run.yaml")
+    assert "run.yaml" in message
+    assert "unknown key 'search.evolution.generatoins'" in message
+    assert "did you mean 'generations'?" in message
+
+
+def test_process_run_directory_not_writable(search_args: Args, here: Path) -> None:
+    # root may write everywhere, so the folder of runs is put below a regular file
+    (here / "file").write_text("not a folder")
+    message = refused_by_process(here, *search_args, "--runs-dir", here / "file" / "runs")
+    assert str(here / "file") in message
+    assert "--runs-dir" in message
+
+
+def test_process_no_such_ray_address(search_args: Args, here: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"  # bound, and nobody listens
+        message = refused_by_process(here, *search_args, "--workers", 1, "--address", address)
+    assert f"no Ray cluster answers at {address}" in message
+    assert "ray start --head" in message
+
+
+# --- the model ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["inspect", "search"])
+def test_model_folder_missing(refused: Refused, here: Path, command: str) -> None:
+    named = [here / "gone"] if command == "inspect" else ["--model", here / "gone"]
+    message = refused(command, *named)
+    assert f"{here / 'gone'}: no such folder" in message
+    assert "Give a local Hugging Face folder" in message
+
+
+def test_model_is_a_file(refused: Refused, here: Path) -> None:
+    (here / "model.safetensors").write_bytes(b"weights")
+    assert "no such folder" in refused("inspect", here / "model.safetensors")
+
+
+def test_model_folder_without_configuration(refused: Refused, here: Path) -> None:
+    (here / "model").mkdir()
+    message = refused("inspect", here / "model")
+    assert str(here / "model" / "config.json") in message
+    assert "Give a local Hugging Face folder" in message
+
+
+def test_model_without_weights(refused: Refused, tiny_model: Path, here: Path) -> None:
+    (here / "model").mkdir()
+    shutil.copy(tiny_model / "config.json", here / "model")
+    message = refused("inspect", here / "model")
+    assert "no *.safetensors" in message
+    assert "save_pretrained" in message
+
+
+def test_model_with_damaged_weights(refused: Refused, tiny_model: Path, here: Path) -> None:
+    shutil.copytree(tiny_model, here / "model")
+    weights = here / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    message = refused("inspect", here / "model")
+    assert str(weights) in message
+    assert "Copy it again" in message
+
+
+def test_model_is_no_causal_language_model(refused: Refused, tiny_model: Path, here: Path) -> None:
+    shutil.copytree(tiny_model, here / "model")
+    edit_json(here / "model" / "config.json", lambda c: c.update(architectures=["LlamaForSequenceClassification"]))
+    message = refused("search", "--model", here / "model")
+    assert "'LlamaForSequenceClassification'" in message
+    assert "not a causal language model" in message
+    assert "ForCausalLM" in message
+
+
+def test_unknown_architecture(refused: Refused, tiny_model: Path, here: Path) -> None:
+    shutil.copytree(tiny_model, here / "model")
+    edit_json(
+        here / "model" / "config.json", lambda c: c.update(model_type="mamba", architectures=["MambaForCausalLM"])
+    )
+    message = refused("search", "--model", here / "model")
+    assert "'mamba'" in message
+    assert "known: llama, mistral, qwen2, qwen3" in message
+    assert "--set family=FILE" in message
+
+
+def test_model_that_is_pruned_already(refused: Refused, own_run: Path) -> None:
+    message = refused("inspect", own_run / "checkpoint")
+    assert "pruned already" in message
+    assert "Give the dense model" in message
+
+
+# --- the target -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["0", "1", "1.5", "-0.1", "nan"])
+@pytest.mark.parametrize("pattern", ["structured", "unstructured"])
+def test_target_outside_its_range(refused: Refused, search_args: Args, target: str, pattern: str) -> None:
+    message = refused(*search_args, f"--target={target}", "--pattern", pattern)
+    assert "expected a share in (0, 1)" in message
+    assert f"found {float(target)}" in message
+
+
+@pytest.mark.parametrize(("pattern", "reach"), [("structured", None), ("unstructured", 0.2)])
+def test_target_out_of_reach_of_the_ladder(
+    refused: Refused, search_args: Args, tiny_model: Path, pattern: str, reach: float | None
+) -> None:
+    message = refused(*search_args, "--target", 0.5, "--pattern", pattern, "--set", "ladder.sparsities=[0.1,0.2]")
+    assert "0.5 is out of reach" in message
+    words = message.replace(",", "").split()
+    most = float(words[words.index("to") + 1])
+    assert 0.0 < most < 0.5
+    if reach is not None:
+        assert most == pytest.approx(reach, abs=0.03)
+    assert "Ask for less" in message
+
+
+def test_plan_of_a_target_out_of_the_runs_reach(refused: Refused, own_run: Path) -> None:
+    message = refused("plan", own_run, "--target", 0.999)
+    assert "0.999" in message
+
+
+# --- text and tokens ------------------------------------------------------------------------------------------
+
+
+def test_text_missing(refused: Refused, search_args: Args, here: Path) -> None:
+    message = refused(*search_args, "--text", here / "gone.txt")
+    assert f"{here / 'gone.txt'} does not exist" in message
+    assert "give a .jsonl file, a text file or a folder" in message
+
+
+def test_text_too_short(refused: Refused, search_args: Args, here: Path) -> None:
+    (here / "short").mkdir()
+    for number in range(64):
+        (here / "short" / f"{number}.txt").write_text(f"a little text, number {number}\n")
+    message = refused(*search_args, "--text", here / "short", "--set", "tokens.calibration=65536")
+    assert "calibration split" in message
+    assert "need 65536 tokens" in message
+    assert "the documents hold" in message
+    assert "give more text" in message
+
+
+def test_text_with_nothing_in_a_split(refused: Refused, search_args: Args, here: Path) -> None:
+    (here / "one.txt").write_text("one small document\n")
+    message = refused(*search_args, "--text", here / "one.txt")
+    assert "need" in message
+    assert "give more text" in message
+
+
+def test_text_with_broken_lines(refused: Refused, search_args: Args, here: Path) -> None:
+    (here / "text.jsonl").write_text('{"text": "good"}\n{"text": \n')
+    message = refused(*search_args, "--text", here / "text.jsonl")
+    assert "line 2 is not JSON" in message
+
+
+@pytest.mark.parametrize(
+    ("setting", "name"),
+    [
+        ("tokens.calibration=100", "calibration asks for 100"),
+        ("tokens.selection=65", "selection asks for 65"),
+        ("tokens.test=1000", "test asks for 1000"),
+        ("search.evolution.tokens=[100,256]", "search asks for 100"),
+    ],
+)
+def test_tokens_that_are_no_whole_sequences(refused: Refused, search_args: Args, setting: str, name: str) -> None:
+    message = refused(*search_args, "--set", setting)
+    assert name in message
+    assert "not a multiple of the sequence length 64" in message
+
+
+def test_evaluate_tokens_that_are_no_whole_sequences(refused: Refused, own_run: Path, tiny_model: Path) -> None:
+    message = refused("evaluate", own_run / "checkpoint", "--model", tiny_model, "--tokens", 100)
+    assert "100 is not a multiple of the sequence length" in message
+
+
+def test_sequences_longer_than_the_model_reads(refused: Refused, search_args: Args) -> None:
+    message = refused(*search_args, "--set", "tokens.sequence_length=2048")
+    assert "2048" in message
+
+
+# --- the configuration ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["inspect", "search"])
+def test_unknown_pattern(refused: Refused, command: str) -> None:
+    message = refused(command, "--pattern", "semi-structured")
+    assert "'semi-structured'" in message
+    assert "'structured'" in message
+    assert "'unstructured'" in message
+
+
+def test_unknown_method(refused: Refused, search_args: Args) -> None:
+    message = refused(*search_args, "--set", "search.method=anneal")
+    assert "search.method" in message
+    assert "'anneal'" in message
+    assert all(name in message for name in ("evolution", "nsga2", "tpe"))
+
+
+def test_unknown_pruner(refused: Refused, search_args: Args) -> None:
+    message = refused(*search_args, "--set", "pruner.name=wanda")
+    assert "'wanda' does not serve structured pruning" in message
+    assert "obs" in message
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("tarjet=0.5", "target"),
+        ("serach=1", "search"),
+        ("search.metod=tpe", "method"),
+        ("search.evolution.ofspring=3", "offspring"),
+        ("tokens.calibraton=64", "calibration"),
+        ("ladder.sparsity=[0.5]", "sparsities"),
+    ],
+)
+def test_unknown_key_in_set(refused: Refused, search_args: Args, key: str, near: str) -> None:
+    message = refused(*search_args, "--set", key)
+    assert f"unknown key '{key.partition('=')[0]}'" in message
+    assert f"did you mean '{near}'?" in message
+
+
+def test_unknown_key_in_run_file(refused: Refused, here: Path) -> None:
+    (here / "run.yaml").write_text("modell: x\n")
+    message = refused("search", "run.yaml")
+    assert "run.yaml" in message
+    assert "unknown key 'modell'" in message
+    assert "did you mean 'model'?" in message
+
+
+@pytest.mark.parametrize(
+    ("setting", "found"),
+    [
+        ("workers=-1", "-1"),
+        ("seed=soon", "soon"),
+        ("name=../elsewhere", "../elsewhere"),
+        ("ladder.sparsities=[0.5,0.2]", "increasing"),
+        ("search.evolution.survivors=[4]", "survivors"),
+        ("target", "expected key=value"),
+        ("target=[", "not YAML"),
+        ("target.inner=1", "not a group of keys"),
+    ],
+)
+def test_values_that_cannot_be(refused: Refused, search_args: Args, setting: str, found: str) -> None:
+    assert found in refused(*search_args, "--target", 0.5, "--set", setting)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [("target: [0.5\n", "not YAML"), ("a: b: c\n", "not YAML"), ("- target\n", "found list"), ("\xff", "run.yaml")],
+)
+def test_malformed_run_file(refused: Refused, here: Path, content: str, found: str) -> None:
+    (here / "run.yaml").write_text(content, encoding="latin-1")
+    message = refused("search", "run.yaml")
+    assert "run.yaml" in message
+    assert found in message
+
+
+def test_run_file_missing(refused: Refused) -> None:
+    assert "gone.yaml" in refused("search", "gone.yaml")
+
+
+# --- the run folder -------------------------------------------------------------------------------------------
+
+
+def test_run_directory_not_writable(refused: Refused, search_args: Args, here: Path) -> None:
+    (here / "file").write_text("not a folder")
+    message = refused(*search_args, "--runs-dir", here / "file" / "deeper" / "runs")
+    assert f"{here / 'file'}: not a folder that can be written to" in message
+    assert "--runs-dir" in message
+
+
+def test_run_exists(refused: Refused, search_args: Args, own_run: Path) -> None:
+    message = refused(*search_args)
+    assert "runs/run: the run exists already" in message
+    assert "--resume" in message
+    assert "--name" in message
+
+
+def test_nothing_to_resume(refused: Refused, search_args: Args) -> None:
+    message = refused(*search_args, "--resume")
+    assert "runs/run" in message
+    assert "without --resume" in message
+
+
+def test_nothing_to_resume_for_a_run_file(refused: Refused, here: Path, tiny_model: Path) -> None:
+    (here / "run.yaml").write_text(f"model: {tiny_model}\nname: run\n")
+    message = refused("search", "run.yaml", "--resume")
+    assert "runs/run: no run of this name to resume" in message
+    assert "Leave out --resume" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        (["--seed", 1], "seed"),
+        (["--target", 0.4], "target"),
+        (["--pattern", "unstructured"], "pattern"),
+        (["--set", "search.evolution.generations=9"], "search"),
+        (["--set", "tokens.calibration=256"], "tokens"),
+    ],
+)
+def test_resume_with_another_configuration(refused: Refused, own_run: Path, change: Args, key: str) -> None:
+    message = refused("search", "--resume", "--name", "run", "--runs-dir", "runs", *change)
+    assert "holds another search" in message
+    assert f"its {key} is" in message
+    assert "run.yaml" in message
+    assert "--name" in message
+
+
+def test_resume_with_another_model(refused: Refused, own_run: Path, tiny_qwen2: Path) -> None:
+    message = refused("search", "--resume", "--name", "run", "--runs-dir", "runs", "--model", tiny_qwen2)
+    assert "its model is sha256:" in message
+
+
+def test_resume_with_other_text(refused: Refused, own_run: Path, text_folder: Path, here: Path) -> None:
+    shutil.copytree(text_folder, here / "other")
+    for path in (here / "other").iterdir():
+        path.write_text(path.read_text().upper())
+    message = refused("search", "--resume", "--name", "run", "--runs-dir", "runs", "--text", here / "other")
+    assert "its text is" in message
+
+
+@pytest.mark.parametrize("content", ["[1", "- a list", "\xff\xfe"])
+def test_resume_with_a_damaged_run_file(refused: Refused, own_run: Path, content: str) -> None:
+    (own_run / "run.yaml").write_text(content, encoding="latin-1")
+    message = refused("search", "--resume", "--name", "run", "--runs-dir", "runs")
+    assert "runs/run/run.yaml" in message
+    assert "Restore it" in message
+
+
+# --- the journal ----------------------------------------------------------------------------------------------
+
+
+def _damage(journal: Path, how: str) -> None:
+    lines = journal.read_bytes().splitlines(keepends=True)
+    if how == "corrupt":
+        lines[3] = lines[3][:10] + b"\x00\x00\x00" + lines[3][13:]
+    elif how == "level outside its ladder":
+        entry = json.loads(lines[3])
+        entry["allocation"][0] = 99
+        lines[3] = json.dumps(entry).encode() + b"\n"
+    elif how == "truncated at the head":
+        lines = lines[1:]
+    elif how == "empty":
+        lines = []
+    elif how == "foreign":
+        lines = [b'{"loss": 1.0, "step": 1}\n', b'{"loss": 0.9, "step": 2}\n']
+    elif how == "foreign, one line without an end":
+        lines = [b"\x89PNG something else altogether"]
+    journal.write_bytes(b"".join(lines))
+
+
+DAMAGES = [
+    "corrupt",
+    "level outside its ladder",
+    "truncated at the head",
+    "empty",
+    "foreign",
+    "foreign, one line without an end",
+]
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("command", [["search", "--resume", "--name", "run", "--runs-dir", "runs"], ["report"]])
+def test_damaged_journal(refused: Refused, own_run: Path, command: Args, how: str) -> None:
+    _damage(own_run / "journal.jsonl", how)
+    message = refused(*command, *([own_run] if command == ["report"] else []))
+    assert "journal.jsonl" in message
+    assert any(remedy in message for remedy in ("Restore the file", "start again"))
+
+
+def test_damaged_journal_under_plan(refused: Refused, own_run: Path) -> None:
+    _damage(own_run / "journal.jsonl", "corrupt")
+    message = refused("plan", own_run, "--target", 0.5)
+    assert "journal.jsonl: line 4" in message
+    assert "Restore the file" in message
+
+
+# --- the level store ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def store(finished: Path, here: Path) -> Path:
+    return Path(shutil.copytree(finished / "levels", here / "store"))
+
+
+def _a_unit(store: Path) -> Path:
+    return store / "model.layers.1.mlp.safetensors"
+
+
+def test_store_with_a_corrupt_file(refused: Refused, search_args: Args, store: Path) -> None:
+    data = bytearray(_a_unit(store).read_bytes())
+    data[-1] ^= 1
+    _a_unit(store).write_bytes(data)
+    message = refused(*search_args, "--set", f"store={store}")
+    assert f"{_a_unit(store)}: damaged" in message
+    assert f"Remove {store}" in message
+
+
+def test_store_with_a_truncated_file(refused: Refused, search_args: Args, store: Path) -> None:
+    _a_unit(store).write_bytes(_a_unit(store).read_bytes()[:1000])
+    message = refused(*search_args, "--set", f"store={store}")
+    assert f"{_a_unit(store)}: damaged" in message
+
+
+def test_store_with_a_missing_file(refused: Refused, search_args: Args, store: Path) -> None:
+    _a_unit(store).unlink()
+    message = refused(*search_args, "--set", f"store={store}")
+    assert f"{_a_unit(store)}: missing" in message
+    assert f"Remove {store}" in message
+
+
+def test_store_with_a_file_that_is_no_safetensors(refused: Refused, search_args: Args, store: Path) -> None:
+    _a_unit(store).write_bytes(b"something else")
+    hashed = file_fingerprint(_a_unit(store))
+    edit_json(store / "manifest.json", lambda m: m["units"].update({"model.layers.1.mlp": hashed}))
+    message = refused(*search_args, "--set", f"store={store}")
+    assert f"{_a_unit(store)}: not readable" in message
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"schema": 1, "kind": "alloc',
+        '{"name": "some other manifest"}',
+        "[]",
+        '{"schema": 1, "kind": "allocator.levels", "key": {}}',
+        '{"schema": 1, "kind": "allocator.levels", "key": [], "units": {}}',
+        '{"schema": 2, "kind": "allocator.levels", "key": {}, "units": {}}',
+    ],
+)
+def test_store_with_a_bad_manifest(refused: Refused, search_args: Args, store: Path, content: str) -> None:
+    (store / "manifest.json").write_text(content)
+    message = refused(*search_args, "--set", f"store={store}")
+    assert str(store / "manifest.json") in message
+    assert any(remedy in message for remedy in ("Remove", "Restore"))
+
+
+def test_store_that_lacks_a_unit(refused: Refused, search_args: Args, store: Path) -> None:
+    edit_json(store / "manifest.json", lambda m: m["units"].pop("model.layers.1.mlp"))
+    message = refused(*search_args, "--set", f"store={store}")
+    assert "model.layers.1.mlp" in message
+    assert f"Remove {store}" in message
+
+
+def test_store_of_another_model(refused: Refused, search_args: Args, store: Path, tiny_qwen2: Path) -> None:
+    message = refused(*search_args, "--model", tiny_qwen2, "--set", f"store={store}")
+    assert f"{store}: the level store was built for another model" in message
+    assert "--set store=FOLDER" in message
+
+
+@pytest.mark.parametrize(
+    ("setting", "key"),
+    [
+        ("tokens.calibration=256", "calibration"),
+        ("pruner.damping=0.1", "pruner"),
+        ("ladder.align=8", "space"),
+    ],
+)
+def test_store_of_other_settings(refused: Refused, search_args: Args, store: Path, setting: str, key: str) -> None:
+    message = refused(*search_args, "--set", f"store={store}", "--set", setting)
+    assert f"built for another {key}" in message
+
+
+@pytest.mark.parametrize("also", [[], ["weights.safetensors"]])
+def test_store_in_an_unrelated_folder_is_not_wiped(
+    refused: Refused, search_args: Args, here: Path, also: list[str]
+) -> None:
+    (here / "thesis").mkdir()
+    for name in ["chapter1.tex", *also]:
+        (here / "thesis" / name).write_text("years of work")
+    message = refused(*search_args, "--set", f"store={here / 'thesis'}")
+    assert f"{here / 'thesis'}: not a level store" in message
+    assert "chapter1.tex" in message
+    assert "--set store=FOLDER" in message
+
+
+def test_store_that_is_a_model_folder_is_not_wiped(
+    refused: Refused, search_args: Args, tiny_model: Path, here: Path
+) -> None:
+    shutil.copytree(tiny_model, here / "model")
+    assert "not a level store" in refused(*search_args, "--set", f"store={here / 'model'}")
+
+
+def test_store_that_cannot_be_written(refused: Refused, search_args: Args, here: Path) -> None:
+    (here / "file").write_text("not a folder")
+    for place in (here / "file", here / "file" / "store"):
+        message = refused(*search_args, "--set", f"store={place}")
+        assert f"{here / 'file'}: not a folder that can be written to" in message
+        assert "--set store=FOLDER" in message
+
+
+def test_resume_with_a_damaged_store(refused: Refused, unfinished: Path) -> None:
+    (unfinished / "levels" / "model.layers.0.mlp.safetensors").write_bytes(b"")
+    journal = (unfinished / "journal.jsonl").read_bytes()
+    (unfinished / "journal.jsonl").write_bytes(journal[: journal.rfind(b"\n") + 1])
+    message = refused("search", "--resume", "--name", "run", "--runs-dir", "runs")
+    assert "model.layers.0.mlp.safetensors: damaged" in message
+
+
+# --- the plan -------------------------------------------------------------------------------------------------
+
+
+PLAN_DAMAGES: dict[str, Callable[[Any], object]] = {
+    "foreign": lambda plan: (plan.clear(), plan.update(epochs=3)),
+    "no units": lambda plan: plan.pop("units"),
+    "unknown key": lambda plan: plan.update(note="mine"),
+    "another schema": lambda plan: plan.update(schema=2),
+    "level beyond its ladder": lambda plan: plan["units"]["model.layers.0.mlp"].update(level=99),
+    "another level": lambda plan: plan["units"]["model.layers.0.mlp"].update(level=8, kept=0, sparsity=1.0),
+    "ladders of unequal length": lambda plan: plan["units"]["model.layers.0.mlp"]["ladder"]["params"].pop(),
+    "a ladder that rises": lambda plan: plan["units"]["model.layers.0.mlp"]["ladder"]["kept"].reverse(),
+    "a larger limit": lambda plan: plan["budget"].update(achieved=10**9, limit=10**9),
+    "a unit missing": lambda plan: plan["units"].pop("model.layers.0.mlp"),
+}
+
+
+@pytest.mark.parametrize("how", PLAN_DAMAGES)
+def test_damaged_plan(refused: Refused, own_run: Path, tiny_model: Path, here: Path, how: str) -> None:
+    edit_json(own_run / "plan.json", PLAN_DAMAGES[how])
+    message = refused("prune", own_run / "plan.json", "--model", tiny_model, "--out", here / "out")
+    assert str(own_run / "plan.json") in message
+    assert message == refused("plan", own_run)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1, 2]", "\x80\x81"])
+def test_plan_that_is_no_json_object(refused: Refused, own_run: Path, here: Path, content: str) -> None:
+    (own_run / "plan.json").write_text(content, encoding="latin-1")
+    assert str(own_run / "plan.json") in refused("prune", own_run / "plan.json", "--out", here / "out")
+
+
+@pytest.mark.parametrize("name", ["gone.json", "runs", "file/plan.json"])
+def test_plan_that_is_not_there(refused: Refused, own_run: Path, here: Path, name: str) -> None:
+    (here / "file").write_text("not a folder")
+    assert f"{here / name}: " in refused("prune", here / name, "--out", here / "out")
+
+
+def test_plan_for_another_model(refused: Refused, own_run: Path, tiny_qwen2: Path, here: Path) -> None:
+    message = refused("prune", own_run / "plan.json", "--model", tiny_qwen2, "--out", here / "out")
+    assert "another model" in message
+    assert "--model" in message
+
+
+def test_plan_for_a_model_with_other_weights(
+    refused: Refused, own_run: Path, make_model: Callable[..., Path], here: Path
+) -> None:
+    other = make_model("llama", num_hidden_layers=3, seed=1)
+    message = refused("prune", own_run / "plan.json", "--model", other, "--out", here / "out")
+    assert "another model" in message
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_prune_to_what_exists(refused: Refused, own_run: Path, tiny_model: Path, here: Path, kind: str) -> None:
+    out = here / "out"
+    out.mkdir() if kind == "folder" else out.write_text("precious")
+    message = refused("prune", own_run / "plan.json", "--model", tiny_model, "--out", out)
+    assert f"{out}: exists already" in message
+    assert "--out" in message
+
+
+def test_prune_to_where_nothing_can_be_written(refused: Refused, own_run: Path, tiny_model: Path, here: Path) -> None:
+    (here / "file").write_text("not a folder")
+    message = refused("prune", own_run / "plan.json", "--model", tiny_model, "--out", here / "file" / "out")
+    assert str(here / "file") in message
+    assert "--out" in message
+
+
+def test_prune_with_other_calibration_text(
+    refused: Refused, own_run: Path, tiny_model: Path, text_folder: Path, here: Path
+) -> None:
+    shutil.rmtree(own_run / "levels")
+    shutil.copytree(text_folder, here / "other")
+    for path in (here / "other").iterdir():
+        path.write_text(path.read_text().upper())
+    message = refused(
+        "prune", own_run / "plan.json", "--model", tiny_model, "--text", here / "other", "--out", here / "out"
+    )
+    assert "other calibration text" in message
+    assert "--text" in message
+
+
+def test_prune_from_a_store_with_another_ladder(
+    refused: Refused, cli: Callable[..., Any], search_args: Args, own_run: Path, tiny_model: Path, here: Path
+) -> None:
+    args = [*search_args, "--name", "other", "--set", "ladder.sparsities=[0.25,0.5,0.75,1.0]"]
+    assert cli(*args).code == 0
+    message = refused(
+        "prune",
+        own_run / "plan.json",
+        *("--model", tiny_model, "--store", here / "runs" / "other" / "levels", "--out", here / "out"),
+    )
+    assert "built for another space" in message
+
+
+@pytest.mark.parametrize("place", ["gone", "thesis"])
+def test_prune_from_no_store(refused: Refused, own_run: Path, tiny_model: Path, here: Path, place: str) -> None:
+    (here / "thesis").mkdir()
+    (here / "thesis" / "chapter1.tex").write_text("years of work")
+    message = refused(
+        "prune", own_run / "plan.json", "--model", tiny_model, "--store", here / place, "--out", here / "out"
+    )
+    assert "no finished level store" in message
+    assert "--store" in message
+
+
+def test_unknown_execution(refused: Refused, own_run: Path, tiny_model: Path, here: Path) -> None:
+    message = refused(
+        "prune", own_run / "plan.json", "--model", tiny_model, "--execution", "magic", "--out", here / "out"
+    )
+    assert "expected assemble or recompute, found 'magic'" in message
+
+
+# --- what is read from a run ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["front", "plan", "report"])
+@pytest.mark.parametrize("name", ["gone", "empty", "file"])
+def test_no_run_there(refused: Refused, here: Path, command: str, name: str) -> None:
+    (here / "empty").mkdir()
+    (here / "file").write_text("not a folder")
+    assert str(here / name) in refused(command, here / name)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"kind": "something else"}', '{"kind": "allocator.front"}'])
+def test_damaged_front(refused: Refused, own_run: Path, content: str) -> None:
+    (own_run / "front.json").write_text(content)
+    message = refused("front", own_run)
+    assert str(own_run / "front.json") in message
+    assert message == refused("front", own_run, "--json")
+
+
+@pytest.mark.parametrize("content", ["{", '{"kind": "something else"}'])
+def test_damaged_result(refused: Refused, own_run: Path, content: str) -> None:
+    (own_run / "result.json").write_text(content)
+    assert str(own_run / "result.json") in refused("report", own_run)
+
+
+def test_plan_written_to_where_nothing_can_be(refused: Refused, own_run: Path, here: Path) -> None:
+    message = refused("plan", own_run, "--out", here / "gone" / "plan.json")
+    assert str(here / "gone") in message
+    assert "--out" in message
+
+
+def test_evaluate_what_is_no_checkpoint(refused: Refused, tiny_model: Path, here: Path) -> None:
+    (here / "empty").mkdir()
+    assert str(here / "empty") in refused("evaluate", here / "empty", "--model", tiny_model)
+
+
+def test_evaluate_a_checkpoint_of_another_model(
+    refused: Refused, own_run: Path, tiny_qwen2: Path, text_folder: Path
+) -> None:
+    message = refused("evaluate", own_run / "checkpoint", "--model", tiny_qwen2, "--text", text_folder, "--tokens", 512)
+    assert "--model" in message

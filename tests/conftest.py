@@ -1,0 +1,182 @@
+"""Tiny models, tiny text and synthetic search spaces, made once per session."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+
+from allocator.core.space import SearchSpace, Unit
+
+settings.register_profile("tests", deadline=None, max_examples=60, derandomize=True)
+settings.load_profile("tests")
+
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+VOCABULARY = 128
+NUM_FILES = 240
+WORDS = (
+    "tensor block level unit cost share layer token model prune search plan front budget ladder seed head value "
+    "return import while under above never often paper river green small quick every other after before begin"
+).split()
+
+
+def _document(rng: np.random.Generator) -> str:
+    def name() -> str:
+        return "_".join(rng.choice(WORDS, size=2))
+
+    lines = [f"# {' '.join(rng.choice(WORDS, size=12)).capitalize()}."]
+    for _ in range(10):
+        lines += [
+            f"def {name()}({name()}, {name()}={rng.integers(100)}):",
+            f'    """{" ".join(rng.choice(WORDS, size=8)).capitalize()}."""',
+            f"    return {name()} + [{rng.integers(1000)}] * {rng.integers(10)}",
+            "",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _space(
+    ladders: list[list[int]], fixed: int = 1000, parts: tuple[str, ...] = ("attention", "mlp"), seed: int = 0
+) -> SearchSpace:
+    units = tuple(
+        Unit(
+            name=f"layers.{index // len(parts)}.{parts[index % len(parts)]}",
+            kind="channels",
+            part=parts[index % len(parts)],
+            block=index // len(parts),
+            total=len(params) - 1 or 1,
+            kept=tuple(range(len(params) - 1 or 1, (len(params) - 1 or 1) - len(params), -1)),
+            params=tuple(params),
+            macs=tuple(3 * count for count in params),
+        )
+        for index, params in enumerate(ladders)
+    )
+    return SearchSpace("structured", units, {"params": fixed, "macs": fixed})
+
+
+@pytest.fixture(scope="session")
+def make_space() -> Callable[..., SearchSpace]:
+    """Makes a space from the parameters of each unit's levels; units are attention and mlp in turn."""
+    return _space
+
+
+@pytest.fixture(scope="session")
+def space() -> SearchSpace:
+    """Six units in three blocks, with ladders of unequal lengths and steps."""
+    return _space(
+        [[60, 45, 30, 15, 0], [176, 154, 110, 99, 33, 0], [60, 30, 0], [170, 90, 7], [52, 39, 26, 0], [88, 0]]
+    )
+
+
+@pytest.fixture(scope="session")
+def spaces() -> st.SearchStrategy[SearchSpace]:
+    """Strategy of spaces: one to six units, one to five levels, steps of any size."""
+    ladder = st.lists(st.integers(0, 400), min_size=1, max_size=5, unique=True).map(lambda v: sorted(v, reverse=True))
+    return st.builds(_space, st.lists(ladder, min_size=1, max_size=6), st.integers(0, 50))
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of small text files; every split holds more than 4,096 tokens."""
+    folder = tmp_path_factory.mktemp("text")
+    rng = np.random.default_rng(0)
+    for number in range(NUM_FILES):
+        (folder / f"document{number:03}.txt").write_text(_document(rng), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(text_folder: Path) -> Any:
+    """A byte-level tokenizer trained on the text folder, with an end-of-text token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<|end|>"],
+        initial_alphabet=[*map(chr, range(33, 127)), *"ĊĉĠ"],
+        show_progress=False,
+    )
+    texts = (path.read_text(encoding="utf-8") for path in sorted(text_folder.iterdir())[:40])
+    raw.train_from_iterator(texts, trainer)
+    assert raw.get_vocab_size() <= VOCABULARY
+    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|end|>")
+
+
+@pytest.fixture(scope="session")
+def make_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Callable[..., Path]:
+    """Saves a tiny random model with its tokenizer: ``make_model("qwen2", dtype="bfloat16", num_hidden_layers=3)``."""
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+
+    def make(
+        kind: str = "llama", *, dtype: str = "float32", seed: int = 0, shards: bool = False, **overrides: Any
+    ) -> Path:
+        shape = {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "vocab_size": VOCABULARY,
+            "max_position_embeddings": 1024,
+            "tie_word_embeddings": True,
+            "initializer_range": 0.2,
+            "bos_token_id": None,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": None,
+        }
+        config = transformers.AutoConfig.for_model(kind, **{**shape, **overrides})
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = getattr(transformers, ARCHITECTURES[kind])(config)
+            for name, parameter in model.named_parameters():
+                if name.endswith(".bias") or "norm" in name:
+                    parameter.data += 0.2 * torch.randn_like(parameter)
+        folder = tmp_path_factory.mktemp(f"tiny-{kind}-")
+        model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size="20KB" if shards else "1GB")
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model(make_model: Callable[..., Path]) -> Path:
+    """A Llama of three blocks in float32, tied embeddings. Read only: copy it before changing it."""
+    return make_model("llama", num_hidden_layers=3)
+
+
+@pytest.fixture(scope="session")
+def tiny_model_bf16(make_model: Callable[..., Path]) -> Path:
+    """The Llama in bfloat16. Read only."""
+    return make_model("llama", num_hidden_layers=3, dtype="bfloat16")
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen2(make_model: Callable[..., Path]) -> Path:
+    """A Qwen2 of two blocks, with biases on q, k and v and an untied head. Read only."""
+    return make_model("qwen2", tie_word_embeddings=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen3(make_model: Callable[..., Path]) -> Path:
+    """A Qwen3 of two blocks, with norms of queries and keys. Read only."""
+    return make_model("qwen3")

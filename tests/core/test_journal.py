@@ -1,0 +1,153 @@
+import json
+
+import pytest
+
+from allocator.core.errors import UserError
+from allocator.core.journal import Journal
+from allocator.core.protocols import Outcome, Request
+
+
+def _outcomes(space):
+    allocations = [space.dense, space.sparsest, (1,) * len(space.units)]
+    return [
+        Outcome(Request(allocation, 64 << index, split), {"kl": 0.1 * index + 1e-17, "nll": 1 / 3}, 0.25)
+        for index, allocation in enumerate(allocations)
+        for split in ("search", "selection")
+    ]
+
+
+@pytest.fixture
+def path(tmp_path, space):
+    path = tmp_path / "journal.jsonl"
+    with Journal.create(path, {"space": space.to_json(), "seed": 3}) as journal:
+        for outcome in _outcomes(space):
+            journal.append(outcome)
+    return path
+
+
+def test_round_trip(path, space):
+    journal = Journal.read(path)
+    assert list(journal) == _outcomes(space)
+    assert len(journal) == 6
+    assert journal.space == space
+    assert journal.header["seed"] == 3
+    for outcome in _outcomes(space):
+        assert journal.get(outcome.request) == outcome
+    assert journal.get(Request(space.dense, 65)) is None
+    assert journal.get(Request(space.dense, 64, "test")) is None
+
+
+def test_what_is_appended_is_seen_by_a_reader_before_close(path, space):
+    with Journal.resume(path) as journal:
+        journal.append(Outcome(Request(space.dense, 4096), {"kl": 0.0, "nll": 1.0}, 0.0))
+        assert len(Journal.read(path)) == 7
+
+
+def test_resume_appends(path, space):
+    extra = Outcome(Request(space.dense, 4096), {"kl": 0.0, "nll": 1.0}, 0.0)
+    whole = path.read_bytes()
+    with Journal.resume(path) as journal:
+        assert list(journal) == _outcomes(space)
+        journal.append(extra)
+        journal.sync()
+    assert path.read_bytes().startswith(whole)
+    assert list(Journal.read(path)) == [*_outcomes(space), extra]
+
+
+def test_equal_runs_write_equal_bytes(path, space, tmp_path):
+    with Journal.create(tmp_path / "other", {"seed": 3, "space": space.to_json()}) as journal:
+        for outcome in _outcomes(space):
+            journal.append(outcome)
+    assert (tmp_path / "other").read_bytes() == path.read_bytes()
+
+
+def test_a_torn_last_line_is_tolerated_at_every_byte(path, space):
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    start = len(whole) - len(lines[-1])
+    for cut in range(start, len(whole)):
+        path.write_bytes(whole[:cut])
+        assert list(Journal.read(path)) == _outcomes(space)[:-1]
+        assert path.stat().st_size == cut
+    with Journal.resume(path) as journal:
+        journal.append(_outcomes(space)[-1])
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda line: line[: len(line) // 2],
+        lambda line: b"",
+        lambda line: b"[1, 2]",
+        lambda line: line.replace(b'"tokens"', b'"tokons"'),
+        lambda line: line.replace(b'"allocation":[', b'"allocation":[0,'),
+        lambda line: line.replace(b'"allocation":[', b'"allocation":[9'),
+        lambda line: line.replace(b'"allocation":[', b'"allocation":[-'),
+        lambda line: line.replace(b'"kl"', b'"lk"'),
+        lambda line: b"\xff" + line,
+    ],
+)
+@pytest.mark.parametrize("open_", [Journal.read, Journal.resume])
+def test_a_damaged_line_is_named_and_nothing_is_changed(path, damage, open_):
+    lines = path.read_bytes().splitlines()
+    changed = damage(lines[3])
+    assert changed != lines[3]
+    data = b"\n".join([*lines[:3], changed, *lines[4:]]) + b'\n{"torn'
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"line 4 of 7 is damaged.*keep its first 3 lines"):
+        open_(path)
+    assert path.read_bytes() == data
+
+
+def test_a_second_writer_is_refused_and_a_reader_is_not(path):
+    with Journal.resume(path):
+        with pytest.raises(UserError, match="another process is writing this run"):
+            Journal.resume(path)
+        assert len(Journal.read(path)) == 6
+    Journal.resume(path).close()
+
+
+def test_a_refused_file_is_not_kept_locked(path):
+    good = path.read_bytes()
+    path.write_bytes(good + b"damage\n")
+    with pytest.raises(UserError) as error:
+        Journal.resume(path)
+    path.write_bytes(good)
+    Journal.resume(path).close()
+    assert "line 8" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"notes of mine\nwithout an end",
+        b"a letter",
+        b"\x89PNG\r\n\x1a\n\x00\x00",
+        json.dumps({"kind": "allocator.plan", "schema": 1}).encode() + b"\n",
+        json.dumps({"kind": "allocator.journal", "schema": 2, "space": {"units": []}}).encode() + b"\n",
+        json.dumps({"kind": "allocator.journal", "schema": 1}).encode() + b"\n",
+        b"",
+    ],
+)
+@pytest.mark.parametrize("open_", [Journal.read, Journal.resume])
+def test_a_foreign_file_is_refused_and_left_as_it_is(tmp_path, content, open_):
+    path = tmp_path / "journal.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=str(path)):
+        open_(path)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("open_", [Journal.read, Journal.resume])
+def test_a_missing_file_is_named(tmp_path, open_):
+    with pytest.raises(UserError, match="no such journal"):
+        open_(tmp_path / "journal.jsonl")
+    assert not list(tmp_path.iterdir())
+
+
+def test_create_never_overwrites(path):
+    before = path.read_bytes()
+    with pytest.raises(FileExistsError):
+        Journal.create(path, {})
+    assert path.read_bytes() == before

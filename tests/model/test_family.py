@@ -1,0 +1,237 @@
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from allocator.core.errors import UserError
+from allocator.model.family import build_space, families_folder, find_family, load_family, resolve_layout
+from allocator.model.headers import read_model_files
+from allocator.model.load import load_folder
+from allocator.prune.execute import save_pruned
+from allocator.prune.pruners import make_pruner
+from allocator.prune.statistics import Gram, Nothing
+
+MODELS = {
+    "llama": ("llama", {"num_hidden_layers": 3}),
+    "llama, untied": ("llama", {"tie_word_embeddings": False}),
+    "llama, bfloat16": ("llama", {"dtype": "bfloat16"}),
+    "llama, every bias": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama, one KV head each": ("llama", {"num_key_value_heads": 4}),
+    "llama, sharded": ("llama", {"shards": True}),
+    "llama, wide heads": ("llama", {"head_dim": 12}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2, untied": ("qwen2", {"tie_word_embeddings": False}),
+    "qwen3": ("qwen3", {"tie_word_embeddings": True}),
+    "qwen3, untied": ("qwen3", {"tie_word_embeddings": False}),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request, make_model):
+    kind, overrides = MODELS[request.param]
+    return make_model(kind, **overrides)
+
+
+def _resolve(folder, pattern="structured", target=0.5, **settings):
+    files = read_model_files(folder)
+    layout = resolve_layout(find_family(files.config["model_type"]), files)
+    return files, layout, build_space(layout, files, pattern, target, **settings)
+
+
+def _levels(files, layout, space, pruner):
+    """Prune from made-up statistics, for only shapes and counts matter here."""
+    outputs = {site.name: (site.output, site.width) for site in layout.sites}
+    tensors = {}
+    for shard in set(files.shards.values()):
+        tensors.update(load_file(files.folder / shard))
+    compact = {}
+    for unit in space.units:
+        module, width = outputs.get(unit.name, (unit.name, 1)) if space.pattern == "structured" else (unit.name, 1)
+        weight = tensors[f"{module}.weight"]
+        statistics = Gram(weight.shape[1]) if pruner.need == "gram" else Nothing(weight.shape[1])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            statistics.add(torch.randn(200, weight.shape[1]))
+        compact[unit.name] = pruner.levels(unit, width, weight, statistics, range(1, unit.num_levels))
+    return compact
+
+
+def _allocations(space, seed=0, count=4):
+    rng = np.random.default_rng(seed)
+    return [
+        space.dense,
+        space.sparsest,
+        *(tuple(int(rng.integers(unit.num_levels)) for unit in space.units) for _ in range(count)),
+    ]
+
+
+def _saved(folder):
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            yield from ((name, file.get_tensor(name)) for name in file.keys())
+
+
+def test_structured_costs_are_what_torch_counts(model, tmp_path):
+    files, layout, space = _resolve(model)
+    compact = _levels(files, layout, space, make_pruner("obs", "structured", 0.01))
+    for number, allocation in enumerate(_allocations(space)):
+        out = tmp_path / str(number)
+        assert save_pruned(allocation, files, layout, space, compact.__getitem__, out) == space.cost(allocation)
+        assert sum(tensor.numel() for _, tensor in _saved(out)) == space.cost(allocation)
+        loaded = load_folder(out)
+        assert sum(parameter.numel() for parameter in loaded.parameters()) == space.cost(allocation)
+        linears = [module for module in loaded.modules() if isinstance(module, nn.Linear)]
+        assert sum(module.weight.numel() for module in linears) == space.cost(allocation, "macs")
+
+
+def test_unstructured_costs_are_the_nonzeros_on_disk(model, tmp_path):
+    files, layout, space = _resolve(model, "unstructured", 0.6)
+    compact = _levels(files, layout, space, make_pruner("magnitude", "unstructured", 0.01))
+    matrices = {f"{unit.name}.weight" for unit in space.units}
+    for number, allocation in enumerate(_allocations(space)):
+        out = tmp_path / str(number)
+        assert save_pruned(allocation, files, layout, space, compact.__getitem__, out) == space.cost(allocation)
+        counted = sum(int(t.count_nonzero()) if name in matrices else t.numel() for name, t in _saved(out))
+        assert counted == space.cost(allocation)
+        assert space.cost(allocation, "macs") == space.cost(space.dense, "macs")
+
+
+def test_dense_cost_is_the_whole_model_with_tied_tensors_once(model):
+    _, _, space = _resolve(model)
+    loaded = load_folder(model)
+    assert space.cost(space.dense) == sum(parameter.numel() for parameter in loaded.parameters())
+
+
+def test_default_ladders(tiny_model):
+    _, _, space = _resolve(tiny_model)
+    assert [unit.name for unit in space.units[:2]] == ["model.layers.0.self_attn", "model.layers.0.mlp"]
+    attention, mlp = space.units[:2]
+    assert (attention.kind, attention.part, attention.kept) == ("kv_groups", "attention", (2, 1, 0))
+    assert (mlp.kind, mlp.part, mlp.kept) == ("channels", "mlp", (48, 42, 36, 30, 24, 18, 12, 6, 0))
+    assert [unit.block for unit in space.units] == [0, 0, 1, 1, 2, 2]
+    assert all(unit.params[-1] == 0 for unit in space.units)
+
+    _, _, space = _resolve(tiny_model, "unstructured", 0.5)
+    assert len(space.units) == 3 * 7
+    assert [round(u, 3) for u in map(space.units[0].sparsity, range(space.units[0].num_levels))] == [
+        0.0,
+        *[round(round(32 * s) / 32, 3) for s in (0.2, 0.275, 0.35, 0.425, 0.5, 0.575, 0.65, 0.725, 0.8)],
+    ]
+
+
+def test_ladders_as_asked_for(tiny_model):
+    _, _, space = _resolve(tiny_model, ladder=[0.25, 0.6, 1.0], align=16)
+    assert space.units[0].kept == (2, 1, 0)
+    assert space.units[1].kept == (48, 32, 16, 0)
+
+
+def test_layout(tiny_qwen2):
+    files, layout, _ = _resolve(tiny_qwen2)
+    assert layout.blocks == ("model.layers.0", "model.layers.1")
+    assert layout.tail == ("model.norm", "lm_head")
+    attention, mlp = layout.sites[2:]
+    assert attention.name == "model.layers.1.self_attn"
+    assert attention.inputs == tuple(
+        (f"{attention.name}.{p}_proj", rows) for p, rows in (("q", 16), ("k", 8), ("v", 8))
+    )
+    assert (attention.output, attention.width, attention.total) == (f"{attention.name}.o_proj", 16, 2)
+    assert (mlp.output, mlp.width, mlp.total) == ("model.layers.1.mlp.down_proj", 1, 48)
+
+
+def test_blocks_are_in_order_beyond_ten(make_model):
+    files, layout, _ = _resolve(make_model(num_hidden_layers=11))
+    assert layout.blocks == tuple(f"model.layers.{number}" for number in range(11))
+
+
+@pytest.fixture
+def family_with(tmp_path):
+    """Writes the Llama family with some keys changed."""
+
+    def write(**changes):
+        data = yaml.safe_load((families_folder() / "llama.yaml").read_text())
+        path = tmp_path / "family.yaml"
+        path.write_text(yaml.safe_dump({**data, **changes}))
+        return path
+
+    return write
+
+
+def test_an_uncovered_matrix_is_named(tiny_model, family_with):
+    family = find_family("llama", family_with(skip=["lm_head"]))
+    with pytest.raises(UserError, match=r"matrix model\.embed_tokens \[128, 32\].*Name it in a unit, or list it"):
+        resolve_layout(family, read_model_files(tiny_model))
+
+
+def test_a_matrix_that_no_unit_holds_is_named(tiny_model, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    extra = {"model.layers.1.mlp.experts": torch.zeros(2, 3, 4)}
+    save_file({**load_file(folder / "model.safetensors"), **extra}, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"matrix model\.layers\.1\.mlp\.experts \[2, 3, 4\]"):
+        resolve_layout(find_family("llama"), read_model_files(folder))
+
+
+def test_a_missing_module_is_named_with_what_there_is(tiny_model, family_with):
+    units = {"mlp": {"kind": "channels", "inputs": ["mlp.gate_up_proj"], "output": "mlp.down_proj"}}
+    family = find_family("llama", family_with(units=units))
+    with pytest.raises(UserError, match=r"names model\.layers\.0\.mlp\.gate_up_proj.*lacks.*mlp\.gate_proj\.weight"):
+        resolve_layout(family, read_model_files(tiny_model))
+
+
+def test_blocks_that_match_nothing_are_named(tiny_model, family_with):
+    family = find_family("llama", family_with(blocks="transformer.h.{block}"))
+    with pytest.raises(UserError, match=r"transformer\.h\.\{block\}.*matches no module"):
+        resolve_layout(family, read_model_files(tiny_model))
+
+
+def test_items_must_divide_rows(tiny_model, tmp_path):
+    files = read_model_files(tiny_model)
+    files = type(files)(
+        files.folder, {**files.config, "num_key_value_heads": 3}, files.shapes, files.shards, files.dtypes
+    )
+    with pytest.raises(UserError, match="3 kv_groups do not divide"):
+        resolve_layout(find_family("llama"), files)
+
+
+def test_unknown_model_types_are_named_with_those_known():
+    with pytest.raises(UserError, match="no family file serves the model type 'gpt2'; known: llama, mistral"):
+        find_family("gpt2")
+
+
+def test_a_family_of_another_model_type_is_refused(family_with):
+    with pytest.raises(UserError, match="serves .*'mistral'.* and the model is of type 'llama'"):
+        find_family("llama", family_with(model_types=["mistral"]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"blockz": "x"}, "blockz: Extra inputs"),
+        ({"schema": 2}, "schema: "),
+        ({"blocks": "layers"}, "blocks: "),
+        ({"units": {"attention": {"kind": "heads"}}}, r"units\.attention: "),
+        ({"units": {"mlp": {"kind": "channels", "inputs": [], "output": "o"}}}, r"units\.mlp\.channels\.inputs: "),
+        ({"skip": None}, "skip: "),
+    ],
+)
+def test_a_family_file_with_a_wrong_key_names_it(family_with, changes, message):
+    with pytest.raises(UserError, match=f"family: .*family.yaml: {message}"):
+        load_family(family_with(**changes))
+
+
+@pytest.mark.parametrize(("content", "message"), [("a: [", "not YAML"), ("", "file: "), ("- 1", "file: ")])
+def test_a_file_that_is_no_family_is_refused(tmp_path, content, message):
+    path = tmp_path / "family.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_family(path)
+
+
+def test_a_missing_family_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="No such file"):
+        load_family(tmp_path / "family.yaml")

@@ -1,0 +1,92 @@
+"""Landscapes in place of a model: losses that are functions of the allocation alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pytest
+
+from allocator.core.budget import budget_for
+from allocator.core.journal import Journal
+from allocator.core.protocols import Outcome, Request
+from allocator.search.baselines import uniform
+from allocator.search.loop import search
+
+
+class Landscape:
+    """A KL that grows with every level, plus what neighbouring units do to each other."""
+
+    def __init__(self, space, seed=0, interaction=0.3):
+        rng = np.random.default_rng(seed)
+        self.terms = [np.concatenate([[0.0], rng.exponential(size=u.num_levels - 1).cumsum()]) for u in space.units]
+        self._interaction, self._space = interaction, space
+        self.requests: list[Request] = []
+
+    def kl(self, allocation) -> float:
+        sparsities = [u.sparsity(level) for u, level in zip(self._space.units, allocation, strict=True)]
+        pairs = sum(a * b for a, b in zip(sparsities, sparsities[1:], strict=False))
+        return float(sum(t[level] for t, level in zip(self.terms, allocation, strict=True)) + self._interaction * pairs)
+
+    def evaluate(self, requests: Sequence[Request]) -> Iterator[Outcome]:
+        for request in requests:
+            self.requests.append(request)
+            kl = self.kl(request.allocation) * (1 + 1 / request.tokens)
+            yield Outcome(request, {"kl": kl, "nll": 2.0 + kl}, 0.0)
+
+
+class Refusing:
+    """Answers nothing: whatever is asked should have been known."""
+
+    def evaluate(self, requests):
+        raise AssertionError(f"asked to measure {requests}")
+
+
+class Recording:
+    """Writes down what a searcher asks and is told."""
+
+    def __init__(self, searcher):
+        self._searcher = searcher
+        self.batches: list[list[Request]] = []
+        self.told: list[list[Outcome]] = []
+
+    def ask(self):
+        requests = self._searcher.ask()
+        if requests:
+            self.batches.append(list(requests))
+        return requests
+
+    def tell(self, outcomes):
+        self.told.append(list(outcomes))
+        self._searcher.tell(outcomes)
+
+    def finalists(self):
+        return self._searcher.finalists()
+
+
+@pytest.fixture
+def landscape():
+    return Landscape
+
+
+@pytest.fixture
+def refusing():
+    return Refusing()
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Runs a searcher from uniform to its end and returns its record; ``known`` is in the journal before."""
+
+    def run(make, space, target=0.5, seed=0, evaluator=None, known=(), start=None):
+        budget = budget_for(space, target)
+        start = [uniform(space, budget, target)] if start is None else start
+        record = Recording(make(space, budget, start, seed))
+        path = tmp_path / f"journal{len(list(tmp_path.iterdir()))}.jsonl"
+        with Journal.create(path, {"space": space.to_json()}) as journal:
+            for outcome in known:
+                journal.append(outcome)
+            search(record, evaluator or Landscape(space), journal)
+        return record
+
+    return run

@@ -1,0 +1,76 @@
+import pytest
+
+from allocator.core.budget import budget_for, denser_moves, fits
+from allocator.core.journal import Journal
+from allocator.search.decide import FINALISTS, SearchSettings, decide
+from allocator.search.evolution import EvolutionSettings
+from allocator.search.nsga2 import Nsga2Settings
+from allocator.search.tpe import TpeSettings
+
+EVOLUTION = EvolutionSettings(generations=6, offspring=6, tokens=(64, 128), survivors=(2, 1))
+SETTINGS = {
+    "evolution": SearchSettings("evolution", evolution=EVOLUTION),
+    "nsga2": SearchSettings("nsga2", nsga2=Nsga2Settings(generations=4, population=8, tokens=128)),
+    "tpe": SearchSettings("tpe", tpe=TpeSettings(trials=20, batch=4, tokens=128)),
+}
+
+
+@pytest.fixture(params=SETTINGS)
+def settings(request):
+    return SETTINGS[request.param]
+
+
+def test_the_decision_is_replayed_from_the_journal_alone(settings, space, landscape, refusing, tmp_path):
+    budget, path = budget_for(space, 0.5), tmp_path / "journal.jsonl"
+    arguments = (space, budget, 0.5, settings, 3, 256)
+    with Journal.create(path, {"space": space.to_json()}) as journal:
+        decision = decide(*arguments, landscape(space), journal)
+    written = path.read_bytes()
+    with Journal.resume(path) as journal:
+        assert decide(*arguments, refusing, journal) == decision
+    assert path.read_bytes() == written
+
+
+def test_resumed_from_a_torn_journal_it_writes_the_same_journal(settings, space, landscape, tmp_path):
+    budget, path = budget_for(space, 0.5), tmp_path / "journal.jsonl"
+    arguments = (space, budget, 0.5, settings, 3, 256)
+    with Journal.create(path, {"space": space.to_json()}) as journal:
+        decision = decide(*arguments, landscape(space), journal)
+    whole = path.read_bytes()
+    header = whole.index(b"\n") + 1
+    for share in (0.0, 0.3, 0.7, 0.99):
+        path.write_bytes(whole[: header + int(share * (len(whole) - header))])
+        with Journal.resume(path) as journal:
+            assert decide(*arguments, landscape(space), journal) == decision
+        assert path.read_bytes() == whole
+
+
+def test_the_winner_is_the_best_finalist_on_the_selection_split(settings, space, landscape, tmp_path):
+    budget = budget_for(space, 0.5)
+    phases = []
+    with Journal.create(tmp_path / "journal.jsonl", {"space": space.to_json()}) as journal:
+        decision = decide(space, budget, 0.5, settings, 3, 256, landscape(space), journal, phase=phases.append)
+        selected = [o for o in journal if o.request.split == "selection"]
+    assert phases == ["baselines", "search", "selection"]
+    assert 1 <= len(selected) <= FINALISTS
+    assert {o.request.tokens for o in selected} == {256}
+    assert decision.searched == min(selected, key=lambda o: o.kl).request.allocation
+    kl = landscape(space).kl
+    assert kl(decision.searched) <= min(kl(decision.uniform), kl(decision.two_rate))
+    for allocation in (decision.uniform, decision.two_rate, decision.searched):
+        assert fits(space, allocation, budget)
+        assert denser_moves(space, allocation, budget) == []
+
+
+def test_what_was_measured_before_an_error_is_kept(space, landscape, tmp_path):
+    class Breaking(landscape):
+        def evaluate(self, requests):
+            for number, outcome in enumerate(super().evaluate(requests)):
+                if len(self.requests) > 30:
+                    raise RuntimeError(f"broken at {number}")
+                yield outcome
+
+    budget, path = budget_for(space, 0.5), tmp_path / "journal.jsonl"
+    with Journal.create(path, {"space": space.to_json()}) as journal, pytest.raises(RuntimeError, match="broken"):
+        decide(space, budget, 0.5, SETTINGS["evolution"], 3, 256, Breaking(space), journal)
+    assert len(Journal.read(path)) == 30

@@ -1,0 +1,116 @@
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from allocator.core.budget import Budget, budget_for, denser_moves, fits, repair
+from allocator.core.errors import UserError
+from allocator.search.evolution import EvolutionSettings, ExchangeEvolution, exchange
+
+
+def _maker(**settings):
+    settings = EvolutionSettings(**settings)
+    return lambda space, budget, start, seed: ExchangeEvolution(space, budget, start, settings, seed)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("target", [0.3, 0.6])
+def test_the_optimum_of_a_small_additive_landscape_is_found(run, space, landscape, seed, target):
+    additive = landscape(space, seed=seed, interaction=0.0)
+    budget = budget_for(space, target)
+    every = itertools.product(*(range(unit.num_levels) for unit in space.units))
+    best = min((a for a in every if fits(space, a, budget)), key=additive.kl)
+    make = _maker(generations=60, offspring=16, tokens=(64, 128), survivors=(4, 1))
+    record = run(make, space, target, seed=seed, evaluator=additive)
+    assert additive.kl(record.finalists()[0]) == pytest.approx(additive.kl(best), abs=1e-12)
+
+
+def test_the_parent_never_gets_worse(run, make_space):
+    space = make_space([[100, 70, 35, 20, 0], [90, 60, 30, 0]] * 5)
+    record = run(_maker(generations=12, offspring=8, tokens=(64, 128), survivors=(3, 1)), space)
+    best = [min(o.kl for o in batch) for batch in record.told if batch[0].request.tokens == 128]
+    assert len(best) == 13
+    assert best == sorted(best, reverse=True)
+
+
+def test_the_parent_competes_in_every_last_stage(run, space):
+    record = run(_maker(generations=6, offspring=8, tokens=(64, 128), survivors=(3, 1)), space)
+    last = [batch for batch in record.told if batch[0].request.tokens == 128]
+    for before, after in itertools.pairwise(last):
+        parent = min(before, key=lambda o: (o.kl, o.request.allocation)).request
+        assert parent in [o.request for o in after]
+
+
+def test_stages_are_as_the_settings_say(run, make_space):
+    space = make_space([[100, 80, 60, 40, 20, 0]] * 10)
+    settings = {"generations": 4, "offspring": 8, "tokens": (16, 32, 64), "survivors": (4, 2, 1)}
+    record = run(_maker(**settings), space)
+    sizes = [(len(batch), {r.tokens for r in batch}) for batch in record.batches]
+    assert sizes == [(1, {64}), *[(8, {16}), (4, {32}), (3, {64})] * 4]
+    for told, asked in itertools.pairwise(zip(record.told, record.batches, strict=True)):
+        outcomes, stage = told[0], asked[1][0].tokens
+        if stage == 16:
+            continue
+        ranked = sorted(outcomes, key=lambda o: (o.kl, o.request.allocation))
+        kept = [o.request.allocation for o in ranked[: {32: 4, 64: 2}[stage]]]
+        assert [r.allocation for r in asked[1]][: len(kept)] == kept
+
+
+def test_no_allocation_is_proposed_twice(run, space):
+    record = run(_maker(generations=20, offspring=8, tokens=(64, 128), survivors=(3, 1)), space)
+    proposed = [r.allocation for batch in record.batches if batch[0].tokens == 64 for r in batch]
+    assert len(set(proposed)) == len(proposed)
+    assert record.batches[0][0].allocation not in proposed
+
+
+def test_the_search_ends_when_nothing_new_is_left(run, make_space):
+    space = make_space([[10, 0], [10, 0]])
+    record = run(_maker(generations=50, offspring=4, tokens=(64, 128), survivors=(2, 1)), space)
+    assert len(record.batches) < 10
+    assert set(record.finalists()) == {(0, 1), (1, 0)}
+
+
+def test_it_begins_at_the_best_of_its_starts(run, space, landscape):
+    budget = budget_for(space, 0.5)
+    units = range(len(space.units))
+    starts = [repair(space, space.dense, budget, order) for order in (units, units[::-1])]
+    record = run(_maker(generations=1, offspring=4, tokens=(128,), survivors=(1,)), space, start=[*starts, starts[0]])
+    assert [r.allocation for r in record.batches[0]] == list(dict.fromkeys(starts))
+    assert min(starts, key=landscape(space).kl) in [r.allocation for r in record.batches[1]]
+
+
+@given(data=st.data(), seed=st.integers(0, 99), times=st.integers(1, 4))
+def test_exchanges_keep_and_fill_the_budget(spaces, data, seed, times):
+    space = data.draw(spaces)
+    budget = Budget(data.draw(st.integers(space.cost(space.sparsest), space.cost(space.dense))))
+    parent = repair(space, space.dense, budget, range(len(space.units)))
+    child = exchange(space, parent, budget, np.random.default_rng(seed), times)
+    assert fits(space, child, budget)
+    assert denser_moves(space, child, budget) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"generations": 0}, "must be at least 1"),
+        ({"offspring": 0}, "must be at least 1"),
+        ({"max_exchanges": 0}, "must be at least 1"),
+        ({"tokens": (64, 128), "survivors": (1,)}, "one number of survivors for each stage"),
+        ({"tokens": (), "survivors": ()}, "one number of survivors for each stage"),
+        ({"tokens": (128, 64)}, "expected increasing counts"),
+        ({"tokens": (64, 64)}, "expected increasing counts"),
+        ({"tokens": (0, 64)}, "expected increasing counts"),
+        ({"survivors": (4, 2)}, "expected counts that fall from offspring"),
+        ({"survivors": (17, 1)}, "expected counts that fall from offspring"),
+        ({"survivors": (0, 1)}, "expected counts that fall from offspring"),
+        (
+            {"tokens": (16, 32, 64), "survivors": (2, 4, 1)},
+            "expected counts that fall from offspring",
+        ),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings, message):
+    with pytest.raises(UserError, match=f"search.evolution.*{message}"):
+        EvolutionSettings(**settings)

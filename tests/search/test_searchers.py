@@ -1,0 +1,112 @@
+"""The contract of every searcher. A new one is one more line in ``SEARCHERS``."""
+
+import numpy as np
+import pytest
+
+from allocator.core.budget import Budget, budget_for, denser_moves, fits, repair
+from allocator.core.journal import Journal
+from allocator.search.decide import SearchSettings, make_searcher
+from allocator.search.evolution import EvolutionSettings
+from allocator.search.loop import search
+from allocator.search.nsga2 import Nsga2Settings
+from allocator.search.tpe import TpeSettings
+
+SEARCHERS = {
+    "evolution": SearchSettings(
+        "evolution", evolution=EvolutionSettings(generations=5, offspring=6, tokens=(64, 128), survivors=(2, 1))
+    ),
+    "evolution, one stage": SearchSettings(
+        "evolution", evolution=EvolutionSettings(generations=5, offspring=6, tokens=(128,), survivors=(1,))
+    ),
+    "nsga2": SearchSettings("nsga2", nsga2=Nsga2Settings(generations=4, population=8, tokens=128)),
+    "tpe": SearchSettings("tpe", tpe=TpeSettings(trials=26, batch=4, tokens=128)),
+}
+
+
+@pytest.fixture(params=SEARCHERS)
+def make(request):
+    settings = SEARCHERS[request.param]
+    return lambda space, budget, start, seed: make_searcher(space, budget, start, settings, seed)
+
+
+def _check_finalists(record, space, budget, landscape):
+    finalists = list(record.finalists())
+    assert finalists
+    assert len(set(finalists)) == len(finalists)
+    for allocation in finalists:
+        assert all(0 <= level < unit.num_levels for level, unit in zip(allocation, space.units, strict=True))
+        assert fits(space, allocation, budget)
+        assert denser_moves(space, allocation, budget) == []
+    kls = [landscape.kl(allocation) for allocation in finalists]
+    assert kls == sorted(kls)
+    measured = {o.request.allocation for batch in record.told for o in batch if o.request.tokens == 128}
+    assert set(finalists) <= measured
+
+
+@pytest.mark.parametrize("target", [0.05, 0.3, 0.5, 0.8, 0.97])
+def test_finalists_keep_and_fill_the_budget_and_are_sorted(make, run, space, target, landscape):
+    _check_finalists(run(make, space, target), space, budget_for(space, target), landscape(space))
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_finalists_keep_a_budget_of_macs(make, space, landscape, tmp_path, seed):
+    budget = Budget((space.cost(space.dense, "macs") + space.cost(space.sparsest, "macs")) // 2, "macs")
+    searcher = make(space, budget, [repair(space, space.sparsest, budget, range(len(space.units)))], seed)
+    with Journal.create(tmp_path / "journal.jsonl", {"space": space.to_json()}) as journal:
+        search(searcher, landscape(space), journal)
+    best = searcher.finalists()[0]
+    assert fits(space, best, budget)
+    assert denser_moves(space, best, budget) == []
+
+
+@pytest.mark.parametrize(
+    "ladders",
+    [
+        [[100, 80, 60, 40, 20, 0]],
+        [[100, 50]],
+        [[50], [40], [90, 60, 30, 0], [10]],
+        [[1000, 1], [3, 2, 1, 0], [77, 11], [500, 499, 3]],
+        [[7, 0]] * 12,
+    ],
+    ids=["one unit", "one unit of two levels", "one unit that moves", "unequal costs", "all alike"],
+)
+def test_odd_spaces(make, run, make_space, landscape, ladders):
+    space = make_space(ladders, fixed=5)
+    target = 0.4 * space.sparsity(space.sparsest)
+    _check_finalists(run(make, space, target), space, budget_for(space, target), landscape(space))
+
+
+def test_the_search_is_no_worse_than_its_start(make, run, space, landscape):
+    record = run(make, space, seed=3)
+    start = record.batches[0][0].allocation
+    assert landscape(space).kl(record.finalists()[0]) <= landscape(space).kl(start)
+
+
+def test_same_seed_same_requests_whatever_else_draws_numbers(make, run, space):
+    np.random.seed(1)  # noqa: NPY002
+    first = run(make, space, seed=7)
+    np.random.seed(2)  # noqa: NPY002
+    second = run(make, space, seed=7)
+    assert first.batches == second.batches
+    assert first.finalists() == second.finalists()
+
+
+def test_seeds_differ(make, run, space):
+    assert run(make, space, seed=1).batches != run(make, space, seed=2).batches
+
+
+def test_resumed_at_any_point_is_uninterrupted(make, run, space, landscape):
+    whole = run(make, space, seed=5)
+    measured = list({o.request.key: o for batch in whole.told for o in batch}.values())
+    for known in {0, 1, 2, len(measured) // 3, len(measured) // 2, len(measured) - 1, len(measured)}:
+        evaluator = landscape(space)
+        resumed = run(make, space, seed=5, evaluator=evaluator, known=measured[:known])
+        assert resumed.batches == whole.batches
+        assert resumed.finalists() == whole.finalists()
+        assert [r.key for r in evaluator.requests] == [o.request.key for o in measured[known:]]
+
+
+def test_nothing_is_measured_twice(make, run, space, landscape):
+    evaluator = landscape(space)
+    run(make, space, evaluator=evaluator)
+    assert len({r.key for r in evaluator.requests}) == len(evaluator.requests)
