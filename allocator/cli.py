@@ -88,7 +88,8 @@ def search(
     config = load_config(file, flags, set_ or ())
     if resume and file is None:
         stored = load_run_config(config.folder)
-        flags = {**stored, **{key: value for key, value in flags.items() if value is not None}}
+        given = {key: value for key, value in flags.items() if value is not None}
+        flags = {**stored, **given, "runs_dir": config.runs_dir, "name": config.run_name}
         config = load_config(None, flags, set_ or ())
     try:
         with Live() as live:
@@ -122,7 +123,7 @@ def front(run: Run, json_: Json = False) -> None:
 
     data = read_json(run / "front.json", "front")
     if data.get("kind") != "allocator.front" or "points" not in data:
-        raise UserError(f"{run / 'front.json'}: not the front of a run. Restore it, or resume the run to write it again")
+        raise UserError(f"{run / 'front.json'}: not the front of a run. Restore it, or resume the run to have it again")
     if json_:
         _emit(data)
         return

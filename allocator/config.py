@@ -32,7 +32,7 @@ class LadderSettings(_Strict):
         align: Widths of channels are multiples of this.
     """
 
-    sparsities: tuple[float, ...] | None = None
+    sparsities: tuple[float, ...] | None = Field(default=None, max_length=128)
     align: int = Field(default=1, ge=1)
 
     @field_validator("sparsities")

@@ -164,6 +164,3 @@ class LocalEvaluator:
     def execute(self, executions: Sequence[Execution], tokens: int) -> list[dict[str, float]]:
         """Save and measure checkpoints, in order."""
         return [self._engine.execute(execution, tokens) for execution in executions]
-
-    def close(self) -> None:
-        """Nothing to release."""

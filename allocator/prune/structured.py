@@ -41,7 +41,8 @@ class Obs:
         assert isinstance(statistics, Gram)
         weight = weight_oi.double()
         gram = damped(statistics.gram_ii.double(), self.damping)
-        order = obs_order(weight, gram, width, unit.name)
+        # what no input reaches costs nothing to remove, whatever its weights and the diagonal that stands in
+        order = obs_order(weight * (statistics.gram_ii.diagonal() > 0), gram, width, unit.name)
         tensors = {"order": order.to(torch.int32)}
         for level in wanted:
             if 0 < unit.kept[level] < unit.total:

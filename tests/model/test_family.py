@@ -11,7 +11,7 @@ from torch import nn
 from allocator.core.errors import UserError
 from allocator.model.family import build_space, families_folder, find_family, load_family, resolve_layout
 from allocator.model.headers import read_model_files
-from allocator.model.load import load_folder
+from allocator.model.load import load_model
 from allocator.prune.execute import save_pruned
 from allocator.prune.pruners import make_pruner
 from allocator.prune.statistics import Gram, Nothing
@@ -83,7 +83,7 @@ def test_structured_costs_are_what_torch_counts(model, tmp_path):
         out = tmp_path / str(number)
         assert save_pruned(allocation, files, layout, space, compact.__getitem__, out) == space.cost(allocation)
         assert sum(tensor.numel() for _, tensor in _saved(out)) == space.cost(allocation)
-        loaded = load_folder(out)
+        loaded = load_model(read_model_files(out))
         assert sum(parameter.numel() for parameter in loaded.parameters()) == space.cost(allocation)
         linears = [module for module in loaded.modules() if isinstance(module, nn.Linear)]
         assert sum(module.weight.numel() for module in linears) == space.cost(allocation, "macs")
@@ -103,7 +103,7 @@ def test_unstructured_costs_are_the_nonzeros_on_disk(model, tmp_path):
 
 def test_dense_cost_is_the_whole_model_with_tied_tensors_once(model):
     _, _, space = _resolve(model)
-    loaded = load_folder(model)
+    loaded = load_model(read_model_files(model))
     assert space.cost(space.dense) == sum(parameter.numel() for parameter in loaded.parameters())
 
 
@@ -131,7 +131,7 @@ def test_ladders_as_asked_for(tiny_model):
 
 
 def test_layout(tiny_qwen2):
-    files, layout, _ = _resolve(tiny_qwen2)
+    _, layout, _ = _resolve(tiny_qwen2)
     assert layout.blocks == ("model.layers.0", "model.layers.1")
     assert layout.tail == ("model.norm", "lm_head")
     attention, mlp = layout.sites[2:]
@@ -144,7 +144,7 @@ def test_layout(tiny_qwen2):
 
 
 def test_blocks_are_in_order_beyond_ten(make_model):
-    files, layout, _ = _resolve(make_model(num_hidden_layers=11))
+    _, layout, _ = _resolve(make_model(num_hidden_layers=11))
     assert layout.blocks == tuple(f"model.layers.{number}" for number in range(11))
 
 
@@ -204,7 +204,7 @@ def test_unknown_model_types_are_named_with_those_known():
 
 
 def test_a_family_of_another_model_type_is_refused(family_with):
-    with pytest.raises(UserError, match="serves .*'mistral'.* and the model is of type 'llama'"):
+    with pytest.raises(UserError, match=r"serves .*'mistral'.* and the model is of type 'llama'"):
         find_family("llama", family_with(model_types=["mistral"]))
 
 

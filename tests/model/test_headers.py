@@ -66,7 +66,7 @@ def test_places(folder):
 
 def test_a_folder_without_configuration_is_refused(folder):
     (folder / "config.json").unlink()
-    with pytest.raises(UserError, match="no such model configuration"):
+    with pytest.raises(UserError, match=r"config\.json: no such"):
         read_model_files(folder)
 
 

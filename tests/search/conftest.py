@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -25,7 +26,7 @@ class Landscape:
 
     def kl(self, allocation) -> float:
         sparsities = [u.sparsity(level) for u, level in zip(self._space.units, allocation, strict=True)]
-        pairs = sum(a * b for a, b in zip(sparsities, sparsities[1:], strict=False))
+        pairs = sum(a * b for a, b in itertools.pairwise(sparsities))
         return float(sum(t[level] for t, level in zip(self.terms, allocation, strict=True)) + self._interaction * pairs)
 
     def evaluate(self, requests: Sequence[Request]) -> Iterator[Outcome]:

@@ -1,0 +1,69 @@
+"""Engines on tiny models, with their level stores."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from allocator.evaluate.engine import Engine, EngineSpec
+from allocator.model.family import build_space, find_family, resolve_layout
+from allocator.model.headers import read_model_files
+from allocator.model.load import load_model
+from allocator.model.walk import BlockWalker
+from allocator.prune.build import prune_all_levels
+from allocator.prune.pruners import PRUNERS, make_pruner
+from allocator.prune.store import create_store
+
+LENGTH = 32
+
+
+def _token_ids(seed: int, sequences: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 128, size=(sequences, LENGTH))
+
+
+@pytest.fixture(scope="session")
+def splits() -> dict[str, np.ndarray]:
+    """Random token ids by split, 32 to a sequence."""
+    counts = {"calibration": 9, "search": 11, "selection": 6, "test": 7}
+    return {split: _token_ids(seed, count) for seed, (split, count) in enumerate(counts.items())}
+
+
+@pytest.fixture(scope="session")
+def make_spec(tmp_path_factory, splits):
+    """Prunes a model folder into a store and returns what an engine is made from."""
+
+    def make(folder, pattern="structured") -> EngineSpec:
+        files = read_model_files(folder)
+        layout = resolve_layout(find_family(files.config["model_type"]), files)
+        space = build_space(layout, files, pattern, 0.5)
+        pruner = make_pruner(PRUNERS[pattern][0], pattern, 0.01)
+        walker = BlockWalker(load_model(files), layout)
+        levels = prune_all_levels(walker, files, layout, space, pruner, torch.from_numpy(splits["calibration"]))
+        store = create_store(tmp_path_factory.mktemp("store") / "levels", {}, levels)
+        return EngineSpec(files, layout, space, store, pruner)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def structured(make_spec, tiny_model) -> EngineSpec:
+    return make_spec(tiny_model)
+
+
+@pytest.fixture(scope="session")
+def unstructured(make_spec, tiny_qwen2) -> EngineSpec:
+    return make_spec(tiny_qwen2, "unstructured")
+
+
+@pytest.fixture(params=["structured", "unstructured", "structured in bfloat16"])
+def spec(request) -> EngineSpec:
+    own = request.getfixturevalue(request.param.split()[0])
+    return dataclasses.replace(own, dtype="bfloat16") if "bfloat16" in request.param else own
+
+
+@pytest.fixture
+def engine(spec, splits) -> Engine:
+    return Engine(spec, splits)

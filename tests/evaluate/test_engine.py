@@ -1,0 +1,155 @@
+import dataclasses
+import itertools
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from allocator.core.errors import UserError
+from allocator.core.protocols import Request
+from allocator.evaluate import teacher
+from allocator.evaluate.engine import Engine, Execution, LocalEvaluator
+from allocator.model.headers import read_model_files
+from allocator.model.load import load_model
+from allocator.prune.execute import save_pruned
+
+
+def _random(space, seed):
+    rng = np.random.default_rng(seed)
+    return tuple(int(rng.integers(unit.num_levels)) for unit in space.units)
+
+
+def _requests(space):
+    allocations = [_random(space, seed) for seed in range(3)] + [space.sparsest, space.dense]
+    places = [("search", 32), ("search", 11 * 32), ("search", 4 * 32), ("selection", 6 * 32)]
+    return [
+        Request(allocation, tokens, split) for allocation, (split, tokens) in itertools.product(allocations, places)
+    ]
+
+
+def test_a_measurement_does_not_depend_on_what_was_measured_before(spec, splits):
+    requests = _requests(spec.space)
+    fresh = {r.key: Engine(spec, splits).measure(r).measured for r in requests[::3]}
+    used = Engine(spec, splits)
+    order = np.random.default_rng(0).permutation(np.tile(np.arange(len(requests)), 2))
+    found = [(requests[i], used.measure(requests[i]).measured) for i in order]
+    for request, measured in found:
+        assert measured == fresh.setdefault(request.key, measured)
+
+
+def test_targets_kept_or_recomputed_are_the_same(spec, splits, monkeypatch):
+    requests = _requests(spec.space)[:6]
+    kept = [Engine(spec, splits).measure(request).measured for request in requests]
+    monkeypatch.setattr(teacher, "KEPT_BYTES", 0)
+    engine = Engine(spec, splits)
+    assert [engine.measure(request).measured for request in requests] == kept
+
+
+def test_the_dense_model_is_at_no_distance_from_itself(engine, spec):
+    for allocation in (spec.space.sparsest, spec.space.dense):
+        outcome = engine.measure(Request(allocation, 11 * 32))
+    assert outcome.kl == 0.0
+    assert outcome.request == Request(spec.space.dense, 11 * 32)
+
+
+def test_whatever_is_removed_is_at_a_distance(engine, spec):
+    for seed in range(4):
+        assert engine.measure(Request(_random(spec.space, seed), 11 * 32)).kl > 0.0
+
+
+def test_measurements_are_means_in_nats_per_token(structured, splits, tmp_path):
+    spec, allocation = structured, _random(structured.space, 1)
+    outcome = Engine(spec, splits).measure(Request(allocation, 5 * 32))
+    save_pruned(allocation, spec.files, spec.layout, spec.space, spec.store, tmp_path / "out")
+    tokens = torch.from_numpy(splits["search"][:5])
+    with torch.inference_mode():
+        dense = load_model(spec.files)(tokens).logits.double().log_softmax(-1)
+        pruned = load_model(read_model_files(tmp_path / "out"))(tokens).logits.double().log_softmax(-1)
+    kl = (dense.exp() * (dense - pruned)).sum(-1).mean()
+    nll = -pruned[:, :-1].gather(-1, tokens[:, 1:, None]).mean()
+    assert outcome.measured["kl"] == pytest.approx(float(kl), rel=1e-4)
+    assert outcome.measured["nll"] == pytest.approx(float(nll), rel=1e-4)
+
+
+def test_a_fidelity_is_a_prefix(structured, splits):
+    allocation = _random(structured.space, 2)
+    each = []
+    for index in range(2):
+        own = {**splits, "search": splits["search"][index : index + 1]}
+        each.append(Engine(structured, own).measure(Request(allocation, 32)).measured)
+    both = Engine(structured, splits).measure(Request(allocation, 64)).measured
+    for name in ("kl", "nll"):
+        assert both[name] == pytest.approx((each[0][name] + each[1][name]) / 2, rel=1e-5)
+
+
+def test_tokens_beyond_the_fidelity_do_not_matter(structured, splits):
+    request = Request(_random(structured.space, 2), 3 * 32)
+    changed = splits["search"].copy()
+    changed[3:] = 0
+    other = Engine(structured, {**splits, "search": changed}).measure(request).measured
+    assert other == Engine(structured, splits).measure(request).measured
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_execution_saves_counts_and_measures_on_the_test_split(engine, spec, splits, tmp_path, recompute):
+    allocation = _random(spec.space, 3)
+    figures = engine.execute(Execution(allocation, recompute, tmp_path / "out"), 7 * 32)
+    assert figures["params"] == spec.space.cost(allocation)
+    assert figures["perplexity"] == pytest.approx(math.exp(figures["nll"]))
+    again = Engine(spec, splits).measure_checkpoint(tmp_path / "out", "test", 7 * 32)
+    assert again == {name: figures[name] for name in ("kl", "nll", "perplexity")}
+
+
+def test_an_assembled_execution_measures_as_in_place(structured, splits, tmp_path):
+    allocation = _random(structured.space, 4)
+    engine = Engine(structured, splits)
+    figures = engine.execute(Execution(allocation, False, tmp_path / "out"), 7 * 32)
+    in_place = engine.measure(Request(allocation, 7 * 32, "test"))
+    assert figures["kl"] == pytest.approx(in_place.kl, rel=1e-4)
+    assert figures["nll"] == pytest.approx(in_place.measured["nll"], rel=1e-4)
+
+
+def test_recomputing_is_another_model(structured, splits, tmp_path):
+    allocation = tuple(1 for _ in structured.space.units)
+    engine = Engine(structured, splits)
+    figures = [engine.execute(Execution(allocation, again, tmp_path / str(again)), 7 * 32) for again in (False, True)]
+    assert figures[0]["params"] == figures[1]["params"]
+    assert figures[0]["kl"] != figures[1]["kl"]
+
+
+def test_executions_leave_measurements_as_they_are(engine, spec, tmp_path):
+    request = Request(_random(spec.space, 0), 4 * 32)
+    before = engine.measure(request).measured
+    engine.execute(Execution(spec.space.sparsest, True, tmp_path / "out"), 32)
+    assert engine.measure(request).measured == before
+
+
+def test_a_dense_checkpoint_has_no_divergence(structured, splits):
+    figures = Engine(structured, splits).measure_checkpoint(structured.files.folder, "test", 7 * 32)
+    assert figures["kl"] == 0.0
+
+
+def test_an_engine_without_a_store_measures_checkpoints(structured, splits):
+    bare = dataclasses.replace(structured, store=None, pruner=None)
+    dense = structured.files.folder
+    assert Engine(bare, splits).measure_checkpoint(dense, "test", 64)["kl"] == 0.0
+
+
+def test_a_loss_that_is_not_finite_is_an_error(structured, splits, tmp_path):
+    broken = shutil.copytree(structured.files.folder, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="the loss is not finite"):
+        Engine(structured, splits).measure_checkpoint(broken, "test", 64)
+
+
+def test_the_local_evaluator_answers_in_order(structured, splits):
+    evaluator = LocalEvaluator(structured, splits)
+    requests = _requests(structured.space)[:5]
+    outcomes = list(evaluator.evaluate(requests))
+    assert [o.request for o in outcomes] == requests
+    assert all(o.wall_s > 0 and set(o.measured) == {"kl", "nll"} for o in outcomes)

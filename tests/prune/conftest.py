@@ -1,0 +1,80 @@
+"""A tiny model resolved and pruned at every level, once per session."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from allocator.core.space import SearchSpace
+from allocator.model.family import Layout, build_space, find_family, resolve_layout
+from allocator.model.headers import ModelFiles, read_model_files
+from allocator.model.load import load_model
+from allocator.model.walk import BlockWalker
+from allocator.prune.build import prune_all_levels
+from allocator.prune.pruners import LocalPruner, make_pruner
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, its space, and its levels from dense inputs."""
+
+    files: ModelFiles
+    layout: Layout
+    space: SearchSpace
+    pruner: LocalPruner
+    tokens: torch.Tensor
+    compact: dict[str, Any]
+
+    def walker(self) -> BlockWalker:
+        """Return a freshly loaded dense model."""
+        return BlockWalker(load_model(self.files), self.layout)
+
+
+def _tokens(seed: int, sequences: int, length: int) -> torch.Tensor:
+    return torch.randint(0, 128, (sequences, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="session")
+def tokens():
+    """Makes random token ids: ``tokens(seed, sequences, length)``."""
+    return _tokens
+
+
+@pytest.fixture(scope="session")
+def make_case():
+    """Resolves and prunes a model folder: ``make_case(folder, "structured", "obs")``."""
+
+    def make(folder: Path, pattern: str, name: str) -> Case:
+        files = read_model_files(folder)
+        layout = resolve_layout(find_family(files.config["model_type"]), files)
+        space = build_space(layout, files, pattern, 0.5)
+        pruner, tokens = make_pruner(name, pattern, 0.01), _tokens(1, 9, 32)
+        walker = BlockWalker(load_model(files), layout)
+        compact = dict(prune_all_levels(walker, files, layout, space, pruner, tokens))
+        return Case(files, layout, space, pruner, tokens, compact)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def structured(make_case, tiny_model) -> Case:
+    return make_case(tiny_model, "structured", "obs")
+
+
+@pytest.fixture(scope="session")
+def structured_qwen2(make_case, tiny_qwen2) -> Case:
+    return make_case(tiny_qwen2, "structured", "obs")
+
+
+@pytest.fixture(scope="session")
+def structured_bf16(make_case, tiny_model_bf16) -> Case:
+    return make_case(tiny_model_bf16, "structured", "obs")
+
+
+@pytest.fixture(scope="session")
+def unstructured(make_case, tiny_model) -> Case:
+    return make_case(tiny_model, "unstructured", "wanda")

@@ -1,0 +1,154 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from allocator.model.headers import read_model_files
+from allocator.model.load import load_model
+from allocator.prune.assemble import Assembler, Switchboard
+from allocator.prune.execute import save_pruned
+from allocator.prune.structured import item_columns
+
+CASES = ["structured", "structured_qwen2", "structured_bf16", "unstructured"]
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    return request.getfixturevalue(request.param)
+
+
+class Live:
+    """A dense model under a switchboard."""
+
+    def __init__(self, case):
+        self._walker, self._space = case.walker(), case.space
+        assembler = Assembler(case.files, case.layout, case.space, case.compact.__getitem__, self._walker.dtype)
+        self._switchboard = Switchboard(self._walker.model, case.layout, assembler)
+
+    def set(self, allocation):
+        for unit, level in zip(self._space.units, allocation, strict=True):
+            self._switchboard.set(unit.name, level)
+        return self
+
+    @torch.inference_mode()
+    def logits(self, tokens):
+        return self._walker.model(tokens, use_cache=False).logits
+
+
+def _random(space, seed):
+    rng = np.random.default_rng(seed)
+    return tuple(int(rng.integers(unit.num_levels)) for unit in space.units)
+
+
+def test_every_level_and_back_to_dense_is_bit_exact(case, tokens):
+    live, probe = Live(case), tokens(2, 2, 16)
+    with torch.inference_mode():
+        dense = case.walker().model(probe, use_cache=False).logits
+    assert torch.equal(live.logits(probe), dense)
+    for index, unit in enumerate(case.space.units):
+        for level in range(1, unit.num_levels):
+            one = [0] * len(case.space.units)
+            one[index] = level
+            assert not torch.equal(live.set(one).logits(probe), dense)
+        assert torch.equal(live.set(case.space.dense).logits(probe), dense)
+
+
+def test_what_was_switched_before_does_not_matter(case, tokens):
+    live, probe = Live(case), tokens(2, 2, 16)
+    allocations = [_random(case.space, seed) for seed in range(6)] + [case.space.sparsest]
+    fresh = [Live(case).set(allocation).logits(probe) for allocation in allocations]
+    for index in [*range(7), 3, 6, 0, 5, 1]:
+        assert torch.equal(live.set(allocations[index]).logits(probe), fresh[index])
+
+
+def test_in_place_equals_saved_and_reloaded(case, tokens, tmp_path):
+    probe, space = tokens(2, 2, 16), case.space
+    removed = tuple(unit.num_levels - 1 if unit.block == 0 else 0 for unit in space.units)
+    for number, allocation in enumerate([space.dense, space.sparsest, removed, *(_random(space, s) for s in range(4))]):
+        out = tmp_path / str(number)
+        save_pruned(allocation, case.files, case.layout, space, case.compact.__getitem__, out)
+        with torch.inference_mode():
+            reloaded = load_model(read_model_files(out))(probe, use_cache=False).logits
+        in_place = Live(case).set(allocation).logits(probe)
+        torch.testing.assert_close(in_place, reloaded, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["structured", "structured_qwen2"])
+def test_levels_are_the_dense_rows_of_what_is_kept(request, name):
+    case = request.getfixturevalue(name)
+    assembler = Assembler(case.files, case.layout, case.space, case.compact.__getitem__)
+    sites = {site.name: site for site in case.layout.sites}
+    for unit in case.space.units:
+        site, order = sites[unit.name], case.compact[unit.name]["order"].long()
+        dense = assembler.unit(unit.name, 0)
+        for level in range(1, unit.num_levels):
+            tensors = assembler.unit(unit.name, level)
+            assert tensors.keys() == dense.keys()
+            if unit.kept[level] == 0:
+                assert set(tensors.values()) == {None}
+                continue
+            for module, rows in site.inputs:
+                picked = item_columns(order[: unit.kept[level]], rows)
+                for key in {f"{module}.weight", f"{module}.bias"} & dense.keys():
+                    assert torch.equal(tensors[key], dense[key][picked])
+            assert tensors[f"{site.output}.weight"].shape[1] == unit.kept[level] * site.width
+
+
+def test_masked_weights_are_zero_and_the_rest_is_dense(unstructured):
+    case = unstructured
+    assembler = Assembler(case.files, case.layout, case.space, case.compact.__getitem__)
+    for unit in case.space.units:
+        dense = assembler.unit(unit.name, 0)[f"{unit.name}.weight"]
+        for level in range(unit.num_levels):
+            weight = assembler.unit(unit.name, level)[f"{unit.name}.weight"]
+            assert int(weight.count_nonzero()) == unit.kept[level]
+            assert torch.equal(weight[weight != 0], dense[weight != 0])
+
+
+def test_order_of_items_does_not_change_the_function(structured, tokens):
+    """A level without refit computes what the dense model with those columns zeroed computes."""
+    case, probe = structured, tokens(3, 2, 16)
+    walker, site = case.walker(), case.layout.sites[2]
+    unit = next(u for u in case.space.units if u.name == site.name)
+    order = case.compact[site.name]["order"].long()
+    output = walker.model.get_submodule(site.output)
+    kept = item_columns(order[: unit.kept[1]], site.width)
+    compact = {**case.compact, site.name: {"order": order, "output.1": output.weight[:, kept].clone()}}
+    with torch.inference_mode():
+        gone = sorted(set(range(output.weight.shape[1])) - set(kept.tolist()))
+        output.weight[:, gone] = 0.0
+        masked = walker.model(probe, use_cache=False).logits
+    live = Live(type(case)(case.files, case.layout, case.space, case.pruner, case.tokens, compact))
+    allocation = tuple(int(u.name == site.name) for u in case.space.units)
+    torch.testing.assert_close(live.set(allocation).logits(probe), masked, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["structured", "structured_qwen2"])
+@pytest.mark.parametrize("blocks", [{0}, {1}, {0, 1, 2}])
+@torch.inference_mode()
+def test_cached_forward_equals_uncached_with_attention_removed(request, name, blocks, tokens, tmp_path):
+    case = request.getfixturevalue(name)
+    allocation = tuple(
+        unit.num_levels - 1 if unit.part == "attention" and unit.block in blocks else 2 * (unit.part == "mlp")
+        for unit in case.space.units
+    )
+    save_pruned(allocation, case.files, case.layout, case.space, case.compact.__getitem__, tmp_path / "out")
+    model, probe = load_model(read_model_files(tmp_path / "out")), tokens(5, 2, 12)
+    whole = model(probe, use_cache=False).logits
+    prefix = model(probe[:, :5], use_cache=True)
+    steps, cache = [prefix.logits], prefix.past_key_values
+    for position in range(5, 12):
+        out = model(probe[:, position : position + 1], past_key_values=cache, use_cache=True)
+        steps.append(out.logits)
+        cache = out.past_key_values
+        assert cache.get_seq_length() == position + 1
+    torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_views_share_the_ordered_rows(structured):
+    assembler = Assembler(structured.files, structured.layout, structured.space, structured.compact.__getitem__)
+    unit = structured.space.units[1]
+    weights = [assembler.unit(unit.name, level)[f"{unit.name}.gate_proj.weight"] for level in (1, 4)]
+    for a, b in itertools.pairwise(weights):
+        assert a.data_ptr() == b.data_ptr()

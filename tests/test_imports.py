@@ -1,0 +1,79 @@
+"""Imports only go down, and heavy packages stay where they belong."""
+
+import ast
+import graphlib
+from pathlib import Path
+
+import pytest
+
+import allocator
+
+ROOT = Path(allocator.__file__).parent
+ALLOWED = {
+    "core": {"core"},
+    "search": {"core", "search"},
+    "model": {"core", "model"},
+    "report": {"core", "report"},
+    "prune": {"core", "model", "prune"},
+    "evaluate": {"core", "model", "prune", "evaluate"},
+    "pool": {"core", "model", "prune", "evaluate", "pool"},
+    "export": {"core", "model", "prune", "export"},
+}
+HOMES = {
+    "ray": {"pool"},
+    "transformers": {"model", "export"},
+    "pymoo": {"search"},
+    "optuna": {"search"},
+}
+NO_TORCH = {"core", "search", "report"}
+MODULES = sorted(ROOT.rglob("*.py"))
+
+
+def _name(path):
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _imported(nodes):
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _imports(path):
+    return set(_imported(ast.walk(ast.parse(path.read_text(encoding="utf-8")))))
+
+
+def _package(path):
+    relative = path.relative_to(ROOT).parts
+    return relative[0] if len(relative) > 1 else None
+
+
+def test_every_package_has_a_rule():
+    packages = {_package(path) for path in MODULES} - {None}
+    assert packages <= ALLOWED.keys()
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if _package(p)], ids=_name)
+def test_a_package_imports_only_what_lies_below_it(path):
+    own = {name for name in _imports(path) if name.split(".")[0] == "allocator"}
+    assert "allocator" not in own, "packages name the module that they need"
+    assert {name.split(".")[1] for name in own} <= ALLOWED[_package(path)]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=_name)
+def test_heavy_packages_are_imported_only_where_they_belong(path):
+    found = {name.split(".")[0] for name in _imports(path)}
+    for package, homes in HOMES.items():
+        assert package not in found or _package(path) in homes
+    assert "torch" not in found or _package(path) not in NO_TORCH
+
+
+def test_there_is_no_cycle():
+    names = {_name(path) for path in MODULES} - {"allocator"}
+    graph = {_name(path): _imports(path) & names - {_name(path)} for path in MODULES}
+    graphlib.TopologicalSorter(graph).prepare()
