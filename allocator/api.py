@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from allocator.config import RunConfig, load_config
-from allocator.core.budget import Budget, budget_for
+from allocator.core.budget import Budget, budget_for, fits
 from allocator.core.errors import UserError
 from allocator.core.files import check_place, fingerprint
 from allocator.core.journal import Journal
@@ -26,6 +26,7 @@ from allocator.prune.build import prune_all_levels, prune_along
 from allocator.prune.execute import save_pruned
 from allocator.prune.pruners import make_pruner
 from allocator.prune.store import open_store
+from allocator.report import curves
 from allocator.search.baselines import uniform
 from allocator.workflow import Result, run_search
 
@@ -117,28 +118,32 @@ def plan_from_run(folder: Path | str, target: float | None = None) -> Plan:
     folder = Path(folder)
     if target is None:
         return Plan.load(folder / "plan.json")
-    chosen = Plan.load(folder / "plan.json")
     journal = Journal.read(folder / "journal.jsonl")
-    space, tokens = journal.space, journal.header["tokens"][-1]
-    limit = budget_for(space, target).limit
-    measured = [o for o in journal if (o.request.split, o.request.tokens) == ("search", tokens)]
-    within = [o for o in measured if space.cost(o.request.allocation) <= limit]
+    header, space = journal.header, journal.space
+    budget, measured = budget_for(space, target), curves.comparable(journal)
+    within = [outcome for outcome in measured if fits(space, outcome.request.allocation, budget)]
     if not within:
-        smallest = min(measured, key=lambda o: space.cost(o.request.allocation)).request.allocation
+        most = max((space.sparsity(outcome.request.allocation) for outcome in measured), default=0.0)
         raise UserError(
-            f"{folder}: nothing that was measured removes {target} of the units; the most is "
-            f"{space.sparsity(smallest):.4f}. Search with --target {target}, or with --set search.method=nsga2"
+            f"{folder}: nothing that was measured removes {target} of the units; the most is {most:.4f}. "
+            f"Search with --target {target}, or for the whole front with --set search.method=nsga2"
         )
-    best = min(within, key=lambda o: (o.kl, o.request.allocation))
+    best = min(within, key=lambda outcome: (outcome.kl, outcome.request.allocation))
     allocation = best.request.allocation
     return Plan(
-        model=chosen.model,
+        model=header["model"],
         space=space,
         allocation=allocation,
         budget=Budget(space.cost(allocation)),
-        pruner=chosen.pruner,
+        pruner=header["pruner"],
         measured={"search_split": dict(best.measured)},
-        provenance={**chosen.provenance, "target": target},
+        provenance={
+            "run": fingerprint(header["identity"]),
+            "searcher": header["method"],
+            "seed": header["seed"],
+            "target": target,
+            "versions": header["versions"],
+        },
     )
 
 

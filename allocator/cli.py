@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -92,7 +93,8 @@ def search(
         flags = {**stored, **given, "runs_dir": config.runs_dir, "name": config.run_name}
         config = load_config(None, flags, set_ or ())
     try:
-        with Live() as live:
+        # Ray tells of workers' deaths on standard output, which is for the answer alone
+        with redirect_stdout(sys.stderr), Live() as live:
             result = run_search(config, resume, live)
     except KeyboardInterrupt:
         where = f" --runs-dir {config.runs_dir}" if config.runs_dir != Path("runs") else ""

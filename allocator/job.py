@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -96,9 +96,8 @@ class Job:
 
     def engine_spec(self, store: LevelStore | None) -> EngineSpec:
         """Return what an engine of this job is made from."""
-        return EngineSpec(
-            self.files, self.layout, self.space, store, self.pruner, self.config.dtype, self.config.threads
-        )
+        files = replace(self.files, folder=self.files.folder.absolute())
+        return EngineSpec(files, self.layout, self.space, store, self.pruner, self.config.dtype, self.config.threads)
 
 
 def read_model(config: RunConfig) -> tuple[ModelFiles, Layout, SearchSpace]:

@@ -136,6 +136,7 @@ def _header(job: Job) -> dict[str, Any]:
     return {
         "identity": job.identity(),
         "model": job.model_id,
+        "pruner": job.pruner_id,
         "target": job.config.target,
         "method": job.config.search.method,
         "seed": job.config.seed,
@@ -220,7 +221,7 @@ def _execute(job: Job, folder: Path, decision: Decision, evaluator: Any, reporte
     }
     reporter.phase("executing")
     for left in folder.glob(".executing-*"):
-        shutil.rmtree(left)
+        shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".executing-", dir=folder) as scratch:
         executions = [
             Execution(allocation, recompute, Path(scratch).absolute() / name)

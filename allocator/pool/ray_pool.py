@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,12 @@ class Worker:
 
     def __init__(self, spec: EngineSpec, tokens: Mapping[str, np.ndarray]) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        self._engine = Engine(spec, tokens)
+        self._spec, self._tokens = spec, tokens
+
+    @cached_property
+    def _engine(self) -> Engine:
+        # made by the first task and not by the constructor, for an actor that fails in there counts as dead
+        return Engine(self._spec, self._tokens)
 
     def measure(self, request: Request) -> Outcome:
         """See :meth:`Engine.measure`."""

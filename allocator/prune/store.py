@@ -26,7 +26,7 @@ class LevelStore:
     """A finished store, memory-mapped."""
 
     def __init__(self, folder: Path, units: Iterable[str]) -> None:
-        self.folder = folder
+        self.folder = folder.absolute()
         self._units = frozenset(units)
         self._cache: dict[str, CompactLevels] = {}
 

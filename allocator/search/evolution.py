@@ -35,7 +35,7 @@ class EvolutionSettings:
         max_exchanges: m; an offspring differs by min(U{1..m}, U{1..m}) exchanges.
     """
 
-    generations: int = 60
+    generations: int = 30
     offspring: int = 16
     tokens: tuple[int, ...] = (2048, 8192)
     survivors: tuple[int, ...] = (4, 1)
