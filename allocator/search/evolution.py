@@ -2,10 +2,10 @@
 
 After EvoPress (Sieberling et al., ICML 2025): offspring are the parent with min(U{1..m}, U{1..m}) exchanges,
 selection is staged over growing token sets, and the parent competes in the last stage. It departs from the
-paper in three ways: an exchange may cross unit kinds and step sizes, for the budget is an exact integer sum
+paper in four ways: an exchange may cross unit kinds and step sizes, for the budget is an exact integer sum
 that is repaired and filled after it; the tokens of a stage are a prefix of the next stage's and the same in
-every generation, so all comparisons are paired; and no allocation is proposed twice, so that random
-allocations take over when exchanges reach nothing new.
+every generation, so all comparisons are paired; the search ends when nothing improves; and no allocation is
+proposed twice, so that random allocations take over when exchanges reach nothing new.
 """
 
 from __future__ import annotations
@@ -28,22 +28,24 @@ class EvolutionSettings:
     """Settings of exchange evolution.
 
     Attributes:
-        generations: How often the parent is challenged.
+        generations: How often the parent is challenged, at most.
+        patience: Generations without a better parent after which the search ends.
         offspring: λ, proposals per generation.
         tokens: Tokens of each stage, increasing.
         survivors: How many stay after each stage; the last is 1, the next parent.
         max_exchanges: m; an offspring differs by min(U{1..m}, U{1..m}) exchanges.
     """
 
-    generations: int = 30
+    generations: int = 40
+    patience: int = 8
     offspring: int = 16
     tokens: tuple[int, ...] = (2048, 8192)
     survivors: tuple[int, ...] = (4, 1)
     max_exchanges: int = 3
 
     def __post_init__(self) -> None:
-        if min(self.generations, self.offspring, self.max_exchanges) < 1:
-            raise UserError("search.evolution: generations, offspring and max_exchanges must be at least 1")
+        if min(self.generations, self.patience, self.offspring, self.max_exchanges) < 1:
+            raise UserError("search.evolution: generations, patience, offspring and max_exchanges must be at least 1")
         if len(self.tokens) != len(self.survivors) or not self.tokens:
             raise UserError(
                 f"search.evolution: one number of survivors for each stage, found tokens {list(self.tokens)} "
@@ -97,6 +99,7 @@ class ExchangeEvolution:
         self._seen: set[Allocation] = set(self._candidates)
         self._scored: dict[Allocation, float] = {}
         self._parent = self._candidates[0]
+        self._stale = 0
 
     def ask(self) -> Sequence[Request]:
         """Return one stage of one generation."""
@@ -118,8 +121,11 @@ class ExchangeEvolution:
             return
         for outcome in outcomes:
             self._scored[outcome.request.allocation] = outcome.kl
-        self._parent = ranked[0].request.allocation
-        self._candidates = self._offspring() if self._generation < self._settings.generations else []
+        best = ranked[0].request.allocation
+        self._stale = 0 if best != self._parent or self._generation == 0 else self._stale + 1
+        self._parent = best
+        over = self._generation == self._settings.generations or self._stale == self._settings.patience
+        self._candidates = [] if over else self._offspring()
         self._generation += 1
         self._stage = 0
         if last == 0 and self._candidates:

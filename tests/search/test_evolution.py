@@ -114,3 +114,13 @@ def test_exchanges_keep_and_fill_the_budget(spaces, data, seed, times):
 def test_settings_that_make_no_sense_are_refused(settings, message):
     with pytest.raises(UserError, match=f"search.evolution.*{message}"):
         EvolutionSettings(**settings)
+
+
+def test_the_search_ends_when_nothing_improves(run, make_space):
+    space = make_space([[100, 80, 60, 40, 20, 0]] * 10)
+    record = run(_maker(generations=50, patience=3, offspring=4, tokens=(64,), survivors=(1,)), space)
+    best = list(itertools.accumulate((min(o.kl for o in batch) for batch in record.told), min))
+    assert len(best) < 51
+    stale = [a == b for a, b in itertools.pairwise(best)]
+    assert stale[-3:] == [True] * 3
+    assert not any(all(stale[i : i + 3]) for i in range(len(stale) - 3))

@@ -1,0 +1,332 @@
+"""Every command on a tiny run, for people and for programs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file
+
+from allocator.core.plan import Plan
+
+Cli = Callable[..., Any]
+
+COMMANDS = ["inspect", "search", "front", "plan", "prune", "evaluate", "report"]
+HEAVY = ["torch", "ray", "transformers", "pymoo", "optuna", "numpy", "matplotlib"]
+
+
+def answered(answer: Any) -> Any:
+    """The answer, which must be a success without a word of trouble."""
+    assert answer.code == 0, answer
+    assert "Traceback" not in answer.err
+    assert "error:" not in answer.err
+    return answer
+
+
+# --- help -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_help(cli: Cli, command: str | None) -> None:
+    answer = answered(cli(*([command] if command else []), "--help"))
+    if command is None:
+        assert all(name in answer.out for name in COMMANDS)
+    else:
+        assert "--json" in answer.out
+        assert f"allocator {command} [OPTIONS]" in answer.out
+
+
+def test_no_command_is_help(cli: Cli) -> None:
+    assert "Usage:" in "".join((answer := cli()).out + answer.err)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    helps = [["allocator", "--help"], *(["allocator", command, "--help"] for command in COMMANDS)]
+    script = f"""
+import sys
+from allocator.cli import main
+for sys.argv in {helps!r}:
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, sys.argv
+sys.stderr.write(",".join(name for name in {HEAVY!r} if name in sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+
+
+def test_module_and_script_are_the_same() -> None:
+    done = [
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        for command in (
+            [sys.executable, "-m", "allocator", "--help"],
+            [Path(sys.executable).parent / "allocator", "--help"],
+        )
+    ]
+    assert done[0].replace("python -m allocator", "allocator") == done[1]
+
+
+# --- inspect --------------------------------------------------------------------------------------------------
+
+
+def test_inspect(cli: Cli, tiny_model: Path) -> None:
+    answer = answered(cli("inspect", tiny_model))
+    assert "model.layers.2.self_attn" in answer.out
+    assert "target 0.5: at most " in answer.out
+    assert answer.err == ""
+
+
+@pytest.mark.parametrize("pattern", ["structured", "unstructured"])
+def test_inspect_json(cli: Cli, tiny_model: Path, pattern: str) -> None:
+    data = answered(cli("inspect", tiny_model, "--pattern", pattern, "--target", 0.4, "--json")).json
+    tensors = load_file(tiny_model / "model.safetensors")
+    in_units = sum(t.size for name, t in tensors.items() if "self_attn" in name or "mlp" in name)
+    assert data["params"]["dense"] == sum(t.size for t in tensors.values())
+    assert data["params"]["in_units"] == in_units
+    assert data["params"]["fixed"] == data["params"]["dense"] - in_units
+    assert data["budget"]["limit"] == data["params"]["fixed"] + in_units * 6 // 10
+    assert data["uniform"]["params"] <= data["budget"]["limit"]
+    assert len(data["units"]) == (6 if pattern == "structured" else 21)
+
+
+def test_inspect_reads_headers_alone(cli: Cli, tiny_model: Path, here: Path) -> None:
+    """A model of 192 GiB, of which only the header exists: the rest is a hole in the file."""
+    folder = here / "large"
+    folder.mkdir()
+    config = json.loads((tiny_model / "config.json").read_text())
+    width = 65536
+    config.update(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=1, vocab_size=16)
+    config.update(num_attention_heads=16, num_key_value_heads=16, head_dim=width // 16, tie_word_embeddings=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    block = "model.layers.0"
+    shapes = {f"{block}.self_attn.{name}_proj.weight": [width, width] for name in "qkvo"}
+    shapes |= {f"{block}.mlp.{name}_proj.weight": [4 * width, width] for name in ("gate", "up")}
+    shapes |= {f"{block}.mlp.down_proj.weight": [width, 4 * width], "model.embed_tokens.weight": [16, width]}
+    shapes |= {f"{block}.{name}_layernorm.weight": [width] for name in ("input", "post_attention")}
+    shapes["model.norm.weight"] = [width]
+    header: dict[str, Any] = {}
+    end = 0
+    for name, shape in shapes.items():
+        start, size = end, 4 if len(shape) == 1 else 4 * shape[1]
+        end = start + shape[0] * size
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        file.truncate(8 + len(encoded) + end)
+    data = answered(cli("inspect", folder, "--json")).json
+    assert data["params"]["in_units"] == 16 * width * width
+    assert end > 192 * 2**30
+    shutil.rmtree(folder)
+
+
+# --- search ---------------------------------------------------------------------------------------------------
+
+
+def test_search(cli: Cli, search_args: list[object], here: Path) -> None:
+    answer = answered(cli(*search_args))
+    for word in ("dense", "uniform", "two-rate", "searched", "runs/run/plan.json", "runs/run/report.html", "next"):
+        assert word in answer.out
+    assert "search ..." in answer.err
+    left = {path.name for path in (here / "runs" / "run").iterdir()}
+    assert {"run.yaml", "journal.jsonl", "levels", "front.json", "plan.json", "report.html"} <= left
+    assert {"result.json", "checkpoint"} <= left
+    assert not [name for name in left if name.startswith(".")]
+    assert [path.name for path in (here / "runs").iterdir()] == ["run"]
+
+
+def test_search_json(cli: Cli, search_args: list[object], here: Path) -> None:
+    data = answered(cli(*search_args, "--json")).json
+    assert data["folder"] == "runs/run"
+    assert data["checkpoint"] == "runs/run/checkpoint"
+    stored = json.loads((here / "runs" / "run" / "result.json").read_text())
+    assert {key: data[key] for key in stored} == stored
+
+
+def test_json_is_alone_on_standard_output(cli: Cli, search_args: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a library prints, as Ray does when a worker dies."""
+    from allocator import workflow
+
+    def noisy(config: Any) -> Any:
+        print("(raylet) A worker died")
+        return prepare(config)
+
+    prepare = workflow.prepare
+    monkeypatch.setattr(workflow, "prepare", noisy)
+    answer = answered(cli(*search_args, "--json"))
+    assert answer.json["seed"] == 0
+    assert "(raylet)" in answer.err
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("nsga2", ["search.nsga2.generations=2", "search.nsga2.population=6", "search.nsga2.tokens=128"]),
+        ("tpe", ["search.tpe.trials=6", "search.tpe.batch=3", "search.tpe.tokens=128"]),
+    ],
+)
+@pytest.mark.parametrize("pattern", ["structured", "unstructured"])
+def test_search_by_other_methods(
+    cli: Cli, search_args: list[object], method: str, settings: list[str], pattern: str
+) -> None:
+    flags = [part for setting in settings for part in ("--set", setting)]
+    data = answered(cli(*search_args, *flags, "--set", f"search.method={method}", "--pattern", pattern, "--json")).json
+    assert data["method"] == method
+    assert data["measured"]["searched"]["params"] <= data["budget"]["limit"]
+
+
+def test_search_from_a_run_file(cli: Cli, finished: Path, here: Path) -> None:
+    """The run file that a run leaves repeats the run; flags override it."""
+    answered(cli("search", finished / "run.yaml", "--runs-dir", here / "again"))
+    again = here / "again" / "finished"
+    assert (again / "plan.json").read_bytes() == (finished / "plan.json").read_bytes()
+    data = answered(cli("search", finished / "run.yaml", "--runs-dir", here, "--seed", 5, "--json")).json
+    assert data["seed"] == 5
+
+
+def test_store_is_reused(cli: Cli, search_args: list[object], finished: Path, here: Path) -> None:
+    shutil.copytree(finished / "levels", here / "shared")
+    answer = answered(cli(*search_args, "--set", f"store={here / 'shared'}"))
+    assert f"level store {here / 'shared'} fits and is reused" in answer.err
+    run = here / "runs" / "run"
+    assert not (run / "levels").exists()
+    assert (run / "plan.json").read_bytes() == (finished / "plan.json").read_bytes()
+
+
+# --- what is read from a run ----------------------------------------------------------------------------------
+
+
+def test_front(cli: Cli, finished: Path) -> None:
+    answer = answered(cli("front", finished))
+    assert "Pareto front" in answer.out
+    assert f"allocator plan {finished}" in answer.out
+
+
+def test_front_json(cli: Cli, finished: Path) -> None:
+    data = answered(cli("front", finished, "--json")).json
+    assert data == json.loads((finished / "front.json").read_text())
+    kls = [point["kl"] for point in data["points"]]
+    params = [point["params"] for point in data["points"]]
+    assert kls == sorted(kls)
+    assert params == sorted(params, reverse=True)
+
+
+def test_plan(cli: Cli, finished: Path) -> None:
+    answer = answered(cli("plan", finished))
+    assert "model.layers.0.mlp" in answer.out
+    data = answered(cli("plan", finished, "--json")).json
+    assert data == json.loads((finished / "plan.json").read_text())
+
+
+def test_plan_out(cli: Cli, own_run: Path, here: Path) -> None:
+    answer = answered(cli("plan", own_run, "--out", here / "mine.json"))
+    assert f"allocator prune {here / 'mine.json'}" in answer.out
+    assert (here / "mine.json").read_bytes() == (own_run / "plan.json").read_bytes()
+
+
+def test_plan_of_a_target_is_taken_from_the_front(cli: Cli, own_run: Path, here: Path) -> None:
+    front = answered(cli("front", own_run, "--json")).json
+    asked = 0.3
+    data = answered(cli("plan", own_run, "--target", asked, "--out", here / "other.json", "--json")).json
+    within = [point for point in front["points"] if point["sparsity"] >= asked]
+    best = min(within, key=lambda point: point["kl"])
+    assert [unit["level"] for unit in data["units"].values()] == best["allocation"]
+    assert data["costs"]["params"]["achieved"] == best["params"]
+    assert data["sparsity"] >= asked
+    assert data["measured"]["search_split"]["kl"] == best["kl"]
+    assert Plan.load(here / "other.json").to_json() == data
+
+
+def test_report(cli: Cli, own_run: Path) -> None:
+    (own_run / "report.html").unlink()
+    answer = answered(cli("report", own_run))
+    assert str(own_run / "report.html") in answer.out
+    assert "<svg" in (own_run / "report.html").read_text()
+    assert answered(cli("report", own_run, "--json")).json == {"report": str(own_run / "report.html")}
+
+
+def test_front_and_report_of_an_unfinished_run(cli: Cli, unfinished: Path) -> None:
+    assert answered(cli("front", unfinished, "--json")).json["points"]
+    assert "Pareto front" in answered(cli("front", unfinished)).out
+    answered(cli("report", unfinished))
+    page = (unfinished / "report.html").read_text()
+    assert "<svg" in page
+    assert "--resume" in page
+
+
+def test_report_of_a_run_that_measured_nothing_yet(cli: Cli, unfinished: Path) -> None:
+    journal = unfinished / "journal.jsonl"
+    journal.write_bytes(journal.read_bytes().splitlines(keepends=True)[0])
+    (unfinished / "front.json").unlink()
+    answered(cli("report", unfinished))
+
+
+def test_resume(cli: Cli, unfinished: Path, finished: Path) -> None:
+    """Nothing but the name is needed: the run knows the rest."""
+    answer = answered(cli("search", "--resume", "--name", "run"))
+    assert "resuming runs/run: " in answer.err
+    for name in ("plan.json", "front.json"):
+        assert (unfinished / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_resume_of_a_finished_run(cli: Cli, own_run: Path, finished: Path) -> None:
+    journal = (own_run / "journal.jsonl").read_bytes()
+    answered(cli("search", "--resume", "--name", "run"))
+    assert (own_run / "plan.json").read_bytes() == (finished / "plan.json").read_bytes()
+    assert (own_run / "journal.jsonl").read_bytes() == journal
+
+
+# --- prune and evaluate ---------------------------------------------------------------------------------------
+
+
+def test_prune_from_the_store(cli: Cli, own_run: Path, tiny_model: Path, here: Path) -> None:
+    answer = answered(cli("prune", own_run / "plan.json", "--model", tiny_model, "--out", here / "out"))
+    assert f"allocator evaluate {here / 'out'}" in answer.out
+    for name in ("model.safetensors", "config.json", "modeling_pruned.py", "tokenizer.json"):
+        assert (here / "out" / name).read_bytes() == (own_run / "checkpoint" / name).read_bytes()
+
+
+def test_prune_afresh_gives_what_the_store_gives(
+    cli: Cli, own_run: Path, tiny_model: Path, text_folder: Path, here: Path
+) -> None:
+    shutil.rmtree(own_run / "levels")
+    flags = ["--model", tiny_model, "--text", text_folder, "--out", here / "out", "--json"]
+    data = answered(cli("prune", own_run / "plan.json", *flags)).json
+    plan = Plan.load(own_run / "plan.json")
+    assert data == {"checkpoint": str(here / "out"), "params": plan.space.cost(plan.allocation)}
+    weights = "checkpoint/model.safetensors"
+    assert (here / "out" / "model.safetensors").read_bytes() == (own_run / weights).read_bytes()
+
+
+def test_prune_recomputed(cli: Cli, own_run: Path, tiny_model: Path, text_folder: Path, here: Path) -> None:
+    """Recomputed figures are those of the run, where the same plan was recomputed too."""
+    flags = ["--model", tiny_model, "--text", text_folder]
+    args = ["--execution", "recompute", "--out", here / "out", "--json"]
+    data = answered(cli("prune", own_run / "plan.json", *flags, *args)).json
+    plan = Plan.load(own_run / "plan.json")
+    assert data["params"] == plan.space.cost(plan.allocation)
+    own = load_file(own_run / "checkpoint" / "model.safetensors")
+    again = load_file(here / "out" / "model.safetensors")
+    assert {name: t.shape for name, t in again.items()} == {name: t.shape for name, t in own.items()}
+    assert any((again[name] != own[name]).any() for name in own)
+
+
+def test_evaluate(cli: Cli, own_run: Path, tiny_model: Path, text_folder: Path) -> None:
+    flags = ["--model", tiny_model, "--text", text_folder, "--tokens", 1024]
+    answer = answered(cli("evaluate", own_run / "checkpoint", *flags))
+    assert "perplexity" in answer.out
+    data = answered(cli("evaluate", own_run / "checkpoint", *flags, "--json")).json
+    plan = Plan.load(own_run / "plan.json")
+    assert data["params"] == plan.space.cost(plan.allocation)
+    assert data["kl"] > 0.0
+    dense = answered(cli("evaluate", tiny_model, *flags, "--json")).json
+    assert dense["params"] == plan.space.cost(plan.space.dense)
+    assert dense["kl"] == pytest.approx(0.0, abs=1e-6)

@@ -1,0 +1,263 @@
+"""The pool gives what one process gives, whatever happens to its workers."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+from allocator.config import load_config
+from allocator.core.errors import UserError
+from allocator.core.protocols import Outcome, Request
+from allocator.core.space import SearchSpace
+from allocator.evaluate.engine import EngineSpec, Execution, LocalEvaluator
+from allocator.job import prepare
+from allocator.model.load import load_model
+from allocator.model.walk import BlockWalker
+from allocator.pool.ray_pool import MAX_DEATHS, RayPool, connect, connected
+from allocator.prune.build import prune_all_levels
+from allocator.prune.store import create_store
+
+SETTINGS = [
+    "tokens.sequence_length=64",
+    "tokens.calibration=512",
+    "tokens.selection=256",
+    "tokens.test=256",
+    "search.evolution.tokens=[128,256]",
+]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a pool is made from, and what to ask it."""
+
+    spec: EngineSpec
+    tokens: dict[str, np.ndarray]
+    requests: list[Request]
+
+    @property
+    def space(self) -> SearchSpace:
+        return self.spec.space
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cluster() -> Iterator[None]:
+    """One local Ray cluster of two CPUs for all tests of this process."""
+    owned = not ray.is_initialized()
+    if owned:
+        ray.init("local", num_cpus=2, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+    yield
+    if owned:
+        ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def bench(tiny_model: Path, text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """A job with its level store, and twelve random allocations at two fidelities of two splits."""
+    import torch
+
+    config = load_config(None, {"model": str(tiny_model), "text": text_folder, "workers": 0}, SETTINGS)
+    job = prepare(config)
+    walker = BlockWalker(load_model(job.files), job.layout)
+    calibration = torch.from_numpy(job.tokens["calibration"])
+    levels = prune_all_levels(walker, job.files, job.layout, job.space, job.pruner, calibration)
+    store = create_store(tmp_path_factory.mktemp("pool") / "levels", job.store_key, levels)
+    rng = np.random.default_rng(0)
+    requests = [
+        Request(tuple(int(rng.integers(unit.num_levels)) for unit in job.space.units), tokens, split)
+        for split, tokens in (("search", 128), ("search", 256), ("selection", 256))
+        for _ in range(4)
+    ]
+    return Bench(job.engine_spec(store), job.tokens, [*requests, Request(job.space.dense, 256)])
+
+
+@pytest.fixture
+def pool(bench: Bench) -> Iterator[Callable[..., RayPool]]:
+    """Makes pools, and closes them."""
+    pools: list[RayPool] = []
+
+    def make(workers: int = 1, spec: EngineSpec | None = None, **more: Any) -> RayPool:
+        pools.append(RayPool(spec or bench.spec, bench.tokens, workers, **more))
+        return pools[-1]
+
+    yield make
+    for each in pools:
+        each.close()
+
+
+def measured(outcomes: Iterator[Outcome]) -> dict[Any, dict[str, float]]:
+    return {outcome.request.key: dict(outcome.measured) for outcome in outcomes}
+
+
+@pytest.fixture(scope="session")
+def expected(bench: Bench) -> dict[Any, dict[str, float]]:
+    """What one process measures."""
+    return measured(LocalEvaluator(bench.spec, bench.tokens).evaluate(bench.requests))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_outcomes_are_those_of_one_process(
+    bench: Bench, pool: Callable[..., RayPool], expected: dict[Any, Any], workers: int
+) -> None:
+    """To the last bit, for any number of workers, in any order, and when asked again."""
+    workers_pool = pool(workers)
+    assert measured(workers_pool.evaluate(bench.requests)) == expected
+    assert measured(workers_pool.evaluate(bench.requests[::-1])) == expected
+    assert list(workers_pool.evaluate([])) == []
+
+
+def test_executions_are_those_of_one_process(bench: Bench, pool: Callable[..., RayPool], tmp_path: Path) -> None:
+    """Figures come back in the order of what was asked, whoever is done first."""
+    allocations = [request.allocation for request in bench.requests[:3]]
+
+    def executions(name: str) -> list[Execution]:
+        return [Execution(a, bool(i % 2), tmp_path / f"{name}{i}") for i, a in enumerate(allocations)]
+
+    local = LocalEvaluator(bench.spec, bench.tokens).execute(executions("local"), 256)
+    assert pool(2).execute(executions("pool"), 256) == local
+    assert len({figures["params"] for figures in local}) > 1
+    for index in range(3):
+        files = [tmp_path / f"{name}{index}" / "model.safetensors" for name in ("local", "pool")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+class Dying(RayPool):
+    """A pool whose workers do no work, and die of some requests."""
+
+    marks: Path
+    deadly: Any
+
+    def _start(self) -> Any:
+        marks, deadly = self.marks, self.deadly
+
+        @ray.remote(max_restarts=0)
+        class Mortal:
+            def measure(self, request: Request) -> Outcome:
+                (marks / f"{len(list(marks.iterdir()))}-{os.getpid()}").touch()
+                if deadly(request, len(list(marks.glob(f"*-{os.getpid()}"))), len(list(marks.iterdir()))):
+                    os._exit(1)
+                return Outcome(request, {"kl": float(sum(request.allocation))}, 0.0)
+
+        return Mortal.options(num_cpus=1).remote()
+
+
+def dying(bench: Bench, marks: Path, deadly: Callable[[Request, int, int], bool], workers: int = 1) -> Dying:
+    """Make such a pool; ``deadly`` gets the request, the tasks that the worker has begun, and those of all."""
+    marks.mkdir()
+    said: list[str] = []
+    made = type("Dying", (Dying,), {"marks": marks, "deadly": staticmethod(deadly), "said": said})
+    return made(bench.spec, bench.tokens, workers, None, said.append)
+
+
+def test_a_worker_that_dies_is_replaced(bench: Bench, tmp_path: Path) -> None:
+    """Each worker dies of its third task; every request is answered all the same."""
+    pool = dying(bench, tmp_path / "marks", lambda request, own, total: own == 3)
+    try:
+        outcomes = list(pool.evaluate(bench.requests))
+    finally:
+        pool.close()
+    assert {o.request.key for o in outcomes} == {request.key for request in bench.requests}
+    assert len(outcomes) == len(bench.requests)
+    assert [o.kl for o in outcomes] == [sum(o.request.allocation) for o in outcomes]
+    assert len(pool.said) == len(bench.requests) // 2 - (len(bench.requests) % 2 == 0)
+    assert all("a worker died and is replaced" in message for message in pool.said)
+
+
+def test_a_task_that_kills_every_worker_stops_the_run(bench: Bench, tmp_path: Path) -> None:
+    """After three workers, with what to do; what was measured before is not lost."""
+    poison = bench.requests[2].key
+    pool = dying(bench, tmp_path / "marks", lambda request, own, total: request.key == poison)
+    outcomes = []
+    try:
+        with pytest.raises(UserError, match=rf"{MAX_DEATHS} workers died .* on the same task") as caught:
+            outcomes.extend(pool.evaluate(bench.requests))
+        message = str(caught.value)
+        assert "resume" in message
+        assert len(pool.said) == MAX_DEATHS - 1
+        assert len(list((tmp_path / "marks").iterdir())) == MAX_DEATHS + 2
+    finally:
+        pool.close()
+
+
+def test_deaths_of_different_tasks_are_not_added_up(bench: Bench, tmp_path: Path) -> None:
+    """Four tasks kill one worker each, the first time that they are tried."""
+    killers = {request.key for request in bench.requests[:4]}
+    tried: set[Any] = set()
+    marks = tmp_path / "tried"
+    marks.mkdir()
+
+    def deadly(request: Request, own: int, total: int) -> bool:
+        mark = marks / f"{request.split}-{request.tokens}-{request.allocation}"
+        first = not mark.exists()
+        mark.touch()
+        return request.key in killers and first
+
+    pool = dying(bench, tmp_path / "marks", deadly, workers=2)
+    try:
+        tried.update(outcome.request.key for outcome in pool.evaluate(bench.requests))
+    finally:
+        pool.close()
+    assert tried == {request.key for request in bench.requests}
+    assert len(pool.said) == 4
+
+
+def test_a_users_error_on_a_worker_stays_one(
+    bench: Bench, pool: Callable[..., RayPool], make_model: Callable[..., Path]
+) -> None:
+    """A model whose weights are not numbers is the user's to mend; nobody died of it."""
+    from safetensors.numpy import load_file, save_file
+
+    from allocator.model.headers import read_model_files
+
+    folder = make_model("llama", num_hidden_layers=3)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = np.full_like(tensors["model.norm.weight"], np.nan)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    said: list[str] = []
+    broken = pool(1, replace(bench.spec, files=read_model_files(folder), store=None), notify=said.append)
+    with pytest.raises(UserError, match="not finite"):
+        list(broken.evaluate([Request(bench.space.dense, 128)]))
+    assert said == []
+
+
+def test_a_worker_that_cannot_start_is_no_death(bench: Bench, pool: Callable[..., RayPool], tmp_path: Path) -> None:
+    """What went wrong is told, once, and not called a lack of memory."""
+    said: list[str] = []
+    gone = replace(bench.spec, files=replace(bench.spec.files, folder=tmp_path / "gone"))
+    broken = pool(1, gone, notify=said.append)
+    with pytest.raises(Exception, match="gone") as caught:
+        list(broken.evaluate([Request(bench.space.dense, 128)]))
+    assert "workers died" not in str(caught.value)
+    assert said == []
+
+
+def test_close_ends_the_workers(bench: Bench) -> None:
+    pool = RayPool(bench.spec, bench.tokens, 2)
+    list(pool.evaluate(bench.requests[:2]))
+    pids = ray.get([worker.__ray_call__.remote(lambda _: os.getpid()) for worker in pool._workers])
+    assert all(Path(f"/proc/{pid}").exists() for pid in pids)
+    pool.close()
+    pool.close()
+    end = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < end, "the workers did not end"
+        time.sleep(0.01)
+
+
+def test_a_connection_that_is_there_is_kept(bench: Bench) -> None:
+    """A pool and a search inside somebody's Ray session do not end that session."""
+    assert connect(1, None) is False
+    with connected(1, None):
+        pass
+    assert ray.is_initialized()
+    pool = RayPool(bench.spec, bench.tokens, 1)
+    pool.close()
+    assert ray.is_initialized()
