@@ -98,11 +98,9 @@ def search(
             result = run_search(config, resume, live)
     except KeyboardInterrupt:
         where = f" --runs-dir {config.runs_dir}" if config.runs_dir != Path("runs") else ""
-        print(
-            f"\nstopped; nothing measured is lost. Continue with:\n"
-            f"  allocator search --resume --name {config.run_name}{where}",
-            file=sys.stderr,
-        )
+        again = f"Continue with:\n  allocator search --resume --name {config.run_name}{where}"
+        begun = (config.folder / "journal.jsonl").exists()
+        print(f"\nstopped; {f'nothing measured is lost. {again}' if begun else 'nothing was begun'}", file=sys.stderr)
         raise typer.Exit(130) from None
     if json_:
         _emit({**result.summary, "folder": str(result.folder), "checkpoint": str(result.checkpoint)})

@@ -115,7 +115,7 @@ def evaluators(
         return
     from allocator.pool.ray_pool import RayPool
 
-    pool = RayPool(spec, tokens, config.workers, config.address, reporter.say)
+    pool = RayPool(spec, tokens, config.workers, reporter.say)
     try:
         yield pool
     finally:

@@ -48,7 +48,7 @@ class Worker:
 
 
 class RayPool:
-    """Evaluates on Ray workers: a local cluster of its own, or a running one.
+    """Evaluates on Ray workers.
 
     A worker that dies is replaced and its task is run again; a task that kills worker after worker stops the
     run. Outcomes do not depend on which worker measured them, nor on how many there are.
@@ -59,15 +59,9 @@ class RayPool:
         spec: EngineSpec,
         tokens: Mapping[str, np.ndarray],
         workers: int,
-        address: str | None = None,
         notify: Notify = lambda message: None,
     ) -> None:
-        """Start ``workers`` actors.
-
-        Raises:
-            UserError: No Ray cluster answers at ``address``, or it has no room for one worker.
-        """
-        self._owns_cluster = connect(workers * spec.threads, address)
+        """Start ``workers`` actors on the cluster that this process is :func:`connected` to."""
         self._spec, self._notify = spec, notify
         self._spec_ref, self._tokens_ref = ray.put(spec), ray.put(dict(tokens))
         self._workers = [self._start() for _ in range(workers)]
@@ -83,17 +77,14 @@ class RayPool:
         return [results[index] for index in range(len(executions))]
 
     def close(self) -> None:
-        """Stop the workers, and the cluster if this pool started it."""
+        """Stop the workers."""
         for worker in self._workers:
             with contextlib.suppress(RayActorError):
                 ray.kill(worker)
         self._workers = []
-        if self._owns_cluster:
-            ray.shutdown()
 
     def _start(self) -> Any:
-        threads = {name: str(self._spec.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-        actor = ray.remote(num_cpus=self._spec.threads, runtime_env={"env_vars": threads})(Worker)
+        actor = ray.remote(num_cpus=self._spec.threads)(Worker)
         return actor.remote(self._spec_ref, self._tokens_ref)
 
     def _run(self, tasks: Sequence[tuple[str, tuple[Any, ...]]]) -> Iterator[tuple[int, Any]]:
@@ -131,28 +122,32 @@ class RayPool:
 
 @contextlib.contextmanager
 def connected(cpus: int, address: str | None) -> Iterator[None]:
-    """Hold a connection, see :func:`connect`; one that was made here ends, and its local cluster with it."""
-    owned = connect(cpus, address)
+    """Hold a connection to a Ray cluster with room for ``cpus`` single-threaded workers.
+
+    A session that is open already is used, and stays open. Else a connection is made to ``address``, to the
+    cluster of the environment, or to a local cluster that lives as long as the connection.
+
+    Raises:
+        UserError: No cluster answers at ``address``, or it has fewer CPUs.
+    """
+    owned = not ray.is_initialized()
+    if owned:
+        _connect(cpus, address or os.environ.get("RAY_ADDRESS"))
     try:
+        there = int(ray.cluster_resources().get("CPU", 0))
+        if there < cpus:
+            raise UserError(f"workers: they need {cpus} CPUs, and the Ray cluster has {there}. Use fewer --workers")
         yield
     finally:
         if owned:
             ray.shutdown()
 
 
-def connect(cpus: int, address: str | None) -> bool:
-    """Connect to a Ray cluster, or start a local one; return whether there was no connection before.
-
-    Raises:
-        UserError: No cluster answers at ``address``.
-    """
-    if ray.is_initialized():
-        return False
+def _connect(cpus: int, address: str | None) -> None:
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
-    address = address or os.environ.get("RAY_ADDRESS")
     if address is None and "RAY_JOB_ID" not in os.environ:
-        ray.init(address="local", num_cpus=max(cpus, 1), include_dashboard=False, **quiet)
-        return True
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+        return
     try:
         if address is not None:
             _knock(address)
@@ -163,7 +158,6 @@ def connect(cpus: int, address: str | None) -> bool:
             f"address: no Ray cluster answers at {address} ({reason}). Start one with 'ray start --head', "
             "or leave --address out for a local one"
         ) from None
-    return True
 
 
 def _knock(address: str) -> None:

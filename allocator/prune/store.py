@@ -39,10 +39,10 @@ class LevelStore:
 
 
 def create_store(folder: Path, key: Mapping[str, Any], levels: Iterable[tuple[str, CompactLevels]]) -> LevelStore:
-    """Write a store, unit by unit, and its manifest at the end.
+    """Write a store, unit by unit; it appears under its name when it is whole.
 
     Args:
-        folder: Where to; what an unfinished store left there is removed.
+        folder: Where to.
         key: What the store belongs to: model, calibration, pruner, space.
         levels: Units by name with their compact levels.
 
@@ -50,14 +50,16 @@ def create_store(folder: Path, key: Mapping[str, Any], levels: Iterable[tuple[st
         UserError: See :func:`check_free`.
     """
     check_free(folder)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     hashes: dict[str, str] = {}
     for unit, tensors in levels:
-        path = folder / f"{unit}.safetensors"
+        path = partial / f"{unit}.safetensors"
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
         hashes[unit] = file_fingerprint(path)
-    write_json(folder / MANIFEST, {"schema": SCHEMA, "kind": "allocator.levels", "key": dict(key), "units": hashes})
+    write_json(partial / MANIFEST, {"schema": SCHEMA, "kind": "allocator.levels", "key": dict(key), "units": hashes})
+    partial.rename(folder)
     return LevelStore(folder, hashes)
 
 
@@ -98,18 +100,12 @@ def open_store(folder: Path, key: Mapping[str, Any]) -> LevelStore | None:
 
 
 def check_free(folder: Path) -> None:
-    """Check that a store can be written here: nothing is there, or what an unfinished store left.
+    """Check that a store can be written here: nothing is there, or an empty folder.
 
     Raises:
-        UserError: The folder holds something else, or cannot be written to.
+        UserError: The folder holds something, or cannot be written to.
     """
     remedy = "Name an empty or new folder with --set store=FOLDER"
-    if folder.is_dir():
-        foreign = [p.name for p in sorted(folder.iterdir()) if not _is_ours(p)]
-        if foreign:
-            raise UserError(f"{folder}: not a level store, and it holds {foreign[0]}, which is not replaced. {remedy}")
+    if folder.is_dir() and (found := next(folder.iterdir(), None)) is not None:
+        raise UserError(f"{folder}: not a level store, and it holds {found.name}, which is not replaced. {remedy}")
     check_place(folder, remedy)
-
-
-def _is_ours(path: Path) -> bool:
-    return path.is_file() and (path.suffix == ".safetensors" or path.name.startswith(f".{MANIFEST}."))

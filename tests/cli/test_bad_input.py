@@ -516,16 +516,13 @@ def test_store_of_other_settings(refused: Refused, search_args: Args, store: Pat
     assert f"built for another {key}" in message
 
 
-@pytest.mark.parametrize("also", [[], ["weights.safetensors"]])
-def test_store_in_an_unrelated_folder_is_not_wiped(
-    refused: Refused, search_args: Args, here: Path, also: list[str]
-) -> None:
+@pytest.mark.parametrize("name", ["chapter1.tex", "weights.safetensors"])
+def test_store_in_an_unrelated_folder_is_not_wiped(refused: Refused, search_args: Args, here: Path, name: str) -> None:
     (here / "thesis").mkdir()
-    for name in ["chapter1.tex", *also]:
-        (here / "thesis" / name).write_text("years of work")
+    (here / "thesis" / name).write_text("years of work")
     message = refused(*search_args, "--set", f"store={here / 'thesis'}")
     assert f"{here / 'thesis'}: not a level store" in message
-    assert "chapter1.tex" in message
+    assert name in message
     assert "--set store=FOLDER" in message
 
 

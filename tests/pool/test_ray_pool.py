@@ -22,7 +22,7 @@ from allocator.evaluate.engine import EngineSpec, Execution, LocalEvaluator
 from allocator.job import prepare
 from allocator.model.load import load_model
 from allocator.model.walk import BlockWalker
-from allocator.pool.ray_pool import MAX_DEATHS, RayPool, connect, connected
+from allocator.pool.ray_pool import MAX_DEATHS, RayPool, connected
 from allocator.prune.build import prune_all_levels
 from allocator.prune.store import create_store
 
@@ -254,10 +254,12 @@ def test_close_ends_the_workers(bench: Bench) -> None:
 
 def test_a_connection_that_is_there_is_kept(bench: Bench) -> None:
     """A pool and a search inside somebody's Ray session do not end that session."""
-    assert connect(1, None) is False
     with connected(1, None):
+        RayPool(bench.spec, bench.tokens, 1).close()
+    assert ray.is_initialized()
+
+
+def test_more_workers_than_cpus_are_refused() -> None:
+    """Rather than left to wait for ever."""
+    with pytest.raises(UserError, match=r"need 3 CPUs, .* has 2\. Use fewer --workers"), connected(3, None):
         pass
-    assert ray.is_initialized()
-    pool = RayPool(bench.spec, bench.tokens, 1)
-    pool.close()
-    assert ray.is_initialized()

@@ -92,7 +92,7 @@ def test_a_truncated_manifest_is_refused(folder):
         open_store(folder, KEY)
 
 
-@pytest.mark.parametrize("foreign", ["thesis.docx", "config.json", "folder/"])
+@pytest.mark.parametrize("foreign", ["thesis.docx", "model.safetensors", "folder/"])
 def test_a_folder_of_other_things_is_never_replaced(tmp_path, foreign):
     folder = tmp_path / "mine"
     folder.mkdir()
