@@ -2,8 +2,8 @@
 
     python benchmarks/main_job.py --runs-dir /tmp/main_job
 
-Runs `allocator search` with its defaults for each pattern and seed, and writes `results/main_job.json`, a table
-on standard output and `results/main_job.svg`. Finished runs are not run again.
+Does `allocator search search_spaces/runs/PATTERN.yaml --seed SEED` for each pattern and seed, and writes
+`results/main_job.json`, a table on standard output and `results/main_job.svg`. Finished runs are not run again.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 import allocator
+from allocator.model.family import families_folder
 from allocator.progress import Live
 
 RESULTS = Path(__file__).parent / "results"
@@ -30,8 +31,7 @@ def run(pattern: str, target: float, seed: int, runs_dir: Path, settings: list[s
     with Live() as live:
         resume = (runs_dir / name).exists()
         result = allocator.search(
-            pattern=pattern,
-            target=target,
+            config=families_folder() / "runs" / f"{pattern}.yaml",
             seed=seed,
             name=name,
             runs_dir=runs_dir,

@@ -36,11 +36,11 @@ class EvolutionSettings:
         max_exchanges: m; an offspring differs by min(U{1..m}, U{1..m}) exchanges.
     """
 
-    generations: int = 40
+    generations: int = 20
     patience: int = 8
     offspring: int = 16
-    tokens: tuple[int, ...] = (2048, 8192)
-    survivors: tuple[int, ...] = (4, 1)
+    tokens: tuple[int, ...] = (1024, 8192)
+    survivors: tuple[int, ...] = (3, 1)
     max_exchanges: int = 3
 
     def __post_init__(self) -> None:
