@@ -17,7 +17,8 @@ from allocator.core.plan import Plan
 from allocator.core.space import SearchSpace
 from allocator.evaluate.engine import DTYPES, Engine, EngineSpec
 from allocator.job import read_model, read_tokens, text_fingerprint
-from allocator.model.family import find_family, resolve_layout
+from allocator.model.checkpoint import count_params
+from allocator.model.family import Layout, build_space, find_family, resolve_layout
 from allocator.model.headers import ModelFiles, locate, read_model_files
 from allocator.model.load import load_model
 from allocator.model.walk import BlockWalker
@@ -78,7 +79,7 @@ def search(
         "text": text,
         "address": address,
     }
-    return run_search(load_config(None if config is None else Path(config), flags, settings), resume, reporter)
+    return run_search(load_config(None if config is None else Path(config), flags, settings, resume), resume, reporter)
 
 
 def inspect(config: RunConfig) -> tuple[SearchSpace, dict[str, Any]]:
@@ -155,6 +156,7 @@ def prune(
     execution: str = "assemble",
     store: Path | str | None = None,
     text: Path | str | None = None,
+    family: Path | str | None = None,
     reporter: Reporter | None = None,
 ) -> int:
     """Execute a plan: write the pruned checkpoint, and return the parameters counted in it.
@@ -167,6 +169,7 @@ def prune(
             prunes block by block on what the pruned predecessors produce.
         store: A level store of the same model, text and pruner.
         text: The calibration text that the plan was made with; None for the Python standard library.
+        family: The family file that the plan was made with; None for those shipped.
         reporter: Hears about progress.
 
     Raises:
@@ -185,7 +188,8 @@ def prune(
             f"plan: made for {plan.model['id']} ({plan.model['fingerprint'][:19]}...), and {files.folder} is another "
             f"model ({files.fingerprint[:19]}...). Name the plan's model with --model"
         )
-    layout = resolve_layout(find_family(str(files.config.get("model_type"))), files)
+    layout = _layout(files, family)
+    _check_units(plan, layout, files)
     settings = plan.pruner
     if store is not None and execution == "assemble":
         key = {
@@ -206,6 +210,7 @@ def prune(
             "version if it was the standard library, or give the run's level store with --store"
         )
     pruner = make_pruner(settings["name"], plan.space.pattern, settings.get("damping", 0.01))
+    torch.set_num_threads(settings["threads"])
     walker = BlockWalker(load_model(files, DTYPES[settings["dtype"]]), layout)
     reporter.phase("pruning", len(layout.blocks))
     calibration = torch.from_numpy(tokens["calibration"])
@@ -217,7 +222,13 @@ def prune(
 
 
 def evaluate(
-    checkpoint: Path | str, *, model: str | Path, text: Path | str | None = None, tokens: int = 32768, length: int = 512
+    checkpoint: Path | str,
+    *,
+    model: str | Path,
+    text: Path | str | None = None,
+    family: Path | str | None = None,
+    tokens: int = 32768,
+    length: int = 512,
 ) -> dict[str, float]:
     """Measure a checkpoint on the test split: parameters, perplexity, and KL from the dense model.
 
@@ -225,11 +236,12 @@ def evaluate(
         checkpoint: A pruned or dense folder with the dense model's blocks.
         model: The dense model.
         text: Where the text is; None for the Python standard library.
+        family: A family file in place of those shipped.
         tokens: How many tokens of the test split.
         length: Tokens per sequence.
 
     Returns:
-        ``params``, ``kl`` and ``nll`` (nats per token), ``perplexity``.
+        ``params`` (zeros in prunable matrices are not counted), ``kl`` and ``nll`` (nats per token), ``perplexity``.
 
     Raises:
         UserError: A folder cannot be read, or the text is too short.
@@ -243,12 +255,26 @@ def evaluate(
             f"{pruned.folder}: made from {own}, and {files.folder} is {dense}. "
             "Name the dense model that it was made from with --model"
         )
-    layout = resolve_layout(find_family(str(files.config.get("model_type"))), files)
+    layout = _layout(files, family)
     packed = read_tokens(None if text is None else Path(text), files.folder, {"test": tokens}, length)
-    space = SearchSpace(pattern="structured", units=(), fixed={"params": 0, "macs": 0})
+    space = build_space(layout, files, "structured" if "pruned" in pruned.config else "unstructured", target=0.5)
     engine = Engine(EngineSpec(files, layout, space, store=None), packed)
-    params = sum(torch.Size(shape).numel() for shape in pruned.shapes.values())
-    return {"params": params, **engine.measure_checkpoint(pruned.folder, "test", tokens)}
+    return {"params": count_params(pruned.folder, space), **engine.measure_checkpoint(pruned.folder, "test", tokens)}
+
+
+def _layout(files: ModelFiles, family: Path | str | None) -> Layout:
+    file = None if family is None else Path(family)
+    return resolve_layout(find_family(str(files.config.get("model_type")), file), files)
+
+
+def _check_units(plan: Plan, layout: Layout, files: ModelFiles) -> None:
+    """Raise if the plan's units are not those of the model."""
+    expected = build_space(layout, files, plan.space.pattern, target=0.5)
+    there = {(u.name, u.kind, u.total, u.params[0], u.macs[0]) for u in expected.units}
+    named = {(u.name, u.kind, u.total, u.params[0], u.macs[0]) for u in plan.space.units}
+    if there != named or expected.fixed != plan.space.fixed:
+        odd = min(there ^ named)[0] if there != named else "what is outside units"
+        raise UserError(f"plan: it and the model {files.folder} disagree on {odd}. Make the plan again with a search")
 
 
 def _shape(files: ModelFiles) -> str:

@@ -26,6 +26,7 @@ Text = Annotated[Path | None, typer.Option(help=".txt or .jsonl file or folder. 
 Pattern = Annotated[str | None, typer.Option(help="structured or unstructured. [default: structured]")]
 Target = Annotated[float | None, typer.Option(help="Share of the units' parameters to remove. [default: 0.5]")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other key of a run file.")]
+Family = Annotated[Path | None, typer.Option(help="Family file, if the search named one.")]
 Run = Annotated[Path, typer.Argument(help="Folder of a run.")]
 
 
@@ -60,7 +61,9 @@ def search(
     model: Model = None,
     target: Target = None,
     pattern: Pattern = None,
-    workers: Annotated[int | None, typer.Option(help="Ray workers; 0 for none. [default: one per core]")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Ray workers; 0 for none. [default: one per core, at most 4]")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the search. [default: 0]")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run.")] = None,
     runs_dir: Annotated[Path | None, typer.Option(help="Folder of runs. [default: runs]")] = None,
@@ -73,7 +76,7 @@ def search(
     """Run the whole line: level store, search, plan, pruned checkpoint, measured figures."""
     from allocator.config import load_config
     from allocator.progress import Live
-    from allocator.workflow import load_run_config, run_search
+    from allocator.workflow import run_search
 
     flags: dict[str, Any] = {
         "model": model,
@@ -86,12 +89,7 @@ def search(
         "text": text,
         "address": address,
     }
-    config = load_config(file, flags, set_ or ())
-    if resume and file is None:
-        stored = load_run_config(config.folder)
-        given = {key: value for key, value in flags.items() if value is not None}
-        flags = {**stored, **given, "runs_dir": config.runs_dir, "name": config.run_name}
-        config = load_config(None, flags, set_ or ())
+    config = load_config(file, flags, set_ or (), resume)
     try:
         # Ray tells of workers' deaths on standard output, which is for the answer alone
         with redirect_stdout(sys.stderr), Live() as live:
@@ -166,6 +164,7 @@ def prune(
     execution: Annotated[str, typer.Option(help="assemble: dense inputs. recompute: pruned inputs.")] = "assemble",
     store: Annotated[Path | None, typer.Option(help="Level store of the run. [default: beside the plan]")] = None,
     text: Text = None,
+    family: Family = None,
     json_: Json = False,
 ) -> None:
     """Execute a plan: write a pruned checkpoint that loads without this package."""
@@ -178,7 +177,14 @@ def prune(
         store = beside
     with Live() as live:
         counted = api.prune(
-            plan, out, model=model or PACKAGED, execution=execution, store=store, text=text, reporter=live
+            plan,
+            out,
+            model=model or PACKAGED,
+            execution=execution,
+            store=store,
+            text=text,
+            family=family,
+            reporter=live,
         )
     if json_:
         _emit({"checkpoint": str(out), "params": counted})
@@ -191,6 +197,8 @@ def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a checkpoint.")],
     model: Model = None,
     text: Text = None,
+    family: Family = None,
+    length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
     tokens: Annotated[int, typer.Option(help="Tokens of the test split.")] = 32768,
     json_: Json = False,
 ) -> None:
@@ -198,7 +206,7 @@ def evaluate(
     from allocator import api
     from allocator.model.headers import PACKAGED
 
-    figures = api.evaluate(checkpoint, model=model or PACKAGED, text=text, tokens=tokens)
+    figures = api.evaluate(checkpoint, model=model or PACKAGED, text=text, family=family, tokens=tokens, length=length)
     if json_:
         _emit(figures)
         return

@@ -24,6 +24,10 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _num_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class LadderSettings(_Strict):
     """Levels of units.
 
@@ -99,7 +103,7 @@ class RunConfig(_Strict):
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     runs_dir: Path = Path("runs")
     store: Path | None = None
-    workers: int = Field(default_factory=lambda: min(4, len(os.sched_getaffinity(0))), ge=0)
+    workers: int = Field(default_factory=lambda: min(4, _num_cpus()), ge=0)
     address: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     threads: int = Field(default=1, ge=1)
@@ -128,18 +132,31 @@ class RunConfig(_Strict):
 
 
 def load_config(
-    file: Path | None = None, flags: Mapping[str, Any] | None = None, assignments: Iterable[str] = ()
+    file: Path | None = None,
+    flags: Mapping[str, Any] | None = None,
+    assignments: Iterable[str] = (),
+    resume: bool = False,
 ) -> RunConfig:
     """Return the configuration of a file, overridden by flags, overridden by ``a.b=c`` assignments.
 
     Args:
-        file: A run file in YAML; None for the defaults.
+        file: A run file in YAML; None for the defaults, or for the ``run.yaml`` of a run that is resumed.
         flags: Top-level keys; None values are left out.
         assignments: Such as ``search.evolution.generations=10``; values are YAML.
+        resume: Whether a run of this name is continued.
 
     Raises:
         UserError: The file cannot be read, a key is unknown, or a value is not allowed.
     """
+    given = {key: value for key, value in (flags or {}).items() if value is not None}
+    config = _load(file, given, assignments)
+    if not resume or file is not None:
+        return config
+    place = {"runs_dir": config.runs_dir, "name": config.run_name}
+    return _load(None, {**_stored(config.folder), **given, **place}, assignments)
+
+
+def _load(file: Path | None, flags: Mapping[str, Any], assignments: Iterable[str]) -> RunConfig:
     source = "configuration"
     data: dict[str, Any] = {}
     if file is not None:
@@ -152,13 +169,26 @@ def load_config(
             raise UserError(f"{file}: not YAML: {error}") from None
         if not isinstance(data, dict):
             raise UserError(f"{file}: a run file is a mapping of keys, found {type(data).__name__}")
-    data.update({key: value for key, value in (flags or {}).items() if value is not None})
+    data.update(flags)
     for assignment in assignments:
         _assign(data, assignment)
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
         raise UserError(f"{source}: {_explain(error)}") from None
+
+
+def _stored(folder: Path) -> dict[str, Any]:
+    path = folder / "run.yaml"
+    if not path.is_file():
+        raise UserError(f"{path}: no such run. Start it without --resume")
+    try:
+        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML: {error}. Restore it, or give the run file again with --resume") from None
+    if not isinstance(stored, dict):
+        raise UserError(f"{path}: a run file is a mapping of keys. Restore it, or give the run file with --resume")
+    return stored
 
 
 def _assign(data: dict[str, Any], assignment: str) -> None:

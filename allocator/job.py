@@ -51,7 +51,7 @@ class Job:
     def model_id(self) -> dict[str, str]:
         """Which model this is, wherever it lies."""
         return {
-            "id": locate(self.config.model).resolve().name,
+            "id": Path(self.config.model).resolve().name if Path(self.config.model).is_dir() else self.config.model,
             "architecture": self.files.architecture,
             "fingerprint": self.files.fingerprint,
         }
@@ -72,6 +72,7 @@ class Job:
             "tokens": int(self.tokens["calibration"].size),
             "sequence_length": self.config.tokens.sequence_length,
             "dtype": self.config.dtype,
+            "threads": self.config.threads,
             "calibration": calibration,
         }
 

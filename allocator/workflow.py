@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
 from allocator.config import RunConfig
 from allocator.core.budget import fits
@@ -28,7 +27,7 @@ from allocator.job import Job, prepare, versions
 from allocator.model.load import load_model
 from allocator.model.walk import BlockWalker
 from allocator.progress import Reporter, Silent
-from allocator.prune.build import prune_all_levels
+from allocator.prune.build import SEQUENCES_PER_BATCH, prune_all_levels
 from allocator.prune.store import LevelStore, check_free, create_store, open_store
 from allocator.report import curves
 from allocator.search.decide import Decision, decide
@@ -77,6 +76,8 @@ def run_search(config: RunConfig, resume: bool = False, reporter: Reporter | Non
     with ExitStack() as opened:
         if resume:
             journal = opened.enter_context(_resume(job, folder, reporter))
+            for left in (*folder.glob(".executing-*"), *folder.glob(".levels.*.partial")):
+                shutil.rmtree(left)
         place = config.store or folder / "levels"
         found = open_store(place, job.store_key)
         if found is None:
@@ -143,7 +144,8 @@ def _header(job: Job) -> dict[str, Any]:
         "tokens": list(job.config.search.tokens),
         "budget": {"cost": job.budget.cost, "limit": job.budget.limit},
         "space": job.space.to_json(),
-        "device": "cpu",
+        "device": f"cpu {torch.backends.cpu.get_cpu_capability()}",
+        "micro_batch": [SEQUENCES_PER_BATCH, job.config.tokens.sequence_length],
         "versions": versions(),
     }
 
@@ -167,8 +169,10 @@ def _resume(job: Job, folder: Path, reporter: Reporter) -> Journal:
                 f"{folder}: holds another search: its {key} is {journal.header['identity'].get(key)}, and this one's "
                 f"is {value}. Resume it with its own settings ({folder / 'run.yaml'}), or choose another --name"
             )
-    if journal.header["versions"] != versions():
-        reporter.say(f"notice: {folder} was begun with other package versions; the plan may differ by rounding")
+    now = _header(job)
+    for key in ("versions", "device", "micro_batch"):
+        if journal.header[key] != now[key]:
+            reporter.say(f"notice: {folder} was begun with another {key}; the plan may differ by rounding")
     reporter.say(f"resuming {folder}: {len(journal)} measurements are known")
     return journal
 
@@ -220,8 +224,6 @@ def _execute(job: Job, folder: Path, decision: Decision, evaluator: Any, reporte
         "searched_recomputed": (decision.searched, True),
     }
     reporter.phase("executing")
-    for left in folder.glob(".executing-*"):
-        shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".executing-", dir=folder) as scratch:
         executions = [
             Execution(allocation, recompute, Path(scratch).absolute() / name)
@@ -302,17 +304,3 @@ def _timed(wall: dict[str, float], name: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     wall[name] = time.perf_counter() - start
-
-
-def load_run_config(folder: Path) -> dict[str, Any]:
-    """Return the content of a run's ``run.yaml``, the base of a resumed configuration."""
-    path = folder / "run.yaml"
-    if not path.is_file():
-        raise UserError(f"{path}: no such run. Start it without --resume")
-    try:
-        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML: {error}. Restore it, or give the run file again with --resume") from None
-    if not isinstance(stored, dict):
-        raise UserError(f"{path}: a run file is a mapping of keys. Restore it, or give the run file with --resume")
-    return stored

@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -74,7 +75,7 @@ class Journal:
         header, outcomes = _parse(path, path.read_bytes())
         return cls(path, header, outcomes, None)
 
-    @property
+    @cached_property
     def space(self) -> SearchSpace:
         """The search space that the run searched."""
         return SearchSpace.from_json(self.header["space"])

@@ -27,7 +27,16 @@ Replacements = Mapping[str, torch.Tensor | None]
 """New values by tensor name; None for a tensor that is gone."""
 
 _TEMPLATE_IMPORT = "from transformers import LlamaForCausalLM as Dense"
-_COPIED = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model")
+_COPIED = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+)
 
 
 def read_tensors(files: ModelFiles, names: list[str]) -> dict[str, torch.Tensor]:

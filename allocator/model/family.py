@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from allocator.core.errors import UserError
+from allocator.core.errors import UserError, did_you_mean
 from allocator.core.space import SearchSpace, Unit
 from allocator.model.headers import ModelFiles
 
@@ -154,6 +154,12 @@ def resolve_layout(family: Family, files: ModelFiles) -> Layout:
         for index, block in enumerate(blocks)
         for part, parts in family.units.items()
     )
+    tied = {family.tail[-1]} if files.config.get("tie_word_embeddings") else set()
+    for module in {*family.tail} - tied:
+        if f"{module}.weight" not in shapes:
+            raise UserError(
+                f"family: tail names {module}, which {files.architecture} lacks{did_you_mean(module, _outside(files))}"
+            )
     covered = {*family.skip, *(name for site in sites for name in (*(m for m, _ in site.inputs), site.output))}
     for name, shape in shapes.items():
         module = name.removesuffix(".weight")
@@ -165,6 +171,11 @@ def resolve_layout(family: Family, files: ModelFiles) -> Layout:
     return Layout(blocks, tuple(family.tail), sites)
 
 
+def _outside(files: ModelFiles) -> list[str]:
+    """Return modules that lie in no numbered block."""
+    return [name.removesuffix(".weight") for name in files.shapes if not re.search(r"\.\d+\.", name)]
+
+
 def _site(part: str, parts: KvGroups | Channels, block: str, index: int, files: ModelFiles) -> Site:
     inputs, output = [f"{block}.{name}" for name in parts.inputs], f"{block}.{parts.output}"
     for module in (*inputs, output):
@@ -173,8 +184,10 @@ def _site(part: str, parts: KvGroups | Channels, block: str, index: int, files: 
             raise UserError(f"family: unit {part!r} names {module}, which {files.architecture} lacks. It has {near}")
     rows = {module: files.shapes[f"{module}.weight"][0] for module in inputs}
     columns = files.shapes[f"{output}.weight"][1]
-    total = columns if isinstance(parts, Channels) else int(files.config["num_key_value_heads"])
+    total = columns if isinstance(parts, Channels) else _num_groups(files)
     name = os.path.commonpath([module.replace(".", "/") for module in (*inputs, output)]).replace("/", ".")
+    if name in (block, ""):
+        raise UserError(f"family: the modules of unit {part!r} share no sub-block of {block}, so it cannot be removed")
     for module, size in {**rows, output: columns}.items():
         if size % total:
             raise UserError(f"family: {module} has {size} rows or columns, which {total} {parts.kind} do not divide")
@@ -220,7 +233,8 @@ def build_space(
             for module in (*(name for name, _ in site.inputs), site.output)
         ]
     total = sum(_size(shape) for shape in shapes.values())
-    head = shapes.get("lm_head.weight") or shapes["model.embed_tokens.weight"]
+    tied = max((shape for shape in shapes.values() if len(shape) == 2), key=lambda shape: shape[0])
+    head = shapes.get(f"{layout.tail[-1]}.weight", tied)
     fixed = {"params": total - sum(unit.params[0] for unit in units), "macs": _size(head)}
     return SearchSpace(pattern, tuple(units), fixed)
 
@@ -230,6 +244,11 @@ def _size(shape: Sequence[int]) -> int:
     for extent in shape:
         size *= extent
     return size
+
+
+def _num_groups(files: ModelFiles) -> int:
+    # models from before grouped queries name query heads alone
+    return int(files.config.get("num_key_value_heads") or files.config["num_attention_heads"])
 
 
 def _structured_unit(site: Site, files: ModelFiles, ladder: Sequence[float] | None, align: int) -> Unit:

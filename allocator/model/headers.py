@@ -19,6 +19,7 @@ PACKAGED = "tiny-python-llama"
 """Name of the model inside the package, the default of every command."""
 
 INDEX = "model.safetensors.index.json"
+_WANTED = ("*.json", "*.safetensors", "tokenizer*", "*.txt", "*.jinja", "*.model")
 _REMEDY = "Give a local Hugging Face folder with config.json and *.safetensors"
 
 
@@ -69,7 +70,7 @@ def locate(model: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.txt"]))
+        return Path(snapshot_download(str(model), allow_patterns=list(_WANTED)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(

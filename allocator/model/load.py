@@ -21,7 +21,7 @@ def load_model(files: ModelFiles, dtype: torch.dtype = torch.float32) -> nn.Modu
     code in its folder.
 
     Raises:
-        UserError: transformers has no such architecture.
+        UserError: transformers has no such architecture, or tensors are missing.
     """
     pruned = files.config.get("pruned")
     name = pruned["architecture"] if pruned else files.architecture
@@ -31,8 +31,15 @@ def load_model(files: ModelFiles, dtype: torch.dtype = torch.float32) -> nn.Modu
     if pruned:
         architecture = modeling_pruned.pruned_class(architecture)
     transformers.utils.logging.disable_progress_bar()
-    model: nn.Module = architecture.from_pretrained(files.folder, dtype=dtype, local_files_only=True)
-    return model.eval().requires_grad_(False)
+    model, loading = architecture.from_pretrained(
+        files.folder, dtype=dtype, local_files_only=True, output_loading_info=True
+    )
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError(
+            f"model: {files.folder}: {len(missing)} tensors are missing, first {missing[0]}. Copy the model again"
+        )
+    loaded: nn.Module = model.eval().requires_grad_(False)
+    return loaded
 
 
 def load_tokenizer(folder: Path) -> tuple[Callable[[str], list[int]], int]:
@@ -43,8 +50,9 @@ def load_tokenizer(folder: Path) -> tuple[Callable[[str], list[int]], int]:
     """
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model: {folder}: no readable tokenizer: {str(error).splitlines()[0]}") from None
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"model: {folder}: no readable tokenizer: {reason}. Copy the model again") from None
     separator = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
     if separator is None:
         raise UserError(f"model: {folder}: the tokenizer has neither an end-of-text nor a begin-of-text token")

@@ -155,6 +155,9 @@ def _in_hash_order(documents: Iterable[Document]) -> list[Document]:
 
 
 def _read_folder(folder: Path) -> Iterator[Document]:
+    if (folder / "dataset_dict.json").exists():
+        splits = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir()))
+        raise UserError(f"text: {folder} holds several data sets; name one of its folders: {splits}")
     if (folder / "dataset_info.json").exists():
         yield from _read_dataset(folder)
         return

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from allocator.core.errors import UserError
 from allocator.core.protocols import Outcome, Request
@@ -22,6 +22,7 @@ MAX_DEATHS = 3
 """Workers that one task may cost, each time on a fresh worker, before the run stops."""
 
 _KNOCK_S = 10.0
+_SILENCE_S = 120.0
 
 Notify = Callable[[str], None]
 
@@ -96,11 +97,18 @@ class RayPool:
                 worker, index = idle.pop(), waiting.pop()
                 method, arguments = tasks[index]
                 flying[getattr(worker, method).remote(*arguments)] = (worker, index)
-            done, _ = ray.wait(list(flying), num_returns=1)
+            done, _ = ray.wait(list(flying), num_returns=1, timeout=_SILENCE_S)
+            if not done:
+                free = ray.available_resources().get("CPU", 0)
+                self._notify(f"no worker has answered for {_SILENCE_S:.0f} s; {free:.0f} CPUs of the cluster are free")
+                continue
             worker, index = flying.pop(done[0])
             try:
                 result = ray.get(done[0])
-            except (ActorDiedError, ActorUnavailableError) as error:
+            except RayTaskError as error:
+                cause = error.cause
+                raise cause if isinstance(cause, UserError) else error from None
+            except RayError as error:
                 deaths[index] += 1
                 if deaths[index] >= MAX_DEATHS:
                     raise UserError(
@@ -113,9 +121,6 @@ class RayPool:
                 idle.append(replacement)
                 waiting.append(index)
                 continue
-            except ray.exceptions.RayTaskError as error:
-                cause = error.cause
-                raise cause if isinstance(cause, UserError) else error from None
             idle.append(worker)
             yield index, result
 

@@ -7,6 +7,7 @@ file must hash. The manifest is written last, so a store without one is unfinish
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -50,16 +51,21 @@ def create_store(folder: Path, key: Mapping[str, Any], levels: Iterable[tuple[st
         UserError: See :func:`check_free`.
     """
     check_free(folder)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
     hashes: dict[str, str] = {}
     for unit, tensors in levels:
         path = partial / f"{unit}.safetensors"
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
         hashes[unit] = file_fingerprint(path)
     write_json(partial / MANIFEST, {"schema": SCHEMA, "kind": "allocator.levels", "key": dict(key), "units": hashes})
-    partial.rename(folder)
+    try:
+        partial.rename(folder)
+    except OSError:
+        shutil.rmtree(partial)
+        if (built_meanwhile := open_store(folder, key)) is None:
+            raise
+        return built_meanwhile
     return LevelStore(folder, hashes)
 
 

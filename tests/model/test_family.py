@@ -10,7 +10,7 @@ from torch import nn
 
 from allocator.core.errors import UserError
 from allocator.model.family import build_space, families_folder, find_family, load_family, resolve_layout
-from allocator.model.headers import read_model_files
+from allocator.model.headers import ModelFiles, read_model_files
 from allocator.model.load import load_model
 from allocator.prune.execute import save_pruned
 from allocator.prune.pruners import make_pruner
@@ -235,3 +235,18 @@ def test_a_file_that_is_no_family_is_refused(tmp_path, content, message):
 def test_a_missing_family_file_is_named(tmp_path):
     with pytest.raises(UserError, match="No such file"):
         load_family(tmp_path / "family.yaml")
+
+
+def test_models_from_before_grouped_queries_have_one_group_per_head(make_model):
+    files = read_model_files(make_model("llama", num_key_value_heads=4))
+    config = {key: value for key, value in files.config.items() if key != "num_key_value_heads"}
+    old = ModelFiles(files.folder, config, files.shapes, files.shards, files.dtypes)
+    layout = resolve_layout(find_family("llama"), old)
+    assert {site.total for site in layout.sites if site.kind == "kv_groups"} == {4}
+
+
+def test_a_tail_that_the_model_lacks_is_named(make_model):
+    files = read_model_files(make_model("llama"))
+    family = find_family("llama").model_copy(update={"tail": ["model.nrom", "lm_head"]})
+    with pytest.raises(UserError, match=r"tail names model\.nrom, .*did you mean 'model\.norm'"):
+        resolve_layout(family, files)

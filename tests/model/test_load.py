@@ -47,3 +47,17 @@ def test_a_tokenizer_without_a_separator_is_refused(tiny_model, tmp_path):
     path.write_text(json.dumps(config))
     with pytest.raises(UserError, match="neither an end-of-text nor a begin-of-text token"):
         load_tokenizer(folder)
+
+
+def test_a_missing_tensor_is_an_error(make_model, tmp_path):
+    """Else transformers would draw it anew, in every worker another."""
+    from safetensors.torch import load_file, save_file
+
+    folder = make_model("llama", tie_word_embeddings=False)
+    copy = tmp_path / "model"
+    shutil.copytree(folder, copy)
+    tensors = load_file(copy / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"1 tensors are missing, first model\.norm\.weight"):
+        load_model(read_model_files(copy))
