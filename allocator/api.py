@@ -227,7 +227,7 @@ def evaluate(
     model: str | Path,
     text: Path | str | None = None,
     family: Path | str | None = None,
-    tokens: int = 32768,
+    tokens: int = 16384,
     length: int = 512,
 ) -> dict[str, float]:
     """Measure a checkpoint on the test split: parameters, perplexity, and KL from the dense model.

@@ -199,7 +199,7 @@ def evaluate(
     text: Text = None,
     family: Family = None,
     length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
-    tokens: Annotated[int, typer.Option(help="Tokens of the test split.")] = 32768,
+    tokens: Annotated[int, typer.Option(help="Tokens of the test split.")] = 16384,
     json_: Json = False,
 ) -> None:
     """Measure a checkpoint on held-out text: perplexity, and KL from the dense model."""

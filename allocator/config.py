@@ -71,8 +71,8 @@ class TokenSettings(_Strict):
 
     sequence_length: int = Field(default=512, ge=8)
     calibration: int = Field(default=16384, ge=1)
-    selection: int = Field(default=16384, ge=1)
-    test: int = Field(default=32768, ge=1)
+    selection: int = Field(default=8192, ge=1)
+    test: int = Field(default=16384, ge=1)
 
 
 class RunConfig(_Strict):

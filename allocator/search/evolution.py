@@ -36,10 +36,10 @@ class EvolutionSettings:
         max_exchanges: m; an offspring differs by min(U{1..m}, U{1..m}) exchanges.
     """
 
-    generations: int = 20
-    patience: int = 8
+    generations: int = 16
+    patience: int = 6
     offspring: int = 16
-    tokens: tuple[int, ...] = (1024, 8192)
+    tokens: tuple[int, ...] = (1024, 4096)
     survivors: tuple[int, ...] = (3, 1)
     max_exchanges: int = 3
 
