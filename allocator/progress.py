@@ -81,7 +81,8 @@ class Live:
             self._progress.update(self._task, completed=done, note=note)
         if not self._console.is_terminal and time.monotonic() - self._spoken >= self._QUIET_S:
             self._spoken = time.monotonic()
-            self._console.print(f"{self._name}: {done}{f' of {self._total}' if self._total else ''}, {note}")
+            of, comma = f" of {self._total}" if self._total else "", ", " if note else ""
+            self._console.print(f"{self._name}: {done}{of}{comma}{note}")
 
     def say(self, message: str) -> None:
         """Print a line above the bars."""
