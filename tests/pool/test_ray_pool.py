@@ -154,7 +154,7 @@ def dying(bench: Bench, marks: Path, deadly: Callable[[Request, int, int], bool]
     marks.mkdir()
     said: list[str] = []
     made = type("Dying", (Dying,), {"marks": marks, "deadly": staticmethod(deadly), "said": said})
-    return made(bench.spec, bench.tokens, workers, None, said.append)
+    return made(bench.spec, bench.tokens, workers, said.append)
 
 
 def test_a_worker_that_dies_is_replaced(bench: Bench, tmp_path: Path) -> None:
