@@ -26,9 +26,8 @@ MANIFEST = "manifest.json"
 class LevelStore:
     """A finished store, memory-mapped."""
 
-    def __init__(self, folder: Path, units: Iterable[str]) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder.absolute()
-        self._units = frozenset(units)
         self._cache: dict[str, CompactLevels] = {}
 
     def __call__(self, unit: str) -> CompactLevels:
@@ -66,7 +65,7 @@ def create_store(folder: Path, key: Mapping[str, Any], levels: Iterable[tuple[st
         if (built_meanwhile := open_store(folder, key)) is None:
             raise
         return built_meanwhile
-    return LevelStore(folder, hashes)
+    return LevelStore(folder)
 
 
 def open_store(folder: Path, key: Mapping[str, Any]) -> LevelStore | None:
@@ -102,7 +101,7 @@ def open_store(folder: Path, key: Mapping[str, Any]) -> LevelStore | None:
                 pass
         except SafetensorError as error:
             raise UserError(f"{path}: not readable: {error}. {remedy}") from None
-    return LevelStore(folder, manifest["units"])
+    return LevelStore(folder)
 
 
 def check_free(folder: Path) -> None:
