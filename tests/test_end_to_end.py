@@ -39,6 +39,7 @@ SETTINGS = {
     "search.evolution.survivors": [2, 1],
 }
 SHORT = {**SETTINGS, "search.evolution.generations": 1}
+LONG = {**SETTINGS, "search.evolution.generations": 60, "search.evolution.patience": 60}
 PATTERNS = ("structured", "unstructured")
 DEADLINE_S = 180.0
 
@@ -186,6 +187,12 @@ def finished(run_search: Search, tmp_path_factory: pytest.TempPathFactory) -> di
     return {pattern: run_search(tmp_path_factory.mktemp(pattern), pattern=pattern) for pattern in PATTERNS}
 
 
+@pytest.fixture(scope="session")
+def finished_long(run_search: Search, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A search long enough to be interrupted, in one process, uninterrupted. Read only."""
+    return run_search(tmp_path_factory.mktemp("long"), settings=LONG)
+
+
 def plan_bytes(run: Path) -> bytes:
     return (run / "plan.json").read_bytes()
 
@@ -228,15 +235,15 @@ def test_another_seed_is_another_search(run_search: Search, finished: dict[str, 
 
 @pytest.fixture
 def search_arguments(tiny_model: Path, text_folder: Path) -> list[object]:
-    sets = [part for assignment in assignments(SETTINGS) for part in ("--set", assignment)]
+    sets = [part for assignment in assignments(LONG) for part in ("--set", assignment)]
     return ["search", "--model", tiny_model, "--text", text_folder, "--name", "run", *sets]
 
 
 def test_killed_at_any_moment_and_resumed(
-    drive: Callable[..., Driver], search_arguments: list[object], finished: dict[str, Any], tmp_path: Path
+    drive: Callable[..., Driver], search_arguments: list[object], finished_long: Any, tmp_path: Path
 ) -> None:
     """kill -9 while the store is built, at five moments of the search, and while the plan is executed."""
-    run, reference = tmp_path / "runs" / "run", finished["structured"].folder
+    run, reference = tmp_path / "runs" / "run", finished_long.folder
     journal, total = run / "journal.jsonl", num_lines(reference / "journal.jsonl")
     arguments = [*search_arguments, "--workers", 0]
     for _ in range(5):
@@ -275,12 +282,12 @@ def test_killed_at_any_moment_and_resumed(
 def test_interrupted_and_killed_with_workers(
     drive: Callable[..., Driver],
     search_arguments: list[object],
-    finished: dict[str, Any],
+    finished_long: Any,
     run_search: Search,
     tmp_path: Path,
 ) -> None:
     """Ctrl-C says how to resume, and leaves no process behind; kill -9 resumes too (Ray itself ends a minute later)."""
-    run, reference = tmp_path / "runs" / "run", finished["structured"].folder
+    run, reference = tmp_path / "runs" / "run", finished_long.folder
     journal, total = run / "journal.jsonl", num_lines(reference / "journal.jsonl")
     driver = drive([*search_arguments, "--workers", 2], tmp_path)
     driver.wait_for(lambda: num_lines(journal) >= total // 4, "a quarter of the search")
@@ -299,7 +306,7 @@ def test_interrupted_and_killed_with_workers(
     driver.clean()
     assert not (run / "plan.json").exists()
 
-    result = run_search(tmp_path / "runs", resume=True)
+    result = run_search(tmp_path / "runs", resume=True, settings=LONG)
     assert plan_bytes(result.folder) == plan_bytes(reference)
     assert sorted(measured_keys(run)) == sorted(measured_keys(reference))
 
@@ -325,20 +332,20 @@ class Killer(Silent):
         self.said.append(message)
 
     def _kill(self, title: str) -> None:
-        until(lambda: workers_of(os.getpid(), title), title)
-        victim = workers_of(os.getpid(), title)[0]
-        os.kill(victim, signal.SIGKILL)
-        self.killed.append(victim)
+        victims: list[int] = []
+        until(lambda: victims.extend(workers_of(os.getpid(), title)) or victims, title)
+        os.kill(victims[0], signal.SIGKILL)
+        self.killed.append(victims[0])
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_killed_worker_costs_nothing_but_time(run_search: Search, finished: dict[str, Any], tmp_path: Path) -> None:
+def test_a_killed_worker_costs_nothing_but_time(run_search: Search, finished_long: Any, tmp_path: Path) -> None:
     killer = Killer()
-    result = run_search(tmp_path, workers=2, reporter=killer)
+    result = run_search(tmp_path, workers=2, reporter=killer, settings=LONG)
     assert len(killer.killed) == 2
     assert sum("a worker died and is replaced" in message for message in killer.said) >= 2
-    assert plan_bytes(result.folder) == plan_bytes(finished["structured"].folder)
-    assert sorted(measured_keys(result.folder)) == sorted(measured_keys(finished["structured"].folder))
+    assert plan_bytes(result.folder) == plan_bytes(finished_long.folder)
+    assert sorted(measured_keys(result.folder)) == sorted(measured_keys(finished_long.folder))
     until(lambda: not workers_of(os.getpid()), "the workers to end", 0.1)
 
 
