@@ -56,6 +56,7 @@ class Plan:
                 "kind": unit.kind,
                 "part": unit.part,
                 "block": unit.block,
+                "group": unit.group,
                 "level": level,
                 "sparsity": round(unit.sparsity(level), 6),
                 "kept": unit.kept[level],
@@ -115,6 +116,9 @@ class Plan:
             kept, level = unit["ladder"]["kept"], unit["level"]
             if kept != sorted({*kept, unit["total"]}, reverse=True) or len({*map(len, unit["ladder"].values())}) != 1:
                 raise UserError(f"{path}: unit {name!r}: its ladder does not fall from {unit['total']} level by level")
+            group = unit["group"] or unit["total"]
+            if unit["total"] % group or any(count % (unit["total"] // group) for count in kept):
+                raise UserError(f"{path}: unit {name!r}: its ladder does not take the same from every {group} items")
             if level >= len(kept) or kept[level] != unit["kept"]:
                 raise UserError(f"{path}: unit {name!r}: level {level} does not keep {unit['kept']} items")
         plan = cls._from_json(data)
@@ -137,7 +141,7 @@ class Plan:
         units = [
             {
                 "name": name,
-                **{key: unit[key] for key in ("kind", "part", "block", "total")},
+                **{key: unit[key] for key in ("kind", "part", "block", "group", "total")},
                 **unit["ladder"],
             }
             for name, unit in data["units"].items()

@@ -22,13 +22,15 @@ class Unit:
 
     Attributes:
         name: Module name in the model, such as ``model.layers.0.mlp``.
-        kind: ``channels``, ``kv_groups`` or ``matrix``: what is counted in ``total`` and ``kept``.
+        kind: ``channels``, ``kv_groups``, ``query_heads`` or ``matrix``: what is counted in ``total`` and ``kept``.
         part: Which side of a block it belongs to, ``attention`` or ``mlp``.
         block: Index of the block that holds it.
-        total: Channels, KV groups or weights in the dense unit.
+        total: Channels, KV groups, query heads or weights in the dense unit.
         kept: How many of them each level keeps, strictly decreasing; ``kept[0] == total``.
         params: Parameters left at each level.
         macs: Multiply-accumulates per token at each level, as executed.
+        group: Every run of so many consecutive items loses the same number of them (the M weights of an N:M
+            pattern, in row-major order; the query heads of one KV group); None where items go freely.
     """
 
     name: str
@@ -39,11 +41,15 @@ class Unit:
     kept: tuple[int, ...]
     params: tuple[int, ...]
     macs: tuple[int, ...]
+    group: int | None = None
 
     def __post_init__(self) -> None:
         assert len(self.kept) == len(self.params) == len(self.macs) > 0
         assert self.kept[0] == self.total, f"{self.name}: level 0 must be dense"
         assert all(a > b for a, b in zip(self.kept, self.kept[1:], strict=False)), f"{self.name}: {self.kept}"
+        if self.group is not None:
+            runs, rest = divmod(self.total, self.group)
+            assert not rest and not any(count % runs for count in self.kept), f"{self.name}: {self.kept} in {runs}"
 
     @property
     def num_levels(self) -> int:
@@ -64,7 +70,7 @@ class SearchSpace:
     """The units of one model with their ladders, and the exact cost of everything else.
 
     Attributes:
-        pattern: ``structured`` or ``unstructured``.
+        pattern: ``structured``, ``unstructured`` or ``n:m``.
         units: In model order.
         fixed: Cost of what no unit holds (embeddings, norms, head), for each of :data:`COSTS`.
     """
@@ -123,6 +129,7 @@ class SearchSpace:
                 kept=tuple(unit["kept"]),
                 params=tuple(unit["params"]),
                 macs=tuple(unit["macs"]),
+                group=unit["group"],
             )
             for unit in data["units"]
         )

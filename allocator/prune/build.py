@@ -18,6 +18,7 @@ from allocator.model.family import Layout
 from allocator.model.headers import ModelFiles
 from allocator.model.walk import BlockWalker
 from allocator.prune.assemble import Assembler, CompactLevels, Switchboard
+from allocator.prune.factorise import Report, silent
 from allocator.prune.pruners import LocalPruner
 from allocator.prune.statistics import collected
 
@@ -59,6 +60,7 @@ def prune_all_levels(
     pruner: LocalPruner,
     tokens_nt: torch.Tensor,
     progress: Progress = lambda done: None,
+    report: Report = silent,
 ) -> Iterator[tuple[str, CompactLevels]]:
     """Yield each unit's compact levels, from dense inputs; one pass over the calibration text per block."""
     hidden = [walker.embed(batch) for batch in tokens_nt.split(SEQUENCES_PER_BATCH)]
@@ -69,7 +71,8 @@ def prune_all_levels(
         for task in tasks:
             weight = _weight(files, task)
             wanted = range(1, task.unit.num_levels)
-            yield task.unit.name, pruner.levels(task.unit, task.width, weight, statistics[task.module], wanted)
+            found = pruner.levels(task.unit, task.width, weight, statistics[task.module], wanted, report)
+            yield task.unit.name, stored(found, weight.dtype)
         progress(index + 1)
 
 
@@ -83,6 +86,7 @@ def prune_along(
     pruner: LocalPruner,
     tokens_nt: torch.Tensor,
     progress: Progress = lambda done: None,
+    report: Report = silent,
 ) -> dict[str, CompactLevels]:
     """Return each unit's compact form at its level of ``allocation``, from pruned predecessors' inputs.
 
@@ -101,13 +105,18 @@ def prune_along(
             for task in stage:
                 level = levels[task.unit.name]
                 if level > 0:
-                    compact[task.unit.name] = pruner.levels(
-                        task.unit, task.width, _weight(files, task), statistics[task.module], [level]
-                    )
+                    weight = _weight(files, task)
+                    found = pruner.levels(task.unit, task.width, weight, statistics[task.module], [level], report)
+                    compact[task.unit.name] = stored(found, weight.dtype)
                     switchboard.set(task.unit.name, level)
         hidden = [walker.run(index, batch) for batch in hidden]
         progress(index + 1)
     return compact
+
+
+def stored(compact: CompactLevels, dtype: torch.dtype) -> CompactLevels:
+    """Return compact levels with their values in the checkpoint's data type."""
+    return {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in compact.items()}
 
 
 def _weight(files: ModelFiles, task: Task) -> torch.Tensor:

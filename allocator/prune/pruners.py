@@ -9,6 +9,7 @@ import torch
 
 from allocator.core.errors import UserError
 from allocator.core.space import Unit
+from allocator.prune.factorise import Report, silent
 from allocator.prune.statistics import Gram, Need, Norms, Nothing
 from allocator.prune.structured import Obs
 from allocator.prune.unstructured import Magnitude, Wanda
@@ -18,7 +19,17 @@ PRUNERS: Mapping[str, tuple[str, ...]] = {"structured": ("obs",), "unstructured"
 
 
 class LocalPruner(Protocol):
-    """Prunes one unit at every level, from its weight and statistics of its inputs."""
+    """Prunes one unit at every level, from its weight and statistics of its inputs.
+
+    What it returns is compact, in one of three forms:
+
+    - structured: ``order`` [items], the items from the last removed to the first, so that a level keeps a prefix
+      (of every group's part of the order, where the unit has groups); ``output.<level>`` [out, kept columns], the
+      refitted output projection, its columns in that order; perhaps ``bias.<level>`` [out];
+    - nested masks: ``removed_at`` [out, in], uint8, the first level that removes each weight;
+    - masks with values: ``mask.<level>``, uint8, the kept positions packed eight to a byte, and
+      ``values.<level>``, the kept values in row-major order.
+    """
 
     name: str
     need: Need
@@ -28,16 +39,23 @@ class LocalPruner(Protocol):
         ...
 
     def levels(
-        self, unit: Unit, width: int, weight_oi: torch.Tensor, statistics: Gram | Norms | Nothing, wanted: Sequence[int]
+        self,
+        unit: Unit,
+        width: int,
+        weight_oi: torch.Tensor,
+        statistics: Gram | Norms | Nothing,
+        wanted: Sequence[int],
+        report: Report = silent,
     ) -> dict[str, torch.Tensor]:
-        """Return compact tensors from which levels are assembled.
+        """Return compact tensors from which levels are assembled; floating ones in any precision.
 
         Args:
             unit: The unit with its ladder.
             width: Columns of the output projection per item; 1 for a matrix.
-            weight_oi: The unit's matrix, or its output projection, in the checkpoint's data type.
+            weight_oi: The unit's matrix, or its output projection: what the level should behave like.
             statistics: Of the inputs of that matrix, as :attr:`need` asks.
             wanted: Levels that will be assembled.
+            report: Hears of damping beyond the setting.
         """
         ...
 

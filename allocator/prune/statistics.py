@@ -26,15 +26,19 @@ class Statistics(Protocol):
 
 
 class Gram:
-    """H = XᵀX over all tokens, accumulated in fp32. Shape [in, in]."""
+    """H = XᵀX, the sum of X and the number of tokens, accumulated in fp32. Shapes [in, in] and [in]."""
 
-    def __init__(self, num_inputs: int) -> None:
-        self.gram_ii = torch.zeros(num_inputs, num_inputs)
+    def __init__(self, num_inputs: int, device: torch.device | str = "cpu") -> None:
+        self.gram_ii = torch.zeros(num_inputs, num_inputs, device=device)
+        self.sum_i = torch.zeros(num_inputs, device=device)
+        self.count = 0
 
     def add(self, input_ni: torch.Tensor) -> None:
         """Add a batch."""
         input_ni = input_ni.float()
         self.gram_ii.addmm_(input_ni.T, input_ni)
+        self.sum_i += input_ni.sum(0)
+        self.count += len(input_ni)
 
     def check(self, module: str) -> None:
         """Raise if an activation was not finite."""
@@ -44,8 +48,8 @@ class Gram:
 class Norms:
     """Sum of squares of every input feature, which is diag(XᵀX). Shape [in]."""
 
-    def __init__(self, num_inputs: int) -> None:
-        self.square_i = torch.zeros(num_inputs)
+    def __init__(self, num_inputs: int, device: torch.device | str = "cpu") -> None:
+        self.square_i = torch.zeros(num_inputs, device=device)
 
     def add(self, input_ni: torch.Tensor) -> None:
         """Add a batch."""
@@ -59,7 +63,7 @@ class Norms:
 class Nothing:
     """For pruners that look at weights alone."""
 
-    def __init__(self, num_inputs: int) -> None:
+    def __init__(self, num_inputs: int, device: torch.device | str = "cpu") -> None:
         pass
 
     def add(self, input_ni: torch.Tensor) -> None:
@@ -69,7 +73,11 @@ class Nothing:
         """Nothing can be wrong."""
 
 
-KINDS: Mapping[Need, Callable[[int], Gram | Norms | Nothing]] = {"gram": Gram, "norms": Norms, "nothing": Nothing}
+KINDS: Mapping[Need, Callable[[int, torch.device], Gram | Norms | Nothing]] = {
+    "gram": Gram,
+    "norms": Norms,
+    "nothing": Nothing,
+}
 
 
 @contextmanager
@@ -79,7 +87,8 @@ def collected(model: nn.Module, modules: Sequence[str], need: Need) -> Iterator[
     Raises:
         UserError: At the end, if an input was NaN or infinite; names the module.
     """
-    gathered = {name: KINDS[need](model.get_parameter(f"{name}.weight").shape[1]) for name in modules}
+    weights = {name: model.get_parameter(f"{name}.weight") for name in modules}
+    gathered = {name: KINDS[need](weight.shape[1], weight.device) for name, weight in weights.items()}
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def add(module: nn.Module, args: tuple[Any, ...]) -> None:

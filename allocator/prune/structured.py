@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from allocator.core.errors import UserError
 from allocator.core.space import Unit
+from allocator.prune.factorise import Report, factorise, silent
 from allocator.prune.statistics import Gram, Need, Norms, Nothing
 
 
@@ -35,28 +35,26 @@ class Obs:
         return {"damping": self.damping}
 
     def levels(
-        self, unit: Unit, width: int, weight_oi: torch.Tensor, statistics: Gram | Norms | Nothing, wanted: Sequence[int]
+        self,
+        unit: Unit,
+        width: int,
+        weight_oi: torch.Tensor,
+        statistics: Gram | Norms | Nothing,
+        wanted: Sequence[int],
+        report: Report = silent,
     ) -> dict[str, torch.Tensor]:
         """Return ``order`` [items] and, for each wanted level that keeps something, ``output.<level>``."""
         assert isinstance(statistics, Gram)
         weight = weight_oi.double()
-        gram = damped(statistics.gram_ii.double(), self.damping)
+        factor = factorise(statistics.gram_ii.double(), self.damping, unit.name, report)
         # what no input reaches costs nothing to remove, whatever its weights and the diagonal that stands in
-        order = obs_order(weight * (statistics.gram_ii.diagonal() > 0), gram, width, unit.name)
+        order = obs_order(weight * (statistics.gram_ii.diagonal() > 0), factor.inverse(), width)
         tensors = {"order": order.to(torch.int32)}
         for level in wanted:
             if 0 < unit.kept[level] < unit.total:
                 columns = item_columns(order[: unit.kept[level]], width)
-                tensors[f"output.{level}"] = refit(weight, gram, columns).to(weight_oi.dtype)
+                tensors[f"output.{level}"] = refit(weight, factor.gram_ii, columns)
         return tensors
-
-
-def damped(gram_ii: torch.Tensor, damping: float) -> torch.Tensor:
-    """Return H + λ·mean(diag H)·I. Inputs that are always zero get a unit diagonal, as in SparseGPT."""
-    diagonal = gram_ii.diagonal()
-    added = torch.full_like(diagonal, damping * float(diagonal.mean()))
-    added[diagonal == 0] = 1.0
-    return gram_ii + torch.diag(added)
 
 
 def item_columns(items: torch.Tensor, width: int) -> torch.Tensor:
@@ -64,7 +62,7 @@ def item_columns(items: torch.Tensor, width: int) -> torch.Tensor:
     return (items[:, None] * width + torch.arange(width)).flatten()
 
 
-def obs_order(weight_oi: torch.Tensor, gram_ii: torch.Tensor, width: int, name: str) -> torch.Tensor:
+def obs_order(weight_oi: torch.Tensor, inverse_ii: torch.Tensor, width: int) -> torch.Tensor:
     """Return item indices from the last removed to the first: any level keeps a prefix.
 
     With S the columns of an item, its score is Σ λ ⊙ W_S, where λ = W_S ([H⁻¹]_SS)⁻¹; removing it changes W by
@@ -72,11 +70,10 @@ def obs_order(weight_oi: torch.Tensor, gram_ii: torch.Tensor, width: int, name: 
 
     Args:
         weight_oi: Weight of the output projection, float64.
-        gram_ii: Damped Gram matrix of its inputs, float64.
+        inverse_ii: Inverse of the damped Gram matrix of its inputs, float64.
         width: Columns per item.
-        name: The unit, for the error.
     """
-    weight, inverse = weight_oi.clone(), _inverse(gram_ii, name)
+    weight, inverse = weight_oi.clone(), inverse_ii
     num_items = weight.shape[1] // width
     alive = torch.ones(num_items, dtype=torch.bool)
     removed: list[int] = []
@@ -99,13 +96,3 @@ def refit(weight_oi: torch.Tensor, gram_ii: torch.Tensor, columns: torch.Tensor)
     """Return the kept columns [out, kept] that best reproduce the dense output, in the order of ``columns``."""
     factor = torch.linalg.cholesky(gram_ii[columns][:, columns])
     return torch.cholesky_solve(gram_ii[columns] @ weight_oi.T, factor).T
-
-
-def _inverse(gram_ii: torch.Tensor, name: str) -> torch.Tensor:
-    factor, failed = torch.linalg.cholesky_ex(gram_ii)
-    if failed:
-        raise UserError(
-            f"{name}: the Hessian of its output projection is not positive definite. "
-            "Use more calibration text, or more damping with --set pruner.damping=0.1"
-        )
-    return torch.cholesky_inverse(factor)

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from allocator.core.space import Unit
+from allocator.prune.factorise import Report, silent
 from allocator.prune.statistics import Gram, Need, Norms, Nothing
 
 NEVER = 255
@@ -31,7 +32,13 @@ class Magnitude:
         return {}
 
     def levels(
-        self, unit: Unit, width: int, weight_oi: torch.Tensor, statistics: Gram | Norms | Nothing, wanted: Sequence[int]
+        self,
+        unit: Unit,
+        width: int,
+        weight_oi: torch.Tensor,
+        statistics: Gram | Norms | Nothing,
+        wanted: Sequence[int],
+        report: Report = silent,
     ) -> dict[str, torch.Tensor]:
         """Return ``removed_at`` [out, in], uint8. See :class:`~allocator.prune.pruners.LocalPruner`."""
         ranks = weight_oi.abs().flatten().argsort(stable=True).argsort()
@@ -49,7 +56,13 @@ class Wanda:
         return {}
 
     def levels(
-        self, unit: Unit, width: int, weight_oi: torch.Tensor, statistics: Gram | Norms | Nothing, wanted: Sequence[int]
+        self,
+        unit: Unit,
+        width: int,
+        weight_oi: torch.Tensor,
+        statistics: Gram | Norms | Nothing,
+        wanted: Sequence[int],
+        report: Report = silent,
     ) -> dict[str, torch.Tensor]:
         """Return ``removed_at`` [out, in], uint8. See :class:`~allocator.prune.pruners.LocalPruner`."""
         assert isinstance(statistics, Norms)

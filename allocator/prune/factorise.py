@@ -1,0 +1,75 @@
+"""Damping and Cholesky factors of Hessians. One that cannot be factorised gets more damping, and says so.
+
+Shapes: i input features. ``gram_ii``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from allocator.core.errors import UserError
+
+Report = Callable[[str], None]
+"""Hears what a user should know."""
+
+_STEPS = 8
+_GROWTH = 10.0
+
+
+def silent(message: str) -> None:
+    """Hear nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """A damped Hessian that is positive definite.
+
+    Attributes:
+        gram_ii: H + λ·mean(diag H)·I.
+        cholesky_ii: Its lower Cholesky factor.
+        damping: λ.
+    """
+
+    gram_ii: torch.Tensor
+    cholesky_ii: torch.Tensor
+    damping: float
+
+    def inverse(self) -> torch.Tensor:
+        """Return the inverse of the damped Hessian."""
+        return torch.cholesky_inverse(self.cholesky_ii)
+
+
+def damped(gram_ii: torch.Tensor, damping: float) -> torch.Tensor:
+    """Return H + λ·mean(diag H)·I. Inputs that are always zero get a unit diagonal, as in SparseGPT."""
+    diagonal = gram_ii.diagonal()
+    added = torch.full_like(diagonal, damping * float(diagonal.mean()))
+    added[diagonal == 0] = 1.0
+    return gram_ii + torch.diag(added)
+
+
+def factorise(gram_ii: torch.Tensor, damping: float, name: str, report: Report) -> Factor:
+    """Damp and factorise, with ten times the damping after every failure.
+
+    Args:
+        gram_ii: H, in the data type of the result.
+        damping: λ to begin with.
+        name: The unit, for what is reported.
+        report: Hears every step of more damping.
+
+    Raises:
+        UserError: It fails even with the greatest damping.
+    """
+    for _ in range(_STEPS):
+        matrix = damped(gram_ii, damping)
+        cholesky, failed = torch.linalg.cholesky_ex(matrix)
+        if not failed and torch.isfinite(cholesky).all():
+            return Factor(matrix, cholesky, damping)
+        report(f"{name}: the Hessian is not positive definite with damping {damping:g}; trying {damping * _GROWTH:g}")
+        damping *= _GROWTH
+    raise UserError(
+        f"{name}: the Hessian of its inputs cannot be factorised, even with damping {damping:g}. "
+        "Use more calibration text with --set tokens.calibration=65536"
+    )
