@@ -48,8 +48,8 @@ class Unit:
         assert self.kept[0] == self.total, f"{self.name}: level 0 must be dense"
         assert all(a > b for a, b in zip(self.kept, self.kept[1:], strict=False)), f"{self.name}: {self.kept}"
         if self.group is not None:
-            runs, rest = divmod(self.total, self.group)
-            assert not rest and not any(count % runs for count in self.kept), f"{self.name}: {self.kept} in {runs}"
+            assert self.total % self.group == 0, f"{self.name}: {self.total} in groups of {self.group}"
+            assert not any(count % (self.total // self.group) for count in self.kept), f"{self.name}: {self.kept}"
 
     @property
     def num_levels(self) -> int:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from allocator.prune.assemble import Assembler, Switchboard
-from allocator.prune.build import prune_all_levels, prune_along, stages
+from allocator.prune.build import prune_all_levels, prune_along, stages, stored
 from allocator.prune.pruners import make_pruner
 from allocator.prune.statistics import collected
 
@@ -101,7 +101,8 @@ def test_the_store_is_built_from_dense_inputs(structured):
             walker.model(batch, use_cache=False)
     for site, unit in zip(case.layout.sites, case.space.units, strict=True):
         weight = walker.model.get_submodule(site.output).weight
-        levels = case.pruner.levels(unit, site.width, weight, grams[site.output], range(1, unit.num_levels))
+        wanted = range(1, unit.num_levels)
+        levels = stored(case.pruner.levels(unit, site.width, weight, grams[site.output], wanted), weight.dtype)
         assert levels.keys() == case.compact[unit.name].keys()
         for key in levels:
             torch.testing.assert_close(levels[key], case.compact[unit.name][key], rtol=1e-4, atol=1e-6)

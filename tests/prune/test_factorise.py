@@ -28,7 +28,7 @@ def test_a_rank_deficient_hessian_needs_no_more_than_the_setting():
 
 
 def test_every_step_of_more_damping_is_reported():
-    gram = torch.tensor([[1.0, 2.0], [2.0, 1.0]], dtype=torch.float64)  # eigenvalues 3 and -1
+    gram = torch.tensor([[1.0, 3.0], [3.0, 1.0]], dtype=torch.float64)  # eigenvalues 4 and -2
     heard = []
     factor = factorise(gram, 0.01, "layers.3.mlp", heard.append)
     assert factor.damping == pytest.approx(10.0)
