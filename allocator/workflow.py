@@ -22,12 +22,11 @@ from allocator.core.files import check_place, fingerprint, write_atomic, write_j
 from allocator.core.journal import Journal
 from allocator.core.plan import Plan
 from allocator.core.protocols import Outcome
-from allocator.evaluate.engine import DTYPES, EngineSpec, Execution, LocalEvaluator
+from allocator.evaluate.engine import EngineSpec, Execution, LocalEvaluator
 from allocator.job import Job, prepare, versions
-from allocator.model.load import load_model
-from allocator.model.walk import BlockWalker
+from allocator.model.walk import SEQUENCES_PER_BATCH
 from allocator.progress import Reporter, Silent
-from allocator.prune.build import SEQUENCES_PER_BATCH, prune_all_levels
+from allocator.prune.build import prune_on_dense_inputs
 from allocator.prune.store import LevelStore, check_free, create_store, open_store
 from allocator.report import curves
 from allocator.search.decide import Decision, decide
@@ -183,10 +182,9 @@ def _store(job: Job, folder: Path, found: LevelStore | None, reporter: Reporter)
         return found
     reporter.phase("level store", len(job.layout.blocks))
     torch.set_num_threads(job.config.threads)
-    walker = BlockWalker(load_model(job.files, DTYPES[job.config.dtype]), job.layout)
     tokens = torch.from_numpy(job.tokens["calibration"])
-    levels = prune_all_levels(walker, job.files, job.layout, job.space, job.pruner, tokens, reporter.step)
-    return create_store(folder, job.store_key, levels)
+    calibration = job.engine_spec(None).calibration(tokens, reporter.step, reporter.say)
+    return create_store(folder, job.store_key, prune_on_dense_inputs(calibration))
 
 
 def _decide(job: Job, folder: Path, evaluator: Any, journal: Journal, reporter: Reporter) -> Decision:

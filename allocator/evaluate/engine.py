@@ -19,10 +19,13 @@ from allocator.evaluate.teacher import Lesson, Teacher
 from allocator.model.family import Layout
 from allocator.model.headers import ModelFiles, read_model_files
 from allocator.model.load import load_model
+from allocator.model.stream import StreamedWalker
 from allocator.model.walk import BlockWalker
 from allocator.prune.assemble import Assembler, Switchboard
-from allocator.prune.build import prune_along
+from allocator.prune.build import prune_on_pruned_inputs
 from allocator.prune.execute import save_pruned
+from allocator.prune.factorise import Report, silent
+from allocator.prune.problem import Calibration, Progress
 from allocator.prune.pruners import LocalPruner
 from allocator.prune.store import LevelStore
 
@@ -50,6 +53,16 @@ class EngineSpec:
     pruner: LocalPruner | None = None
     dtype: str = "float32"
     threads: int = 1
+
+    def calibration(
+        self, tokens_nt: torch.Tensor, progress: Progress = lambda done: None, report: Report = silent
+    ) -> Calibration:
+        """Return what pruning works on: the model, block by block from disk, and the calibration text."""
+        assert self.pruner is not None
+        walker = StreamedWalker(self.files, self.layout, DTYPES[self.dtype])
+        return Calibration(
+            walker, self.files, self.layout, self.space, self.pruner, tokens_nt, progress, report
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,16 +119,7 @@ class Engine:
         spec = self._spec
         if execution.recompute:
             assert spec.pruner is not None
-            walker = BlockWalker(load_model(spec.files, DTYPES[spec.dtype]), spec.layout)
-            compact = prune_along(
-                execution.allocation,
-                walker,
-                spec.files,
-                spec.layout,
-                spec.space,
-                spec.pruner,
-                self._tokens["calibration"],
-            ).__getitem__
+            compact = dict(prune_on_pruned_inputs(spec.calibration(self._tokens["calibration"]), execution.allocation, False)).__getitem__
         else:
             assert spec.store is not None
             compact = spec.store

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from allocator.evaluate.loss import Targets, targets
-from allocator.model.walk import BlockWalker
-from allocator.prune.build import SEQUENCES_PER_BATCH
+from allocator.model.walk import SEQUENCES_PER_BATCH, BlockWalker
 
 KEPT_BYTES = 256 << 20
 """Memory for distributions that are kept; beyond it they are recomputed from hidden states, with equal results."""

@@ -74,6 +74,11 @@ class Site:
     output: str
     width: int
 
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Its matrices, the output projection last."""
+        return (*(module for module, _ in self.inputs), self.output)
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
@@ -160,7 +165,7 @@ def resolve_layout(family: Family, files: ModelFiles) -> Layout:
             raise UserError(
                 f"family: tail names {module}, which {files.architecture} lacks{did_you_mean(module, _outside(files))}"
             )
-    covered = {*family.skip, *(name for site in sites for name in (*(m for m, _ in site.inputs), site.output))}
+    covered = {*family.skip, *(name for site in sites for name in site.modules)}
     for name, shape in shapes.items():
         module = name.removesuffix(".weight")
         if len(shape) >= 2 and module not in covered:
@@ -230,7 +235,7 @@ def build_space(
         units = [
             _matrix_unit(module, site, shapes[f"{module}.weight"], levels)
             for site in layout.sites
-            for module in (*(name for name, _ in site.inputs), site.output)
+            for module in site.modules
         ]
     total = sum(_size(shape) for shape in shapes.values())
     tied = max((shape for shape in shapes.values() if len(shape) == 2), key=lambda shape: shape[0])

@@ -5,8 +5,9 @@ Shapes: B sequences, T tokens, D hidden size, V vocabulary. ``tokens_bt``, ``hid
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,12 +16,19 @@ from torch import nn
 from allocator.model.family import Layout
 
 
+SEQUENCES_PER_BATCH = 4
+"""Sequences that run together; part of the numerics, so not derived from free memory."""
+
+_Hook = Callable[[nn.Module, tuple[Any, ...], torch.Tensor], Any]
+
+
 class BlockWalker:
     """A model taken apart at its block boundaries. The modules are the model's own, and stay in place."""
 
     def __init__(self, model: nn.Module, layout: Layout) -> None:
         self.model = model
         self.blocks = [model.get_submodule(name) for name in layout.blocks]
+        self._names = layout.blocks
         self.tail = [model.get_submodule(name) for name in layout.tail]
         self._arguments: dict[tuple[int, ...], list[dict[str, Any]]] = {}
 
@@ -49,11 +57,62 @@ class BlockWalker:
         self._arguments[tuple(tokens_bt.shape)] = arguments
         return entered[0]
 
+    @contextmanager
+    def held(self, index: int) -> Iterator[None]:
+        """Have the weights of block ``index`` in memory while the body runs. They always are, in a loaded model."""
+        yield
+
     @torch.inference_mode()
-    def run(self, index: int, hidden_btd: torch.Tensor) -> torch.Tensor:
-        """Return the output of block ``index``; inputs of this shape must have been embedded before."""
-        output = self.blocks[index](hidden_btd, **self._arguments[tuple(hidden_btd.shape[:2])][index])
+    def run(
+        self,
+        index: int,
+        hidden_btd: torch.Tensor,
+        block: nn.Module | None = None,
+        instead: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    ) -> torch.Tensor:
+        """Return the output of a block; inputs of this shape must have been embedded before.
+
+        Args:
+            index: Which block.
+            hidden_btd: What enters it.
+            block: A stand-in for the block.
+            instead: By full names of modules, outputs that take the place of their own.
+        """
+        root = self.blocks[index] if block is None else block
+        hooks = {name: lambda module, args, output, own=own: own for name, own in instead.items()}
+        with self._hooked(index, root, hooks):
+            output = root(hidden_btd, **self._arguments[tuple(hidden_btd.shape[:2])][index])
         return output[0] if isinstance(output, tuple) else output
+
+    @torch.inference_mode()
+    def hear(
+        self,
+        index: int,
+        hidden_btd: torch.Tensor,
+        modules: Sequence[str],
+        block: nn.Module | None = None,
+        instead: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Run a block as far as some of its modules, and return their inputs and their outputs by name.
+
+        Modules that were removed are left out. Arguments are those of :meth:`run`.
+        """
+        root = self.blocks[index] if block is None else block
+        inputs: dict[str, torch.Tensor] = {}
+        outputs: dict[str, torch.Tensor] = {}
+
+        def listener(name: str) -> _Hook:
+            def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+                inputs[name], outputs[name] = args[0], output
+                if len(outputs) == len(there):
+                    raise _EverythingHeard
+
+            return hook
+
+        there = [name for name in dict.fromkeys(modules) if self._find(index, root, name) is not None]
+        with suppress(_EverythingHeard), self._hooked(index, root, {name: listener(name) for name in there}):
+            self.run(index, hidden_btd, root, instead)
+        return inputs, outputs
 
     @torch.inference_mode()
     def run_all(self, hidden_btd: torch.Tensor) -> torch.Tensor:
@@ -62,12 +121,32 @@ class BlockWalker:
             hidden_btd = self.run(index, hidden_btd)
         return hidden_btd
 
+    @contextmanager
+    def _hooked(self, index: int, root: nn.Module, hooks: Mapping[str, _Hook]) -> Iterator[None]:
+        found = {name: self._find(index, root, name) for name in hooks}
+        handles = [module.register_forward_hook(hooks[name]) for name, module in found.items() if module is not None]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _find(self, index: int, root: nn.Module, name: str) -> nn.Module | None:
+        try:
+            return root.get_submodule(name.removeprefix(f"{self._names[index]}."))
+        except AttributeError:
+            return None
+
     @torch.inference_mode()
     def logits(self, hidden_nd: torch.Tensor) -> torch.Tensor:
         """Return logits for the output of the last block, of any leading shape."""
         for module in self.tail:
             hidden_nd = module(hidden_nd)
         return hidden_nd
+
+
+class _EverythingHeard(Exception):  # noqa: N818 - it ends a pass, and is no error
+    """All modules of interest were reached."""
 
 
 @contextmanager

@@ -46,7 +46,7 @@ class Assembler:
         self._units = {unit.name: unit for unit in space.units}
         self._sites = {site.name: site for site in layout.sites}
         self._members = {
-            site.name: [u for u in space.units if u.name == site.name or u.name in _modules(site)]
+            site.name: [u for u in space.units if u.name == site.name or u.name in site.modules]
             for site in layout.sites
         }
         self._dense: dict[str, dict[str, torch.Tensor]] = {}
@@ -129,6 +129,3 @@ class Switchboard:
                 setattr(self._model.get_submodule(module), attribute, nn.Parameter(tensor, requires_grad=False))
         self._levels[name] = level
 
-
-def _modules(site: Site) -> set[str]:
-    return {*(module for module, _ in site.inputs), site.output}

@@ -1,124 +1,99 @@
-"""Pruning every unit of a model, block by block: at all levels for a store, or along one allocation.
+"""Pruning the units of a model, block by block, from calibration text.
 
-Blocks are walked in order with the calibration text's hidden states. A store is built on dense inputs: every
-block sees what its dense predecessors produce. Along an allocation, every stage sees what its *pruned*
-predecessors produce (true error accumulation).
+Every block is pruned from what reaches it, and that depends on what became of the blocks before it:
+
+- ``dense``: they are whole. Blocks are then independent of each other.
+- ``expected``: they are at every level at once: a sub-block adds the average over its levels, weighted by what each
+  keeps (Týr-the-Pruner, eq. 5).
+- ``path``: they are at the levels of one allocation: true error accumulation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 
-from allocator.core.space import Allocation, SearchSpace, Unit
-from allocator.model.checkpoint import read_tensors
-from allocator.model.family import Layout
-from allocator.model.headers import ModelFiles
-from allocator.model.walk import BlockWalker
-from allocator.prune.assemble import Assembler, CompactLevels, Switchboard
-from allocator.prune.factorise import Report, silent
-from allocator.prune.pruners import LocalPruner
+from allocator.core.space import Allocation
+from allocator.prune.assemble import CompactLevels
+from allocator.prune.problem import Calibration, Problem, Solve, stages
 from allocator.prune.statistics import collected
+from allocator.prune.streams import TwoStreams
 
-SEQUENCES_PER_BATCH = 4
-"""Sequences that run together; part of the numerics, so not derived from free memory."""
-
-Progress = Callable[[int], None]
-"""Hears how many blocks are done."""
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """One unit to prune: the matrix whose inputs matter, and its columns per item."""
-
-    unit: Unit
-    module: str
-    width: int
-
-
-def stages(layout: Layout, space: SearchSpace) -> list[list[list[Task]]]:
-    """Return tasks by block and stage. Inputs of a stage depend on the stages before it."""
-    units = {unit.name: unit for unit in space.units}
-    by_block: list[list[list[Task]]] = [[] for _ in layout.blocks]
-    for site in layout.sites:
-        if space.pattern == "structured":
-            by_block[site.block].append([Task(units[site.name], site.output, site.width)])
-        else:
-            by_block[site.block].append([Task(units[module], module, 1) for module, _ in site.inputs])
-            by_block[site.block].append([Task(units[site.output], site.output, 1)])
-    return by_block
+Known = Callable[[str], CompactLevels | None]
+"""Compact levels of a unit that was pruned before, or None."""
 
 
 @torch.inference_mode()
-def prune_all_levels(
-    walker: BlockWalker,
-    files: ModelFiles,
-    layout: Layout,
-    space: SearchSpace,
-    pruner: LocalPruner,
-    tokens_nt: torch.Tensor,
-    progress: Progress = lambda done: None,
-    report: Report = silent,
+def prune_on_dense_inputs(
+    calibration: Calibration, blocks: Collection[int] | None = None, solve: Solve | None = None
 ) -> Iterator[tuple[str, CompactLevels]]:
-    """Yield each unit's compact levels, from dense inputs; one pass over the calibration text per block."""
-    hidden = [walker.embed(batch) for batch in tokens_nt.split(SEQUENCES_PER_BATCH)]
-    for index, block in enumerate(stages(layout, space)):
-        tasks = [task for stage in block for task in stage]
-        with collected(walker.model, [task.module for task in tasks], pruner.need) as statistics:
-            hidden = [walker.run(index, batch) for batch in hidden]
+    """Yield compact levels of the units of some blocks, pruned from what dense predecessors produce.
+
+    Args:
+        calibration: What to prune, on which text.
+        blocks: Blocks to prune; None for all. Others only pass the text on.
+        solve: Solves problems; None for one after the other, here.
+    """
+    walker, solve = calibration.walker, solve or _one_by_one(calibration)
+    chosen = set(range(len(walker.blocks)) if blocks is None else blocks)
+    hidden = calibration.embedded() if chosen else []
+    for index, block in enumerate(stages(calibration.layout, calibration.space)):
+        if index > max(chosen, default=-1):
+            break
+        tasks = [task for stage in block for task in stage.tasks] if index in chosen else []
+        with walker.held(index):
+            modules = [task.module for task in tasks]
+            with collected(walker.model, modules, calibration.pruner.need) as statistics:
+                hidden = [walker.run(index, batch) for batch in hidden]
+        problems = []
         for task in tasks:
-            weight = _weight(files, task)
-            wanted = range(1, task.unit.num_levels)
-            found = pruner.levels(task.unit, task.width, weight, statistics[task.module], wanted, report)
-            yield task.unit.name, stored(found, weight.dtype)
-        progress(index + 1)
+            weight, every = calibration.dense_weight(task), tuple(range(1, task.unit.num_levels))
+            problems.append(Problem(task, weight, statistics[task.module], every, weight.dtype))
+        for task, found in zip(tasks, solve(problems), strict=True):
+            yield task.unit.name, found
+        calibration.progress(index + 1)
 
 
 @torch.inference_mode()
-def prune_along(
-    allocation: Allocation,
-    walker: BlockWalker,
-    files: ModelFiles,
-    layout: Layout,
-    space: SearchSpace,
-    pruner: LocalPruner,
-    tokens_nt: torch.Tensor,
-    progress: Progress = lambda done: None,
-    report: Report = silent,
-) -> dict[str, CompactLevels]:
-    """Return each unit's compact form at its level of ``allocation``, from pruned predecessors' inputs.
+def prune_on_pruned_inputs(
+    calibration: Calibration,
+    along: Allocation | None,
+    every_level: bool,
+    known: Known = lambda name: None,
+    solve: Solve | None = None,
+) -> Iterator[tuple[str, CompactLevels]]:
+    """Yield compact levels of every unit, pruned from what pruned predecessors produce.
 
-    The walker's model is left pruned.
+    Args:
+        calibration: What to prune, on which text.
+        along: The allocation of the predecessors; None for the expectation over all their levels.
+        every_level: Whether every level is made, or that of ``along`` alone.
+        known: Answers for units that were pruned before; they are not pruned, nor yielded, again.
+        solve: Solves problems; None for one after the other, here.
     """
-    levels = {unit.name: level for unit, level in zip(space.units, allocation, strict=True)}
-    compact: dict[str, CompactLevels] = {}
-    assembler = Assembler(files, layout, space, compact.__getitem__, walker.dtype)
-    switchboard = Switchboard(walker.model, layout, assembler)
-    hidden = [walker.embed(batch) for batch in tokens_nt.split(SEQUENCES_PER_BATCH)]
-    for index, block in enumerate(stages(layout, space)):
-        for stage in block:
-            with collected(walker.model, [task.module for task in stage], pruner.need) as statistics:
-                for batch in hidden:
-                    walker.run(index, batch)
-            for task in stage:
-                level = levels[task.unit.name]
-                if level > 0:
-                    weight = _weight(files, task)
-                    found = pruner.levels(task.unit, task.width, weight, statistics[task.module], [level], report)
-                    compact[task.unit.name] = stored(found, weight.dtype)
-                    switchboard.set(task.unit.name, level)
-        hidden = [walker.run(index, batch) for batch in hidden]
-        progress(index + 1)
-    return compact
+    space, solve = calibration.space, solve or _one_by_one(calibration)
+    levels = None if along is None else {u.name: level for u, level in zip(space.units, along, strict=True)}
+    pruned = dense = calibration.embedded()
+    for index, block in enumerate(stages(calibration.layout, space)):
+        with calibration.walker.held(index):
+            streams = TwoStreams(calibration, index, dense, pruned, levels)
+            for stage in block:
+                wanted = {}
+                for task in stage.tasks:
+                    if (found := known(task.unit.name)) is not None:
+                        streams.compact[task.unit.name] = found
+                    elif levels is None or every_level:
+                        wanted[task] = tuple(range(1, task.unit.num_levels))
+                    elif levels[task.unit.name]:
+                        wanted[task] = (levels[task.unit.name],)
+                for task, found in zip(wanted, solve(streams.problems(stage, wanted)), strict=True):
+                    streams.compact[task.unit.name] = found
+                    yield task.unit.name, found
+                streams.settle(stage)
+            dense, pruned = streams.leaving()
+        calibration.progress(index + 1)
 
 
-def stored(compact: CompactLevels, dtype: torch.dtype) -> CompactLevels:
-    """Return compact levels with their values in the checkpoint's data type."""
-    return {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in compact.items()}
-
-
-def _weight(files: ModelFiles, task: Task) -> torch.Tensor:
-    name = f"{task.module}.weight"
-    return read_tensors(files, [name])[name]
+def _one_by_one(calibration: Calibration) -> Solve:
+    return lambda problems: [problem.solve(calibration.pruner, calibration.report) for problem in problems]

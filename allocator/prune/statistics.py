@@ -80,6 +80,12 @@ KINDS: Mapping[Need, Callable[[int, torch.device], Gram | Norms | Nothing]] = {
 }
 
 
+def start(model: nn.Module, modules: Sequence[str], need: Need) -> dict[str, Gram | Norms | Nothing]:
+    """Return empty statistics of the inputs of named linear modules, on their devices."""
+    weights = {name: model.get_parameter(f"{name}.weight") for name in modules}
+    return {name: KINDS[need](weight.shape[1], weight.device) for name, weight in weights.items()}
+
+
 @contextmanager
 def collected(model: nn.Module, modules: Sequence[str], need: Need) -> Iterator[dict[str, Gram | Norms | Nothing]]:
     """Collect statistics of the inputs of named linear modules while the body runs the model.
@@ -87,8 +93,7 @@ def collected(model: nn.Module, modules: Sequence[str], need: Need) -> Iterator[
     Raises:
         UserError: At the end, if an input was NaN or infinite; names the module.
     """
-    weights = {name: model.get_parameter(f"{name}.weight") for name in modules}
-    gathered = {name: KINDS[need](weight.shape[1], weight.device) for name, weight in weights.items()}
+    gathered = start(model, modules, need)
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def add(module: nn.Module, args: tuple[Any, ...]) -> None:

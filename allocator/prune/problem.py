@@ -1,0 +1,126 @@
+"""What is to be pruned: units in the order of the forward pass, and what a local pruner is given for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from allocator.core.errors import UserError
+from allocator.core.space import SearchSpace, Unit
+from allocator.model.checkpoint import read_tensors
+from allocator.model.family import Layout, Site
+from allocator.model.headers import ModelFiles
+from allocator.model.walk import SEQUENCES_PER_BATCH, BlockWalker
+from allocator.prune.assemble import CompactLevels
+from allocator.prune.factorise import Report, silent
+from allocator.prune.pruners import LocalPruner
+from allocator.prune.statistics import Gram, Norms, Nothing
+
+Progress = Callable[[int], None]
+"""Hears how many blocks are done."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One unit to prune: the matrix whose inputs matter, and its columns per item."""
+
+    unit: Unit
+    module: str
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Units of one sub-block that are pruned from inputs that only the stages before have a part in."""
+
+    site: Site
+    tasks: tuple[Task, ...]
+
+    @property
+    def writes(self) -> bool:
+        """Whether this is the output projection, which adds to the residual stream."""
+        return self.tasks[0].module == self.site.output
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What a local pruner is given for one unit.
+
+    Attributes:
+        task: The unit.
+        weight_oi: What its matrix should behave like.
+        statistics: Of the inputs of that matrix.
+        wanted: Levels to make.
+        dtype: Data type in which levels are kept: the checkpoint's.
+    """
+
+    task: Task
+    weight_oi: torch.Tensor
+    statistics: Gram | Norms | Nothing
+    wanted: tuple[int, ...]
+    dtype: torch.dtype
+
+    def solve(self, pruner: LocalPruner, report: Report = silent) -> CompactLevels:
+        """Return the unit's compact levels."""
+        found = pruner.levels(self.task.unit, self.task.width, self.weight_oi, self.statistics, self.wanted, report)
+        return {key: tensor.to(self.dtype) if tensor.is_floating_point() else tensor for key, tensor in found.items()}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A model to prune, and the text that shows how it is used.
+
+    Attributes:
+        walker: The dense model.
+        files: The same model on disk.
+        layout: Where its units are.
+        space: Their ladders.
+        pruner: The local pruner.
+        tokens_nt: Token ids [sequences, length].
+        progress: Hears how many blocks are done.
+        report: Hears what a user should know.
+    """
+
+    walker: BlockWalker
+    files: ModelFiles
+    layout: Layout
+    space: SearchSpace
+    pruner: LocalPruner
+    tokens_nt: torch.Tensor
+    progress: Progress = lambda done: None
+    report: Report = silent
+
+    def embedded(self) -> list[torch.Tensor]:
+        """Return what enters the first block, batch by batch."""
+        return [self.walker.embed(batch) for batch in self.tokens_nt.split(SEQUENCES_PER_BATCH)]
+
+    def dense_weight(self, task: Task) -> torch.Tensor:
+        """Return the dense weight of a task's matrix, in the checkpoint's data type.
+
+        Raises:
+            UserError: It holds NaN or infinity.
+        """
+        name = f"{task.module}.weight"
+        weight = read_tensors(self.files, [name])[name]
+        if not torch.isfinite(weight).all():
+            raise UserError(f"model: {self.files.folder}: {name} holds NaN or infinity. Repair or replace the model")
+        return weight
+
+
+Solve = Callable[[Sequence[Problem]], list[CompactLevels]]
+"""Solves problems that do not depend on each other, wherever it likes."""
+
+
+def stages(layout: Layout, space: SearchSpace) -> list[list[Stage]]:
+    """Return the stages of every block, in the order of the forward pass."""
+    units = {unit.name: unit for unit in space.units}
+    by_block: list[list[Stage]] = [[] for _ in layout.blocks]
+    for site in layout.sites:
+        if site.name in units:
+            by_block[site.block].append(Stage(site, (Task(units[site.name], site.output, site.width),)))
+            continue
+        inputs = tuple(Task(units[module], module, 1) for module, _ in site.inputs)
+        by_block[site.block] += [Stage(site, inputs), Stage(site, (Task(units[site.output], site.output, 1),))]
+    return by_block

@@ -1,0 +1,174 @@
+"""One block, whole and pruned side by side: what enters its matrices, and what they should answer.
+
+Pruners that choose new values aim at the dense model: the target of a matrix is its dense output on dense inputs,
+and that of an output projection also makes up for what the residual stream already lacks. The weight that comes
+nearest on the inputs at hand, W* = argmin ‖Y - X̃Wᵀ‖² + λ‖W - W_dense‖², takes the place of the dense one, and every
+pruner solves the same problem as before, for ‖Y - X̃Ŵᵀ‖² = ‖Y - X̃W*ᵀ‖² + ‖X̃(W* - Ŵ)ᵀ‖² but for the damping λ.
+
+Shapes: n tokens, o output and i input features of one matrix.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from allocator.model.family import Site
+from allocator.prune.assemble import Assembler, CompactLevels, Switchboard
+from allocator.prune.factorise import Report, factorise
+from allocator.prune.problem import Calibration, Problem, Stage, Task
+from allocator.prune.statistics import Gram, start
+
+_ADDS_UP = 1e-2
+"""Relative error up to which a block's output is its input plus what its sub-blocks add."""
+
+
+class TwoStreams:
+    """One block of a model with the calibration text at its door, dense and pruned."""
+
+    def __init__(
+        self,
+        calibration: Calibration,
+        index: int,
+        dense: Sequence[torch.Tensor],
+        pruned: Sequence[torch.Tensor],
+        levels: Mapping[str, int] | None,
+    ) -> None:
+        """Copy the block before it is pruned.
+
+        Args:
+            calibration: The model and the text.
+            index: Which block.
+            dense: Hidden states that enter it in the dense model, batch by batch.
+            pruned: Hidden states that enter it after pruned blocks.
+            levels: The level at which each unit passes the text on; None for the expectation over all.
+        """
+        self.compact: dict[str, CompactLevels] = {}
+        self._calibration, self._index, self._levels = calibration, index, levels
+        self._dense, self._pruned = dense, pruned
+        self._walker, layout = calibration.walker, calibration.layout
+        self._whole = copy.deepcopy(self._walker.blocks[index])
+        assembler = Assembler(
+            calibration.files, layout, calibration.space, self.compact.__getitem__, self._walker.dtype
+        )
+        self._switchboard = Switchboard(self._walker.model, layout, assembler)
+        self._outputs = [site.output for site in layout.sites if site.block == index]
+        self._averages: list[dict[str, torch.Tensor]] = [{} for _ in pruned]
+        self._adds_up = self._check_sum(layout.blocks[index])
+
+    def problems(self, stage: Stage, wanted: Mapping[Task, tuple[int, ...]]) -> list[Problem]:
+        """Run both streams up to a stage, and return what pruners need for the levels that are wanted of its units."""
+        pruner, modules = self._calibration.pruner, [task.module for task in wanted]
+        if not modules:
+            return []
+        closes = stage.writes and self._adds_up
+        earlier = self._outputs[: self._outputs.index(stage.site.output)] if closes else []
+        gathered = start(self._walker.model, modules, pruner.need)
+        answers: dict[str, torch.Tensor] = {}
+        for dense, pruned, average in zip(self._dense, self._pruned, self._averages, strict=True):
+            entering, added = self._walker.hear(self._index, pruned, [*earlier, *modules], instead=average)
+            for module in modules:
+                gathered[module].add(entering[module].flatten(0, -2))
+            if pruner.need != "gram":
+                continue
+            _, whole = self._walker.hear(self._index, dense, [*earlier, *modules], self._whole)
+            for module in modules:
+                bias = self._walker.model.get_submodule(module).bias
+                target = whole[module] if bias is None else whole[module] - bias
+                if closes:
+                    target = target + dense - pruned
+                    target = target + sum(whole[name] - added.get(name, 0.0) for name in earlier)
+                answer_io = entering[module].flatten(0, -2).float().T @ target.flatten(0, -2).float()
+                answers[module] = answers[module].add_(answer_io) if module in answers else answer_io
+        return [
+            self._problem(task, levels, gathered[task.module], answers.get(task.module))
+            for task, levels in wanted.items()
+        ]
+
+    def settle(self, stage: Stage) -> None:
+        """Put what was pruned into the block: at its level of the path, or as the average over its levels."""
+        if self._levels is not None:
+            for task in stage.tasks:
+                self._switchboard.set(task.unit.name, self._levels[task.unit.name])
+        elif stage.writes:
+            self._average_over_levels(stage.site)
+
+    def leaving(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Return what leaves the block, dense and pruned, batch by batch."""
+        dense = [self._walker.run(self._index, batch, self._whole) for batch in self._dense]
+        pruned = [
+            self._walker.run(self._index, batch, instead=average)
+            for batch, average in zip(self._pruned, self._averages, strict=True)
+        ]
+        return dense, pruned
+
+    def _problem(
+        self, task: Task, levels: tuple[int, ...], statistics: object, answer_io: torch.Tensor | None
+    ) -> Problem:
+        statistics.check(task.module)
+        weight = dense_weight = self._calibration.dense_weight(task)
+        if answer_io is not None:
+            damping = float(self._calibration.pruner.settings()["damping"])
+            weight = nearest(
+                dense_weight, statistics, answer_io, damping, task.unit.name, self._calibration.report
+            )
+        return Problem(task, weight, statistics, levels, dense_weight.dtype)
+
+    def _average_over_levels(self, site: Site) -> None:
+        """Run a sub-block at each of its levels, and keep the average of what its output projection gives.
+
+        Where a sub-block has several units, they are at the same level together. A level counts as much as it keeps.
+        """
+        units = [
+            unit for unit in self._calibration.space.units if unit.name == site.name or unit.name in site.modules
+        ]
+        ladder = max(units, key=lambda unit: unit.num_levels)
+        totals: list[torch.Tensor | float] = [0.0 for _ in self._pruned]
+        for level, kept in enumerate(ladder.kept):
+            if kept == 0:
+                continue
+            for unit in units:
+                self._switchboard.set(unit.name, min(level, unit.num_levels - 1))
+            for batch, (hidden, average) in enumerate(zip(self._pruned, self._averages, strict=True)):
+                _, given = self._walker.hear(self._index, hidden, [site.output], instead=average)
+                totals[batch] = totals[batch] + given[site.output] * (kept / sum(ladder.kept))
+        for unit in units:
+            self._switchboard.set(unit.name, 0)
+        for average, total in zip(self._averages, totals, strict=True):
+            average[site.output] = total
+
+    def _check_sum(self, name: str) -> bool:
+        hidden = self._dense[0]
+        _, added = self._walker.hear(self._index, hidden, self._outputs, self._whole)
+        grown = self._walker.run(self._index, hidden, self._whole) - hidden
+        if float((grown - sum(added.values())).norm() / grown.norm()) <= _ADDS_UP:
+            return True
+        self._calibration.report(
+            f"{name}: its output is not its input plus what its sub-blocks add, so that refits of output projections "
+            "cannot make up for what the residual stream lacks"
+        )
+        return False
+
+
+def nearest(
+    weight_oi: torch.Tensor, statistics: Gram, answer_io: torch.Tensor, damping: float, name: str, report: Report
+) -> torch.Tensor:
+    """Return the weight that comes nearest to a target on the inputs at hand.
+
+    Args:
+        weight_oi: The dense weight, near which it stays where the inputs say little.
+        statistics: X̃ᵀX̃ of the inputs at hand.
+        answer_io: X̃ᵀY of the target outputs Y.
+        damping: λ as a share of the mean of the diagonal of X̃ᵀX̃.
+        name: The unit, for what is reported.
+        report: Hears of more damping.
+
+    Returns:
+        W*, [out, in], float64.
+    """
+    gram_ii = statistics.gram_ii.double()
+    factor = factorise(gram_ii, damping, name, report)
+    right_io = answer_io.double() + (factor.gram_ii - gram_ii) @ weight_oi.double().T
+    return torch.cholesky_solve(right_io, factor.cholesky_ii).T
