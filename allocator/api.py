@@ -53,7 +53,7 @@ def search(
     Args:
         model: A Hugging Face folder or hub id; None for the packaged model.
         target: Share of the parameters inside units to remove, in (0, 1).
-        pattern: ``structured`` or ``unstructured``.
+        pattern: ``structured``, ``unstructured`` or ``n:m``.
         workers: Ray workers; 0 runs in this process.
         seed: Of the search.
         name: Of the run, a folder under ``runs_dir``.
@@ -269,7 +269,9 @@ def _layout(files: ModelFiles, family: Path | str | None) -> Layout:
 
 def _check_units(plan: Plan, layout: Layout, files: ModelFiles) -> None:
     """Raise if the plan's units are not those of the model."""
-    expected = build_space(layout, files, plan.space.pattern, target=0.5)
+    # ladders aside, n:m units are the unstructured ones, whatever the size of their groups
+    pattern = "structured" if plan.space.pattern == "structured" else "unstructured"
+    expected = build_space(layout, files, pattern, target=0.5)
     there = {(u.name, u.kind, u.total, u.params[0], u.macs[0]) for u in expected.units}
     named = {(u.name, u.kind, u.total, u.params[0], u.macs[0]) for u in plan.space.units}
     if there != named or expected.fixed != plan.space.fixed:

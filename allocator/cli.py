@@ -23,7 +23,7 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Model = Annotated[str | None, typer.Option(help="Hugging Face folder or hub id. [default: the packaged model]")]
 Text = Annotated[Path | None, typer.Option(help=".txt or .jsonl file or folder. [default: Python's library]")]
-Pattern = Annotated[str | None, typer.Option(help="structured or unstructured. [default: structured]")]
+Pattern = Annotated[str | None, typer.Option(help="structured, unstructured or n:m. [default: structured]")]
 Target = Annotated[float | None, typer.Option(help="Share of the units' parameters to remove. [default: 0.5]")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other key of a run file.")]
 Family = Annotated[Path | None, typer.Option(help="Family file, if the search named one.")]

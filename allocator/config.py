@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from allocator.core.errors import UserError, did_you_mean
 from allocator.model.headers import PACKAGED
 from allocator.search.decide import SearchSettings
 
-Pattern = Literal["structured", "unstructured"]
+Pattern = Literal["structured", "unstructured", "n:m"]
 
 PLACES = ("name", "runs_dir", "store", "model", "text", "family", "workers", "address")
 """Keys that say where and how wide to run. What they lead to is part of a run's identity; they are not."""
@@ -34,10 +35,12 @@ class LadderSettings(_Strict):
     Attributes:
         sparsities: Sparsities of every unit beside dense, in place of the default ladder.
         align: Widths of channels are multiples of this.
+        patterns: Levels beside dense of the n:m pattern: how many weights of each group are kept.
     """
 
     sparsities: tuple[float, ...] | None = Field(default=None, max_length=128)
     align: int = Field(default=1, ge=1)
+    patterns: tuple[str, ...] = Field(default=("2:4", "1:4"), max_length=128)
 
     @field_validator("sparsities")
     @classmethod
@@ -46,12 +49,24 @@ class LadderSettings(_Strict):
             raise ValueError("expected increasing sparsities in (0, 1], such as [0.25, 0.5, 0.75, 1.0]")
         return value
 
+    @field_validator("patterns", mode="before")
+    @classmethod
+    def _decreasing(cls, value: Any) -> Any:
+        shape = 'expected kept:group in quotes (YAML reads 2:4 without them as 124), such as ["2:4", "1:4"]'
+        if not isinstance(value, (list, tuple)) or not all(re.fullmatch("[0-9]+:[0-9]+", str(item)) for item in value):
+            raise ValueError(shape)
+        kept, groups = zip(*(map(int, item.split(":")) for item in value), strict=True) if value else ((), ())
+        if len({*groups}) != 1 or list(kept) != sorted({*kept}, reverse=True) or kept[0] >= groups[0]:
+            raise ValueError("expected groups of one size and ever fewer kept of each, such as ['4:8', '2:8', '0:8']")
+        return value
+
 
 class PrunerSettings(_Strict):
     """The local pruner.
 
     Attributes:
-        name: ``obs`` (structured), ``wanda`` or ``magnitude`` (unstructured); None for the pattern's default.
+        name: ``obs`` (structured), ``wanda``, ``magnitude`` or ``sparsegpt`` (unstructured, n:m); None for the
+            pattern's default.
         damping: Share of the mean of the Hessian's diagonal that is added to it.
     """
 
@@ -82,7 +97,7 @@ class RunConfig(_Strict):
         model: A Hugging Face folder, a hub id, or the name of the packaged model.
         text: A .txt or .jsonl file or a folder of text; None for the Python standard library.
         family: A family file in place of those shipped.
-        pattern: What is removed: whole channels and KV groups, or single weights.
+        pattern: What is removed: whole channels and KV groups, or single weights, or those by the group.
         target: Share of the parameters inside units to remove.
         seed: Of the search.
         name: Of the run; None for one made from model, pattern, target and seed.
@@ -115,7 +130,8 @@ class RunConfig(_Strict):
     @property
     def run_name(self) -> str:
         """The name given, or one that says what is run."""
-        return self.name or f"{Path(self.model).name}-{self.pattern}-{self.target:g}-seed{self.seed}"
+        pattern = self.pattern.replace(":", "")  # colons are no good in file names
+        return self.name or f"{Path(self.model).name}-{pattern}-{self.target:g}-seed{self.seed}"
 
     @property
     def folder(self) -> Path:

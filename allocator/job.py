@@ -114,7 +114,13 @@ def read_model(config: RunConfig) -> tuple[ModelFiles, Layout, SearchSpace]:
         raise UserError(f"model: {files.folder} is pruned already. Give the dense model that it was made from")
     family = find_family(str(files.config.get("model_type")), config.family)
     layout = resolve_layout(family, files)
-    space = build_space(layout, files, config.pattern, config.target, config.ladder.sparsities, config.ladder.align)
+    ladder = config.ladder
+    if config.pattern == "n:m" and ladder.sparsities is not None:
+        raise UserError(
+            f"ladder.sparsities: the levels of n:m are those of ladder.patterns, {', '.join(ladder.patterns)}. "
+            "Leave ladder.sparsities out, or use --pattern unstructured"
+        )
+    space = build_space(layout, files, config.pattern, config.target, ladder.sparsities, ladder.align, ladder.patterns)
     return files, layout, space
 
 

@@ -215,28 +215,33 @@ def build_space(
     target: float,
     ladder: Sequence[float] | None = None,
     align: int = 1,
+    patterns: Sequence[str] = ("2:4", "1:4"),
 ) -> SearchSpace:
     """Return the search space of a model.
 
     Args:
         layout: Where the model's units are.
         files: The model's shapes.
-        pattern: ``structured`` or ``unstructured``.
+        pattern: ``structured``, ``unstructured`` or ``n:m``.
         target: Share to remove; ladders of the unstructured pattern are centred on it.
         ladder: Sparsities of every unit in place of the default. Default: channels in eighths, KV groups one
             by one, both down to nothing; matrices nine levels of ``target`` ± 0.3 beside the dense one.
         align: Widths of channels are multiples of this.
+        patterns: Levels of the n:m pattern beside dense, each ``kept:group``; groups of one size, ever fewer kept.
+
+    Raises:
+        UserError: The width of a matrix does not divide into groups.
     """
     shapes = files.shapes
     if pattern == "structured":
         units = [_structured_unit(site, files, ladder, align) for site in layout.sites]
     else:
-        levels = ladder or [target + step * 0.075 for step in range(-4, 5)]
-        units = [
-            _matrix_unit(module, site, shapes[f"{module}.weight"], levels)
-            for site in layout.sites
-            for module in site.modules
-        ]
+        matrices = [(m, site) for site in layout.sites for m in site.modules]
+        if pattern == "n:m":
+            units = [_grouped_unit(module, site, shapes[f"{module}.weight"], patterns) for module, site in matrices]
+        else:
+            levels = ladder or [target + step * 0.075 for step in range(-4, 5)]
+            units = [_matrix_unit(module, site, shapes[f"{module}.weight"], levels) for module, site in matrices]
     total = sum(_size(shape) for shape in shapes.values())
     tied = max((shape for shape in shapes.values() if len(shape) == 2), key=lambda shape: shape[0])
     head = shapes.get(f"{layout.tail[-1]}.weight", tied)
@@ -281,3 +286,19 @@ def _matrix_unit(module: str, site: Site, shape: Sequence[int], ladder: Sequence
     kept = tuple(rows * count for count in sorted(counts, reverse=True))
     macs = tuple(itertools.repeat(rows * columns, len(kept)))
     return Unit(module, "matrix", site.part, site.block, rows * columns, kept, kept, macs)
+
+
+def _grouped_unit(module: str, site: Site, shape: Sequence[int], patterns: Sequence[str]) -> Unit:
+    """Return a matrix of which every group along a row loses the same number of weights."""
+    total, columns = _size(shape), shape[1]
+    counts, groups = zip(*(map(int, pattern.split(":")) for pattern in patterns), strict=True)
+    group = groups[0]
+    if columns % group:
+        raise UserError(
+            f"ladder.patterns: rows of {module} hold {columns} weights, which groups of {group} do not divide. "
+            "Name a size that divides every width, such as --set 'ladder.patterns=[\"1:2\"]' for even ones, "
+            "or use --pattern unstructured"
+        )
+    kept = (total, *(total // group * count for count in counts))
+    macs = tuple(itertools.repeat(total, len(kept)))
+    return Unit(module, "matrix", site.part, site.block, total, kept, kept, macs, group)

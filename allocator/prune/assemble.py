@@ -12,6 +12,7 @@ from allocator.model.checkpoint import Replacements, read_tensors
 from allocator.model.family import Layout, Site
 from allocator.model.headers import ModelFiles
 from allocator.model.modeling_pruned import remove
+from allocator.prune.masks import sparse_weight
 from allocator.prune.structured import item_columns
 
 CompactLevels = Mapping[str, torch.Tensor]
@@ -59,9 +60,8 @@ class Assembler:
         if level == 0:
             return dense
         if unit.kind == "matrix":
-            removed_at = self._compact(name)["removed_at"]
             weight = f"{name}.weight"
-            return {**dense, weight: dense[weight] * (removed_at > level)}
+            return {**dense, weight: sparse_weight(self._compact(name), level, dense[weight])}
         if unit.kept[level] == 0:
             return dict.fromkeys(dense)
         return self._prefix(self._sites[name], unit, level, dense)

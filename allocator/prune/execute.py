@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -44,14 +44,22 @@ def save_pruned(
 
     write_checkpoint(files, layout, replace, out)
     planned, counted = space.cost(allocation), count_params(out, space)
-    if not planned - _dense_zeros(files, space) <= counted <= planned:
+    if not planned - _kept_zeros(levels, files, space, compact) <= counted <= planned:
         raise UserError(
             f"{out}: holds {counted} parameters, and the plan says {planned}. Please report this as a defect"
         )
     return counted
 
 
-def _dense_zeros(files: ModelFiles, space: SearchSpace) -> int:
-    """Count the weights of unit matrices that are zero in the dense model, and so may be kept and zero."""
-    names = [f"{unit.name}.weight" for unit in space.units if unit.kind == "matrix"]
-    return sum(int((read_tensors(files, [name])[name] == 0).sum()) for name in names)
+def _kept_zeros(
+    levels: Mapping[str, int], files: ModelFiles, space: SearchSpace, compact: Callable[[str], CompactLevels]
+) -> int:
+    """Count the weights of unit matrices that may be kept and zero: zero when dense, or updated to zero."""
+    zeros = 0
+    for unit in space.units:
+        if unit.kind == "matrix":
+            level, name = levels[unit.name], f"{unit.name}.weight"
+            values = compact(unit.name).get(f"values.{level}") if level else None
+            values = read_tensors(files, [name])[name] if values is None else values
+            zeros += int((values == 0).sum())
+    return zeros

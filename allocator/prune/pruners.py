@@ -10,11 +10,16 @@ import torch
 from allocator.core.errors import UserError
 from allocator.core.space import Unit
 from allocator.prune.factorise import Report, silent
+from allocator.prune.sparsegpt import SparseGpt
 from allocator.prune.statistics import Gram, Need, Norms, Nothing
 from allocator.prune.structured import Obs
 from allocator.prune.unstructured import Magnitude, Wanda
 
-PRUNERS: Mapping[str, tuple[str, ...]] = {"structured": ("obs",), "unstructured": ("wanda", "magnitude")}
+PRUNERS: Mapping[str, tuple[str, ...]] = {
+    "structured": ("obs",),
+    "unstructured": ("wanda", "magnitude", "sparsegpt"),
+    "n:m": ("wanda", "magnitude", "sparsegpt"),
+}
 """Names of the pruners that serve each pattern, the default first."""
 
 
@@ -27,8 +32,8 @@ class LocalPruner(Protocol):
       (of every group's part of the order, where the unit has groups); ``output.<level>`` [out, kept columns], the
       refitted output projection, its columns in that order; perhaps ``bias.<level>`` [out];
     - nested masks: ``removed_at`` [out, in], uint8, the first level that removes each weight;
-    - masks with values: ``mask.<level>``, uint8, the kept positions packed eight to a byte, and
-      ``values.<level>``, the kept values in row-major order.
+    - masks with values: ``mask.<level>``, uint8, the kept positions packed eight to a byte in row-major order,
+      the lowest bit first, and ``values.<level>``, the kept values in that order.
     """
 
     name: str
@@ -72,4 +77,6 @@ def make_pruner(name: str, pattern: str, damping: float) -> LocalPruner:
         )
     if name == "obs":
         return Obs(damping)
+    if name == "sparsegpt":
+        return SparseGpt(damping)
     return Wanda() if name == "wanda" else Magnitude()

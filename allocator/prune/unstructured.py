@@ -1,8 +1,8 @@
-"""Unstructured local pruners: magnitude, and Wanda.
+"""Pruners of single weights that rank them once: magnitude, and Wanda.
 
-Both rank the weights of a matrix once, so their levels are nested: what is stored is, for every weight, the
-first level that removes it. Every level removes the same number of weights from each output row in Wanda, and
-from the whole matrix in magnitude pruning; the totals are the same.
+Their levels are nested: what is stored is, for every weight, the first level that removes it. Weights compete
+within the groups of an N:M unit; where they go freely, within their output row in Wanda, and within the whole
+matrix in magnitude pruning. The totals are the same.
 
 Shapes: o output rows, i input features. ``weight_oi``, ``removed_at_oi``.
 """
@@ -22,7 +22,7 @@ NEVER = 255
 
 
 class Magnitude:
-    """Remove the weights of smallest absolute value in the matrix."""
+    """Remove the weights of smallest absolute value in the matrix, or in each group."""
 
     name = "magnitude"
     need: Need = "nothing"
@@ -41,12 +41,11 @@ class Magnitude:
         report: Report = silent,
     ) -> dict[str, torch.Tensor]:
         """Return ``removed_at`` [out, in], uint8. See :class:`~allocator.prune.pruners.LocalPruner`."""
-        ranks = weight_oi.abs().flatten().argsort(stable=True).argsort()
-        return {"removed_at": _first_level(unit, ranks.view(1, -1)).view_as(weight_oi)}
+        return {"removed_at": _first_level(unit, weight_oi.abs(), unit.group or unit.total)}
 
 
 class Wanda:
-    """Remove the weights of smallest |W_ij|·‖X_j‖₂ within each output row (Sun et al., ICLR 2024)."""
+    """Remove the weights of smallest |W_ij|·‖X_j‖₂ within each output row, or group (Sun et al., ICLR 2024)."""
 
     name = "wanda"
     need: Need = "norms"
@@ -67,14 +66,14 @@ class Wanda:
         """Return ``removed_at`` [out, in], uint8. See :class:`~allocator.prune.pruners.LocalPruner`."""
         assert isinstance(statistics, Norms)
         scores_oi = weight_oi.float().abs() * statistics.square_i.sqrt()
-        ranks_oi = scores_oi.argsort(dim=1, stable=True).argsort(dim=1)
-        return {"removed_at": _first_level(unit, ranks_oi)}
+        return {"removed_at": _first_level(unit, scores_oi, unit.group or weight_oi.shape[1])}
 
 
-def _first_level(unit: Unit, ranks: torch.Tensor) -> torch.Tensor:
-    """Return the first level that removes each weight, given ranks from least to most important per row."""
-    rows = ranks.shape[0]
+def _first_level(unit: Unit, scores_oi: torch.Tensor, run: int) -> torch.Tensor:
+    """Return the first level that removes each weight, where every ``run`` weights in a row compete."""
+    scores = scores_oi.reshape(-1, run)
+    ranks = scores.argsort(dim=1, stable=True).argsort(dim=1)
     removed_at = torch.full_like(ranks, NEVER, dtype=torch.uint8)
     for level in reversed(range(1, unit.num_levels)):
-        removed_at[ranks < (unit.total - unit.kept[level]) // rows] = level
-    return removed_at
+        removed_at[ranks < (unit.total - unit.kept[level]) // len(scores)] = level
+    return removed_at.view_as(scores_oi)
