@@ -169,6 +169,22 @@ def test_target_out_of_reach_of_the_ladder(
     assert "Ask for less" in message
 
 
+def test_target_out_of_reach_of_n_m(refused: Refused, search_args: Args) -> None:
+    message = refused(*search_args, "--target", 0.51, "--pattern", "n:m", "--set", 'ladder.patterns=["2:4"]')
+    assert "0.51 is out of reach of the ladders, which remove 0 to 0.5000" in message
+
+
+def test_groups_that_do_not_divide_a_width(refused: Refused, search_args: Args) -> None:
+    message = refused(*search_args, "--pattern", "n:m", "--set", 'ladder.patterns=["1:5"]')
+    assert "rows of model.layers.0.self_attn.q_proj hold 32 weights, which groups of 5 do not divide" in message
+    assert "--pattern unstructured" in message
+
+
+def test_sparsities_of_n_m(refused: Refused, search_args: Args) -> None:
+    message = refused(*search_args, "--pattern", "n:m", "--set", "ladder.sparsities=[0.5]")
+    assert "ladder.sparsities: the levels of n:m are those of ladder.patterns, 2:4, 1:4" in message
+
+
 def test_plan_of_a_target_out_of_the_runs_reach(refused: Refused, own_run: Path) -> None:
     message = refused("plan", own_run, "--target", 0.999)
     assert "0.999" in message
@@ -288,6 +304,15 @@ def test_unknown_key_in_run_file(refused: Refused, here: Path) -> None:
         ("seed=soon", "soon"),
         ("name=../elsewhere", "../elsewhere"),
         ("ladder.sparsities=[0.5,0.2]", "increasing"),
+        ("ladder.patterns=[2:4]", "in quotes"),
+        ("ladder.patterns='2:4'", "in quotes"),
+        ('ladder.patterns=["2:4:8"]', "in quotes"),
+        ("ladder.patterns=[]", "groups of one size"),
+        ('ladder.patterns=["4:4"]', "ever fewer kept"),
+        ('ladder.patterns=["1:0"]', "ever fewer kept"),
+        ('ladder.patterns=["1:4","2:4"]', "ever fewer kept"),
+        ('ladder.patterns=["2:4","2:4"]', "ever fewer kept"),
+        ('ladder.patterns=["2:4","2:8"]', "groups of one size"),
         ("search.evolution.survivors=[4]", "survivors"),
         ("target", "expected key=value"),
         ("target=[", "not YAML"),

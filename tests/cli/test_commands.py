@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
@@ -181,6 +182,42 @@ def test_search_by_other_methods(
     data = answered(cli(*search_args, *flags, "--set", f"search.method={method}", "--pattern", pattern, "--json")).json
     assert data["method"] == method
     assert data["measured"]["searched"]["params"] <= data["budget"]["limit"]
+
+
+@pytest.mark.parametrize("name", ["wanda", "sparsegpt"])
+def test_search_by_the_group(
+    cli: Cli, search_args: list[object], tiny_model: Path, text_folder: Path, here: Path, name: str
+) -> None:
+    """The plan is n:m in the saved checkpoint, group by group; plan, front, prune and evaluate go on from there."""
+    pruner = () if name == "wanda" else ("--set", f"pruner.name={name}")
+    data = answered(cli(*search_args, "--pattern", "n:m", "--target", 0.5, *pruner, "--json")).json
+    plan = json.loads((here / "runs" / "run" / "plan.json").read_text())
+    assert (data["pattern"], plan["pattern"], plan["pruner"]["name"]) == ("n:m", "n:m", name)
+    saved = load_file(Path(data["checkpoint"]) / "model.safetensors")
+    for module, unit in plan["units"].items():
+        kept = np.count_nonzero(saved[f"{module}.weight"].reshape(-1, 4), axis=1)
+        assert (kept == (4, 2, 1)[unit["level"]]).all()
+    counted = sum(unit["kept"] for unit in plan["units"].values()) + plan["costs"]["params"]["fixed"]
+    assert counted == data["measured"]["searched"]["params"] == plan["budget"]["achieved"] <= plan["budget"]["limit"]
+    run, where = here / "runs" / "run", ("--model", tiny_model, "--text", text_folder)
+    for execution in ("assemble", "recompute"):
+        out = here / execution
+        answer = answered(cli("prune", run / "plan.json", "--out", out, "--execution", execution, *where, "--json"))
+        assert answer.json["params"] == counted
+    stored = (here / "assemble" / "model.safetensors").read_bytes()
+    assert stored == (Path(data["checkpoint"]) / "model.safetensors").read_bytes()
+    figures = answered(cli("evaluate", out, *where, "--length", 64, "--tokens", 512, "--json")).json
+    assert figures["params"] == counted
+    answered(cli("front", run))
+    answered(cli("plan", run))
+
+
+def test_inspect_by_the_group(cli: Cli, tiny_model: Path) -> None:
+    arguments = ("inspect", tiny_model, "--pattern", "n:m", "--set", 'ladder.patterns=["6:8","4:8","0:8"]')
+    data = answered(cli(*arguments, "--json")).json
+    assert {unit["group"] for unit in data["units"]} == {8}
+    assert data["uniform"]["sparsity"] == 0.5
+    assert "n:m search space: 21 units" in answered(cli(*arguments)).out
 
 
 def test_search_from_a_run_file(cli: Cli, finished: Path, here: Path) -> None:

@@ -9,12 +9,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from allocator.core.errors import UserError
+from allocator.core.space import SearchSpace
 from allocator.model.family import build_space, families_folder, find_family, load_family, resolve_layout
 from allocator.model.headers import ModelFiles, read_model_files
 from allocator.model.load import load_model
 from allocator.prune.execute import save_pruned
-from allocator.prune.pruners import make_pruner
-from allocator.prune.statistics import Gram, Nothing
+from allocator.prune.pruners import PRUNERS, make_pruner
+from allocator.prune.statistics import KINDS
 
 MODELS = {
     "llama": ("llama", {"num_hidden_layers": 3}),
@@ -53,7 +54,7 @@ def _levels(files, layout, space, pruner):
     for unit in space.units:
         module, width = outputs.get(unit.name, (unit.name, 1)) if space.pattern == "structured" else (unit.name, 1)
         weight = tensors[f"{module}.weight"]
-        statistics = Gram(weight.shape[1]) if pruner.need == "gram" else Nothing(weight.shape[1])
+        statistics = KINDS[pruner.need](weight.shape[1], weight.device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             statistics.add(torch.randn(200, weight.shape[1]))
@@ -101,6 +102,20 @@ def test_unstructured_costs_are_the_nonzeros_on_disk(model, tmp_path):
         assert space.cost(allocation, "macs") == space.cost(space.dense, "macs")
 
 
+@pytest.mark.parametrize("name", PRUNERS["n:m"])
+def test_costs_of_n_m_are_the_nonzeros_on_disk(tiny_model_bf16, tmp_path, name):
+    files, layout, space = _resolve(tiny_model_bf16, "n:m", patterns=["3:4", "2:4", "0:4"])
+    compact = _levels(files, layout, space, make_pruner(name, "n:m", 0.01))
+    for number, allocation in enumerate(_allocations(space)):
+        out = tmp_path / str(number)
+        assert save_pruned(allocation, files, layout, space, compact.__getitem__, out) == space.cost(allocation)
+        saved = dict(_saved(out))
+        for unit, level in zip(space.units, allocation, strict=True):
+            kept = (saved[f"{unit.name}.weight"] != 0).view(-1, 4).sum(1)
+            assert (kept == (4, 3, 2, 0)[level]).all()
+        assert space.cost(allocation, "macs") == space.cost(space.dense, "macs")
+
+
 def test_dense_cost_is_the_whole_model_with_tied_tensors_once(model):
     _, _, space = _resolve(model)
     loaded = load_model(read_model_files(model))
@@ -128,6 +143,25 @@ def test_ladders_as_asked_for(tiny_model):
     _, _, space = _resolve(tiny_model, ladder=[0.25, 0.6, 1.0], align=16)
     assert space.units[0].kept == (2, 1, 0)
     assert space.units[1].kept == (48, 32, 16, 0)
+
+
+def test_ladders_of_n_m(tiny_model):
+    _, _, space = _resolve(tiny_model, "n:m")
+    assert (space.pattern, len(space.units)) == ("n:m", 3 * 7)
+    assert {unit.group for unit in space.units} == {4}
+    assert {unit.sparsity(level) for unit in space.units for level in range(unit.num_levels)} == {0.0, 0.5, 0.75}
+    assert all(unit.params == unit.kept and set(unit.macs) == {unit.total} for unit in space.units)
+    assert SearchSpace.from_json(space.to_json()) == space
+
+    _, _, space = _resolve(tiny_model, "n:m", patterns=["5:8", "0:8"])
+    assert {unit.group for unit in space.units} == {8}
+    assert space.units[0].kept == (1024, 640, 0)
+
+
+def test_widths_that_groups_do_not_divide(tiny_model):
+    name = r"model\.layers\.0\.self_attn\.q_proj"
+    with pytest.raises(UserError, match=rf"rows of {name} hold 32 weights, which groups of 3.*ladder\.patterns="):
+        _resolve(tiny_model, "n:m", patterns=["1:3"])
 
 
 def test_layout(tiny_qwen2):
