@@ -78,3 +78,13 @@ def structured_bf16(make_case, tiny_model_bf16) -> Case:
 @pytest.fixture(scope="session")
 def unstructured(make_case, tiny_model) -> Case:
     return make_case(tiny_model, "unstructured", "wanda")
+
+
+@pytest.fixture(scope="session")
+def sparsegpt(make_case, tiny_model_bf16) -> Case:
+    return make_case(tiny_model_bf16, "unstructured", "sparsegpt")
+
+
+@pytest.fixture(scope="session")
+def n_m(make_case, tiny_model) -> Case:
+    return make_case(tiny_model, "n:m", "sparsegpt")

@@ -10,7 +10,7 @@ from allocator.prune.assemble import Assembler, Switchboard
 from allocator.prune.execute import save_pruned
 from allocator.prune.structured import item_columns
 
-CASES = ["structured", "structured_qwen2", "structured_bf16", "unstructured"]
+CASES = ["structured", "structured_qwen2", "structured_bf16", "unstructured", "sparsegpt", "n_m"]
 
 
 @pytest.fixture(params=CASES)

@@ -93,6 +93,17 @@ def test_along_works_for_matrices_stage_by_stage(unstructured):
     assert len(differs) > 12
 
 
+def test_along_the_first_matrices_equals_one_level_of_the_store(n_m):
+    case = n_m
+    allocation = tuple(2 for _ in case.space.units)
+    found = prune_along(allocation, case.walker(), case.files, case.layout, case.space, case.pruner, case.tokens)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        unit = f"model.layers.0.self_attn.{name}"
+        assert found[unit].keys() == {"mask.2", "values.2"}
+        for key, tensor in found[unit].items():
+            assert torch.equal(tensor, case.compact[unit][key])
+
+
 def test_the_store_is_built_from_dense_inputs(structured):
     case, walker = structured, structured.walker()
     modules = [site.output for site in case.layout.sites]

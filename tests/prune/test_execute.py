@@ -14,7 +14,7 @@ def _save(case, allocation, out):
     return save_pruned(allocation, case.files, case.layout, case.space, case.compact.__getitem__, out)
 
 
-@pytest.mark.parametrize("name", ["structured", "structured_bf16", "unstructured"])
+@pytest.mark.parametrize("name", ["structured", "structured_bf16", "unstructured", "n_m"])
 def test_nothing_removed_gives_the_dense_checkpoint(request, name, tmp_path):
     case = request.getfixturevalue(name)
     _save(case, case.space.dense, tmp_path / "out")
@@ -103,6 +103,17 @@ def test_weights_that_were_zero_before_do_not_upset_the_count(make_case, make_mo
     allocation = (2,) * 14
     counted = _save(case, allocation, tmp_path / "out")
     assert counted <= case.space.cost(allocation)
+
+
+def test_values_that_were_updated_to_zero_do_not_upset_the_count(n_m, tmp_path):
+    case = n_m
+    name = case.space.units[0].name
+    values = case.compact[name]["values.1"].clone()
+    values[:7] = 0.0
+    compact = {**case.compact, name: {**case.compact[name], "values.1": values}}
+    allocation = (1,) * len(case.space.units)
+    counted = save_pruned(allocation, case.files, case.layout, case.space, compact.__getitem__, tmp_path / "out")
+    assert counted == case.space.cost(allocation) - 7
 
 
 def test_pruners_are_found_by_name_and_pattern():

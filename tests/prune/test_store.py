@@ -9,6 +9,7 @@ from allocator.prune.store import MANIFEST, create_store, open_store
 KEY = {"model": "sha256:a", "calibration": "sha256:b", "pruner": "sha256:c", "space": "sha256:d"}
 LEVELS = {
     "layers.0.mlp": {"order": torch.tensor([2, 0, 1], dtype=torch.int32), "output.1": torch.randn(4, 2)},
+    "layers.0.mlp.up_proj": {"mask.1": torch.zeros(3, dtype=torch.uint8), "values.1": torch.empty(0)},
     "layers.1.mlp": {"removed_at": torch.randint(0, 9, (4, 6), dtype=torch.uint8).T},
 }
 

@@ -19,13 +19,14 @@ def problem():
     return rng.normal(size=(ROWS, COLUMNS)), rng.normal(size=(50, COLUMNS)) * rng.uniform(0.1, 5, size=COLUMNS)
 
 
-def _levels(pruner, weight, x=None):
+def _levels(pruner, weight, x=None, unit=UNIT):
     statistics = Nothing(COLUMNS)
     if x is not None:
         statistics = Norms(COLUMNS)
         for batch in torch.from_numpy(x).float().split(16):
             statistics.add(batch)
-    return pruner.levels(UNIT, 1, torch.from_numpy(weight).float(), statistics, range(1, 5))["removed_at"]
+    wanted = range(1, unit.num_levels)
+    return pruner.levels(unit, 1, torch.from_numpy(weight).float(), statistics, wanted)["removed_at"]
 
 
 def test_magnitude_removes_the_smallest_of_the_matrix(problem):
@@ -47,6 +48,22 @@ def test_wanda_removes_the_smallest_scores_of_each_row(problem):
             scores = [abs(weight[row, j]) * np.sqrt((x[:, j] ** 2).sum()) for j in range(COLUMNS)]
             for column in np.argsort(scores)[: COLUMNS - KEPT[level] // ROWS]:
                 expected[row, column] = False
+        np.testing.assert_array_equal(removed_at > level, expected)
+
+
+@pytest.mark.parametrize("name", ["magnitude", "wanda"])
+@pytest.mark.parametrize(("group", "counts"), [(2, (1, 0)), (5, (4, 3, 1)), (10, (9, 2))])
+def test_the_smallest_of_each_group_are_removed(problem, name, group, counts):
+    weight, x = problem
+    kept = tuple(ROWS * COLUMNS // group * count for count in (group, *counts))
+    unit = Unit("q_proj", "matrix", "attention", 0, ROWS * COLUMNS, kept, kept, kept, group)
+    removed_at = _levels(*((Magnitude(), weight) if name == "magnitude" else (Wanda(), weight, x)), unit=unit).numpy()
+    scale = [1.0 if name == "magnitude" else np.sqrt((x[:, j] ** 2).sum()) for j in range(COLUMNS)]
+    for level, count in enumerate(counts, 1):
+        expected = np.ones_like(weight, dtype=bool)
+        for row, start in itertools.product(range(ROWS), range(0, COLUMNS, group)):
+            columns = sorted(range(start, start + group), key=lambda j, row=row: abs(weight[row, j]) * scale[j])
+            expected[row, columns[: group - count]] = False
         np.testing.assert_array_equal(removed_at > level, expected)
 
 
