@@ -33,10 +33,8 @@ def sparse_weight(compact: Mapping[str, torch.Tensor], level: int, dense_oi: tor
     """
     if "removed_at" in compact:
         return dense_oi * (compact["removed_at"] > level)
-    weight_oi = torch.zeros_like(dense_oi)
     kept_oi = unpacked(compact[f"mask.{level}"], dense_oi.shape)
-    weight_oi[kept_oi] = compact[f"values.{level}"].to(dense_oi.dtype)
-    return weight_oi
+    return torch.zeros_like(dense_oi).masked_scatter_(kept_oi, compact[f"values.{level}"].to(dense_oi.dtype))
 
 
 def _places(like: torch.Tensor) -> torch.Tensor:
