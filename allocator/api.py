@@ -15,15 +15,13 @@ from allocator.core.files import check_place, fingerprint
 from allocator.core.journal import Journal
 from allocator.core.plan import Plan
 from allocator.core.space import SearchSpace
-from allocator.evaluate.engine import DTYPES, Engine, EngineSpec
+from allocator.evaluate.engine import Engine, EngineSpec
 from allocator.job import read_model, read_tokens, text_fingerprint
 from allocator.model.checkpoint import count_params
 from allocator.model.family import Layout, build_space, find_family, resolve_layout
 from allocator.model.headers import ModelFiles, locate, read_model_files
-from allocator.model.load import load_model
-from allocator.model.walk import BlockWalker
 from allocator.progress import Reporter, Silent
-from allocator.prune.build import prune_all_levels, prune_along
+from allocator.prune.build import prune_on_dense_inputs, prune_on_pruned_inputs
 from allocator.prune.execute import save_pruned
 from allocator.prune.pruners import make_pruner
 from allocator.prune.store import open_store
@@ -211,13 +209,13 @@ def prune(
         )
     pruner = make_pruner(settings["name"], plan.space.pattern, settings.get("damping", 0.01))
     torch.set_num_threads(settings["threads"])
-    walker = BlockWalker(load_model(files, DTYPES[settings["dtype"]]), layout)
     reporter.phase("pruning", len(layout.blocks))
-    calibration = torch.from_numpy(tokens["calibration"])
+    spec = EngineSpec(files, layout, plan.space, None, pruner, settings["dtype"], settings["threads"])
+    calibration = spec.calibration(torch.from_numpy(tokens["calibration"]), reporter.step, reporter.say)
     if execution == "recompute":
-        compact = prune_along(plan.allocation, walker, files, layout, plan.space, pruner, calibration, reporter.step)
+        compact = dict(prune_on_pruned_inputs(calibration, plan.allocation, every_level=False))
     else:
-        compact = dict(prune_all_levels(walker, files, layout, plan.space, pruner, calibration, reporter.step))
+        compact = dict(prune_on_dense_inputs(calibration))
     return save_pruned(plan.allocation, files, layout, plan.space, compact.__getitem__, out)
 
 

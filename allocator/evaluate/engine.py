@@ -60,9 +60,7 @@ class EngineSpec:
         """Return what pruning works on: the model, block by block from disk, and the calibration text."""
         assert self.pruner is not None
         walker = StreamedWalker(self.files, self.layout, DTYPES[self.dtype])
-        return Calibration(
-            walker, self.files, self.layout, self.space, self.pruner, tokens_nt, progress, report
-        )
+        return Calibration(walker, self.files, self.layout, self.space, self.pruner, tokens_nt, progress, report)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +117,9 @@ class Engine:
         spec = self._spec
         if execution.recompute:
             assert spec.pruner is not None
-            compact = dict(prune_on_pruned_inputs(spec.calibration(self._tokens["calibration"]), execution.allocation, False)).__getitem__
+            compact = dict(
+                prune_on_pruned_inputs(spec.calibration(self._tokens["calibration"]), execution.allocation, False)
+            ).__getitem__
         else:
             assert spec.store is not None
             compact = spec.store

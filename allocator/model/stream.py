@@ -28,7 +28,9 @@ class StreamedWalker(BlockWalker):
         """
         architecture = getattr(transformers, files.architecture, None)
         if architecture is None:
-            raise UserError(f"model: {files.folder}: transformers {transformers.__version__} has no {files.architecture}")
+            raise UserError(
+                f"model: {files.folder}: transformers {transformers.__version__} has no {files.architecture}"
+            )
         with init_empty_weights(include_buffers=False):
             model = architecture(architecture.config_class.from_dict(dict(files.config)))
         super().__init__(model.eval().requires_grad_(False), layout)
@@ -52,7 +54,9 @@ class StreamedWalker(BlockWalker):
         places = [(module, name) for module in block.modules() for name in list(module._parameters)]
         self._fill(block, prefix, [name for name in self._files.shapes if name.startswith(prefix)])
         if missing := [name for name, parameter in block.named_parameters() if parameter.is_meta]:
-            raise UserError(f"model: {self._files.folder}: tensor {prefix}{missing[0]} is missing. Copy the model again")
+            raise UserError(
+                f"model: {self._files.folder}: tensor {prefix}{missing[0]} is missing. Copy the model again"
+            )
         try:
             yield
         finally:

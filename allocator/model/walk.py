@@ -15,7 +15,6 @@ from torch import nn
 
 from allocator.model.family import Layout
 
-
 SEQUENCES_PER_BATCH = 4
 """Sequences that run together; part of the numerics, so not derived from free memory."""
 
@@ -103,7 +102,7 @@ class BlockWalker:
 
         def listener(name: str) -> _Hook:
             def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-                inputs[name], outputs[name] = args[0], output
+                inputs[name], outputs[name] = args[0], instead.get(name, output)
                 if len(outputs) == len(there):
                     raise _EverythingHeard
 

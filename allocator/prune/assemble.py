@@ -128,4 +128,3 @@ class Switchboard:
                 module, _, attribute = key.rpartition(".")
                 setattr(self._model.get_submodule(module), attribute, nn.Parameter(tensor, requires_grad=False))
         self._levels[name] = level
-

@@ -19,7 +19,7 @@ from allocator.model.family import Site
 from allocator.prune.assemble import Assembler, CompactLevels, Switchboard
 from allocator.prune.factorise import Report, factorise
 from allocator.prune.problem import Calibration, Problem, Stage, Task
-from allocator.prune.statistics import Gram, start
+from allocator.prune.statistics import Gram, Norms, Nothing, start
 
 _ADDS_UP = 1e-2
 """Relative error up to which a block's output is its input plus what its sub-blocks add."""
@@ -75,7 +75,7 @@ class TwoStreams:
                 continue
             _, whole = self._walker.hear(self._index, dense, [*earlier, *modules], self._whole)
             for module in modules:
-                bias = self._walker.model.get_submodule(module).bias
+                bias = getattr(self._walker.model.get_submodule(module), "bias", None)
                 target = whole[module] if bias is None else whole[module] - bias
                 if closes:
                     target = target + dense - pruned
@@ -105,15 +105,13 @@ class TwoStreams:
         return dense, pruned
 
     def _problem(
-        self, task: Task, levels: tuple[int, ...], statistics: object, answer_io: torch.Tensor | None
+        self, task: Task, levels: tuple[int, ...], statistics: Gram | Norms | Nothing, answer_io: torch.Tensor | None
     ) -> Problem:
         statistics.check(task.module)
         weight = dense_weight = self._calibration.dense_weight(task)
-        if answer_io is not None:
+        if answer_io is not None and isinstance(statistics, Gram):
             damping = float(self._calibration.pruner.settings()["damping"])
-            weight = nearest(
-                dense_weight, statistics, answer_io, damping, task.unit.name, self._calibration.report
-            )
+            weight = nearest(dense_weight, statistics, answer_io, damping, task.unit.name, self._calibration.report)
         return Problem(task, weight, statistics, levels, dense_weight.dtype)
 
     def _average_over_levels(self, site: Site) -> None:
@@ -121,11 +119,9 @@ class TwoStreams:
 
         Where a sub-block has several units, they are at the same level together. A level counts as much as it keeps.
         """
-        units = [
-            unit for unit in self._calibration.space.units if unit.name == site.name or unit.name in site.modules
-        ]
+        units = [unit for unit in self._calibration.space.units if unit.name == site.name or unit.name in site.modules]
         ladder = max(units, key=lambda unit: unit.num_levels)
-        totals: list[torch.Tensor | float] = [0.0 for _ in self._pruned]
+        totals = [torch.zeros_like(hidden) for hidden in self._pruned]
         for level, kept in enumerate(ladder.kept):
             if kept == 0:
                 continue

@@ -13,7 +13,8 @@ from allocator.model.family import build_space, find_family, resolve_layout
 from allocator.model.headers import read_model_files
 from allocator.model.load import load_model
 from allocator.model.walk import BlockWalker
-from allocator.prune.build import prune_all_levels
+from allocator.prune.build import prune_on_dense_inputs
+from allocator.prune.problem import Calibration
 from allocator.prune.pruners import PRUNERS, make_pruner
 from allocator.prune.store import create_store
 
@@ -41,7 +42,9 @@ def make_spec(tmp_path_factory, splits):
         space = build_space(layout, files, pattern, 0.5)
         pruner = make_pruner(PRUNERS[pattern][0], pattern, 0.01)
         walker = BlockWalker(load_model(files), layout)
-        levels = prune_all_levels(walker, files, layout, space, pruner, torch.from_numpy(splits["calibration"]))
+        levels = prune_on_dense_inputs(
+            Calibration(walker, files, layout, space, pruner, torch.from_numpy(splits["calibration"]))
+        )
         store = create_store(tmp_path_factory.mktemp("store") / "levels", {}, levels)
         return EngineSpec(files, layout, space, store, pruner)
 

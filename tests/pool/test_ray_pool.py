@@ -23,7 +23,8 @@ from allocator.job import prepare
 from allocator.model.load import load_model
 from allocator.model.walk import BlockWalker
 from allocator.pool.ray_pool import MAX_DEATHS, RayPool, connected
-from allocator.prune.build import prune_all_levels
+from allocator.prune.build import prune_on_dense_inputs
+from allocator.prune.problem import Calibration
 from allocator.prune.store import create_store
 
 SETTINGS = [
@@ -68,7 +69,7 @@ def bench(tiny_model: Path, text_folder: Path, tmp_path_factory: pytest.TempPath
     job = prepare(config)
     walker = BlockWalker(load_model(job.files), job.layout)
     calibration = torch.from_numpy(job.tokens["calibration"])
-    levels = prune_all_levels(walker, job.files, job.layout, job.space, job.pruner, calibration)
+    levels = prune_on_dense_inputs(Calibration(walker, job.files, job.layout, job.space, job.pruner, calibration))
     store = create_store(tmp_path_factory.mktemp("pool") / "levels", job.store_key, levels)
     rng = np.random.default_rng(0)
     requests = [

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from allocator.core.space import SearchSpace
 from allocator.model.family import Layout, build_space, find_family, resolve_layout
 from allocator.model.headers import ModelFiles, read_model_files
 from allocator.model.load import load_model
 from allocator.model.walk import BlockWalker
-from allocator.prune.build import prune_all_levels
+from allocator.prune.build import prune_on_dense_inputs
+from allocator.prune.problem import Calibration
 from allocator.prune.pruners import LocalPruner, make_pruner
 
 
@@ -32,6 +35,11 @@ class Case:
     def walker(self) -> BlockWalker:
         """Return a freshly loaded dense model."""
         return BlockWalker(load_model(self.files), self.layout)
+
+    def calibration(self, files: ModelFiles | None = None) -> Calibration:
+        """Return a freshly loaded dense model with the calibration text."""
+        files = files or self.files
+        return Calibration(self.walker(), files, self.layout, self.space, self.pruner, self.tokens)
 
 
 def _tokens(seed: int, sequences: int, length: int) -> torch.Tensor:
@@ -54,7 +62,7 @@ def make_case():
         space = build_space(layout, files, pattern, 0.5)
         pruner, tokens = make_pruner(name, pattern, 0.01), _tokens(1, 9, 32)
         walker = BlockWalker(load_model(files), layout)
-        compact = dict(prune_all_levels(walker, files, layout, space, pruner, tokens))
+        compact = dict(prune_on_dense_inputs(Calibration(walker, files, layout, space, pruner, tokens)))
         return Case(files, layout, space, pruner, tokens, compact)
 
     return make
@@ -88,3 +96,17 @@ def sparsegpt(make_case, tiny_model_bf16) -> Case:
 @pytest.fixture(scope="session")
 def n_m(make_case, tiny_model) -> Case:
     return make_case(tiny_model, "n:m", "sparsegpt")
+
+
+@pytest.fixture(scope="session")
+def broken_weight(tiny_model, tmp_path_factory) -> ModelFiles:
+    """The tiny model with one weight that is not a number."""
+    folder = tmp_path_factory.mktemp("broken") / "model"
+    shutil.copytree(tiny_model, folder)
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        name = "model.layers.1.mlp.down_proj.weight"
+        if name in tensors:
+            tensors[name][0, 0] = float("nan")
+            save_file(tensors, path, metadata={"format": "pt"})
+    return read_model_files(folder)

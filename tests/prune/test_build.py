@@ -1,8 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from allocator.prune.assemble import Assembler, Switchboard
-from allocator.prune.build import prune_all_levels, prune_along, stages, stored
+from allocator.prune.build import prune_on_dense_inputs, prune_on_pruned_inputs
+from allocator.prune.problem import stages
 from allocator.prune.pruners import make_pruner
 from allocator.prune.statistics import collected
 
@@ -15,93 +18,14 @@ def middle(structured):
 
 @pytest.fixture
 def along(structured, middle):
-    case = structured
-    return prune_along(middle, case.walker(), case.files, case.layout, case.space, case.pruner, case.tokens)
+    return dict(prune_on_pruned_inputs(structured.calibration(), middle, every_level=False))
 
 
-def test_along_equals_dense_inputs_on_the_first_attention(structured, middle, along):
-    name = "model.layers.0.self_attn"
-    assert torch.equal(along[name]["order"], structured.compact[name]["order"])
-    assert torch.equal(along[name]["output.1"], structured.compact[name]["output.1"])
+def _same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_along_differs_from_dense_inputs_everywhere_else(structured, middle, along):
-    for unit, level in list(zip(structured.space.units, middle, strict=True))[1:]:
-        own, dense = along[unit.name], structured.compact[unit.name]
-        same = torch.equal(own["order"], dense["order"])
-        change = (own[f"output.{level}"] - dense[f"output.{level}"]).norm() / dense[f"output.{level}"].norm()
-        assert not same or float(change) > 1e-3
-
-
-def test_along_prunes_on_what_pruned_predecessors_produce(structured, middle, along):
-    """Each unit again, from the inputs it gets in a model where exactly the units before it are pruned."""
-    case, walker = structured, structured.walker()
-    switchboard = Switchboard(
-        walker.model, case.layout, Assembler(case.files, case.layout, case.space, along.__getitem__, walker.dtype)
-    )
-    for site, unit, level in zip(case.layout.sites, case.space.units, middle, strict=True):
-        weight = walker.model.get_submodule(site.output).weight
-        with collected(walker.model, [site.output], "gram") as grams, torch.inference_mode():
-            for batch in case.tokens.split(4):
-                walker.model(batch, use_cache=False)
-        expected = case.pruner.levels(unit, site.width, weight, grams[site.output], [level])
-        own, again = along[unit.name], expected[f"output.{level}"]
-        assert torch.equal(own["order"], expected["order"])
-        torch.testing.assert_close(own[f"output.{level}"], again.float(), rtol=1e-4, atol=1e-6)
-        switchboard.set(unit.name, level)
-
-
-def test_along_of_nothing_leaves_the_model_dense(structured, tokens):
-    case, walker = structured, structured.walker()
-    compact = prune_along(case.space.dense, walker, case.files, case.layout, case.space, case.pruner, case.tokens)
-    assert compact == {}
-    with torch.inference_mode():
-        probe = tokens(2, 1, 16)
-        assert torch.equal(walker.model(probe).logits, case.walker().model(probe).logits)
-
-
-def test_along_of_everything_leaves_no_block(structured, tokens):
-    case, walker = structured, structured.walker()
-    prune_along(case.space.sparsest, walker, case.files, case.layout, case.space, case.pruner, case.tokens)
-    probe = tokens(2, 1, 16)
-    hidden = walker.embed(probe)
-    assert torch.equal(walker.run_all(hidden), hidden)
-
-
-def test_along_one_later_unit_equals_dense_inputs(structured):
-    case = structured
-    allocation = tuple(3 * (unit.name == "model.layers.2.mlp") for unit in case.space.units)
-    compact = prune_along(allocation, case.walker(), case.files, case.layout, case.space, case.pruner, case.tokens)
-    assert list(compact) == ["model.layers.2.mlp"]
-    torch.testing.assert_close(
-        compact["model.layers.2.mlp"]["output.3"], case.compact["model.layers.2.mlp"]["output.3"], rtol=0, atol=0
-    )
-
-
-def test_along_works_for_matrices_stage_by_stage(unstructured):
-    case = unstructured
-    allocation = tuple(5 for _ in case.space.units)
-    found = prune_along(allocation, case.walker(), case.files, case.layout, case.space, case.pruner, case.tokens)
-    for name in ("q_proj", "k_proj", "v_proj"):
-        unit = f"model.layers.0.self_attn.{name}"
-        assert torch.equal(found[unit]["removed_at"], case.compact[unit]["removed_at"])
-    differs = [
-        u.name
-        for u in case.space.units
-        if not torch.equal(found[u.name]["removed_at"], case.compact[u.name]["removed_at"])
-    ]
-    assert len(differs) > 12
-
-
-def test_along_the_first_matrices_equals_one_level_of_the_store(n_m):
-    case = n_m
-    allocation = tuple(2 for _ in case.space.units)
-    found = prune_along(allocation, case.walker(), case.files, case.layout, case.space, case.pruner, case.tokens)
-    for name in ("q_proj", "k_proj", "v_proj"):
-        unit = f"model.layers.0.self_attn.{name}"
-        assert found[unit].keys() == {"mask.2", "values.2"}
-        for key, tensor in found[unit].items():
-            assert torch.equal(tensor, case.compact[unit][key])
+# --- dense inputs ---------------------------------------------------------------------------------------------
 
 
 def test_the_store_is_built_from_dense_inputs(structured):
@@ -112,16 +36,228 @@ def test_the_store_is_built_from_dense_inputs(structured):
             walker.model(batch, use_cache=False)
     for site, unit in zip(case.layout.sites, case.space.units, strict=True):
         weight = walker.model.get_submodule(site.output).weight
-        wanted = range(1, unit.num_levels)
-        levels = stored(case.pruner.levels(unit, site.width, weight, grams[site.output], wanted), weight.dtype)
+        levels = case.pruner.levels(unit, site.width, weight, grams[site.output], range(1, unit.num_levels))
         assert levels.keys() == case.compact[unit.name].keys()
         for key in levels:
-            torch.testing.assert_close(levels[key], case.compact[unit.name][key], rtol=1e-4, atol=1e-6)
+            found = case.compact[unit.name][key]
+            torch.testing.assert_close(levels[key].to(found.dtype), found, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("blocks", [[], [0], [2], [1, 2]])
+def test_blocks_on_dense_inputs_are_independent(structured, blocks):
+    names = {unit.name for unit in structured.space.units if unit.block in blocks}
+    found = dict(prune_on_dense_inputs(structured.calibration(), blocks))
+    assert found.keys() == names
+    assert all(_same(found[name], structured.compact[name]) for name in names)
+
+
+def test_a_solver_gets_the_independent_problems_of_a_block(unstructured):
+    seen = []
+
+    def solve(problems):
+        seen.append([problem.task.module for problem in problems])
+        return [problem.solve(unstructured.pruner) for problem in reversed(problems)][::-1]
+
+    found = dict(prune_on_dense_inputs(unstructured.calibration(), solve=solve))
+    assert [len(names) for names in seen] == [7, 7, 7]
+    assert all(_same(found[name], unstructured.compact[name]) for name in found)
+
+
+def test_weights_that_are_not_finite_are_an_error_that_names_the_tensor(structured, broken_weight):
+    calibration = structured.calibration(broken_weight)
+    with pytest.raises(Exception, match=r"model\.layers\.1\.mlp\.down_proj"):
+        list(prune_on_dense_inputs(calibration))
+
+
+# --- along a path ---------------------------------------------------------------------------------------------
+
+
+def test_on_the_first_attention_a_path_is_the_dense_model(structured, middle, along):
+    name = "model.layers.0.self_attn"
+    assert torch.equal(along[name]["order"], structured.compact[name]["order"])
+    torch.testing.assert_close(along[name]["output.1"], structured.compact[name]["output.1"], rtol=1e-3, atol=1e-5)
+
+
+def test_a_path_changes_the_weights_everywhere_else(structured, middle, along):
+    for unit, level in list(zip(structured.space.units, middle, strict=True))[1:]:
+        own, dense = along[unit.name], structured.compact[unit.name]
+        same = torch.equal(own["order"], dense["order"])
+        change = (own[f"output.{level}"] - dense[f"output.{level}"]).norm() / dense[f"output.{level}"].norm()
+        assert not same or float(change) > 1e-3
+
+
+def _streams(model, tokens, module, norm):
+    """The input of a projection, and the residual stream that it adds to (what enters the norm before it)."""
+    inputs, residuals, outputs = [], [], []
+
+    def keep(owner, args, output):
+        inputs.append(args[0])
+        outputs.append(output)
+
+    handles = [
+        model.get_submodule(module).register_forward_hook(keep),
+        model.get_submodule(norm).register_forward_pre_hook(lambda owner, args: residuals.append(args[0])),
+    ]
+    with torch.inference_mode():
+        for batch in tokens.split(4):
+            model(batch, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return [torch.cat([batch.flatten(0, 1) for batch in table]).double() for table in (inputs, residuals, outputs)]
+
+
+def test_along_a_path_refits_make_up_for_what_the_residual_stream_lacks(structured, middle, along):
+    """Each refit again, by least squares on whole models, pruned up to the unit and dense."""
+    case, walker, whole = structured, structured.walker(), structured.walker().model
+    switchboard = Switchboard(
+        walker.model, case.layout, Assembler(case.files, case.layout, case.space, along.__getitem__, walker.dtype)
+    )
+    for site, unit, level in zip(case.layout.sites, case.space.units, middle, strict=True):
+        norm = f"model.layers.{site.block}." + (
+            "input_layernorm" if site.part == "attention" else "post_attention_layernorm"
+        )
+        x, residual, _ = _streams(walker.model, case.tokens, site.output, norm)
+        _, whole_residual, whole_output = _streams(whole, case.tokens, site.output, norm)
+        dense = whole.get_submodule(site.output).weight.double()
+        target = whole_output + whole_residual - residual
+        damping = 0.01 * x.square().sum(0).mean()
+        rows = torch.cat([x, damping.sqrt() * torch.eye(x.shape[1])])
+        nearest = torch.linalg.lstsq(rows, torch.cat([target, damping.sqrt() * dense.T])).solution
+        order = along[unit.name]["order"][: unit.kept[level]].long()
+        columns = (order[:, None] * site.width + torch.arange(site.width)).flatten()
+        expected = torch.linalg.lstsq(rows[:, columns], rows @ nearest).solution.T
+        found = along[unit.name][f"output.{level}"].double()
+        assert float((found - expected).norm() / expected.norm()) < 1e-3
+        switchboard.set(unit.name, level)
+
+
+def test_every_level_along_a_path_includes_that_of_the_path(structured, middle, along):
+    every = dict(prune_on_pruned_inputs(structured.calibration(), middle, every_level=True))
+    for unit, level in zip(structured.space.units, middle, strict=True):
+        assert set(every[unit.name]) == set(structured.compact[unit.name])
+        assert torch.equal(every[unit.name]["order"], along[unit.name]["order"])
+        torch.testing.assert_close(every[unit.name][f"output.{level}"], along[unit.name][f"output.{level}"])
+
+
+def test_along_nothing_the_model_stays_dense(structured, tokens):
+    calibration = structured.calibration()
+    assert dict(prune_on_pruned_inputs(calibration, structured.space.dense, every_level=False)) == {}
+    with torch.inference_mode():
+        probe = tokens(2, 1, 16)
+        dense = structured.walker().model(probe).logits
+        assert torch.equal(calibration.walker.model(probe).logits, dense)
+
+
+def test_along_everything_no_block_is_left(structured, tokens):
+    calibration = structured.calibration()
+    list(prune_on_pruned_inputs(calibration, structured.space.sparsest, every_level=False))
+    hidden = calibration.walker.embed(tokens(2, 1, 16))
+    assert torch.equal(calibration.walker.run_all(hidden), hidden)
+
+
+def test_matrices_are_pruned_stage_by_stage(unstructured):
+    allocation = tuple(5 for _ in unstructured.space.units)
+    found = dict(prune_on_pruned_inputs(unstructured.calibration(), allocation, every_level=False))
+    for name in ("q_proj", "k_proj", "v_proj"):
+        unit = f"model.layers.0.self_attn.{name}"
+        assert torch.equal(found[unit]["removed_at"], unstructured.compact[unit]["removed_at"])
+    differs = [
+        u.name
+        for u in unstructured.space.units
+        if not torch.equal(found[u.name]["removed_at"], unstructured.compact[u.name]["removed_at"])
+    ]
+    assert len(differs) > 12
+
+
+def test_sparsegpt_aims_at_the_dense_outputs_along_a_path(unstructured):
+    """Near the dense model's hidden states: nearer than levels made on dense inputs."""
+    case = replace(unstructured, pruner=make_pruner("sparsegpt", "unstructured", 0.01))
+    allocation = tuple(5 for _ in case.space.units)
+    distances = {}
+    with torch.inference_mode():
+        for name in ("dense", "path"):
+            calibration = case.calibration()
+            made = (
+                prune_on_dense_inputs(calibration)
+                if name == "dense"
+                else prune_on_pruned_inputs(calibration, allocation, every_level=False)
+            )
+            compact, walker, whole = dict(made), case.walker(), case.walker()
+            assembler = Assembler(case.files, case.layout, case.space, compact.__getitem__, walker.dtype)
+            switchboard = Switchboard(walker.model, case.layout, assembler)
+            for unit, level in zip(case.space.units, allocation, strict=True):
+                switchboard.set(unit.name, level)
+            expected = whole.run_all(whole.embed(case.tokens))
+            distances[name] = float((walker.run_all(walker.embed(case.tokens)) - expected).norm() / expected.norm())
+    assert distances["path"] < 0.95 * distances["dense"]
+
+
+# --- expectation ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def expected(structured):
+    return dict(prune_on_pruned_inputs(structured.calibration(), None, every_level=True))
+
+
+def test_expectation_changes_the_weights(structured, expected, middle):
+    path = dict(prune_on_pruned_inputs(structured.calibration(), middle, every_level=True))
+    for unit in structured.space.units[1:]:
+        for other in (structured.compact, path):
+            assert not _same(expected[unit.name], other[unit.name])
+    assert torch.equal(
+        expected["model.layers.0.self_attn"]["order"], structured.compact["model.layers.0.self_attn"]["order"]
+    )
+
+
+def test_the_expectation_is_the_average_over_levels_by_what_they_keep(structured, expected):
+    """The order of the first block's channels again, from attention outputs averaged by hand."""
+    case, model, whole = structured, structured.walker().model, structured.walker().model
+    attention, mlp = case.space.units[:2]
+    walker = case.walker()
+    switchboard = Switchboard(
+        model, case.layout, Assembler(case.files, case.layout, case.space, expected.__getitem__, walker.dtype)
+    )
+    layer = whole.model.layers[0]
+    total = 0.0
+    for level, kept in enumerate(attention.kept):
+        if kept:
+            switchboard.set(attention.name, level)
+            _, _, output = _streams(
+                model, case.tokens, "model.layers.0.self_attn.o_proj", "model.layers.0.input_layernorm"
+            )
+            total = total + output * kept / sum(attention.kept)
+    x, whole_residual, whole_output = _streams(
+        whole, case.tokens, "model.layers.0.mlp.down_proj", "model.layers.0.post_attention_layernorm"
+    )
+    _, residual, _ = _streams(whole, case.tokens, "model.layers.0.self_attn.o_proj", "model.layers.0.input_layernorm")
+    with torch.inference_mode():
+        normed = layer.post_attention_layernorm((residual + total).float())
+        x = (layer.mlp.act_fn(layer.mlp.gate_proj(normed)) * layer.mlp.up_proj(normed)).double()
+    target = whole_output + whole_residual - residual - total
+    damping = 0.01 * x.square().sum(0).mean()
+    rows = torch.cat([x, damping.sqrt() * torch.eye(x.shape[1])])
+    dense = layer.mlp.down_proj.weight.double()
+    nearest = torch.linalg.lstsq(rows, torch.cat([target, damping.sqrt() * dense.T])).solution
+    order = expected[mlp.name]["order"][: mlp.kept[4]].long()
+    wanted = torch.linalg.lstsq(rows[:, order], rows @ nearest).solution.T
+    found = expected[mlp.name]["output.4"].double()
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-3
+
+
+@pytest.mark.parametrize("mode", ["path", "expected"])
+def test_units_that_are_known_are_not_pruned_again(structured, middle, mode):
+    along = middle if mode == "path" else None
+    whole = dict(prune_on_pruned_inputs(structured.calibration(), along, every_level=True))
+    done = {name: whole[name] for name in list(whole)[:3]}
+    rest = dict(prune_on_pruned_inputs(structured.calibration(), along, True, known=done.get))
+    assert list(rest) == list(whole)[3:]
+    assert all(_same(rest[name], whole[name]) for name in rest)
 
 
 def test_stages(structured, unstructured):
     names = [
-        [[task.module.split("layers.1.")[1] for task in stage] for stage in stages(c.layout, c.space)[1]]
+        [[task.module.split("layers.1.")[1] for task in stage.tasks] for stage in stages(c.layout, c.space)[1]]
         for c in (structured, unstructured)
     ]
     assert names[0] == [["self_attn.o_proj"], ["mlp.down_proj"]]
@@ -134,7 +270,7 @@ def test_stages(structured, unstructured):
 
 
 def test_progress_counts_blocks(structured):
-    case, heard = structured, []
-    pruner = make_pruner("obs", "structured", 0.01)
-    list(prune_all_levels(case.walker(), case.files, case.layout, case.space, pruner, case.tokens, heard.append))
-    assert heard == [1, 2, 3]
+    heard = []
+    list(prune_on_dense_inputs(replace(structured.calibration(), progress=heard.append)))
+    list(prune_on_pruned_inputs(replace(structured.calibration(), progress=heard.append), None, True))
+    assert heard == [1, 2, 3, 1, 2, 3]
