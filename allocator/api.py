@@ -18,7 +18,7 @@ from allocator.core.space import SearchSpace
 from allocator.evaluate.engine import Engine, EngineSpec
 from allocator.job import read_model, read_tokens, text_fingerprint
 from allocator.model.checkpoint import count_params
-from allocator.model.family import Layout, build_space, find_family, resolve_layout
+from allocator.model.family import Attention, Layout, build_space, find_family, resolve_layout
 from allocator.model.headers import ModelFiles, locate, read_model_files
 from allocator.progress import Reporter, Silent
 from allocator.prune.build import prune_on_dense_inputs, prune_on_pruned_inputs
@@ -186,7 +186,8 @@ def prune(
             f"plan: made for {plan.model['id']} ({plan.model['fingerprint'][:19]}...), and {files.folder} is another "
             f"model ({files.fingerprint[:19]}...). Name the plan's model with --model"
         )
-    layout = _layout(files, family)
+    heads = any(unit.kind == "query_heads" for unit in plan.space.units)
+    layout = _layout(files, family, "query_heads" if heads else "kv_groups")
     _check_units(plan, layout, files)
     settings = plan.pruner
     if store is not None and execution == "assemble":
@@ -207,7 +208,9 @@ def prune(
             "text: the plan was made with other calibration text. Name the same with --text, run the same Python "
             "version if it was the standard library, or give the run's level store with --store"
         )
-    pruner = make_pruner(settings["name"], plan.space.pattern, settings.get("damping", 0.01))
+    pruner = make_pruner(
+        settings["name"], plan.space.pattern, settings.get("damping", 0.01), settings.get("bias", False)
+    )
     torch.set_num_threads(settings["threads"])
     reporter.phase("pruning", len(layout.blocks))
     spec = EngineSpec(files, layout, plan.space, None, pruner, settings["dtype"], settings["threads"])
@@ -260,9 +263,9 @@ def evaluate(
     return {"params": count_params(pruned.folder, space), **engine.measure_checkpoint(pruned.folder, "test", tokens)}
 
 
-def _layout(files: ModelFiles, family: Path | str | None) -> Layout:
+def _layout(files: ModelFiles, family: Path | str | None, attention: Attention = "kv_groups") -> Layout:
     file = None if family is None else Path(family)
-    return resolve_layout(find_family(str(files.config.get("model_type")), file), files)
+    return resolve_layout(find_family(str(files.config.get("model_type")), file), files, attention)
 
 
 def _check_units(plan: Plan, layout: Layout, files: ModelFiles) -> None:

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from allocator.core.errors import UserError, did_you_mean
+from allocator.model.family import Attention
 from allocator.model.headers import PACKAGED
 from allocator.search.decide import SearchSettings
 
@@ -36,11 +37,14 @@ class LadderSettings(_Strict):
         sparsities: Sparsities of every unit beside dense, in place of the default ladder.
         align: Widths of channels are multiples of this.
         patterns: Levels beside dense of the n:m pattern: how many weights of each group are kept.
+        attention: What structured pruning removes from attention: KV groups with the query heads that they
+            serve, or query heads alone, equally many from every KV group.
     """
 
     sparsities: tuple[float, ...] | None = Field(default=None, max_length=128)
     align: int = Field(default=1, ge=1)
     patterns: tuple[str, ...] = Field(default=("2:4", "1:4"), max_length=128)
+    attention: Attention = "kv_groups"
 
     @field_validator("sparsities")
     @classmethod
@@ -68,10 +72,12 @@ class PrunerSettings(_Strict):
         name: ``obs`` (structured), ``wanda``, ``magnitude`` or ``sparsegpt`` (unstructured, n:m); None for the
             pattern's default.
         damping: Share of the mean of the Hessian's diagonal that is added to it.
+        bias: Whether structured pruning gives back the mean output of what is lost, as a bias.
     """
 
     name: str | None = None
     damping: float = Field(default=0.01, gt=0)
+    bias: bool = False
 
 
 class TokenSettings(_Strict):

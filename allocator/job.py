@@ -113,14 +113,28 @@ def read_model(config: RunConfig) -> tuple[ModelFiles, Layout, SearchSpace]:
     if "pruned" in files.config:
         raise UserError(f"model: {files.folder} is pruned already. Give the dense model that it was made from")
     family = find_family(str(files.config.get("model_type")), config.family)
-    layout = resolve_layout(family, files)
     ladder = config.ladder
     if config.pattern == "n:m" and ladder.sparsities is not None:
         raise UserError(
             f"ladder.sparsities: the levels of n:m are those of ladder.patterns, {', '.join(ladder.patterns)}. "
             "Leave ladder.sparsities out, or use --pattern unstructured"
         )
-    space = build_space(layout, files, config.pattern, config.target, ladder.sparsities, ladder.align, ladder.patterns)
+    if ladder.attention == "query_heads" and config.pattern != "structured":
+        raise UserError(
+            f"ladder.attention: query_heads serves structured pruning, and the pattern is {config.pattern}. "
+            "Leave it out"
+        )
+    layout = resolve_layout(family, files, ladder.attention)
+    space = build_space(
+        layout,
+        files,
+        config.pattern,
+        config.target,
+        ladder.sparsities,
+        ladder.align,
+        ladder.patterns,
+        config.pruner.bias,
+    )
     return files, layout, space
 
 
@@ -132,7 +146,8 @@ def prepare(config: RunConfig) -> Job:
     """
     files, layout, space = read_model(config)
     budget = budget_for(space, config.target)
-    pruner = make_pruner(config.pruner.name or PRUNERS[config.pattern][0], config.pattern, config.pruner.damping)
+    settings = config.pruner
+    pruner = make_pruner(settings.name or PRUNERS[config.pattern][0], config.pattern, settings.damping, settings.bias)
     wanted = {
         "calibration": config.tokens.calibration,
         "search": config.search.tokens[-1],

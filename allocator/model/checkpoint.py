@@ -83,6 +83,10 @@ def write_checkpoint(files: ModelFiles, layout: Layout, replace: Callable[[str],
                 weight_map[name] = shard
                 if name.endswith(".weight") and tuple(tensor.shape) != files.shapes[name]:
                     shapes[name.removesuffix(".weight")] = list(tensor.shape)
+                    bias = name.removesuffix("weight") + "bias"
+                    if bias not in files.shapes and (gained := cached[1].get(bias)) is not None:
+                        tensors[bias] = gained.to(tensors[name].dtype).contiguous()
+                        weight_map[bias] = shard
         save_file(tensors, partial / shard, metadata={"format": "pt"})
     removed = {site.name: site.part for site in layout.sites if f"{site.output}.weight" in gone}
     if (files.folder / INDEX).exists():
@@ -90,7 +94,13 @@ def write_checkpoint(files: ModelFiles, layout: Layout, replace: Callable[[str],
         write_json(partial / INDEX, {"metadata": {"total_size": sizes}, "weight_map": weight_map})
     config = dict(files.config)
     if shapes or removed:
-        config["pruned"] = {"architecture": files.architecture, "shapes": shapes, "removed": removed}
+        biases = sorted(name.removesuffix(".bias") for name in weight_map.keys() - files.shapes.keys())
+        config["pruned"] = {
+            "architecture": files.architecture,
+            "shapes": shapes,
+            "biases": biases,
+            "removed": removed,
+        }
         config["architectures"] = ["PrunedForCausalLM"]
         config["auto_map"] = {"AutoModelForCausalLM": "modeling_pruned.PrunedForCausalLM"}
         code = (resources.files("allocator.model") / "modeling_pruned.py").read_text(encoding="utf-8")

@@ -6,7 +6,7 @@ import itertools
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,6 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from allocator.core.errors import UserError, did_you_mean
 from allocator.core.space import SearchSpace, Unit
 from allocator.model.headers import ModelFiles
+
+Attention = Literal["kv_groups", "query_heads"]
+"""What attention loses: KV groups with the query heads they serve, or query heads alone."""
 
 
 class _Strict(BaseModel):
@@ -61,8 +64,10 @@ class Family(_Strict):
 class Site:
     """A prunable sub-block of one block, with concrete module names.
 
-    It holds ``total`` items (channels or KV groups). Item i owns rows [i·r, (i+1)·r) of each input module,
-    where r is the module's rows per item, and columns [i·width, (i+1)·width) of the output module.
+    It holds ``total`` items (channels, KV groups or query heads). Item i owns rows [i·r, (i+1)·r) of each input
+    module, where r is the module's rows per item, and columns [i·width, (i+1)·width) of the output module. Query
+    heads own no rows of key and value, which stay as long as any head does, and each run of ``group`` of them,
+    which share a KV group, loses the same number.
     """
 
     name: str
@@ -73,6 +78,7 @@ class Site:
     inputs: tuple[tuple[str, int], ...]
     output: str
     width: int
+    group: int | None = None
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -141,12 +147,17 @@ def find_family(model_type: str, file: Path | None = None) -> Family:
     )
 
 
-def resolve_layout(family: Family, files: ModelFiles) -> Layout:
+def resolve_layout(family: Family, files: ModelFiles, attention: Attention = "kv_groups") -> Layout:
     """Find the family's modules in a model, and check that they cover every weight matrix.
 
+    Args:
+        family: The names.
+        files: The model.
+        attention: What attention loses.
+
     Raises:
-        UserError: A named module is missing, a matrix is covered by no unit and no ``skip`` line, or shapes
-            do not divide into items.
+        UserError: A named module is missing, a matrix is covered by no unit and no ``skip`` line, shapes do not
+            divide into items, or each KV group has but one query head to lose.
     """
     shapes = files.shapes
     pattern = re.compile(re.escape(family.blocks).replace(r"\{block\}", r"(\d+)") + r"\.")
@@ -155,7 +166,7 @@ def resolve_layout(family: Family, files: ModelFiles) -> Layout:
         raise UserError(f"family: blocks {family.blocks!r} matches no module of {files.architecture}")
     blocks = tuple(family.blocks.format(block=number) for number in numbers)
     sites = tuple(
-        _site(part, parts, block, index, files)
+        _site(part, parts, block, index, files, attention)
         for index, block in enumerate(blocks)
         for part, parts in family.units.items()
     )
@@ -165,7 +176,8 @@ def resolve_layout(family: Family, files: ModelFiles) -> Layout:
             raise UserError(
                 f"family: tail names {module}, which {files.architecture} lacks{did_you_mean(module, _outside(files))}"
             )
-    covered = {*family.skip, *(name for site in sites for name in site.modules)}
+    units = family.units.values()
+    covered = {*family.skip, *(f"{b}.{name}" for b in blocks for unit in units for name in (*unit.inputs, unit.output))}
     for name, shape in shapes.items():
         module = name.removesuffix(".weight")
         if len(shape) >= 2 and module not in covered:
@@ -181,7 +193,9 @@ def _outside(files: ModelFiles) -> list[str]:
     return [name.removesuffix(".weight") for name in files.shapes if not re.search(r"\.\d+\.", name)]
 
 
-def _site(part: str, parts: KvGroups | Channels, block: str, index: int, files: ModelFiles) -> Site:
+def _site(
+    part: str, parts: KvGroups | Channels, block: str, index: int, files: ModelFiles, attention: Attention
+) -> Site:
     inputs, output = [f"{block}.{name}" for name in parts.inputs], f"{block}.{parts.output}"
     for module in (*inputs, output):
         if f"{module}.weight" not in files.shapes:
@@ -196,7 +210,7 @@ def _site(part: str, parts: KvGroups | Channels, block: str, index: int, files: 
     for module, size in {**rows, output: columns}.items():
         if size % total:
             raise UserError(f"family: {module} has {size} rows or columns, which {total} {parts.kind} do not divide")
-    return Site(
+    site = Site(
         name=name,
         kind=parts.kind,
         part=part,
@@ -205,6 +219,32 @@ def _site(part: str, parts: KvGroups | Channels, block: str, index: int, files: 
         inputs=tuple((module, size // total) for module, size in rows.items()),
         output=output,
         width=columns // total,
+    )
+    return _heads(site, parts, files) if isinstance(parts, KvGroups) and attention == "query_heads" else site
+
+
+def _heads(site: Site, parts: KvGroups, files: ModelFiles) -> Site:
+    """Return the same attention with query heads for items."""
+    heads = int(files.config["num_attention_heads"])
+    if heads == site.total:
+        raise UserError(
+            f"ladder.attention: {files.architecture} has one query head per KV group, so query heads cannot go alone. "
+            "Use --set ladder.attention=kv_groups"
+        )
+    group, odd = divmod(heads, site.total)
+    query, rows = site.inputs[parts.inputs.index(parts.query)]
+    if odd or rows % group or site.width % group:
+        raise UserError(
+            f"family: {query} and {site.output} have {rows} rows and {site.width} columns per KV group, "
+            f"which {heads} query heads in {site.total} KV groups do not divide"
+        )
+    return replace(
+        site,
+        kind="query_heads",
+        total=heads,
+        inputs=((query, rows // group),),
+        width=site.width // group,
+        group=group,
     )
 
 
@@ -216,6 +256,7 @@ def build_space(
     ladder: Sequence[float] | None = None,
     align: int = 1,
     patterns: Sequence[str] = ("2:4", "1:4"),
+    bias: bool = False,
 ) -> SearchSpace:
     """Return the search space of a model.
 
@@ -225,16 +266,18 @@ def build_space(
         pattern: ``structured``, ``unstructured`` or ``n:m``.
         target: Share to remove; ladders of the unstructured pattern are centred on it.
         ladder: Sparsities of every unit in place of the default. Default: channels in eighths, KV groups one
-            by one, both down to nothing; matrices nine levels of ``target`` ± 0.3 beside the dense one.
+            by one, query heads one by one from every KV group, all down to nothing; matrices nine levels of
+            ``target`` ± 0.3 beside the dense one.
         align: Widths of channels are multiples of this.
         patterns: Levels of the n:m pattern beside dense, each ``kept:group``; groups of one size, ever fewer kept.
+        bias: Whether structured levels between dense and nothing have a bias in the output projection.
 
     Raises:
         UserError: The width of a matrix does not divide into groups.
     """
     shapes = files.shapes
     if pattern == "structured":
-        units = [_structured_unit(site, files, ladder, align) for site in layout.sites]
+        units = [_structured_unit(site, files, ladder, align, bias) for site in layout.sites]
     else:
         matrices = [(m, site) for site in layout.sites for m in site.modules]
         if pattern == "n:m":
@@ -261,12 +304,12 @@ def _num_groups(files: ModelFiles) -> int:
     return int(files.config.get("num_key_value_heads") or files.config["num_attention_heads"])
 
 
-def _structured_unit(site: Site, files: ModelFiles, ladder: Sequence[float] | None, align: int) -> Unit:
+def _structured_unit(site: Site, files: ModelFiles, ladder: Sequence[float] | None, align: int, bias: bool) -> Unit:
     shapes = files.shapes
     if ladder is None:
-        steps = 8 if site.kind == "channels" else site.total
+        steps = 8 if site.kind == "channels" else site.group or site.total
         ladder = [step / steps for step in range(1, steps + 1)]
-    unit_align = align if site.kind == "channels" else 1
+    unit_align = align if site.kind == "channels" else site.total // (site.group or site.total)
     counts = {site.total, *(round(site.total * (1.0 - s) / unit_align) * unit_align for s in ladder)}
     kept = tuple(sorted((count for count in counts if count <= site.total), reverse=True))
     owned = {name: shape for name, shape in shapes.items() if name.startswith(f"{site.name}.")}
@@ -275,9 +318,14 @@ def _structured_unit(site: Site, files: ModelFiles, ladder: Sequence[float] | No
     per_item = sum(_size(owned[name]) // site.total for name in matrices)
     per_item_bias = sum(_size(owned[name]) // site.total for name in biases)
     whole = sum(_size(shape) for name, shape in owned.items() if name not in matrices | biases)
-    params = tuple(count and count * (per_item + per_item_bias) + whole for count in kept)
-    macs = tuple(count * per_item for count in kept)
-    return Unit(site.name, site.kind, site.part, site.block, site.total, kept, params, macs)
+    # key and value of query heads: they stay until the last level
+    staying = sum(_size(shape) for name, shape in owned.items() if name not in matrices and len(shape) == 2)
+    added = shapes[f"{site.output}.weight"][0] if bias and f"{site.output}.bias" not in owned else 0
+    params = tuple(
+        count and count * (per_item + per_item_bias) + whole + (added if count < site.total else 0) for count in kept
+    )
+    macs = tuple(count and count * per_item + staying for count in kept)
+    return Unit(site.name, site.kind, site.part, site.block, site.total, kept, params, macs, site.group)
 
 
 def _matrix_unit(module: str, site: Site, shape: Sequence[int], ladder: Sequence[float]) -> Unit:

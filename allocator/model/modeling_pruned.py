@@ -1,8 +1,8 @@
 """Modelling code of a structurally pruned checkpoint: the stock architecture with smaller layers.
 
 This file lies beside the weights and needs nothing but torch and transformers. `config.json` says under
-`pruned` which matrices are smaller (`shapes`: module name to [rows, columns]) and which sub-blocks are gone
-(`removed`: module name to its part of the block).
+`pruned` which matrices are smaller (`shapes`: module name to [rows, columns]), which of them gained a bias
+(`biases`: module names), and which sub-blocks are gone (`removed`: module name to its part of the block).
 """
 
 import torch
@@ -38,6 +38,12 @@ def remove(model, name, part):
     model.set_submodule(name, RemovedAttention(old.layer_idx) if part == "attention" else RemovedMLP())
 
 
+def regroup(attention):
+    """Say how many query heads share a key/value head, where a family keeps that in an attribute."""
+    if hasattr(attention, "num_key_value_groups") and hasattr(attention, "k_proj"):
+        attention.num_key_value_groups = len(attention.q_proj.weight) // len(attention.k_proj.weight)
+
+
 def resize(model, pruned):
     """Give a freshly built dense model the shapes of the checkpoint."""
     for name, part in pruned["removed"].items():
@@ -45,7 +51,9 @@ def resize(model, pruned):
     for name, (rows, columns) in pruned["shapes"].items():
         old = model.get_submodule(name)
         like = {"device": old.weight.device, "dtype": old.weight.dtype}
-        model.set_submodule(name, nn.Linear(columns, rows, bias=old.bias is not None, **like))
+        bias = old.bias is not None or name in pruned.get("biases", ())
+        model.set_submodule(name, nn.Linear(columns, rows, bias=bias, **like))
+        regroup(model.get_submodule(name.rpartition(".")[0]))
 
 
 def pruned_class(dense):

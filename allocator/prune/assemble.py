@@ -11,7 +11,7 @@ from allocator.core.space import SearchSpace, Unit
 from allocator.model.checkpoint import Replacements, read_tensors
 from allocator.model.family import Layout, Site
 from allocator.model.headers import ModelFiles
-from allocator.model.modeling_pruned import remove
+from allocator.model.modeling_pruned import regroup, remove
 from allocator.prune.masks import sparse_weight
 from allocator.prune.structured import item_columns
 
@@ -91,11 +91,17 @@ class Assembler:
                         ordered[key] = dense[key][picked]
             self._ordered[site.name] = ordered
         tensors: dict[str, torch.Tensor | None] = dict(dense)
+        groups = unit.total // unit.group if unit.group else 1
         for module, rows in site.inputs:
             for key in (f"{module}.weight", f"{module}.bias"):
                 if key in dense:
-                    tensors[key] = self._ordered[site.name][key][: unit.kept[level] * rows]
+                    # a view where there is one group
+                    by_group = self._ordered[site.name][key].unflatten(0, (groups, -1))
+                    tensors[key] = by_group[:, : unit.kept[level] * rows // groups].flatten(0, 1)
         tensors[f"{site.output}.weight"] = self._cast(compact[f"output.{level}"])
+        if f"bias.{level}" in compact:
+            key, lost = f"{site.output}.bias", self._cast(compact[f"bias.{level}"])
+            tensors[key] = dense[key] + lost if key in dense else lost
         return tensors
 
     def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -110,6 +116,7 @@ class Switchboard:
         """Take over a dense model."""
         self._model, self._assembler = model, assembler
         self._parts = {site.name: site.part for site in layout.sites}
+        self._outputs = {site.name: site.output for site in layout.sites}
         self._originals = {site.name: model.get_submodule(site.name) for site in layout.sites}
         self._levels: dict[str, int] = {}
 
@@ -127,4 +134,8 @@ class Switchboard:
                 assert tensor is not None
                 module, _, attribute = key.rpartition(".")
                 setattr(self._model.get_submodule(module), attribute, nn.Parameter(tensor, requires_grad=False))
+            if name in self._originals:
+                regroup(self._originals[name])
+                if f"{self._outputs[name]}.bias" not in tensors:
+                    self._model.get_submodule(self._outputs[name]).register_parameter("bias", None)
         self._levels[name] = level

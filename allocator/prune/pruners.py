@@ -65,18 +65,26 @@ class LocalPruner(Protocol):
         ...
 
 
-def make_pruner(name: str, pattern: str, damping: float) -> LocalPruner:
+def make_pruner(name: str, pattern: str, damping: float, bias: bool = False) -> LocalPruner:
     """Return the pruner of a name.
 
+    Args:
+        name: One of :data:`PRUNERS`.
+        pattern: What it removes.
+        damping: See :class:`~allocator.prune.structured.Obs`.
+        bias: Likewise.
+
     Raises:
-        UserError: There is none of that name for the pattern.
+        UserError: There is none of that name for the pattern, or it cannot fit a bias.
     """
     if name not in PRUNERS[pattern]:
         raise UserError(
             f"pruner.name: {name!r} does not serve {pattern} pruning; these do: {', '.join(PRUNERS[pattern])}"
         )
+    if bias and pattern != "structured":
+        raise UserError(f"pruner.bias: {name} fits no bias; structured pruning does. Leave it out")
     if name == "obs":
-        return Obs(damping)
+        return Obs(damping, bias)
     if name == "sparsegpt":
         return SparseGpt(damping)
     return Wanda() if name == "wanda" else Magnitude()

@@ -1,7 +1,7 @@
 """Structured local pruner: optimal-brain-surgeon order, then an exact refit of the output projection.
 
 Shapes: o output features, i input features of the output projection, m items of w columns each (i = m·w).
-``weight_oi``, ``gram_ii``.
+``weight_oi``, ``gram_ii``, ``mean_i``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,11 @@ import torch
 
 from allocator.core.space import Unit
 from allocator.prune.factorise import Report, factorise, silent
+from allocator.prune.removal import obs_order
 from allocator.prune.statistics import Gram, Need, Norms, Nothing
+
+_NOISE = 1e-5
+"""A variance below this share of the mean square is what fp32 sums leave of a constant."""
 
 
 class Obs:
@@ -21,18 +25,22 @@ class Obs:
     The pass removes the item of smallest error increase, spreads its weight over the rest and downdates the
     inverse Hessian (ZipLM, Kurtic et al., 2023; DarwinLM). Each level keeps a prefix of the order, and its
     columns are the least-squares solution W_K = (H_KK)⁻¹ G_K for the dense output (Týr-the-Pruner), in float64.
+
+    With ``bias``, the mean output of what is lost comes back as a bias, as in FLAP (An et al., AAAI 2024). FLAP
+    leaves the kept columns as they are and ranks channels by fluctuation; here columns and bias are one
+    least-squares fit with an intercept, so order and refit work on the Gram matrix of the centred inputs.
     """
 
     name = "obs"
     need: Need = "gram"
 
-    def __init__(self, damping: float = 0.01) -> None:
-        """Add ``damping`` times the mean of H's diagonal to that diagonal."""
-        self.damping = damping
+    def __init__(self, damping: float = 0.01, bias: bool = False) -> None:
+        """Add ``damping`` times the mean of H's diagonal to that diagonal; with ``bias``, fit an intercept."""
+        self.damping, self.bias = damping, bias
 
     def settings(self) -> Mapping[str, float]:
         """Return what the result depends on."""
-        return {"damping": self.damping}
+        return {"damping": self.damping, "bias": self.bias}
 
     def levels(
         self,
@@ -43,17 +51,32 @@ class Obs:
         wanted: Sequence[int],
         report: Report = silent,
     ) -> dict[str, torch.Tensor]:
-        """Return ``order`` [items] and, for each wanted level that keeps something, ``output.<level>``."""
+        """Return ``order`` [items] and, for each wanted level that keeps something, ``output.<level>``.
+
+        With ``bias`` also ``bias.<level>`` [out], what is to be added to the output projection's bias.
+        """
         assert isinstance(statistics, Gram)
-        weight = weight_oi.double()
-        factor = factorise(statistics.gram_ii.double(), self.damping, unit.name, report)
+        weight_oi = weight_oi.double()
+        gram_ii, mean_i = statistics.gram_ii.double(), statistics.sum_i.double() / max(1, statistics.count)
+        if self.bias:
+            gram_ii = _centred(gram_ii, mean_i, statistics.count)
+        factor = factorise(gram_ii, self.damping, unit.name, report)
+        num_groups = _num_groups(unit)
         # what no input reaches costs nothing to remove, whatever its weights and the diagonal that stands in
-        order = obs_order(weight * (statistics.gram_ii.diagonal() > 0), factor.inverse(), width)
+        order = obs_order(weight_oi * (gram_ii.diagonal() > 0), factor.inverse(), width, num_groups)
         tensors = {"order": order.to(torch.int32)}
-        for level in wanted:
-            if 0 < unit.kept[level] < unit.total:
-                columns = item_columns(order[: unit.kept[level]], width)
-                tensors[f"output.{level}"] = refit(weight, factor.gram_ii, columns)
+        refitted = [level for level in wanted if 0 < unit.kept[level] < unit.total]
+        if not refitted:
+            return tensors
+        # kept items of every level are a prefix when each group's last come first
+        columns = item_columns(order.view(num_groups, -1).T.flatten(), width)
+        counts = [unit.kept[level] * width for level in refitted]
+        for level, kept_ok in zip(refitted, refits(weight_oi, factor.gram_ii, columns, counts), strict=True):
+            by_group = kept_ok.unflatten(1, (-1, num_groups, width)).transpose(1, 2)
+            tensors[f"output.{level}"] = by_group.flatten(1)
+            if self.bias:
+                kept = columns[: kept_ok.shape[1]]
+                tensors[f"bias.{level}"] = weight_oi @ mean_i - kept_ok @ mean_i[kept]
         return tensors
 
 
@@ -62,37 +85,37 @@ def item_columns(items: torch.Tensor, width: int) -> torch.Tensor:
     return (items[:, None] * width + torch.arange(width)).flatten()
 
 
-def obs_order(weight_oi: torch.Tensor, inverse_ii: torch.Tensor, width: int) -> torch.Tensor:
-    """Return item indices from the last removed to the first: any level keeps a prefix.
+def kept_items(order: torch.Tensor, unit: Unit, level: int) -> torch.Tensor:
+    """Return the items that a level keeps: a prefix of every group's part of the order."""
+    num_groups = _num_groups(unit)
+    return order.view(num_groups, -1)[:, : unit.kept[level] // num_groups].flatten()
 
-    With S the columns of an item, its score is Σ λ ⊙ W_S, where λ = W_S ([H⁻¹]_SS)⁻¹; removing it changes W by
-    −λ H⁻¹_S: and H⁻¹ by −H⁻¹_:S ([H⁻¹]_SS)⁻¹ H⁻¹_S:.
+
+def refits(
+    weight_oi: torch.Tensor, gram_ii: torch.Tensor, columns: torch.Tensor, counts: Sequence[int]
+) -> list[torch.Tensor]:
+    """Return, for each count, the kept columns [out, count] that best reproduce the dense output.
+
+    With H = L Lᵀ, the leading block of L is the factor of the leading block of H, and L⁻¹ H Wᵀ = Lᵀ Wᵀ holds the
+    forward substitution of every level. So each costs one back substitution.
 
     Args:
-        weight_oi: Weight of the output projection, float64.
-        inverse_ii: Inverse of the damped Gram matrix of its inputs, float64.
-        width: Columns per item.
+        weight_oi: Weight of the output projection.
+        gram_ii: Damped Gram matrix of its inputs.
+        columns: All columns; each level keeps a prefix of them.
+        counts: How many columns each level keeps.
     """
-    weight, inverse = weight_oi.clone(), inverse_ii
-    num_items = weight.shape[1] // width
-    alive = torch.ones(num_items, dtype=torch.bool)
-    removed: list[int] = []
-    for _ in range(num_items):
-        blocks = inverse.view(num_items, width, num_items, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-        remaining = alive.nonzero().flatten()
-        columns = weight.view(-1, num_items, width)[:, remaining].permute(1, 0, 2)
-        scores = (torch.linalg.solve(blocks[remaining], columns, left=False) * columns).sum((1, 2))
-        item = int(remaining[scores.argmin()])
-        removed.append(item)
-        alive[item] = False
-        own = slice(item * width, (item + 1) * width)
-        spread = torch.linalg.solve(inverse[own, own], inverse[own])
-        weight -= weight[:, own] @ spread
-        inverse = inverse - inverse[:, own] @ spread
-    return torch.tensor(removed[::-1])
+    upper_ii = torch.linalg.cholesky(gram_ii[columns][:, columns], upper=True)
+    forward_io = upper_ii @ weight_oi[:, columns].T
+    return [torch.linalg.solve_triangular(upper_ii[:n, :n], forward_io[:n], upper=True).T for n in counts]
 
 
-def refit(weight_oi: torch.Tensor, gram_ii: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Return the kept columns [out, kept] that best reproduce the dense output, in the order of ``columns``."""
-    factor = torch.linalg.cholesky(gram_ii[columns][:, columns])
-    return torch.cholesky_solve(gram_ii[columns] @ weight_oi.T, factor).T
+def _centred(gram_ii: torch.Tensor, mean_i: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the Gram matrix of the inputs less their means; inputs that do not vary are exactly zero in it."""
+    centred_ii = gram_ii - count * torch.outer(mean_i, mean_i)
+    varies = centred_ii.diagonal() > _NOISE * gram_ii.diagonal()
+    return centred_ii * (varies[:, None] & varies)
+
+
+def _num_groups(unit: Unit) -> int:
+    return 1 if unit.group is None else unit.total // unit.group

@@ -4,8 +4,9 @@ import torch
 
 from allocator.core.space import Unit
 from allocator.prune.factorise import damped
+from allocator.prune.removal import obs_order
 from allocator.prune.statistics import Gram
-from allocator.prune.structured import Obs, item_columns, obs_order, refit
+from allocator.prune.structured import Obs, item_columns, refits
 
 
 def _problem(seed, tokens, inputs, outputs, scale=1.0):
@@ -58,13 +59,16 @@ def test_order_with_fewer_tokens_than_inputs_is_that_of_brute_force():
 def test_refit_is_least_squares(damping, kept):
     x, weight = _problem(1, 50, 10, 6)
     expected, _ = _least_squares(_stacked(x, damping), weight, kept)
-    found = refit(torch.from_numpy(weight), damped(torch.from_numpy(x.T @ x), damping), torch.tensor(kept))
+    columns = torch.tensor([*kept, *sorted({*range(10)} - {*kept})])
+    gram = damped(torch.from_numpy(x.T @ x), damping)
+    (found,) = refits(torch.from_numpy(weight), gram, columns, [len(kept)])
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6, atol=1e-12)
 
 
 def test_refit_of_everything_is_the_dense_weight():
     x, weight = _problem(2, 50, 10, 6)
-    found = refit(torch.from_numpy(weight), damped(torch.from_numpy(x.T @ x), 0.01), torch.arange(10))
+    gram = damped(torch.from_numpy(x.T @ x), 0.01)
+    (found,) = refits(torch.from_numpy(weight), gram, torch.arange(10), [10])
     np.testing.assert_allclose(found.numpy(), weight, rtol=1e-9)
 
 
