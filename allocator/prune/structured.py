@@ -61,7 +61,7 @@ class Obs:
         if self.bias:
             gram_ii = _centred(gram_ii, mean_i, statistics.count)
         factor = factorise(gram_ii, self.damping, unit.name, report)
-        num_groups = _num_groups(unit)
+        num_groups = 1 if unit.group is None else unit.total // unit.group
         # what no input reaches costs nothing to remove, whatever its weights and the diagonal that stands in
         order = obs_order(weight_oi * (gram_ii.diagonal() > 0), factor.inverse(), width, num_groups)
         tensors = {"order": order.to(torch.int32)}
@@ -83,12 +83,6 @@ class Obs:
 def item_columns(items: torch.Tensor, width: int) -> torch.Tensor:
     """Return the columns of items, in the order of the items."""
     return (items[:, None] * width + torch.arange(width)).flatten()
-
-
-def kept_items(order: torch.Tensor, unit: Unit, level: int) -> torch.Tensor:
-    """Return the items that a level keeps: a prefix of every group's part of the order."""
-    num_groups = _num_groups(unit)
-    return order.view(num_groups, -1)[:, : unit.kept[level] // num_groups].flatten()
 
 
 def refits(
@@ -115,7 +109,3 @@ def _centred(gram_ii: torch.Tensor, mean_i: torch.Tensor, count: int) -> torch.T
     centred_ii = gram_ii - count * torch.outer(mean_i, mean_i)
     varies = centred_ii.diagonal() > _NOISE * gram_ii.diagonal()
     return centred_ii * (varies[:, None] & varies)
-
-
-def _num_groups(unit: Unit) -> int:
-    return 1 if unit.group is None else unit.total // unit.group

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from allocator.core.space import SearchSpace
-from allocator.model.family import Layout, build_space, find_family, resolve_layout
+from allocator.model.family import Attention, Layout, build_space, find_family, resolve_layout
 from allocator.model.headers import ModelFiles, read_model_files
 from allocator.model.load import load_model
 from allocator.model.walk import BlockWalker
@@ -56,11 +56,11 @@ def tokens():
 def make_case():
     """Resolves and prunes a model folder: ``make_case(folder, "structured", "obs")``."""
 
-    def make(folder: Path, pattern: str, name: str) -> Case:
+    def make(folder: Path, pattern: str, name: str, attention: Attention = "kv_groups", bias: bool = False) -> Case:
         files = read_model_files(folder)
-        layout = resolve_layout(find_family(files.config["model_type"]), files)
-        space = build_space(layout, files, pattern, 0.5)
-        pruner, tokens = make_pruner(name, pattern, 0.01), _tokens(1, 9, 32)
+        layout = resolve_layout(find_family(files.config["model_type"]), files, attention)
+        space = build_space(layout, files, pattern, 0.5, bias=bias)
+        pruner, tokens = make_pruner(name, pattern, 0.01, bias), _tokens(1, 9, 32)
         walker = BlockWalker(load_model(files), layout)
         compact = dict(prune_on_dense_inputs(Calibration(walker, files, layout, space, pruner, tokens)))
         return Case(files, layout, space, pruner, tokens, compact)

@@ -137,3 +137,97 @@ def test_inputs_that_are_all_dead_still_give_an_order():
 
 def test_item_columns():
     assert item_columns(torch.tensor([2, 0]), 3).tolist() == [6, 7, 8, 0, 1, 2]
+
+
+@pytest.mark.parametrize("damping", [1e-4, 0.01])
+def test_refits_of_nested_levels_are_each_least_squares(damping):
+    x, weight = _problem(6, 60, 40, 7)
+    columns = np.random.default_rng(6).permutation(40)
+    counts = [40, 39, 31, 20, 9, 2, 1]
+    gram = damped(torch.from_numpy(x.T @ x), damping)
+    found = refits(torch.from_numpy(weight), gram, torch.from_numpy(columns), counts)
+    for count, kept in zip(counts, found, strict=True):
+        expected, _ = _least_squares(_stacked(x, damping), weight, columns[:count])
+        np.testing.assert_allclose(kept.numpy(), expected, rtol=1e-6, atol=1e-9)
+
+
+def _gathered(x, batch=64):
+    statistics = Gram(x.shape[1])
+    for rows in torch.from_numpy(x).float().split(batch):
+        statistics.add(rows)
+    return statistics
+
+
+def _heads(groups, per_group, kept):
+    costs = tuple(kept)
+    return Unit("layers.0.attn", "query_heads", "attention", 0, groups * per_group, costs, costs, costs, per_group)
+
+
+@pytest.mark.parametrize(("groups", "per_group", "width"), [(2, 4, 3), (3, 3, 1), (1, 5, 2), (4, 2, 2)])
+def test_query_heads_keep_equally_many_of_every_group_with_least_squares_columns(groups, per_group, width):
+    total = groups * per_group
+    x, weight = _problem(7, 200, total * width, 10)
+    unit = _heads(groups, per_group, [groups * k for k in range(per_group, -1, -1)])
+    stored = torch.from_numpy(weight).float()
+    levels = Obs(0.01).levels(unit, width, stored, _gathered(x), range(1, unit.num_levels))
+    order = levels["order"].view(groups, per_group)
+    assert sorted(levels) == sorted(["order", *(f"output.{k}" for k in range(1, per_group))])
+    rows = _stacked(x.astype(np.float32).astype(float), 0.01)
+    for level in range(1, per_group):
+        kept = order[:, : per_group - level].flatten().tolist()
+        assert [item // per_group for item in kept] == sorted(list(range(groups)) * (per_group - level))
+        columns = [item * width + k for item in kept for k in range(width)]
+        expected, _ = _least_squares(rows, stored.double().numpy(), columns)
+        np.testing.assert_allclose(levels[f"output.{level}"].numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
+def _least_squares_with_intercept(x, weight, columns, damping):
+    """Columns and bias of one joint least-squares fit; the damping is that of the centred inputs."""
+    centred, mean = x - x.mean(0), x.mean(0)
+    ridge = np.sqrt(damping * np.mean((centred**2).sum(0))) * np.eye(x.shape[1])
+    inputs = np.block([[x, np.ones((len(x), 1))], [ridge, np.zeros((x.shape[1], 1))]])
+    wanted = np.concatenate([x @ weight.T, ridge @ weight.T])
+    solution, *_ = np.linalg.lstsq(inputs[:, [*columns, x.shape[1]]], wanted, rcond=None)
+    return solution[:-1].T, solution[-1], mean
+
+
+@pytest.mark.parametrize("groups", [None, 2])
+def test_bias_and_columns_are_one_least_squares_fit(groups):
+    x, weight = _problem(8, 400, 8, 6)
+    x = (x + np.random.default_rng(8).normal(size=8) * 3).astype(np.float32).astype(float)
+    stored = torch.from_numpy(weight).float()
+    unit = _unit("channels", 8, (8, 6, 2, 0)) if groups is None else _heads(groups, 8 // groups, (8, 6, 2, 0))
+    levels = Obs(0.01, bias=True).levels(unit, 1, stored, _gathered(x), [1, 2, 3])
+    assert sorted(levels) == ["bias.1", "bias.2", "order", "output.1", "output.2"]
+    for level, count in ((1, 6), (2, 2)):
+        parts = groups or 1
+        kept = levels["order"].view(parts, -1)[:, : count // parts].flatten().tolist()
+        columns, bias, mean = _least_squares_with_intercept(x, stored.double().numpy(), kept, 0.01)
+        np.testing.assert_allclose(levels[f"output.{level}"].numpy(), columns, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(levels[f"bias.{level}"].numpy(), bias, rtol=1e-4, atol=1e-4)
+        outputs = levels[f"output.{level}"].numpy() @ mean[kept] + levels[f"bias.{level}"].numpy()
+        np.testing.assert_allclose(outputs, stored.double().numpy() @ mean, rtol=1e-4, atol=1e-4)
+
+
+def test_with_bias_the_order_is_that_of_brute_force_on_centred_inputs():
+    x, weight = _problem(9, 200, 8, 6)
+    x += np.random.default_rng(9).normal(size=8) * 3
+    levels = Obs(0.01, bias=True).levels(
+        _unit("channels", 8, (8, 4)), 1, torch.from_numpy(weight).float(), _gathered(x), [1]
+    )
+    assert levels["order"].tolist() == _brute_force_order(_stacked(x - x.mean(0), 0.01), weight, 1)
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.1, 300.0])
+def test_with_bias_inputs_that_do_not_vary_go_first_and_cost_nothing(constant):
+    x, weight = _problem(10, 4000, 8, 5)
+    x[:, [1, 5]] = np.float32(constant)
+    weight[:, 1] *= 10
+    stored = torch.from_numpy(weight).float()
+    levels = Obs(0.01, bias=True).levels(_unit("channels", 8, (8, 7, 6, 3)), 1, stored, _gathered(x), [1, 2, 3])
+    order = levels["order"].tolist()
+    assert set(order[6:]) == {1, 5}
+    for level, count in ((1, 7), (2, 6)):
+        found = x[:, order[:count]] @ levels[f"output.{level}"].numpy().T + levels[f"bias.{level}"].numpy()
+        np.testing.assert_allclose(found, x @ stored.double().numpy().T, rtol=1e-4, atol=1e-4 * max(1.0, constant))
+    assert torch.isfinite(levels["output.3"]).all()
