@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+# a batch removes so many columns, and at least so many items: measured, and flat around it
 _COLUMNS = 64
 _ITEMS = 4
 

@@ -56,8 +56,10 @@ class Obs:
         With ``bias`` also ``bias.<level>`` [out], what is to be added to the output projection's bias.
         """
         assert isinstance(statistics, Gram)
-        weight_oi = weight_oi.double()
-        gram_ii, mean_i = statistics.gram_ii.double(), statistics.sum_i.double() / max(1, statistics.count)
+        weight_oi, gram_ii, sum_i = (
+            tensor.to("cpu", torch.float64) for tensor in (weight_oi, statistics.gram_ii, statistics.sum_i)
+        )
+        mean_i = sum_i / max(1, statistics.count)
         if self.bias:
             gram_ii = _centred(gram_ii, mean_i, statistics.count)
         factor = factorise(gram_ii, self.damping, unit.name, report)
