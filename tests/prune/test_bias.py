@@ -102,20 +102,19 @@ def test_what_was_switched_before_does_not_matter(case, tokens):
 def test_the_mean_output_of_a_sub_block_is_the_dense_one(make_case, make_model):
     """On the calibration text itself, whose means are given back."""
     case = make_case(make_model("llama", mlp_bias=True), "structured", "obs", bias=True)
-    walker, site = case.walker(), case.layout.sites[1]
+    site = case.layout.sites[1]
 
-    def mean_output():
+    def mean_output(level):
         seen = []
-        handle = walker.model.get_submodule(site.output).register_forward_hook(lambda m, a, out: seen.append(out))
+        model = _switched(case, case.walker().model, [(0, level, 0, 0)])
+        model.get_submodule(site.output).register_forward_hook(lambda m, a, out: seen.append(out))
         for batch in case.tokens.split(4):
-            walker.model(batch, use_cache=False)
-        handle.remove()
+            model(batch, use_cache=False)
         return torch.cat([out.flatten(0, 1) for out in seen]).double().mean(0)
 
-    dense = mean_output()
+    dense = mean_output(0)
     for level in range(1, 8):
-        _switched(case, walker.model, [(0, level, 0, 0)])
-        torch.testing.assert_close(mean_output(), dense, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(mean_output(level), dense, rtol=1e-4, atol=1e-5)
 
 
 @torch.inference_mode()
