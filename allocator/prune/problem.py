@@ -65,7 +65,7 @@ class Problem:
     def solve(self, pruner: LocalPruner, report: Report = silent) -> CompactLevels:
         """Return the unit's compact levels."""
         found = pruner.levels(self.task.unit, self.task.width, self.weight_oi, self.statistics, self.wanted, report)
-        return {key: tensor.to(self.dtype) if tensor.is_floating_point() else tensor for key, tensor in found.items()}
+        return stored(found, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,11 @@ class Calibration:
 
 Solve = Callable[[Sequence[Problem]], list[CompactLevels]]
 """Solves problems that do not depend on each other, wherever it likes."""
+
+
+def stored(compact: CompactLevels, dtype: torch.dtype) -> CompactLevels:
+    """Return compact levels with their values in the checkpoint's data type."""
+    return {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in compact.items()}
 
 
 def stages(layout: Layout, space: SearchSpace) -> list[list[Stage]]:

@@ -11,7 +11,7 @@ from allocator.job import read_model
 from allocator.model.headers import read_model_files
 from allocator.model.load import load_model
 from allocator.prune.assemble import Assembler, Switchboard
-from allocator.prune.build import prune_along
+from allocator.prune.build import prune_on_pruned_inputs
 from allocator.prune.execute import save_pruned
 from allocator.prune.pruners import make_pruner
 
@@ -139,8 +139,8 @@ def test_channels_that_never_vary_cost_nothing(make_case, make_model, tokens):
 
 def test_pruning_along_an_allocation(case, tokens, tmp_path):
     allocation = tuple(1 if unit.part == "attention" else 4 for unit in case.space.units)
-    walker = case.walker()
-    compact = prune_along(allocation, walker, case.files, case.layout, case.space, case.pruner, case.tokens)
+    calibration = case.calibration()
+    compact = dict(prune_on_pruned_inputs(calibration, allocation, every_level=False))
     out = tmp_path / "out"
     assert save_pruned(allocation, case.files, case.layout, case.space, compact.__getitem__, out) == case.space.cost(
         allocation
@@ -148,7 +148,7 @@ def test_pruning_along_an_allocation(case, tokens, tmp_path):
     near = 1e-4 if "BF16" not in case.files.dtypes.values() else 0.05
     with torch.inference_mode():
         saved = load_model(read_model_files(out))(tokens(2, 2, 16)).logits
-        torch.testing.assert_close(saved, walker.model(tokens(2, 2, 16)).logits, rtol=near, atol=near)
+        torch.testing.assert_close(saved, calibration.walker.model(tokens(2, 2, 16)).logits, rtol=near, atol=near)
 
 
 def test_only_structured_pruning_fits_biases(tiny_model):

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from allocator.core.space import Unit
-from allocator.prune.build import stored
 from allocator.prune.masks import sparse_weight
+from allocator.prune.problem import stored
 from allocator.prune.pruners import PRUNERS, make_pruner
 from allocator.prune.statistics import KINDS
 from allocator.prune.structured import item_columns

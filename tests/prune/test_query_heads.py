@@ -13,7 +13,7 @@ from allocator.model.family import build_space, find_family, resolve_layout
 from allocator.model.headers import read_model_files
 from allocator.model.load import load_model
 from allocator.prune.assemble import Assembler, Switchboard
-from allocator.prune.build import prune_along
+from allocator.prune.build import prune_on_pruned_inputs
 from allocator.prune.execute import save_pruned
 
 SHAPE = {"hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}
@@ -122,12 +122,12 @@ def test_a_live_model_goes_through_all_levels_and_back(case, tokens):
 
 def test_pruning_along_an_allocation(case, tokens, tmp_path):
     allocation = tuple(2 if unit.part == "attention" else 3 for unit in case.space.units)
-    walker = case.walker()
-    compact = prune_along(allocation, walker, case.files, case.layout, case.space, case.pruner, case.tokens)
+    calibration = case.calibration()
+    compact = dict(prune_on_pruned_inputs(calibration, allocation, every_level=False))
     save_pruned(allocation, case.files, case.layout, case.space, compact.__getitem__, tmp_path / "out")
     with torch.inference_mode():
         saved = load_model(read_model_files(tmp_path / "out"))(tokens(2, 2, 16)).logits
-        torch.testing.assert_close(saved, walker.model(tokens(2, 2, 16)).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(saved, calibration.walker.model(tokens(2, 2, 16)).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_sparsities_are_rounded_to_whole_rounds(make_model):
