@@ -72,11 +72,16 @@ class PrunerSettings(_Strict):
         name: ``obs`` (structured), ``wanda``, ``magnitude`` or ``sparsegpt`` (unstructured, n:m); None for the
             pattern's default.
         damping: Share of the mean of the Hessian's diagonal that is added to it.
+        inputs: What the level store's units are pruned on: the outputs of whole predecessors (``dense``), the average
+            over their levels (``expected``), or predecessors at the levels of one allocation (``path``).
+        along: A plan whose allocation is that path; None for uniform.
         bias: Whether structured pruning gives back the mean output of what is lost, as a bias.
     """
 
     name: str | None = None
     damping: float = Field(default=0.01, gt=0)
+    inputs: Literal["dense", "expected", "path"] = "dense"
+    along: Path | None = None
     bias: bool = False
 
 
@@ -146,7 +151,7 @@ class RunConfig(_Strict):
 
     def identity(self) -> dict[str, Any]:
         """Return what two runs of one search have in common: everything but names, places and workers."""
-        return self.model_dump(mode="json", exclude=set(PLACES))
+        return self.model_dump(mode="json", exclude={**dict.fromkeys(PLACES, True), "pruner": {"along"}})
 
     def to_yaml(self) -> str:
         """Return the content of ``run.yaml``."""

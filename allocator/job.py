@@ -37,6 +37,7 @@ class Job:
         budget: What the target allows.
         pruner: The local pruner.
         tokens: Token ids [sequences, length] by split.
+        along: The allocation along which units are pruned; None for dense or expected inputs.
     """
 
     config: RunConfig
@@ -46,6 +47,7 @@ class Job:
     budget: Budget
     pruner: LocalPruner
     tokens: dict[str, np.ndarray]
+    along: Allocation | None = None
 
     @cached_property
     def model_id(self) -> dict[str, str]:
@@ -68,7 +70,8 @@ class Job:
         return {
             "name": self.pruner.name,
             **self.pruner.settings(),
-            "inputs": "dense",
+            "inputs": self.config.pruner.inputs,
+            **({"along": fingerprint(list(self.along))} if self.along is not None else {}),
             "tokens": int(self.tokens["calibration"].size),
             "sequence_length": self.config.tokens.sequence_length,
             "dtype": self.config.dtype,

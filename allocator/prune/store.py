@@ -6,14 +6,15 @@ file must hash. The manifest is written last, so a store without one is unfinish
 
 from __future__ import annotations
 
+import os
 import shutil
-import tempfile
+import socket
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from allocator.core.errors import UserError
 from allocator.core.files import check_place, file_fingerprint, read_json, write_json
@@ -21,6 +22,8 @@ from allocator.prune.assemble import CompactLevels
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+
+_KEY = "key.json"
 
 
 class LevelStore:
@@ -38,34 +41,87 @@ class LevelStore:
         return self._cache[unit]
 
 
-def create_store(folder: Path, key: Mapping[str, Any], levels: Iterable[tuple[str, CompactLevels]]) -> LevelStore:
-    """Write a store, unit by unit; it appears under its name when it is whole.
+class StoreBuilder:
+    """A store in the making, in a hidden neighbour of its folder. Every unit in it is whole, and stays after a crash.
 
-    Args:
-        folder: Where to.
-        key: What the store belongs to: model, calibration, pruner, space.
-        levels: Units by name with their compact levels.
-
-    Raises:
-        UserError: See :func:`check_free`.
+    Several processes may write into one at once, on one machine or many: a unit's file is the same whoever writes it.
     """
-    check_free(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
-    hashes: dict[str, str] = {}
+
+    def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
+        """Begin, or go on with what was begun for the same key.
+
+        Args:
+            folder: Where the store will be.
+            key: What it belongs to: model, calibration, pruner, space.
+
+        Raises:
+            UserError: See :func:`check_free`.
+        """
+        check_free(folder)
+        self._folder, self._key = folder.absolute(), dict(key)
+        self._partial = self._folder.with_name(f".{folder.name}.partial")
+        begun = self._partial / _KEY
+        if not begun.is_file() or read_json(begun, "key of a level store") != self._key:
+            shutil.rmtree(self._partial, ignore_errors=True)
+            self._partial.mkdir(parents=True)
+            write_json(begun, self._key)
+
+    def __call__(self, unit: str) -> CompactLevels | None:
+        """Return the compact levels of a unit that is there, or None."""
+        path = self._path(unit)
+        return load_file(path) if path.is_file() else None
+
+    def __contains__(self, unit: str) -> bool:
+        """Whether a unit is there."""
+        return self._path(unit).is_file()
+
+    def write(self, unit: str, levels: CompactLevels) -> None:
+        """Write a unit.
+
+        Raises:
+            UserError: The disk is full, or fails. What was written stays.
+        """
+        path = self._path(unit)
+        temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in levels.items()}, temporary)
+            temporary.replace(path)
+        except (SafetensorError, OSError) as error:
+            temporary.unlink(missing_ok=True)
+            if not self._partial.exists():
+                return  # another process has finished the store meanwhile
+            raise UserError(
+                f"{self._folder}: the level store cannot be written ({error}). Free some space and resume: "
+                "units that are finished stay. Or name a folder on another disk with --set store=FOLDER"
+            ) from None
+
+    def finish(self, units: Iterable[str]) -> LevelStore:
+        """Let the store appear under its name."""
+        try:
+            hashes = {unit: file_fingerprint(self._path(unit)) for unit in units}
+            manifest = {"schema": SCHEMA, "kind": "allocator.levels", "key": self._key, "units": hashes}
+            write_json(self._partial / MANIFEST, manifest)
+            for path in self._partial.iterdir():
+                if path.name != MANIFEST and path.stem not in hashes:
+                    path.unlink()
+            self._partial.rename(self._folder)
+        except OSError:
+            if (built_meanwhile := open_store(self._folder, self._key)) is None:
+                raise
+            return built_meanwhile
+        return LevelStore(self._folder)
+
+    def _path(self, unit: str) -> Path:
+        return self._partial / f"{unit}.safetensors"
+
+
+def create_store(folder: Path, key: Mapping[str, Any], levels: Iterable[tuple[str, CompactLevels]]) -> LevelStore:
+    """Write a store unit by unit, and return it. See :class:`StoreBuilder`."""
+    builder, names = StoreBuilder(folder, key), []
     for unit, tensors in levels:
-        path = partial / f"{unit}.safetensors"
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-        hashes[unit] = file_fingerprint(path)
-    write_json(partial / MANIFEST, {"schema": SCHEMA, "kind": "allocator.levels", "key": dict(key), "units": hashes})
-    try:
-        partial.rename(folder)
-    except OSError:
-        shutil.rmtree(partial)
-        if (built_meanwhile := open_store(folder, key)) is None:
-            raise
-        return built_meanwhile
-    return LevelStore(folder)
+        builder.write(unit, tensors)
+        names.append(unit)
+    return builder.finish(names)
 
 
 def open_store(folder: Path, key: Mapping[str, Any]) -> LevelStore | None:

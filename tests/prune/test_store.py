@@ -1,10 +1,12 @@
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from allocator.core.errors import UserError
-from allocator.prune.store import MANIFEST, create_store, open_store
+from allocator.prune.store import MANIFEST, StoreBuilder, create_store, open_store
 
 KEY = {"model": "sha256:a", "calibration": "sha256:b", "pruner": "sha256:c", "space": "sha256:d"}
 LEVELS = {
@@ -52,6 +54,53 @@ def test_there_is_no_store_before_it_is_finished(tmp_path):
     assert open_store(tmp_path / "levels", KEY) is None
     create_store(tmp_path / "levels", KEY, list(LEVELS.items())[:1])
     assert sorted(path.name for path in (tmp_path / "levels").iterdir()) == ["layers.0.mlp.safetensors", MANIFEST]
+    assert [path.name for path in tmp_path.iterdir()] == ["levels"]
+
+
+def test_what_was_begun_for_the_same_key_is_gone_on_with(tmp_path):
+    names = list(LEVELS)
+    builder = StoreBuilder(tmp_path / "levels", KEY)
+    builder.write(names[0], LEVELS[names[0]])
+    again = StoreBuilder(tmp_path / "levels", KEY)
+    assert [name in again for name in names] == [True, False, False]
+    assert again(names[1]) is None
+    assert all(torch.equal(tensor, LEVELS[names[0]][key]) for key, tensor in again(names[0]).items())
+    other = StoreBuilder(tmp_path / "levels", {**KEY, "pruner": "sha256:x"})
+    assert names[0] not in other
+
+
+def test_two_processes_may_build_one_store(tmp_path):
+    one, two = (StoreBuilder(tmp_path / "levels", KEY) for _ in range(2))
+    for name, tensors in LEVELS.items():
+        one.write(name, tensors)
+    two.write("layers.0.mlp", LEVELS["layers.0.mlp"])
+    one.finish(LEVELS)
+    two.write("layers.1.mlp", LEVELS["layers.1.mlp"])
+    assert two.finish(LEVELS).folder == tmp_path / "levels"
+
+
+def test_a_full_disk_says_what_to_do_and_keeps_what_was_written(tmp_path):
+    """A limit on the size of files fails a write as a full disk does: half-way."""
+    code = f"""
+import resource, signal, torch
+from pathlib import Path
+from allocator.core.errors import UserError
+from allocator.prune.store import StoreBuilder
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+builder = StoreBuilder(Path({str(tmp_path / "levels")!r}), {KEY!r})
+builder.write("small", {{"a": torch.ones(4)}})
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    builder.write("large", {{"a": torch.ones(1 << 16)}})
+except UserError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "the level store cannot be written" in done.stdout
+    assert "Free some space and resume" in done.stdout
+    builder = StoreBuilder(tmp_path / "levels", KEY)
+    assert ["small" in builder, "large" in builder] == [True, False]
+    assert sorted(path.name for path in (tmp_path / ".levels.partial").iterdir()) == ["key.json", "small.safetensors"]
 
 
 def test_a_flipped_byte_is_found(folder):
