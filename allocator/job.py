@@ -15,7 +15,8 @@ from allocator.config import RunConfig
 from allocator.core.budget import Budget, budget_for
 from allocator.core.errors import UserError
 from allocator.core.files import fingerprint
-from allocator.core.space import SearchSpace
+from allocator.core.plan import Plan
+from allocator.core.space import Allocation, SearchSpace
 from allocator.evaluate.engine import EngineSpec
 from allocator.model.family import Layout, build_space, find_family, resolve_layout
 from allocator.model.headers import ModelFiles, locate, read_model_files
@@ -23,6 +24,7 @@ from allocator.model.load import load_tokenizer
 from allocator.model.text import pack, read_documents, split_of
 from allocator.prune.pruners import PRUNERS, LocalPruner, make_pruner
 from allocator.prune.store import LevelStore
+from allocator.search.baselines import uniform
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,26 @@ def prepare(config: RunConfig) -> Job:
     longest = files.config.get("max_position_embeddings")
     if longest is not None and length > longest:
         raise UserError(f"tokens.sequence_length: the model reads at most {longest} tokens, found {length}")
-    return Job(config, files, layout, space, budget, pruner, read_tokens(config.text, files.folder, wanted, length))
+    along = _along(config, files, space, budget)
+    tokens = read_tokens(config.text, files.folder, wanted, length)
+    return Job(config, files, layout, space, budget, pruner, tokens, along)
+
+
+def _along(config: RunConfig, files: ModelFiles, space: SearchSpace, budget: Budget) -> Allocation | None:
+    """Return the allocation along which units are pruned, if it is to be one."""
+    if config.pruner.inputs != "path":
+        if config.pruner.along is not None:
+            raise UserError(f"pruner.along: it serves pruner.inputs=path, found {config.pruner.inputs}. Leave it out")
+        return None
+    if config.pruner.along is None:
+        return uniform(space, budget, config.target)
+    plan = Plan.load(config.pruner.along)
+    if plan.model["fingerprint"] != files.fingerprint or plan.space != space:
+        raise UserError(
+            f"pruner.along: {config.pruner.along} is a plan for another model or other ladders. "
+            "Name a plan of this model with this pattern and these ladders, or leave it out for uniform"
+        )
+    return plan.allocation
 
 
 def read_tokens(text: Path | None, model: Path, wanted: dict[str, int], length: int) -> dict[str, np.ndarray]:

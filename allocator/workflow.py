@@ -26,8 +26,8 @@ from allocator.evaluate.engine import EngineSpec, Execution, LocalEvaluator
 from allocator.job import Job, prepare, versions
 from allocator.model.walk import SEQUENCES_PER_BATCH
 from allocator.progress import Reporter, Silent
-from allocator.prune.build import prune_on_dense_inputs
-from allocator.prune.store import LevelStore, check_free, create_store, open_store
+from allocator.prune.build import prune_on_dense_inputs, prune_on_pruned_inputs
+from allocator.prune.store import LevelStore, StoreBuilder, check_free, open_store
 from allocator.report import curves
 from allocator.search.decide import Decision, decide
 
@@ -75,7 +75,7 @@ def run_search(config: RunConfig, resume: bool = False, reporter: Reporter | Non
     with ExitStack() as opened:
         if resume:
             journal = opened.enter_context(_resume(job, folder, reporter))
-            for left in (*folder.glob(".executing-*"), *folder.glob(".levels.*.partial")):
+            for left in folder.glob(".executing-*"):
                 shutil.rmtree(left)
         place = config.store or folder / "levels"
         found = open_store(place, job.store_key)
@@ -184,7 +184,15 @@ def _store(job: Job, folder: Path, found: LevelStore | None, reporter: Reporter)
     torch.set_num_threads(job.config.threads)
     tokens = torch.from_numpy(job.tokens["calibration"])
     calibration = job.engine_spec(None).calibration(tokens, reporter.step, reporter.say)
-    return create_store(folder, job.store_key, prune_on_dense_inputs(calibration))
+    builder, units = StoreBuilder(folder, job.store_key), [unit.name for unit in job.space.units]
+    if job.config.pruner.inputs == "dense":
+        todo = {unit.block for unit in job.space.units if unit.name not in builder}
+        made = prune_on_dense_inputs(calibration, todo)
+    else:
+        made = prune_on_pruned_inputs(calibration, job.along, every_level=True, known=builder)
+    for name, levels in made:
+        builder.write(name, levels)
+    return builder.finish(units)
 
 
 def _decide(job: Job, folder: Path, evaluator: Any, journal: Journal, reporter: Reporter) -> Decision:
