@@ -151,7 +151,7 @@ def prune(
     out: Path | str,
     *,
     model: str | Path,
-    execution: str = "assemble",
+    execution: str | None = None,
     store: Path | str | None = None,
     text: Path | str | None = None,
     family: Path | str | None = None,
@@ -163,9 +163,9 @@ def prune(
         plan: A plan or its file.
         out: A folder that does not exist yet.
         model: The dense model that the plan was made for.
-        execution: ``assemble`` takes levels pruned on dense inputs, from ``store`` where given; ``recompute``
-            prunes block by block on what the pruned predecessors produce.
-        store: A level store of the same model, text and pruner.
+        execution: ``recompute`` prunes block by block on what the pruned predecessors produce; ``assemble`` takes
+            the levels that the search saw, from ``store`` where given. None for what the plan says.
+        store: A level store of the same model, text and pruner, for ``assemble``.
         text: The calibration text that the plan was made with; None for the Python standard library.
         family: The family file that the plan was made with; None for those shipped.
         reporter: Hears about progress.
@@ -173,7 +173,7 @@ def prune(
     Raises:
         UserError: The plan is for another model, the text is another, or ``out`` exists.
     """
-    if execution not in ("assemble", "recompute"):
+    if execution not in (None, "assemble", "recompute"):
         raise UserError(f"execution: expected assemble or recompute, found {execution!r}")
     plan = plan if isinstance(plan, Plan) else Plan.load(plan)
     reporter, out = reporter or Silent(), Path(out)
@@ -189,12 +189,13 @@ def prune(
     heads = any(unit.kind == "query_heads" for unit in plan.space.units)
     layout = _layout(files, family, "query_heads" if heads else "kv_groups")
     _check_units(plan, layout, files)
-    settings = plan.pruner
+    settings = {key: value for key, value in plan.pruner.items() if key != "execution"}
+    execution = execution or plan.pruner["execution"]
     if store is not None and execution == "assemble":
         key = {
             "model": files.fingerprint,
             "calibration": settings["calibration"],
-            "pruner": fingerprint(dict(settings)),
+            "pruner": fingerprint(settings),
             "space": fingerprint(plan.space.to_json()),
         }
         opened = open_store(Path(store), key)
@@ -206,7 +207,8 @@ def prune(
     if text_fingerprint(tokens["calibration"]) != settings["calibration"]:
         raise UserError(
             "text: the plan was made with other calibration text. Name the same with --text, run the same Python "
-            "version if it was the standard library, or give the run's level store with --store"
+            "version if it was the standard library, or put the plan together from its run's level store with "
+            "--execution assemble --store FOLDER"
         )
     pruner = make_pruner(
         settings["name"], plan.space.pattern, settings.get("damping", 0.01), settings.get("bias", False)
@@ -216,9 +218,12 @@ def prune(
     spec = EngineSpec(files, layout, plan.space, None, pruner, settings["dtype"], settings["threads"])
     calibration = spec.calibration(torch.from_numpy(tokens["calibration"]), reporter.step, reporter.say)
     if execution == "recompute":
-        compact = dict(prune_on_pruned_inputs(calibration, plan.allocation, every_level=False))
+        made = prune_on_pruned_inputs(calibration, plan.allocation, every_level=False)
+    elif settings["inputs"] == "dense":
+        made = prune_on_dense_inputs(calibration)
     else:
-        compact = dict(prune_on_dense_inputs(calibration))
+        made = prune_on_pruned_inputs(calibration, settings.get("along"), every_level=True)
+    compact = dict(made)
     return save_pruned(plan.allocation, files, layout, plan.space, compact.__getitem__, out)
 
 

@@ -161,7 +161,9 @@ def prune(
     plan: Annotated[Path, typer.Argument(help="plan.json")],
     out: Annotated[Path, typer.Option(help="Folder of the pruned checkpoint; must not exist.")],
     model: Model = None,
-    execution: Annotated[str, typer.Option(help="assemble: dense inputs. recompute: pruned inputs.")] = "assemble",
+    execution: Annotated[
+        str | None, typer.Option(help="recompute: along the plan's path. assemble: from a store. [default: the plan's]")
+    ] = None,
     store: Annotated[Path | None, typer.Option(help="Level store of the run. [default: beside the plan]")] = None,
     text: Text = None,
     family: Family = None,

@@ -75,6 +75,8 @@ class PrunerSettings(_Strict):
         inputs: What the level store's units are pruned on: the outputs of whole predecessors (``dense``), the average
             over their levels (``expected``), or predecessors at the levels of one allocation (``path``).
         along: A plan whose allocation is that path; None for uniform.
+        execution: How the chosen plan becomes a checkpoint: pruned again along its own path (``recompute``), or put
+            together from the store (``assemble``); None for ``recompute`` where the pruner chooses new values.
         bias: Whether structured pruning gives back the mean output of what is lost, as a bias.
     """
 
@@ -82,6 +84,7 @@ class PrunerSettings(_Strict):
     damping: float = Field(default=0.01, gt=0)
     inputs: Literal["dense", "expected", "path"] = "dense"
     along: Path | None = None
+    execution: Literal["recompute", "assemble"] | None = None
     bias: bool = False
 
 

@@ -73,7 +73,8 @@ class Job:
             "name": self.pruner.name,
             **self.pruner.settings(),
             "inputs": self.config.pruner.inputs,
-            **({"along": fingerprint(list(self.along))} if self.along is not None else {}),
+            **({"along": list(self.along)} if self.along is not None else {}),
+            "execution": "recompute" if self.recompute else "assemble",
             "tokens": int(self.tokens["calibration"].size),
             "sequence_length": self.config.tokens.sequence_length,
             "dtype": self.config.dtype,
@@ -82,12 +83,18 @@ class Job:
         }
 
     @property
+    def recompute(self) -> bool:
+        """Whether a plan is pruned again along its own path, and not put together from the store."""
+        chosen = self.config.pruner.execution
+        return self.pruner.need == "gram" if chosen is None else chosen == "recompute"
+
+    @property
     def store_key(self) -> dict[str, str]:
         """What a level store must have been built for."""
         return {
             "model": self.files.fingerprint,
             "calibration": self.text_fingerprints["calibration"],
-            "pruner": fingerprint(self.pruner_id),
+            "pruner": fingerprint({key: value for key, value in self.pruner_id.items() if key != "execution"}),
             "space": fingerprint(self.space.to_json()),
         }
 

@@ -220,27 +220,24 @@ def _decide(job: Job, folder: Path, evaluator: Any, journal: Journal, reporter: 
 
 
 def _execute(job: Job, folder: Path, decision: Decision, evaluator: Any, reporter: Reporter) -> dict[str, Figures]:
-    """Save, reload, count and measure: nothing removed, the baselines, the plan; from the store, and recomputed."""
+    """Save, reload, count and measure: nothing removed, the baselines, the plan."""
     named = {
-        "dense": (job.space.dense, False),
-        "uniform": (decision.uniform, False),
-        "two_rate": (decision.two_rate, False),
-        "searched": (decision.searched, False),
-        "uniform_recomputed": (decision.uniform, True),
-        "searched_recomputed": (decision.searched, True),
+        "dense": job.space.dense,
+        "uniform": decision.uniform,
+        "two_rate": decision.two_rate,
+        "searched": decision.searched,
     }
     reporter.phase("executing")
     with tempfile.TemporaryDirectory(prefix=".executing-", dir=folder) as scratch:
         executions = [
-            Execution(allocation, recompute, Path(scratch).absolute() / name)
-            for name, (allocation, recompute) in named.items()
+            Execution(allocation, job.recompute, Path(scratch).absolute() / name) for name, allocation in named.items()
         ]
         figures = evaluator.execute(executions, job.config.tokens.test)
         shutil.rmtree(folder / "checkpoint", ignore_errors=True)
         (Path(scratch) / "searched").rename(folder / "checkpoint")
     return {
         name: {"params": measured.pop("params"), "sparsity": round(job.space.sparsity(allocation), 6), **measured}
-        for (name, (allocation, _)), measured in zip(named.items(), figures, strict=True)
+        for (name, allocation), measured in zip(named.items(), figures, strict=True)
     }
 
 

@@ -19,8 +19,6 @@ LABELS = {
     "uniform": "uniform",
     "two_rate": "two-rate uniform",
     "searched": "searched",
-    "uniform_recomputed": "uniform, recomputed",
-    "searched_recomputed": "searched, recomputed",
 }
 """How measured models are called, in the order in which they are shown."""
 
@@ -40,7 +38,7 @@ class Row:
         sparsity: Share of the parameters inside units removed.
         perplexity: On held-out text.
         kl: From the dense model on held-out text, nats per token.
-        versus_uniform: KL relative to uniform executed the same way; below 0 is better.
+        versus_uniform: KL relative to uniform; below 0 is better.
     """
 
     key: str
@@ -53,19 +51,14 @@ class Row:
 
 
 def result_rows(result: Mapping[str, Any]) -> list[Row]:
-    """Return the measured models of ``result.json``, those that are there.
-
-    A recomputed model is compared with uniform recomputed, so that the comparison shows what the allocation
-    is worth and not what the recomputation is.
-    """
+    """Return the measured models of ``result.json``, those that are there."""
     measured: Mapping[str, Mapping[str, Any]] = result["measured"]
     order = [*(key for key in LABELS if key in measured), *(key for key in measured if key not in LABELS)]
     rows = []
     for key in order:
         figures = measured[key]
-        reference = "uniform_recomputed" if key.endswith("_recomputed") else "uniform"
-        base, kl = measured.get(reference, {}).get("kl"), figures.get("kl")
-        versus = kl / base - 1.0 if key not in ("dense", reference) and kl is not None and base else None
+        base, kl = measured.get("uniform", {}).get("kl"), figures.get("kl")
+        versus = kl / base - 1.0 if key not in ("dense", "uniform") and kl is not None and base else None
         rows.append(
             Row(
                 key=key,
@@ -98,8 +91,6 @@ def result_table(result: Mapping[str, Any]) -> Table:
             style="bold" if row.key == "searched" else None,
         )
     table.caption = "Held-out text. KL: from dense, nats per token. Removed: share of the units."
-    if any(row.key.endswith("_recomputed") for row in rows):
-        table.caption += "\nRecomputed: pruned on what pruned blocks produce; compared like with like."
     return table
 
 

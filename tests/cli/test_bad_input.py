@@ -664,6 +664,7 @@ def test_prune_from_a_store_with_another_ladder(
         "prune",
         own_run / "plan.json",
         *("--model", tiny_model, "--store", here / "runs" / "other" / "levels", "--out", here / "out"),
+        *("--execution", "assemble"),
     )
     assert "built for another space" in message
 
@@ -673,7 +674,9 @@ def test_prune_from_no_store(refused: Refused, own_run: Path, tiny_model: Path, 
     (here / "thesis").mkdir()
     (here / "thesis" / "chapter1.tex").write_text("years of work")
     message = refused(
-        "prune", own_run / "plan.json", "--model", tiny_model, "--store", here / place, "--out", here / "out"
+        "prune",
+        own_run / "plan.json",
+        *("--model", tiny_model, "--execution", "assemble", "--store", here / place, "--out", here / "out"),
     )
     assert "no finished level store" in message
     assert "--store" in message

@@ -204,8 +204,8 @@ def test_search_by_the_group(
         out = here / execution
         answer = answered(cli("prune", run / "plan.json", "--out", out, "--execution", execution, *where, "--json"))
         assert answer.json["params"] == counted
-    stored = (here / "assemble" / "model.safetensors").read_bytes()
-    assert stored == (Path(data["checkpoint"]) / "model.safetensors").read_bytes()
+    own = here / plan["pruner"]["execution"] / "model.safetensors"
+    assert own.read_bytes() == (Path(data["checkpoint"]) / "model.safetensors").read_bytes()
     figures = answered(cli("evaluate", out, *where, "--length", 64, "--tokens", 512, "--json")).json
     assert figures["params"] == counted
     answered(cli("front", run))
@@ -324,36 +324,33 @@ def test_resume_of_a_finished_run(cli: Cli, own_run: Path, finished: Path) -> No
 # --- prune and evaluate ---------------------------------------------------------------------------------------
 
 
-def test_prune_from_the_store(cli: Cli, own_run: Path, tiny_model: Path, here: Path) -> None:
-    answer = answered(cli("prune", own_run / "plan.json", "--model", tiny_model, "--out", here / "out"))
+def test_prune_gives_the_checkpoint_of_the_run(
+    cli: Cli, own_run: Path, tiny_model: Path, text_folder: Path, here: Path
+) -> None:
+    """Pruned again along the plan's path; the store is not needed."""
+    shutil.rmtree(own_run / "levels")
+    flags = ["--model", tiny_model, "--text", text_folder, "--out", here / "out"]
+    answer = answered(cli("prune", own_run / "plan.json", *flags))
     assert f"allocator evaluate {here / 'out'}" in answer.out
     for name in ("model.safetensors", "config.json", "modeling_pruned.py", "tokenizer.json"):
         assert (here / "out" / name).read_bytes() == (own_run / "checkpoint" / name).read_bytes()
 
 
-def test_prune_afresh_gives_what_the_store_gives(
+def test_prune_from_the_store_or_afresh(
     cli: Cli, own_run: Path, tiny_model: Path, text_folder: Path, here: Path
 ) -> None:
+    """What the search saw: other weights than those along the plan's path, of the same shapes."""
+    flags = ["--model", tiny_model, "--execution", "assemble", "--json"]
+    plan = Plan.load(own_run / "plan.json")
+    data = answered(cli("prune", own_run / "plan.json", *flags, "--out", here / "stored")).json
+    assert data == {"checkpoint": str(here / "stored"), "params": plan.space.cost(plan.allocation)}
     shutil.rmtree(own_run / "levels")
-    flags = ["--model", tiny_model, "--text", text_folder, "--out", here / "out", "--json"]
-    data = answered(cli("prune", own_run / "plan.json", *flags)).json
-    plan = Plan.load(own_run / "plan.json")
-    assert data == {"checkpoint": str(here / "out"), "params": plan.space.cost(plan.allocation)}
-    weights = "checkpoint/model.safetensors"
-    assert (here / "out" / "model.safetensors").read_bytes() == (own_run / weights).read_bytes()
-
-
-def test_prune_recomputed(cli: Cli, own_run: Path, tiny_model: Path, text_folder: Path, here: Path) -> None:
-    """Recomputed figures are those of the run, where the same plan was recomputed too."""
-    flags = ["--model", tiny_model, "--text", text_folder]
-    args = ["--execution", "recompute", "--out", here / "out", "--json"]
-    data = answered(cli("prune", own_run / "plan.json", *flags, *args)).json
-    plan = Plan.load(own_run / "plan.json")
-    assert data["params"] == plan.space.cost(plan.allocation)
-    own = load_file(own_run / "checkpoint" / "model.safetensors")
-    again = load_file(here / "out" / "model.safetensors")
-    assert {name: t.shape for name, t in again.items()} == {name: t.shape for name, t in own.items()}
-    assert any((again[name] != own[name]).any() for name in own)
+    answered(cli("prune", own_run / "plan.json", *flags, "--text", text_folder, "--out", here / "afresh"))
+    stored, afresh = (here / name / "model.safetensors" for name in ("stored", "afresh"))
+    assert stored.read_bytes() == afresh.read_bytes()
+    own, other = load_file(own_run / "checkpoint" / "model.safetensors"), load_file(stored)
+    assert {name: t.shape for name, t in other.items()} == {name: t.shape for name, t in own.items()}
+    assert any((other[name] != own[name]).any() for name in own)
 
 
 def test_evaluate(cli: Cli, own_run: Path, tiny_model: Path, text_folder: Path) -> None:
