@@ -16,7 +16,7 @@ from allocator.core.budget import Budget, budget_for
 from allocator.core.errors import UserError
 from allocator.core.files import fingerprint
 from allocator.core.space import SearchSpace
-from allocator.evaluate.engine import EngineSpec
+from allocator.evaluate.engine import EngineSpec, check_device
 from allocator.model.family import Layout, build_space, find_family, resolve_layout
 from allocator.model.headers import ModelFiles, locate, read_model_files
 from allocator.model.load import load_tokenizer
@@ -98,7 +98,17 @@ class Job:
     def engine_spec(self, store: LevelStore | None) -> EngineSpec:
         """Return what an engine of this job is made from."""
         files = replace(self.files, folder=self.files.folder.absolute())
-        return EngineSpec(files, self.layout, self.space, store, self.pruner, self.config.dtype, self.config.threads)
+        return EngineSpec(
+            files,
+            self.layout,
+            self.space,
+            store,
+            self.pruner,
+            self.config.dtype,
+            self.config.threads,
+            self.config.loss,
+            self.config.device,
+        )
 
 
 def read_model(config: RunConfig) -> tuple[ModelFiles, Layout, SearchSpace]:
@@ -124,6 +134,8 @@ def prepare(config: RunConfig) -> Job:
     Raises:
         UserError: An input is missing, damaged, too short or out of reach.
     """
+    if config.workers == 0:
+        check_device(config.device)
     files, layout, space = read_model(config)
     budget = budget_for(space, config.target)
     pruner = make_pruner(config.pruner.name or PRUNERS[config.pattern][0], config.pattern, config.pruner.damping)

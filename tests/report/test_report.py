@@ -208,7 +208,7 @@ def test_ladder(kind: str, kept: tuple[int, ...], text: str) -> None:
 
 def test_front_table_shortens_a_long_front() -> None:
     points = [{"params": 1000 - i, "sparsity": i / 1000, "kl": i / 10, "allocation": []} for i in range(200)]
-    text = shown(tables.front_table({"tokens": HIGH, "points": points}))
+    text = shown(tables.front_table({"tokens": HIGH, "loss": "kl", "points": points}))
     assert "200 points" in text
     assert "1,000" in text
     assert "801" in text, "both ends are shown"
@@ -250,7 +250,7 @@ def test_convergence_is_monotone(drawn: list[tuple[Allocation, float, int, str]]
     journal = Journal(Path("unused"), header, [outcome(*item) for item in drawn], None)
     curve = curves.convergence(journal)
     assert all(a[0] < b[0] and a[1] >= b[1] for a, b in pairwise(curve))
-    eligible = [o.kl for o in curves.comparable(journal) if space.cost(o.request.allocation) <= LIMIT]
+    eligible = [o.loss for o in curves.comparable(journal) if space.cost(o.request.allocation) <= LIMIT]
     assert len(curve) == len(eligible)
     assert not eligible or curve[-1][1] == min(eligible)
 
