@@ -94,7 +94,7 @@ def prune_along(
     """
     levels = {unit.name: level for unit, level in zip(space.units, allocation, strict=True)}
     compact: dict[str, CompactLevels] = {}
-    assembler = Assembler(files, layout, space, compact.__getitem__, walker.dtype)
+    assembler = Assembler(files, layout, space, compact.__getitem__, walker.model)
     switchboard = Switchboard(walker.model, layout, assembler)
     hidden = [walker.embed(batch) for batch in tokens_nt.split(SEQUENCES_PER_BATCH)]
     for index, block in enumerate(stages(layout, space)):

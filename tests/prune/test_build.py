@@ -37,7 +37,7 @@ def test_along_prunes_on_what_pruned_predecessors_produce(structured, middle, al
     """Each unit again, from the inputs it gets in a model where exactly the units before it are pruned."""
     case, walker = structured, structured.walker()
     switchboard = Switchboard(
-        walker.model, case.layout, Assembler(case.files, case.layout, case.space, along.__getitem__, walker.dtype)
+        walker.model, case.layout, Assembler(case.files, case.layout, case.space, along.__getitem__, walker.model)
     )
     for site, unit, level in zip(case.layout.sites, case.space.units, middle, strict=True):
         weight = walker.model.get_submodule(site.output).weight
