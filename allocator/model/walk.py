@@ -65,7 +65,12 @@ class BlockWalker:
     @torch.inference_mode()
     def logits(self, hidden_nd: torch.Tensor) -> torch.Tensor:
         """Return logits for the output of the last block, of any leading shape."""
-        for module in self.tail:
+        return self.tail[-1](self.states(hidden_nd))
+
+    @torch.inference_mode()
+    def states(self, hidden_nd: torch.Tensor) -> torch.Tensor:
+        """Return what the head reads for the output of the last block, of any leading shape."""
+        for module in self.tail[:-1]:
             hidden_nd = module(hidden_nd)
         return hidden_nd
 
