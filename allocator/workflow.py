@@ -198,7 +198,7 @@ def _decide(job: Job, folder: Path, evaluator: Any, journal: Journal, reporter: 
     def listen(outcomes: Sequence[Outcome]) -> None:
         write_json(folder / "front.json", curves.front(journal))
         within = [o.loss for o in curves.comparable(journal) if fits(job.space, o.request.allocation, job.budget)]
-        best = f"best {job.config.loss.replace('kl', 'KL')} {min(within):.4f}" if within else ""
+        best = f"best {curves.LOSSES[job.config.loss].split(',')[0]} {min(within):.4f}" if within else ""
         reporter.step(next(batches), f"{len(journal)} evaluations, {best}")
 
     return decide(

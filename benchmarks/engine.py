@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
+import re
 import subprocess
 import sys
 import tempfile
@@ -224,15 +224,20 @@ def run_side(side: str, job: Path) -> None:
     files = read_model_files(Path(about["model"]))
     layout = resolve_layout(find_family(files.config["model_type"]), files)
     space = build_space(layout, files, "structured", 0.5)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _memory("VmRSS")
     measure = (_ours if side == "ours" else _peers)(files, layout, space, Path(about["store"]), job, tokens)
     seconds, read = [], []
     for allocation in [*allocations, *allocations]:
         start = time.process_time()
         read.append(measure(allocation))
         seconds.append(time.process_time() - start)
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    print(json.dumps({"seconds": seconds[len(allocations) :], "read_bytes": np.mean(read), "peak_bytes": grown << 10}))
+    grown = _memory("VmHWM") - before
+    print(json.dumps({"seconds": seconds[len(allocations) :], "read_bytes": np.mean(read), "peak_bytes": grown}))
+
+
+def _memory(name: str) -> int:
+    # not getrusage: its peak survives exec, and so counts the parent's
+    return int(re.findall(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[0]) << 10
 
 
 def _ours(files, layout, space, store, job, tokens) -> Callable[[Allocation], int]:
@@ -438,7 +443,11 @@ def main() -> None:
                 rows += PARTS[part](case, Path(folder))
                 print(table(rows), file=sys.stderr, flush=True)
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "engine.json").write_text(json.dumps(rows, indent=1) + "\n")
+    place = RESULTS / "engine.json"
+    done = {(row["model"], row["what"]) for row in rows}
+    old = json.loads(place.read_text()) if place.exists() else []
+    rows = [*(row for row in old if (row["model"], row["what"]) not in done), *rows]
+    place.write_text(json.dumps(rows, indent=1) + "\n")
     figure(rows).savefig(RESULTS / "engine.svg", metadata={"Date": None})
     print(table(rows))
 

@@ -16,6 +16,14 @@ from allocator.core.space import Allocation, SearchSpace, Unit
 NAMED = ("uniform", "two_rate", "searched")
 """Allocations that ``result.json`` records unit by unit."""
 
+LOSSES = {
+    "kl": "KL, nats per token",
+    "topk_kl": "top-k KL, nats per token",
+    "nll": "negative log-likelihood, nats per token",
+    "hidden": "relative distance of hidden states",
+}
+"""What a run may minimise, and its unit."""
+
 
 @dataclass(frozen=True, slots=True)
 class Point:

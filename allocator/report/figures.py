@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from allocator.report.curves import Point
+from allocator.report.curves import LOSSES, Point
 from allocator.report.tables import LABELS
 
 if TYPE_CHECKING:
@@ -31,14 +31,6 @@ _MOST_ANNOTATED = 16
 _LOG_BEYOND = 20.0
 _FLOOR = 1e-3
 _FAR = 4.0
-
-LOSSES = {
-    "kl": "KL, nats per token",
-    "topk_kl": "top-k KL, nats per token",
-    "nll": "negative log-likelihood",
-    "hidden": "distance of hidden states",
-}
-"""What a run may minimise, as an axis names it."""
 
 
 def front_figure(
@@ -87,7 +79,7 @@ def convergence_figure(curve: Sequence[tuple[float, float]], marks: Mapping[str,
     Args:
         curve: From :func:`allocator.report.curves.convergence`, at least one point.
         marks: As for :func:`front_figure`.
-        loss: Key of :data:`LOSSES`.
+        loss: Key of :data:`allocator.report.curves.LOSSES`.
     """
     figure, axes = _figure()
     spent, best = [x for x, _ in curve], [y for _, y in curve]

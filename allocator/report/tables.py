@@ -13,6 +13,7 @@ from rich.table import Table
 
 from allocator.core.plan import Plan
 from allocator.core.space import SearchSpace, Unit
+from allocator.report.curves import LOSSES
 
 LABELS = {
     "dense": "dense",
@@ -112,7 +113,7 @@ def front_table(front: Mapping[str, Any]) -> Table:
         shown = [points[round(step * last / (_MOST_POINTS - 1))] for step in range(_MOST_POINTS)]
     table = _table(f"Pareto front: {_plural(len(points), 'point')}")
     loss = front["loss"]
-    name = loss.replace("kl", "KL")
+    name = LOSSES[loss].split(",")[0]
     for heading in ("parameters", "removed", name):
         table.add_column(heading, justify="right")
     for point in shown:

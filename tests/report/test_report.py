@@ -215,6 +215,21 @@ def test_front_table_shortens_a_long_front() -> None:
     assert len(text.splitlines()) < 32
 
 
+@pytest.mark.parametrize(("loss", "heading"), [("kl", "KL"), ("topk_kl", "top-k KL")])
+def test_a_front_names_the_loss_of_its_run(tmp_path: Path, space: SearchSpace, loss: str, heading: str) -> None:
+    header = {"tokens": [HIGH], "budget": {"cost": "params", "limit": 9999}, "space": space.to_json(), "loss": loss}
+    request = Request(space.dense, HIGH)
+    journal = Journal(tmp_path, header, [Outcome(request, {loss: 0.25, "nll": 1.0}, 0.5, loss)], None)
+    front = curves.front(journal)
+    assert [point[loss] for point in front["points"]] == [0.25]
+    assert re.search(rf"removed +.? *{heading}\b", shown(tables.front_table(front)))
+    drawn = [
+        figures.front_figure(front, {}, curves.cloud(journal)),
+        figures.convergence_figure(curves.convergence(journal), {}, journal.loss),
+    ]
+    assert all(curves.LOSSES[loss] in figure.axes[0].get_ylabel() for figure in drawn)
+
+
 def test_plan_table(finished: Path) -> None:
     text = shown(tables.plan_table(Plan.load(finished / "plan.json")))
     assert re.search(r"layers\.0\.mlp +channels +0 +4 +100\.0%", text)
@@ -373,7 +388,7 @@ def test_sparsity_figure_takes_bars_or_a_heat_map() -> None:
 
 def test_front_figure_steps_where_the_budget_buys_more(tmp_path: Path) -> None:
     journal = write_journal(tmp_path, OUTCOMES, structured())
-    figure = figures.front_figure(curves.front(journal), {}, curves.cloud(journal), LIMIT)
+    figure = figures.front_figure(curves.front(journal), {}, curves.cloud(journal))
     step = next(line for line in figure.axes[0].lines if line.get_label() == "front")
     assert step.get_drawstyle() == "steps-post"
     assert np.asarray(step.get_xdata()).tolist()[:3] == [360, 380, 980]
