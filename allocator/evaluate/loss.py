@@ -23,8 +23,8 @@ squared distance of the states that the head reads, relative to the teacher's me
 TOP = 512
 
 _CHUNK_POSITIONS = 256
-_CHUNK_ELEMENTS = 1 << 22
-"""Positions and logits held at once, sized for caches; part of the numerics, so not derived from free memory."""
+"""Positions whose logits are held at once: enough for the head's product to run at full speed, few enough for
+caches. Part of the numerics, so not derived from free memory."""
 
 _LEAST_TAIL = 1e-7
 """Below this a tail's probability is rounding."""
@@ -57,7 +57,7 @@ class Targets:
 @torch.inference_mode()
 def targets(loss: Loss, teacher_btd: torch.Tensor, head: Head) -> Iterator[Targets]:
     """Yield the teacher's targets for ``kl`` or ``topk_kl``, chunk by chunk."""
-    for teacher_nd in _chunks(teacher_btd, head):
+    for teacher_nd in _chunks(teacher_btd):
         log_nv = functional.log_softmax(head(teacher_nd), dim=-1, dtype=torch.float32)
         log_nk, token_nk = log_nv, None
         if loss == "topk_kl":
@@ -76,7 +76,7 @@ def divergence(
     float64. Without targets the divergence is 0.
     """
     next_n = functional.pad(tokens_bt[:, 1:], (0, 1), value=-100).flatten()
-    students = _chunks(student_btd, head)
+    students = _chunks(student_btd)
     kl, nll = torch.zeros(2, dtype=torch.float64, device=student_btd.device)
     start = 0
     for target, student_nd in zip([None] * len(students) if taught is None else taught, students, strict=True):
@@ -112,6 +112,5 @@ def _tail(probability_nk: torch.Tensor) -> torch.Tensor:
     return (1.0 - probability_nk.double().sum(-1)).clamp_min(_LEAST_TAIL).float()
 
 
-def _chunks(hidden_btd: torch.Tensor, head: Head) -> Sequence[torch.Tensor]:
-    vocabulary = head(hidden_btd[:1, :1]).shape[-1]
-    return hidden_btd.flatten(0, 1).split(max(1, min(_CHUNK_POSITIONS, _CHUNK_ELEMENTS // vocabulary)))
+def _chunks(hidden_btd: torch.Tensor) -> Sequence[torch.Tensor]:
+    return hidden_btd.flatten(0, 1).split(_CHUNK_POSITIONS)

@@ -21,6 +21,8 @@ CompactLevels = Mapping[str, torch.Tensor]
 OUTPUT_BYTES = 1 << 30
 """Memory for output projections that are kept ready; beyond it those not used for longest are read again."""
 
+_ALIGNMENT = 64
+
 
 class Assembler:
     """Makes the weights of any unit at any level.
@@ -60,8 +62,10 @@ class Assembler:
         self._room = OUTPUT_BYTES
         if model is not None:
             for name in self._units:
-                own = model.get_submodule(name).named_parameters(prefix=name)
-                self._dense[name] = {key: parameter.detach() for key, parameter in own}
+                own = dict(model.get_submodule(name).named_parameters(prefix=name))
+                for parameter in own.values():
+                    parameter.data = _aligned(parameter.data)
+                self._dense[name] = {key: parameter.detach() for key, parameter in own.items()}
 
     def unit(self, name: str, level: int) -> Replacements:
         """Return every tensor of a unit at a level, by parameter name; None for what is gone."""
@@ -89,8 +93,7 @@ class Assembler:
     def _dense_tensors(self, name: str) -> dict[str, torch.Tensor]:
         if name not in self._dense:
             names = [key for key in self._files.shapes if key.startswith(f"{name}.")]
-            # clone: memory-mapped tensors may be unaligned, and kernels may then round differently
-            self._dense[name] = {key: tensor.clone() for key, tensor in read_tensors(self._files, names).items()}
+            self._dense[name] = {key: _aligned(tensor) for key, tensor in read_tensors(self._files, names).items()}
         return self._dense[name]
 
     def _permute(self, site: Site, dense: dict[str, torch.Tensor]) -> None:
@@ -150,6 +153,11 @@ class Switchboard:
                 assert tensor is not None
                 self._parameters[key].data = tensor
         self._levels[name] = level
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    # memory-mapped tensors may be unaligned, and kernels may then round differently from what is switched in later
+    return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
 
 
 def _modules(site: Site) -> set[str]:

@@ -179,11 +179,24 @@ def test_output_projections_are_kept_within_a_limit(structured, monkeypatch, lim
     assert (visit().data_ptr() == first.data_ptr()) == (limit > 0)
 
 
+def test_unaligned_tensors_of_a_live_model_are_moved(case):
+    """So that a level is the same bits whether it was never left or switched back to."""
+    walker = case.walker()
+    for parameter in walker.model.parameters():
+        shifted = torch.empty(parameter.numel() + 1, dtype=parameter.dtype)[1:].view_as(parameter)
+        parameter.data = shifted.copy_(parameter.data)
+    Assembler(case.files, case.layout, case.space, case.compact.__getitem__, walker.model)
+    names = {unit.name for unit in case.space.units}
+    for name, parameter in walker.model.named_parameters():
+        if any(name.startswith(f"{unit}.") for unit in names):
+            assert parameter.data_ptr() % 64 == 0
+
+
 def test_dense_tensors_are_held_once(case):
     """Those of a live model are its own; whatever was switched, no other copy of a row stays."""
     walker = case.walker()
-    own = {name: p.data_ptr() for name, p in walker.model.named_parameters()}
     assembler = Assembler(case.files, case.layout, case.space, case.compact.__getitem__, walker.model)
+    own = {name: p.data_ptr() for name, p in walker.model.named_parameters()}
     for unit in case.space.units:
         assert all(tensor.data_ptr() == own[key] for key, tensor in assembler.unit(unit.name, 0).items())
     sizes = {key: tensor.nbytes for unit in case.space.units for key, tensor in assembler.unit(unit.name, 0).items()}
