@@ -20,6 +20,7 @@ class BlockWalker:
 
     def __init__(self, model: nn.Module, layout: Layout) -> None:
         self.model = model
+        self._backbone: nn.Module = model.base_model  # without the head
         self.blocks = [model.get_submodule(name) for name in layout.blocks]
         self.tail = [model.get_submodule(name) for name in layout.tail]
         self._arguments: dict[tuple[int, ...], list[dict[str, Any]]] = {}
@@ -42,7 +43,7 @@ class BlockWalker:
         with _bypassed(self.blocks):
             handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in self.blocks]
             try:
-                self.model(tokens_bt, use_cache=False, logits_to_keep=1)
+                self._backbone(tokens_bt, use_cache=False)
             finally:
                 for handle in handles:
                     handle.remove()
