@@ -20,7 +20,9 @@ class BlockWalker:
 
     def __init__(self, model: nn.Module, layout: Layout) -> None:
         self.model = model
-        self._backbone: nn.Module = model.base_model  # without the head
+        backbone = model.base_model  # without the head
+        assert isinstance(backbone, nn.Module)
+        self._backbone = backbone
         self.blocks = [model.get_submodule(name) for name in layout.blocks]
         self.tail = [model.get_submodule(name) for name in layout.tail]
         self._arguments: dict[tuple[int, ...], list[dict[str, Any]]] = {}
