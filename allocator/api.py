@@ -108,7 +108,7 @@ def plan_from_run(folder: Path | str, target: float | None = None) -> Plan:
 
     Args:
         folder: The run.
-        target: Share to remove; the point of lowest KL among those that remove at least as much. None for the
+        target: Share to remove; the point of lowest loss among those that remove at least as much. None for the
             plan that the run chose.
 
     Raises:
@@ -127,7 +127,7 @@ def plan_from_run(folder: Path | str, target: float | None = None) -> Plan:
             f"{folder}: nothing that was measured removes {target} of the units; the most is {most:.4f}. "
             f"Search with --target {target}, or for the whole front with --set search.method=nsga2"
         )
-    best = min(within, key=lambda outcome: (outcome.kl, outcome.request.allocation))
+    best = min(within, key=lambda outcome: (outcome.loss, outcome.request.allocation))
     allocation = best.request.allocation
     return Plan(
         model=header["model"],

@@ -18,7 +18,7 @@ from allocator.search.decide import SearchSettings
 
 Pattern = Literal["structured", "unstructured", "n:m"]
 
-PLACES = ("name", "runs_dir", "store", "model", "text", "family", "workers", "address")
+PLACES = ("name", "runs_dir", "store", "model", "text", "family", "workers", "address", "device")
 """Keys that say where and how wide to run. What they lead to is part of a run's identity; they are not."""
 
 
@@ -121,6 +121,9 @@ class RunConfig(_Strict):
         address: A running Ray cluster; None for a local one.
         dtype: Data type of evaluations.
         threads: CPU threads of one evaluation.
+        device: Where evaluations run, ``cpu`` or ``cuda``; each worker has one GPU to itself.
+        loss: What the search minimises: ``kl`` from the dense model, ``topk_kl`` with its most probable tokens,
+            ``nll`` of the text, or ``hidden``, the relative distance of the last hidden states.
     """
 
     model: str = PACKAGED
@@ -136,6 +139,8 @@ class RunConfig(_Strict):
     address: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     threads: int = Field(default=1, ge=1)
+    device: Literal["cpu", "cuda"] = "cpu"
+    loss: Literal["kl", "topk_kl", "nll", "hidden"] = "kl"
     ladder: LadderSettings = LadderSettings()
     pruner: PrunerSettings = PrunerSettings()
     tokens: TokenSettings = TokenSettings()

@@ -17,7 +17,7 @@ from allocator.core.errors import UserError
 from allocator.core.files import fingerprint
 from allocator.core.plan import Plan
 from allocator.core.space import Allocation, SearchSpace
-from allocator.evaluate.engine import EngineSpec
+from allocator.evaluate.engine import EngineSpec, check_device
 from allocator.model.family import Layout, build_space, find_family, resolve_layout
 from allocator.model.headers import ModelFiles, locate, read_model_files
 from allocator.model.load import load_tokenizer
@@ -110,7 +110,17 @@ class Job:
     def engine_spec(self, store: LevelStore | None) -> EngineSpec:
         """Return what an engine of this job is made from."""
         files = replace(self.files, folder=self.files.folder.absolute())
-        return EngineSpec(files, self.layout, self.space, store, self.pruner, self.config.dtype, self.config.threads)
+        return EngineSpec(
+            files,
+            self.layout,
+            self.space,
+            store,
+            self.pruner,
+            self.config.dtype,
+            self.config.threads,
+            self.config.loss,
+            self.config.device,
+        )
 
 
 def read_model(config: RunConfig) -> tuple[ModelFiles, Layout, SearchSpace]:
@@ -156,6 +166,8 @@ def prepare(config: RunConfig) -> Job:
     Raises:
         UserError: An input is missing, damaged, too short or out of reach.
     """
+    if config.workers == 0:
+        check_device(config.device)
     files, layout, space = read_model(config)
     budget = budget_for(space, config.target)
     settings = config.pruner

@@ -84,7 +84,8 @@ def run_search(config: RunConfig, resume: bool = False, reporter: Reporter | Non
         if config.workers:
             from allocator.pool.ray_pool import connected
 
-            opened.enter_context(connected(config.workers * config.threads, config.address))
+            gpus = config.workers if config.device == "cuda" else 0
+            opened.enter_context(connected(config.workers * config.threads, config.address, gpus))
         if not resume:
             journal = opened.enter_context(_begin(job, folder))
         with _timed(wall, "store"):
@@ -140,10 +141,11 @@ def _header(job: Job) -> dict[str, Any]:
         "target": job.config.target,
         "method": job.config.search.method,
         "seed": job.config.seed,
+        "loss": job.config.loss,
         "tokens": list(job.config.search.tokens),
         "budget": {"cost": job.budget.cost, "limit": job.budget.limit},
         "space": job.space.to_json(),
-        "device": f"cpu {torch.backends.cpu.get_cpu_capability()}",
+        "device": "cuda" if job.config.device == "cuda" else f"cpu {torch.backends.cpu.get_cpu_capability()}",
         "micro_batch": [SEQUENCES_PER_BATCH, job.config.tokens.sequence_length],
         "versions": versions(),
     }
@@ -201,8 +203,8 @@ def _decide(job: Job, folder: Path, evaluator: Any, journal: Journal, reporter: 
 
     def listen(outcomes: Sequence[Outcome]) -> None:
         write_json(folder / "front.json", curves.front(journal))
-        within = [o.kl for o in curves.comparable(journal) if fits(job.space, o.request.allocation, job.budget)]
-        best = f"best KL {min(within):.4f}" if within else ""
+        within = [o.loss for o in curves.comparable(journal) if fits(job.space, o.request.allocation, job.budget)]
+        best = f"best {curves.LOSSES[job.config.loss].split(',')[0]} {min(within):.4f}" if within else ""
         reporter.step(next(batches), f"{len(journal)} evaluations, {best}")
 
     return decide(

@@ -501,7 +501,7 @@ def test_checkpoint_loads_without_this_package(checkpoints: dict[str, Any], tiny
     layout = resolve_layout(find_family("llama"), files)
     model, store = load_model(files), open_store(folder, {})
     assert store is not None
-    switchboard = Switchboard(model, layout, Assembler(files, layout, plan.space, store, torch.float32))
+    switchboard = Switchboard(model, layout, Assembler(files, layout, plan.space, store, model))
     for unit, level in zip(plan.space.units, plan.allocation, strict=True):
         switchboard.set(unit.name, level)
     tokens = torch.from_numpy(np.load(out.parent / "tokens.npy"))

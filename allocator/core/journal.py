@@ -75,6 +75,11 @@ class Journal:
         header, outcomes = _parse(path, path.read_bytes())
         return cls(path, header, outcomes, None)
 
+    @property
+    def loss(self) -> str:
+        """The measurement that the run minimises."""
+        return str(self.header.get("loss", "kl"))
+
     @cached_property
     def space(self) -> SearchSpace:
         """The search space that the run searched."""
@@ -148,6 +153,7 @@ def _parse(path: Path, data: bytes) -> tuple[dict[str, Any], list[Outcome]]:
                     raise ValueError("not the header of a journal of this version")
                 header = entry
                 ladders = [len(unit["kept"]) for unit in entry["space"]["units"]]
+                loss = str(entry.get("loss", "kl"))
                 continue
             allocation = tuple(int(level) for level in entry["allocation"])
             if len(allocation) != len(ladders):
@@ -156,9 +162,9 @@ def _parse(path: Path, data: bytes) -> tuple[dict[str, Any], list[Outcome]]:
                 raise ValueError("a level outside its unit's ladder")
             request = Request(allocation, int(entry["tokens"]), str(entry["split"]))
             measured = {str(name): float(value) for name, value in entry["measured"].items()}
-            if "kl" not in measured:
-                raise ValueError("no kl was measured")
-            outcomes.append(Outcome(request, measured, float(entry["wall_s"])))
+            if loss not in measured:
+                raise ValueError(f"no {loss} was measured")
+            outcomes.append(Outcome(request, measured, float(entry["wall_s"]), loss))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{path}: line {number} of {len(lines)} is damaged ({type(error).__name__}: {error}). "

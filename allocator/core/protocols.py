@@ -30,16 +30,24 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a request measured: ``kl`` and ``nll``, in nats per token."""
+    """What a request measured.
+
+    Attributes:
+        request: What was asked.
+        measured: By name: the loss, and ``nll``, the negative log-likelihood in nats per token.
+        wall_s: Seconds that it took; what a batch shares is counted once.
+        loss_name: The measurement that a search minimises.
+    """
 
     request: Request
     measured: Mapping[str, float]
     wall_s: float
+    loss_name: str = "kl"
 
     @property
-    def kl(self) -> float:
-        """Kullback-Leibler divergence from the dense model, nats per token."""
-        return self.measured["kl"]
+    def loss(self) -> float:
+        """What a search minimises: ``kl`` (from the dense model, nats per token), unless the run chose another."""
+        return self.measured[self.loss_name]
 
 
 class Searcher(Protocol):

@@ -14,8 +14,9 @@ import torch
 from allocator.core.errors import UserError
 from allocator.core.protocols import Outcome, Request
 from allocator.core.space import Allocation, SearchSpace
-from allocator.evaluate.loss import divergence
-from allocator.evaluate.teacher import Lesson, Teacher
+from allocator.evaluate import trie
+from allocator.evaluate.loss import Loss
+from allocator.evaluate.teacher import Lesson, Sums, Teacher
 from allocator.model.family import Layout
 from allocator.model.headers import ModelFiles, read_model_files
 from allocator.model.load import load_model
@@ -31,6 +32,9 @@ from allocator.prune.store import LevelStore
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+BOUNDARY_BYTES = 256 << 20
+"""Memory for hidden states between blocks from which several allocations of a batch go on."""
+
 
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
@@ -44,6 +48,8 @@ class EngineSpec:
         pruner: The local pruner, for allocations that are recomputed.
         dtype: Key of :data:`DTYPES`.
         threads: CPU threads of one evaluation. Part of the numerics.
+        loss: What allocations are measured by; checkpoints always by ``kl``.
+        device: ``cpu`` or ``cuda``.
     """
 
     files: ModelFiles
@@ -53,6 +59,8 @@ class EngineSpec:
     pruner: LocalPruner | None = None
     dtype: str = "float32"
     threads: int = 1
+    loss: Loss = "kl"
+    device: str = "cpu"
 
     def calibration(
         self, tokens_nt: torch.Tensor, progress: Progress = lambda done: None, report: Report = silent
@@ -87,29 +95,41 @@ class Engine:
         Args:
             spec: What to load.
             tokens: Token ids [sequences, length] of each split; a fidelity is a prefix of the sequences.
+
+        Raises:
+            UserError: The device is not there.
         """
+        check_device(spec.device)
         torch.set_num_threads(spec.threads)
         self._spec = spec
         self._tokens = {split: torch.from_numpy(np.array(ids, dtype=np.int64)) for split, ids in tokens.items()}
-        self._walker = BlockWalker(load_model(spec.files, DTYPES[spec.dtype]), spec.layout)
+        self._walker = self._load(spec.files)
         self._switchboard: Switchboard | None = None
         if spec.store is not None:
-            assembler = Assembler(spec.files, spec.layout, spec.space, spec.store, DTYPES[spec.dtype])
+            assembler = Assembler(spec.files, spec.layout, spec.space, spec.store, self._walker.model)
             self._switchboard = Switchboard(self._walker.model, spec.layout, assembler)
-        self._teacher = Teacher(self._walker, self._tokens)
+        self._teacher = Teacher(self._walker, {split: ids.to(spec.device) for split, ids in self._tokens.items()})
 
     def measure(self, request: Request) -> Outcome:
-        """Return the KL from the dense model and the negative log-likelihood of an allocation."""
-        start = time.perf_counter()
-        lessons = self._lessons(request.split, request.tokens)
-        self._switch(request.allocation)
-        measured = self._compare(self._walker, lessons)
-        return Outcome(request, measured, time.perf_counter() - start)
+        """Return the loss and the negative log-likelihood of an allocation."""
+        return next(self.measure_batch([request]))
+
+    def measure_batch(self, requests: Sequence[Request]) -> Iterator[Outcome]:
+        """Yield what :meth:`measure` returns for each request, in an order that shares work between them."""
+        groups: dict[tuple[str, int], list[Request]] = {}
+        for request in requests:
+            groups.setdefault((request.split, request.tokens), []).append(request)
+        for group in groups.values():
+            yield from self._measure_group(group)
 
     def measure_checkpoint(self, folder: Path, split: str, tokens: int) -> dict[str, float]:
-        """Load a saved checkpoint and measure it as :meth:`measure` does."""
-        walker = BlockWalker(load_model(read_model_files(folder), DTYPES[self._spec.dtype]), self._spec.layout)
-        measured = self._compare(walker, self._lessons(split, tokens))
+        """Load a saved checkpoint and measure its KL from the dense model, likelihood and perplexity."""
+        lessons = self._lessons(split, tokens, "kl")
+        walker = self._load(read_model_files(folder))
+        sums = [
+            self._teacher.judge(lesson, walker, walker.run_all(walker.embed(lesson.tokens_bt))) for lesson in lessons
+        ]
+        measured = _means(sums, lessons)
         return {**measured, "perplexity": math.exp(measured["nll"])}
 
     def execute(self, execution: Execution, tokens: int) -> dict[str, float]:
@@ -126,27 +146,46 @@ class Engine:
         params = save_pruned(execution.allocation, spec.files, spec.layout, spec.space, compact, execution.out)
         return {"params": params, **self.measure_checkpoint(execution.out, "test", tokens)}
 
-    def _compare(self, walker: BlockWalker, lessons: Sequence[Lesson]) -> dict[str, float]:
-        kl = nll = 0.0
-        for lesson in lessons:
-            own = walker is self._walker
-            student_btd = walker.run_all(lesson.embedded_btd if own else walker.embed(lesson.tokens_bt))
-            taught = self._teacher.targets(lesson)
-            batch_kl, batch_nll = divergence(taught, student_btd, walker.logits, lesson.tokens_bt)
-            kl, nll = kl + batch_kl, nll + batch_nll
-        positions = sum(lesson.tokens_bt.numel() for lesson in lessons)
-        sequences = sum(len(lesson.tokens_bt) for lesson in lessons)
-        measured = {"kl": kl / positions, "nll": nll / (positions - sequences)}
-        if not all(math.isfinite(value) for value in measured.values()):
-            raise UserError(
-                f"evaluation: the loss is not finite ({measured}). Check the weights, or use --set dtype=float32"
-            )
-        return measured
+    def _load(self, files: ModelFiles) -> BlockWalker:
+        model = load_model(files, DTYPES[self._spec.dtype]).to(self._spec.device)
+        return BlockWalker(model, self._spec.layout)
 
-    def _lessons(self, split: str, tokens: int) -> list[Lesson]:
-        if not self._teacher.knows(split, tokens):
+    def _measure_group(self, requests: Sequence[Request]) -> Iterator[Outcome]:
+        """Measure requests on the same tokens, one after the other, from the boundary up to which they agree."""
+        start_s = time.perf_counter()
+        walker = self._walker
+        lessons = self._lessons(requests[0].split, requests[0].tokens, self._spec.loss)
+        embedded = [walker.embed(lesson.tokens_bt) for lesson in lessons]
+        limit = BOUNDARY_BYTES // sum(batch_btd.nbytes for batch_btd in embedded)
+        kept: dict[int, list[torch.Tensor]] = {}
+        for step in trie.plan([self._path(request.allocation) for request in requests], limit):
+            self._switch(requests[step.index].allocation)
+            entering = kept[step.start] if step.start else embedded
+            kept = {boundary: kept[boundary] for boundary in step.keep if boundary <= step.start}
+            kept.update({boundary: [] for boundary in step.keep if boundary > step.start})
+            sums: list[Sums] = []
+            for lesson, hidden_btd in zip(lessons, entering, strict=True):
+                for index in range(step.start, len(walker.blocks)):
+                    hidden_btd = walker.run(index, hidden_btd)
+                    if index + 1 in kept:
+                        kept[index + 1].append(hidden_btd)
+                sums.append(self._teacher.judge(lesson, walker, hidden_btd))
+            measured = _means(sums, lessons)
+            now_s = time.perf_counter()
+            yield Outcome(requests[step.index], measured, now_s - start_s, self._spec.loss)
+            start_s = time.perf_counter()
+
+    def _path(self, allocation: Allocation) -> trie.Path:
+        """Return the levels of each block."""
+        by_block: list[list[int]] = [[] for _ in self._walker.blocks]
+        for unit, level in zip(self._spec.space.units, allocation, strict=True):
+            by_block[unit.block].append(level)
+        return tuple(tuple(levels) for levels in by_block)
+
+    def _lessons(self, split: str, tokens: int, loss: Loss) -> list[Lesson]:
+        if not self._teacher.knows(split, tokens, loss):
             self._switch(self._spec.space.dense)
-        return self._teacher.lessons(split, tokens)
+        return self._teacher.lessons(split, tokens, loss)
 
     def _switch(self, allocation: Sequence[int]) -> None:
         if self._switchboard is not None:
@@ -154,16 +193,37 @@ class Engine:
                 self._switchboard.set(unit.name, level)
 
 
+def check_device(device: str) -> None:
+    """Check that a device is there.
+
+    Raises:
+        UserError: It is not.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: this machine has no CUDA device that torch can use. Use --set device=cpu")
+
+
+def _means(sums: Sequence[Sums], lessons: Sequence[Lesson]) -> dict[str, float]:
+    """Return measurements by name, from the sums over each lesson."""
+    total, size, nll = (sum(column) for column in zip(*sums, strict=True))
+    positions = sum(lesson.tokens_bt[:, 1:].numel() for lesson in lessons)
+    measured: dict[str, float] = {lessons[0].loss: total / size, "nll": nll / positions}
+    if not all(math.isfinite(value) for value in measured.values()):
+        raise UserError(
+            f"evaluation: the loss is not finite ({measured}). Check the weights, or use --set dtype=float32"
+        )
+    return measured
+
+
 class LocalEvaluator:
-    """Measures in this process, one request after the other."""
+    """Measures in this process."""
 
     def __init__(self, spec: EngineSpec, tokens: Mapping[str, np.ndarray]) -> None:
         self._engine = Engine(spec, tokens)
 
     def evaluate(self, requests: Sequence[Request]) -> Iterator[Outcome]:
-        """Yield outcomes in the order of requests."""
-        for request in requests:
-            yield self._engine.measure(request)
+        """Yield outcomes as they are measured."""
+        yield from self._engine.measure_batch(requests)
 
     def execute(self, executions: Sequence[Execution], tokens: int) -> list[dict[str, float]]:
         """Save and measure checkpoints, in order."""

@@ -2,19 +2,32 @@
 
 Logits are made chunk by chunk from the last block's outputs, and never held whole.
 
-Shapes: B sequences, T tokens, D hidden size, V vocabulary, n positions of a chunk.
+Shapes: B sequences, T tokens, D hidden size, V vocabulary, n positions of a chunk, k tokens of a distribution
+(V, or the most probable ones).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch.nn import functional
 
-_CHUNK_ELEMENTS = 1 << 22
-"""Logits held at once; part of the numerics, so not derived from free memory."""
+Loss = Literal["kl", "topk_kl", "nll", "hidden"]
+"""What a search minimises: the divergence from the teacher's distribution over next tokens; the same with all but
+the teacher's :data:`TOP` most probable tokens taken as one outcome; the text's negative log-likelihood; the mean
+squared distance of the states that the head reads, relative to the teacher's mean square."""
+
+TOP = 512
+
+_CHUNK_POSITIONS = 256
+"""Positions whose logits are held at once: enough for the head's product to run at full speed, few enough for
+caches. Part of the numerics, so not derived from free memory."""
+
+_LEAST_TAIL = 1e-7
+"""Below this a tail's probability is rounding."""
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 """From outputs of the last block to logits."""
@@ -25,44 +38,79 @@ class Targets:
     """The dense model's distribution over next tokens, for one chunk of positions.
 
     Attributes:
-        probability_nv: p(v) of every token.
-        negentropy_n: Σ p log p, in nats.
+        probability_nk: p(v) of every token, or of the most probable ones.
+        token_nk: Which these are; None for all.
+        negentropy_n: Σ p log p, in nats, the tail being one outcome.
     """
 
-    probability_nv: torch.Tensor
+    probability_nk: torch.Tensor
+    token_nk: torch.Tensor | None
     negentropy_n: torch.Tensor
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory that they take."""
+        tensors = (self.probability_nk, self.token_nk, self.negentropy_n)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 @torch.inference_mode()
-def targets(teacher_btd: torch.Tensor, head: Head) -> Iterator[Targets]:
-    """Yield the teacher's targets, chunk by chunk."""
-    for teacher_nd in _chunks(teacher_btd, head):
-        log_nv = functional.log_softmax(head(teacher_nd).float(), dim=-1)
-        probability_nv = log_nv.exp()
-        yield Targets(probability_nv, torch.linalg.vecdot(probability_nv, log_nv))
+def targets(loss: Loss, teacher_btd: torch.Tensor, head: Head) -> Iterator[Targets]:
+    """Yield the teacher's targets for ``kl`` or ``topk_kl``, chunk by chunk."""
+    for teacher_nd in _chunks(teacher_btd):
+        log_nv = functional.log_softmax(head(teacher_nd), dim=-1, dtype=torch.float32)
+        log_nk, token_nk = log_nv, None
+        if loss == "topk_kl":
+            log_nk, token_nk = log_nv.topk(min(TOP, log_nv.shape[-1]), dim=-1)
+        probability_nk = log_nk.exp()
+        yield Targets(probability_nk, token_nk, _expected(probability_nk, token_nk, log_nv))
 
 
 @torch.inference_mode()
 def divergence(
-    taught: Iterable[Targets], student_btd: torch.Tensor, head: Head, tokens_bt: torch.Tensor
+    taught: Iterable[Targets] | None, student_btd: torch.Tensor, head: Head, tokens_bt: torch.Tensor
 ) -> tuple[float, float]:
     """Return sums over a batch: KL(teacher ‖ student) over all positions, and the student's negative log-likelihood.
 
     The likelihood covers the T - 1 positions of each sequence that have a next token. Both in nats, summed in
-    float64.
+    float64. Without targets the divergence is 0.
     """
-    next_bt = functional.pad(tokens_bt[:, 1:], (0, 1), value=-100)
-    kl = nll = 0.0
+    next_n = functional.pad(tokens_bt[:, 1:], (0, 1), value=-100).flatten()
+    students = _chunks(student_btd)
+    kl, nll = torch.zeros(2, dtype=torch.float64, device=student_btd.device)
     start = 0
-    for target, student_nd in zip(taught, _chunks(student_btd, head), strict=True):
-        log_nv = functional.log_softmax(head(student_nd).float(), dim=-1)
-        next_n = next_bt.flatten()[start : start + len(log_nv)]
+    for target, student_nd in zip([None] * len(students) if taught is None else taught, students, strict=True):
+        log_nv = functional.log_softmax(head(student_nd), dim=-1, dtype=torch.float32)
+        chunk_n = next_n[start : start + len(log_nv)]
         start += len(log_nv)
-        nll += float(functional.nll_loss(log_nv, next_n, ignore_index=-100, reduction="none").double().sum())
-        kl += float((target.negentropy_n - torch.linalg.vecdot(target.probability_nv, log_nv)).double().sum())
-    return kl, nll
+        nll += functional.nll_loss(log_nv, chunk_n, ignore_index=-100, reduction="none").double().sum()
+        if target is not None:
+            expected_n = _expected(target.probability_nk, target.token_nk, log_nv)
+            kl += (target.negentropy_n - expected_n).double().sum()
+    return float(kl), float(nll)
 
 
-def _chunks(hidden_btd: torch.Tensor, head: Head) -> Iterable[torch.Tensor]:
-    vocabulary = head(hidden_btd[:1, :1]).shape[-1]
-    return hidden_btd.flatten(0, 1).split(max(1, _CHUNK_ELEMENTS // vocabulary))
+@torch.inference_mode()
+def displacement(teacher_btd: torch.Tensor, student_btd: torch.Tensor) -> tuple[float, float]:
+    """Return sums over a batch, in float64: the squared distance of two models' states, and the teacher's square."""
+    teacher_bt, distance_bt = (
+        torch.linalg.vecdot(x_btd, x_btd) for x_btd in (teacher_btd.float(), (student_btd - teacher_btd).float())
+    )
+    return float(distance_bt.double().sum()), float(teacher_bt.double().sum())
+
+
+def _expected(probability_nk: torch.Tensor, token_nk: torch.Tensor | None, log_nv: torch.Tensor) -> torch.Tensor:
+    """Return Σ p log q, where what p leaves out is one outcome."""
+    if token_nk is None:
+        return torch.linalg.vecdot(probability_nk, log_nv)
+    log_nk = log_nv.gather(-1, token_nk)
+    tail_n = _tail(probability_nk) * _tail(log_nk.exp()).log()
+    return torch.linalg.vecdot(probability_nk, log_nk) + tail_n
+
+
+def _tail(probability_nk: torch.Tensor) -> torch.Tensor:
+    return (1.0 - probability_nk.double().sum(-1)).clamp_min(_LEAST_TAIL).float()
+
+
+def _chunks(hidden_btd: torch.Tensor) -> Sequence[torch.Tensor]:
+    return hidden_btd.flatten(0, 1).split(_CHUNK_POSITIONS)

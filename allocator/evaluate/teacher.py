@@ -1,33 +1,36 @@
-"""What the dense model says about the text, computed once per batch."""
+"""What the dense model says about the text, computed once per batch of sequences."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
-from allocator.evaluate.loss import Targets, targets
+from allocator.evaluate.loss import Loss, Targets, displacement, divergence, targets
 from allocator.model.walk import SEQUENCES_PER_BATCH, BlockWalker
 
 KEPT_BYTES = 256 << 20
 """Memory for distributions that are kept; beyond it they are recomputed from hidden states, with equal results."""
 
+Sums = tuple[float, float, float]
+"""The loss's numerator and denominator, and the negative log-likelihood, summed over a batch."""
+
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """One batch of text and what the dense model makes of it.
+    """One batch of sequences, and what of the dense model the loss needs.
 
     Attributes:
+        loss: What the student is judged by.
         tokens_bt: Token ids.
-        embedded_btd: What enters the first block.
-        hidden_btd: What leaves the last block.
+        hidden_btd: What leaves the last block, where it is needed again.
         kept: The distributions, if there was room for them.
     """
 
+    loss: Loss
     tokens_bt: torch.Tensor
-    embedded_btd: torch.Tensor
-    hidden_btd: torch.Tensor
+    hidden_btd: torch.Tensor | None
     kept: tuple[Targets, ...] | None
 
 
@@ -36,41 +39,56 @@ class Teacher:
 
     def __init__(self, walker: BlockWalker, tokens: Mapping[str, torch.Tensor]) -> None:
         self._walker, self._tokens = walker, tokens
-        self._lessons: dict[tuple[str, int, int], Lesson] = {}
+        self._lessons: dict[tuple[Loss, str, int, int], Lesson] = {}
         self._room = KEPT_BYTES
 
-    def knows(self, split: str, tokens: int) -> bool:
+    def knows(self, split: str, tokens: int, loss: Loss) -> bool:
         """Whether lessons on so many tokens were computed already."""
-        return all(key in self._lessons for key in self._keys(split, tokens))
+        return all(key in self._lessons for key in self._keys(split, tokens, loss))
 
-    def lessons(self, split: str, tokens: int) -> list[Lesson]:
+    def lessons(self, split: str, tokens: int, loss: Loss) -> list[Lesson]:
         """Return lessons on the first ``tokens`` tokens of a split, computing those that are missing."""
-        keys = self._keys(split, tokens)
+        keys = self._keys(split, tokens, loss)
         for key in keys:
             if key not in self._lessons:
-                _, start, size = key
-                self._lessons[key] = self._compute(self._tokens[split][start : start + size])
+                *_, start, size = key
+                self._lessons[key] = self._compute(self._tokens[split][start : start + size], loss)
         return [self._lessons[key] for key in keys]
 
-    def targets(self, lesson: Lesson) -> Iterable[Targets]:
-        """Return the distributions of a lesson, kept or recomputed."""
-        return lesson.kept if lesson.kept is not None else targets(lesson.hidden_btd, self._walker.logits)
+    def judge(self, lesson: Lesson, student: BlockWalker, student_btd: torch.Tensor) -> Sums:
+        """Compare what leaves a student's last block with a lesson."""
+        taught: Iterable[Targets] | None = lesson.kept
+        if taught is None and lesson.loss in ("kl", "topk_kl"):
+            assert lesson.hidden_btd is not None
+            taught = targets(lesson.loss, lesson.hidden_btd, self._walker.logits)
+        total, nll = divergence(taught, student_btd, student.logits, lesson.tokens_bt)
+        if lesson.loss == "hidden":
+            assert lesson.hidden_btd is not None
+            return (*displacement(self._walker.states(lesson.hidden_btd), student.states(student_btd)), nll)
+        return total, lesson.tokens_bt.numel(), nll
 
-    def _keys(self, split: str, tokens: int) -> list[tuple[str, int, int]]:
+    def _keys(self, split: str, tokens: int, loss: Loss) -> list[tuple[Loss, str, int, int]]:
         length = self._tokens[split].shape[1]
         assert tokens % length == 0, f"{tokens} tokens are not whole sequences of {length}"
         assert tokens <= self._tokens[split].numel(), f"{tokens} tokens of the {split} split were not packed"
         count = tokens // length
         starts = range(0, count, SEQUENCES_PER_BATCH)
-        return [(split, start, min(SEQUENCES_PER_BATCH, count - start)) for start in starts]
+        return [(loss, split, start, min(SEQUENCES_PER_BATCH, count - start)) for start in starts]
 
-    def _compute(self, tokens_bt: torch.Tensor) -> Lesson:
-        embedded_btd = self._walker.embed(tokens_bt)
-        hidden_btd = self._walker.run_all(embedded_btd)
-        vocabulary = self._walker.logits(hidden_btd[:1, :1]).shape[-1]
-        size = tokens_bt.numel() * (vocabulary + 1) * 4
-        kept = None
-        if size <= self._room:
-            self._room -= size
-            kept = tuple(targets(hidden_btd, self._walker.logits))
-        return Lesson(tokens_bt, embedded_btd, hidden_btd, kept)
+    def _compute(self, tokens_bt: torch.Tensor, loss: Loss) -> Lesson:
+        if loss == "nll":
+            return Lesson(loss, tokens_bt, None, None)
+        hidden_btd = self._walker.run_all(self._walker.embed(tokens_bt))
+        if loss == "hidden":
+            return Lesson(loss, tokens_bt, hidden_btd, None)
+        kept = self._keep(targets(loss, hidden_btd, self._walker.logits), tokens_bt.numel())
+        return Lesson(loss, tokens_bt, hidden_btd if kept is None else None, kept)
+
+    def _keep(self, taught: Iterator[Targets], positions: int) -> tuple[Targets, ...] | None:
+        """Return all targets of a batch, or None if there is no room for them."""
+        first = next(taught)
+        size = first.size_bytes // len(first.negentropy_n) * positions
+        if size > self._room:
+            return None
+        self._room -= size
+        return (first, *taught)

@@ -26,6 +26,9 @@ class BlockWalker:
 
     def __init__(self, model: nn.Module, layout: Layout) -> None:
         self.model = model
+        backbone = model.base_model  # without the head
+        assert isinstance(backbone, nn.Module)
+        self._backbone = backbone
         self.blocks = [model.get_submodule(name) for name in layout.blocks]
         self._names = layout.blocks
         self.tail = [model.get_submodule(name) for name in layout.tail]
@@ -49,7 +52,7 @@ class BlockWalker:
         with _bypassed(self.blocks):
             handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in self.blocks]
             try:
-                self.model(tokens_bt, use_cache=False, logits_to_keep=1)
+                self._backbone(tokens_bt, use_cache=False)
             finally:
                 for handle in handles:
                     handle.remove()
@@ -139,7 +142,12 @@ class BlockWalker:
     @torch.inference_mode()
     def logits(self, hidden_nd: torch.Tensor) -> torch.Tensor:
         """Return logits for the output of the last block, of any leading shape."""
-        for module in self.tail:
+        return self.tail[-1](self.states(hidden_nd))
+
+    @torch.inference_mode()
+    def states(self, hidden_nd: torch.Tensor) -> torch.Tensor:
+        """Return what the head reads for the output of the last block, of any leading shape."""
+        for module in self.tail[:-1]:
             hidden_nd = module(hidden_nd)
         return hidden_nd
 

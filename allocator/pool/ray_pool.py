@@ -1,4 +1,4 @@
-"""A pool of Ray actors, each with an engine. Work is pulled: a worker that is done gets the next request."""
+"""A pool of Ray actors, each with an engine. Work is pulled: a worker that is done gets the next task."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,9 @@ from allocator.evaluate.engine import Engine, EngineSpec, Execution
 
 MAX_DEATHS = 3
 """Workers that one task may cost, each time on a fresh worker, before the run stops."""
+
+RUNS_PER_WORKER = 2
+"""Runs into which a batch is cut: the fewer, the more work its allocations share; one leaves workers idle."""
 
 _KNOCK_S = 10.0
 _SILENCE_S = 120.0
@@ -39,9 +43,9 @@ class Worker:
         # made by the first task and not by the constructor, for an actor that fails in there counts as dead
         return Engine(self._spec, self._tokens)
 
-    def measure(self, request: Request) -> Outcome:
-        """See :meth:`Engine.measure`."""
-        return self._engine.measure(request)
+    def measure(self, requests: Sequence[Request]) -> list[Outcome]:
+        """See :meth:`Engine.measure_batch`."""
+        return list(self._engine.measure_batch(requests))
 
     def execute(self, execution: Execution, tokens: int) -> dict[str, float]:
         """See :meth:`Engine.execute`."""
@@ -68,9 +72,10 @@ class RayPool:
         self._workers = [self._start() for _ in range(workers)]
 
     def evaluate(self, requests: Sequence[Request]) -> Iterator[Outcome]:
-        """Yield outcomes as workers finish them."""
-        for _, outcome in self._run([("measure", (request,)) for request in requests]):
-            yield outcome
+        """Yield outcomes as workers finish runs of neighbouring allocations."""
+        runs = _runs(requests, RUNS_PER_WORKER * len(self._workers))
+        for _, outcomes in self._run([("measure", (run,)) for run in runs]):
+            yield from outcomes
 
     def execute(self, executions: Sequence[Execution], tokens: int) -> list[dict[str, float]]:
         """Save and measure checkpoints side by side; results in order."""
@@ -85,7 +90,8 @@ class RayPool:
         self._workers = []
 
     def _start(self) -> Any:
-        actor = ray.remote(num_cpus=self._spec.threads)(Worker)
+        gpus = 1 if self._spec.device == "cuda" else 0
+        actor = ray.remote(num_cpus=self._spec.threads, num_gpus=gpus)(Worker)
         return actor.remote(self._spec_ref, self._tokens_ref)
 
     def _run(self, tasks: Sequence[tuple[str, tuple[Any, ...]]]) -> Iterator[tuple[int, Any]]:
@@ -125,23 +131,33 @@ class RayPool:
             yield index, result
 
 
+def _runs(requests: Sequence[Request], count: int) -> list[list[Request]]:
+    """Cut requests, in an order that puts those side by side that share work, into runs of nearly equal length."""
+    ordered = sorted(requests, key=lambda request: (request.split, request.tokens, request.allocation))
+    edges = [len(ordered) * index // count for index in range(count + 1)]
+    return [ordered[start:end] for start, end in pairwise(edges) if start < end]
+
+
 @contextlib.contextmanager
-def connected(cpus: int, address: str | None) -> Iterator[None]:
-    """Hold a connection to a Ray cluster with room for ``cpus`` single-threaded workers.
+def connected(cpus: int, address: str | None, gpus: int = 0) -> Iterator[None]:
+    """Hold a connection to a Ray cluster with room for ``cpus`` single-threaded workers, on ``gpus`` GPUs.
 
     A session that is open already is used, and stays open. Else a connection is made to ``address``, to the
     cluster of the environment, or to a local cluster that lives as long as the connection.
 
     Raises:
-        UserError: No cluster answers at ``address``, or it has fewer CPUs.
+        UserError: No cluster answers at ``address``, or it has fewer CPUs or GPUs.
     """
     owned = not ray.is_initialized()
     if owned:
         _connect(cpus, address or os.environ.get("RAY_ADDRESS"))
     try:
-        there = int(ray.cluster_resources().get("CPU", 0))
-        if there < cpus:
-            raise UserError(f"workers: they need {cpus} CPUs, and the Ray cluster has {there}. Use fewer --workers")
+        for kind, needed in (("CPU", cpus), ("GPU", gpus)):
+            there = int(ray.cluster_resources().get(kind, 0))
+            if there < needed:
+                raise UserError(
+                    f"workers: they need {needed} {kind}s, and the Ray cluster has {there}. Use fewer --workers"
+                )
         yield
     finally:
         if owned:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 
 import torch
@@ -18,12 +19,18 @@ from allocator.prune.structured import item_columns
 CompactLevels = Mapping[str, torch.Tensor]
 """What a local pruner returns for one unit, and a level store keeps."""
 
+OUTPUT_BYTES = 1 << 30
+"""Memory for output projections that are kept ready; beyond it those not used for longest are read again."""
+
+_ALIGNMENT = 64
+
 
 class Assembler:
     """Makes the weights of any unit at any level.
 
-    Rows of structured units are permuted once into the order of removal, so every level of them is a prefix:
-    a view, not a copy. Only output projections differ per level.
+    A dense tensor is held once. Rows of a structured unit lie in the checkpoint's order while it is dense; when it
+    is pruned they are permuted into the order of removal, so that every level of them is a prefix: a view, not a
+    copy. Only output projections differ per level.
     """
 
     def __init__(
@@ -32,18 +39,18 @@ class Assembler:
         layout: Layout,
         space: SearchSpace,
         compact: Callable[[str], CompactLevels],
-        dtype: torch.dtype | None = None,
+        model: nn.Module | None = None,
     ) -> None:
-        """Read the dense tensors of units lazily.
+        """Take the dense tensors of units from a live model, or read them lazily.
 
         Args:
             files: The dense model.
             layout: Where its units are.
             space: Their ladders.
             compact: Returns a unit's compact levels by its name.
-            dtype: Data type of the result; None for the checkpoint's own.
+            model: A dense model, whose data type and device results get; None for a checkpoint as it is on disk.
         """
-        self._files, self._compact, self._dtype = files, compact, dtype
+        self._files, self._compact = files, compact
         self._units = {unit.name: unit for unit in space.units}
         self._sites = {site.name: site for site in layout.sites}
         self._members = {
@@ -51,20 +58,30 @@ class Assembler:
             for site in layout.sites
         }
         self._dense: dict[str, dict[str, torch.Tensor]] = {}
-        self._ordered: dict[str, dict[str, torch.Tensor]] = {}
+        self._permuted: set[str] = set()
+        self._outputs: OrderedDict[tuple[str, int], torch.Tensor] = OrderedDict()
+        self._room = OUTPUT_BYTES
+        if model is not None:
+            for name in self._units:
+                own = dict(model.get_submodule(name).named_parameters(prefix=name))
+                for parameter in own.values():
+                    parameter.data = _aligned(parameter.data)
+                self._dense[name] = {key: parameter.detach() for key, parameter in own.items()}
 
     def unit(self, name: str, level: int) -> Replacements:
         """Return every tensor of a unit at a level, by parameter name; None for what is gone."""
         unit = self._units[name]
         dense = self._dense_tensors(name)
-        if level == 0:
-            return dense
         if unit.kind == "matrix":
+            if level == 0:
+                return dict(dense)
             weight = f"{name}.weight"
             return {**dense, weight: sparse_weight(self._compact(name), level, dense[weight])}
         if unit.kept[level] == 0:
             return dict.fromkeys(dense)
-        return self._prefix(self._sites[name], unit, level, dense)
+        if (level > 0) != (name in self._permuted):
+            self._permute(self._sites[name], dense)
+        return dict(dense) if level == 0 else self._prefix(self._sites[name], unit, level, dense)
 
     def site(self, name: str, levels: Mapping[str, int]) -> Replacements:
         """Return every tensor of a sub-block, whose units are at ``levels``."""
@@ -76,37 +93,45 @@ class Assembler:
     def _dense_tensors(self, name: str) -> dict[str, torch.Tensor]:
         if name not in self._dense:
             names = [key for key in self._files.shapes if key.startswith(f"{name}.")]
-            tensors = read_tensors(self._files, names)
-            self._dense[name] = {key: self._cast(tensor) for key, tensor in tensors.items()}
+            self._dense[name] = {key: _aligned(tensor) for key, tensor in read_tensors(self._files, names).items()}
         return self._dense[name]
 
+    def _permute(self, site: Site, dense: dict[str, torch.Tensor]) -> None:
+        """Put rows into the order of removal, or back into the checkpoint's."""
+        order = self._compact(site.name)["order"].long()
+        for module, rows in site.inputs:
+            picked = item_columns(order.argsort() if site.name in self._permuted else order, rows)
+            for key in (f"{module}.weight", f"{module}.bias"):
+                if key in dense:
+                    dense[key] = dense[key][picked.to(dense[key].device)]
+        self._permuted ^= {site.name}
+
     def _prefix(self, site: Site, unit: Unit, level: int, dense: Mapping[str, torch.Tensor]) -> Replacements:
-        compact = self._compact(site.name)
-        if site.name not in self._ordered:
-            ordered: dict[str, torch.Tensor] = {}
-            for module, rows in site.inputs:
-                picked = item_columns(compact["order"].long(), rows)
-                for key in (f"{module}.weight", f"{module}.bias"):
-                    if key in dense:
-                        ordered[key] = dense[key][picked]
-            self._ordered[site.name] = ordered
         tensors: dict[str, torch.Tensor | None] = dict(dense)
         groups = unit.total // unit.group if unit.group else 1
         for module, rows in site.inputs:
             for key in (f"{module}.weight", f"{module}.bias"):
                 if key in dense:
                     # a view where there is one group
-                    by_group = self._ordered[site.name][key].unflatten(0, (groups, -1))
+                    by_group = dense[key].unflatten(0, (groups, -1))
                     tensors[key] = by_group[:, : unit.kept[level] * rows // groups].flatten(0, 1)
-        tensors[f"{site.output}.weight"] = self._cast(compact[f"output.{level}"])
+        compact, output = self._compact(site.name), dense[f"{site.output}.weight"]
+        tensors[f"{site.output}.weight"] = self._output(site.name, level, output)
         if f"bias.{level}" in compact:
-            key, lost = f"{site.output}.bias", self._cast(compact[f"bias.{level}"])
+            key, lost = f"{site.output}.bias", compact[f"bias.{level}"].to(output.device, output.dtype, copy=True)
             tensors[key] = dense[key] + lost if key in dense else lost
         return tensors
 
-    def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
-        # clone: memory-mapped tensors may be unaligned, and kernels may then round differently
-        return tensor.clone() if self._dtype in (None, tensor.dtype) else tensor.to(self._dtype)
+    def _output(self, name: str, level: int, like: torch.Tensor) -> torch.Tensor:
+        """Return an output projection at a level, in the data type and on the device of the dense one."""
+        found = self._outputs.pop((name, level), None)
+        if found is None:
+            found = self._compact(name)[f"output.{level}"].to(like.device, like.dtype, copy=True)
+            self._room -= found.nbytes
+        self._outputs[name, level] = found
+        while self._room < 0:
+            self._room += self._outputs.popitem(last=False)[1].nbytes
+        return found
 
 
 class Switchboard:
@@ -116,8 +141,9 @@ class Switchboard:
         """Take over a dense model."""
         self._model, self._assembler = model, assembler
         self._parts = {site.name: site.part for site in layout.sites}
-        self._outputs = {site.name: site.output for site in layout.sites}
         self._originals = {site.name: model.get_submodule(site.name) for site in layout.sites}
+        self._outputs = {site.name: site.output for site in layout.sites}
+        self._parameters = dict(model.named_parameters())
         self._levels: dict[str, int] = {}
 
     def set(self, name: str, level: int) -> None:
@@ -132,10 +158,16 @@ class Switchboard:
                 self._model.set_submodule(name, self._originals[name])
             for key, tensor in tensors.items():
                 assert tensor is not None
-                module, _, attribute = key.rpartition(".")
-                setattr(self._model.get_submodule(module), attribute, nn.Parameter(tensor, requires_grad=False))
+                # what is not there yet is a bias that pruning adds
+                self._parameters.setdefault(key, nn.Parameter(tensor, requires_grad=False)).data = tensor
             if name in self._originals:
                 regroup(self._originals[name])
-                if f"{self._outputs[name]}.bias" not in tensors:
-                    self._model.get_submodule(self._outputs[name]).register_parameter("bias", None)
+                bias = f"{self._outputs[name]}.bias"
+                added = self._parameters[bias] if bias in tensors else None
+                self._model.get_submodule(self._outputs[name]).register_parameter("bias", added)
         self._levels[name] = level
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    # memory-mapped tensors may be unaligned, and kernels may then round differently from what is switched in later
+    return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor

@@ -36,11 +36,11 @@ def save_pruned(
     Raises:
         UserError: The saved checkpoint does not hold what the allocation says.
     """
-    assembler = Assembler(files, layout, space, compact)
     levels = {unit.name: level for unit, level in zip(space.units, allocation, strict=True)}
 
     def replace(site: str) -> dict[str, torch.Tensor | None]:
-        return dict(assembler.site(site, levels))
+        # an assembler of its own: the dense tensors that it reads are held for one sub-block only
+        return dict(Assembler(files, layout, space, compact).site(site, levels))
 
     write_checkpoint(files, layout, replace, out)
     planned, counted = space.cost(allocation), count_params(out, space)

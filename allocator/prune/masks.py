@@ -31,10 +31,11 @@ def sparse_weight(compact: Mapping[str, torch.Tensor], level: int, dense_oi: tor
         level: The level, beyond the dense one.
         dense_oi: The dense matrix.
     """
+    device = dense_oi.device
     if "removed_at" in compact:
-        return dense_oi * (compact["removed_at"] > level)
-    kept_oi = unpacked(compact[f"mask.{level}"], dense_oi.shape)
-    return torch.zeros_like(dense_oi).masked_scatter_(kept_oi, compact[f"values.{level}"].to(dense_oi.dtype))
+        return dense_oi * (compact["removed_at"].to(device) > level)
+    kept_oi = unpacked(compact[f"mask.{level}"].to(device), dense_oi.shape)
+    return torch.zeros_like(dense_oi).masked_scatter_(kept_oi, compact[f"values.{level}"].to(dense_oi))
 
 
 def _places(like: torch.Tensor) -> torch.Tensor:

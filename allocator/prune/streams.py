@@ -51,7 +51,7 @@ class TwoStreams:
         self._walker, layout = calibration.walker, calibration.layout
         self._whole = copy.deepcopy(self._walker.blocks[index])
         assembler = Assembler(
-            calibration.files, layout, calibration.space, self.compact.__getitem__, self._walker.dtype
+            calibration.files, layout, calibration.space, self.compact.__getitem__, self._walker.model
         )
         self._switchboard = Switchboard(self._walker.model, layout, assembler)
         self._outputs = [site.output for site in layout.sites if site.block == index]

@@ -16,13 +16,21 @@ from allocator.core.space import Allocation, SearchSpace, Unit
 NAMED = ("uniform", "two_rate", "searched")
 """Allocations that ``result.json`` records unit by unit."""
 
+LOSSES = {
+    "kl": "KL, nats per token",
+    "topk_kl": "top-k KL, nats per token",
+    "nll": "negative log-likelihood, nats per token",
+    "hidden": "relative distance of hidden states",
+}
+"""What a run may minimise, and its unit."""
+
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A measured allocation: parameters of the whole model, and KL from the dense model in nats per token."""
+    """A measured allocation: parameters of the whole model, and the loss that the run minimises."""
 
     params: int
-    kl: float
+    loss: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,28 +70,29 @@ def front(journal: Journal) -> dict[str, Any]:
         {
             "params": space.cost(outcome.request.allocation),
             "sparsity": round(space.sparsity(outcome.request.allocation), 6),
-            "kl": outcome.kl,
+            journal.loss: outcome.loss,
             "allocation": list(outcome.request.allocation),
         }
         for outcome in pareto_front(space, comparable(journal))
     ]
-    return {"schema": 1, "kind": "allocator.front", "tokens": journal.header["tokens"][-1], "points": points}
+    tokens = journal.header["tokens"][-1]
+    return {"schema": 1, "kind": "allocator.front", "tokens": tokens, "loss": journal.loss, "points": points}
 
 
 def cloud(journal: Journal) -> list[Point]:
     """Return all that the front was chosen from."""
     space = journal.space
-    return [Point(space.cost(outcome.request.allocation), outcome.kl) for outcome in comparable(journal)]
+    return [Point(space.cost(outcome.request.allocation), outcome.loss) for outcome in comparable(journal)]
 
 
 def convergence(journal: Journal) -> list[tuple[float, float]]:
-    """Return the best KL so far against what was spent, one point per measurement that could be the best.
+    """Return the lowest loss so far against what was spent, one point per measurement that could be the best.
 
     All measurements are paid for; only those of the search split, at its highest fidelity and within the
     budget, can be the best.
 
     Returns:
-        Pairs of candidate-tokens spent and lowest KL (nats per token), in journal order.
+        Pairs of candidate-tokens spent and lowest loss, in journal order.
     """
     space = journal.space
     budget = Budget(journal.header["budget"]["limit"], journal.header["budget"]["cost"])
@@ -93,7 +102,7 @@ def convergence(journal: Journal) -> list[tuple[float, float]]:
     for outcome in journal:
         spent += candidate_tokens(space, outcome)
         if outcome.request.key in eligible and fits(space, outcome.request.allocation, budget):
-            best = min(best, outcome.kl)
+            best = min(best, outcome.loss)
             curve.append((spent, best))
     return curve
 
@@ -140,7 +149,7 @@ def marks(journal: Journal, named: Mapping[str, Allocation]) -> dict[str, Point]
     """Return where named allocations lie on the front's axes, for those measured on the same text."""
     space, tokens = journal.space, journal.header["tokens"][-1]
     found = {name: journal.get(Request(allocation, tokens)) for name, allocation in named.items()}
-    return {name: Point(space.cost(o.request.allocation), o.kl) for name, o in found.items() if o is not None}
+    return {name: Point(space.cost(o.request.allocation), o.loss) for name, o in found.items() if o is not None}
 
 
 def _level(unit: Unit, sparsity: float) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from allocator.report.curves import Point
+from allocator.report.curves import LOSSES, Point
 from allocator.report.tables import LABELS
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def front_figure(
     cloud: Sequence[Point] = (),
     limit: int | None = None,
 ) -> Figure:
-    """Draw the front: the lowest KL that was found for at most so many parameters.
+    """Draw the front: the lowest loss that was found for at most so many parameters.
 
     Args:
         front: The content of ``front.json``.
@@ -48,53 +48,54 @@ def front_figure(
         limit: The budget, in parameters.
     """
     figure, axes = _figure()
-    points = sorted((point["params"], point["kl"]) for point in front["points"])
+    points = sorted((point["params"], point[front["loss"]]) for point in front["points"])
     params = [p for p, _ in points] + [mark.params for mark in marks.values()] + ([limit] if limit else [])
     middle = (min(params) + max(params)) / 2
     reach = max(0.56 * (max(params) - min(params)), 0.01 * middle)
     left, right = middle - reach, middle + reach
-    _scale_kl(axes, [kl for _, kl in points] + [mark.kl for mark in marks.values()])
-    axes.plot([p.params for p in cloud], [p.kl for p in cloud], ".", color=MUTED, alpha=0.35, ms=4, mew=0, zorder=1)
-    xs, ys = [*(p for p, _ in points), right], [*(kl for _, kl in points), points[-1][1]]
+    _scale_loss(axes, [loss for _, loss in points] + [mark.loss for mark in marks.values()])
+    axes.plot([p.params for p in cloud], [p.loss for p in cloud], ".", color=MUTED, alpha=0.35, ms=4, mew=0, zorder=1)
+    xs, ys = [*(p for p, _ in points), right], [*(loss for _, loss in points), points[-1][1]]
     axes.step(xs, ys, where="post", color=SEARCHED, lw=1.6, label="front", zorder=2)
     axes.plot(xs[:-1], ys[:-1], "o", color=SEARCHED, ms=3, mew=0, zorder=3)
     if limit:
         axes.axvline(limit, color=MUTED, lw=1, ls=(0, (4, 2)), label="budget", zorder=0)
     for name, mark in marks.items():
-        _mark(axes, name, mark.params, mark.kl)
+        _mark(axes, name, mark.params, mark.loss)
     axes.set_xlim(left, right)
     axes.xaxis.set_major_formatter(_si)
     axes.locator_params(axis="x", nbins=6)
     axes.set_xlabel("parameters of the whole model")
-    axes.set_ylabel(f"KL, nats per token\n({front['tokens']:,} tokens, search split)")
+    axes.set_ylabel(f"{LOSSES[front['loss']]}\n({front['tokens']:,} tokens, search split)")
     _legend(figure)
     return figure
 
 
-def convergence_figure(curve: Sequence[tuple[float, float]], marks: Mapping[str, Point]) -> Figure:
-    """Draw the best KL so far against candidate-tokens, with what the baselines reach on the same text.
+def convergence_figure(curve: Sequence[tuple[float, float]], marks: Mapping[str, Point], loss: str) -> Figure:
+    """Draw the lowest loss so far against candidate-tokens, with what the baselines reach on the same text.
 
     The frame is for the search: a baseline far above it is named in the legend and not drawn.
 
     Args:
         curve: From :func:`allocator.report.curves.convergence`, at least one point.
         marks: As for :func:`front_figure`.
+        loss: Key of :data:`allocator.report.curves.LOSSES`.
     """
     figure, axes = _figure()
     spent, best = [x for x, _ in curve], [y for _, y in curve]
-    baselines = {name: mark.kl for name, mark in marks.items() if name in _LINES}
+    baselines = {name: mark.loss for name, mark in marks.items() if name in _LINES}
     closest = min(baselines.values(), default=best[0])
     ceiling = best[-1] + _FAR * max(closest - best[-1], 0.05 * best[-1])
-    _scale_kl(axes, [min(kl, ceiling) for kl in (*best, closest)])
-    for name, kl in baselines.items():
-        label = LABELS[name] if kl <= ceiling else f"{LABELS[name]}: {kl:.3g}, above"
-        axes.axhline(kl, color=_MARKS[name][1], lw=1, ls=_LINES[name], label=label, zorder=1)
+    _scale_loss(axes, [min(value, ceiling) for value in (*best, closest)])
+    for name, value in baselines.items():
+        label = LABELS[name] if value <= ceiling else f"{LABELS[name]}: {value:.3g}, above"
+        axes.axhline(value, color=_MARKS[name][1], lw=1, ls=_LINES[name], label=label, zorder=1)
     axes.step(spent, best, where="post", color=SEARCHED, lw=1.6, label="best so far", zorder=2)
     axes.plot(spent[-1], best[-1], "o", color=SEARCHED, ms=5, mec=PAPER, mew=0.8, zorder=3)
     axes.set_xlim(0, spent[-1] * 1.03)
     axes.xaxis.set_major_formatter(_si)
     axes.set_xlabel("candidate-tokens spent")
-    axes.set_ylabel("KL, nats per token\n(within the budget, search split)")
+    axes.set_ylabel(f"{LOSSES[loss]}\n(within the budget, search split)")
     _legend(figure)
     return figure
 
@@ -184,7 +185,7 @@ def _plain(axes: Axes, grid: bool = True) -> None:
         axes.set_axisbelow(True)
 
 
-def _scale_kl(axes: Axes, values: Sequence[float]) -> None:
+def _scale_loss(axes: Axes, values: Sequence[float]) -> None:
     """Frame the values; logarithmic where they span more than a glance can take in."""
     low, high = max(min(values), _FLOOR), max(*values, _FLOOR)
     if high / low > _LOG_BEYOND:

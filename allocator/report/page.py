@@ -126,7 +126,7 @@ def _draw(journal: Journal, named: Mapping[str, Allocation], result: Mapping[str
         limit = budget["limit"] if budget["cost"] == "params" else None
         drawn["front"] = figures.front_figure(front, marks, curves.cloud(journal), limit)
     if curve:
-        drawn["convergence"] = figures.convergence_figure(curve, marks)
+        drawn["convergence"] = figures.convergence_figure(curve, marks, journal.loss)
     if result and {"uniform", "searched"} <= set(named):
         drawn["sparsity"] = figures.sparsity_figure(result["units"])
     return {name: figures.to_svg(figure, name) for name, figure in drawn.items()}

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from allocator.core.plan import Plan
 from allocator.core.space import SearchSpace, Unit
+from allocator.report.curves import LOSSES
 
 LABELS = {
     "dense": "dense",
@@ -102,11 +103,13 @@ def front_table(front: Mapping[str, Any]) -> Table:
         last = len(points) - 1
         shown = [points[round(step * last / (_MOST_POINTS - 1))] for step in range(_MOST_POINTS)]
     table = _table(f"Pareto front: {_plural(len(points), 'point')}")
-    for heading in ("parameters", "removed", "KL"):
+    loss = front["loss"]
+    name = LOSSES[loss].split(",")[0]
+    for heading in ("parameters", "removed", name):
         table.add_column(heading, justify="right")
     for point in shown:
-        table.add_row(count(point["params"]), share(point["sparsity"]), number(point["kl"], 4))
-    table.caption = f"KL: {count(front['tokens'])} search tokens"
+        table.add_row(count(point["params"]), share(point["sparsity"]), number(point[loss], 4))
+    table.caption = f"{name}: {count(front['tokens'])} search tokens"
     if len(shown) < len(points):
         table.caption += f"\n{len(shown)} shown; front.json has all"
     return table

@@ -116,4 +116,4 @@ def decide(
 
 
 def _best(outcomes: Sequence[Outcome]) -> Allocation:
-    return min(outcomes, key=lambda outcome: (outcome.kl, outcome.request.allocation)).request.allocation
+    return min(outcomes, key=lambda outcome: (outcome.loss, outcome.request.allocation)).request.allocation

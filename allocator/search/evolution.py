@@ -110,7 +110,7 @@ class ExchangeEvolution:
 
     def tell(self, outcomes: Sequence[Outcome]) -> None:
         """Keep the survivors of the stage, or begin the next generation."""
-        ranked = sorted(outcomes, key=lambda outcome: (outcome.kl, outcome.request.allocation))
+        ranked = sorted(outcomes, key=lambda outcome: (outcome.loss, outcome.request.allocation))
         last = len(self._settings.tokens) - 1
         if self._stage < last:
             keep = self._settings.survivors[self._stage]
@@ -120,7 +120,7 @@ class ExchangeEvolution:
                 self._candidates.append(self._parent)
             return
         for outcome in outcomes:
-            self._scored[outcome.request.allocation] = outcome.kl
+            self._scored[outcome.request.allocation] = outcome.loss
         best = ranked[0].request.allocation
         self._stale = 0 if best != self._parent or self._generation == 0 else self._stale + 1
         self._parent = best

@@ -80,11 +80,11 @@ class Nsga2:
     def tell(self, outcomes: Sequence[Outcome]) -> None:
         """Let pymoo select among parents and offspring."""
         for outcome in outcomes:
-            self._scored[outcome.request.allocation] = outcome.kl
+            self._scored[outcome.request.allocation] = outcome.loss
         if self._asked is None:
             self._done = True
             return
-        objectives = [[o.kl, self._space.cost(o.request.allocation, self._budget.cost)] for o in outcomes]
+        objectives = [[o.loss, self._space.cost(o.request.allocation, self._budget.cost)] for o in outcomes]
         self._asked.set("F", np.array(objectives, dtype=float))
         self._algorithm.tell(infills=self._asked)
         self._asked = None

@@ -71,8 +71,8 @@ class Tpe:
     def tell(self, outcomes: Sequence[Outcome]) -> None:
         """Update the estimator."""
         for trial, outcome in zip(self._asked, outcomes, strict=True):
-            self._study.tell(trial, outcome.kl)
-            self._scored[outcome.request.allocation] = outcome.kl
+            self._study.tell(trial, outcome.loss)
+            self._scored[outcome.request.allocation] = outcome.loss
 
     def finalists(self) -> Sequence[Allocation]:
         """Return what was measured, best first."""

@@ -259,6 +259,22 @@ def test_unknown_pattern(refused: Refused, command: str) -> None:
     assert "'unstructured'" in message
 
 
+def test_unknown_loss(refused: Refused, search_args: Args) -> None:
+    message = refused(*search_args, "--set", "loss=mse")
+    assert "loss" in message
+    assert "topk_kl" in message
+
+
+def test_a_device_that_is_not_there(refused: Refused, search_args: Args) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("the device is there")
+    message = refused(*search_args, "--workers", 0, "--set", "device=cuda")
+    assert "no CUDA device" in message
+    assert "device=cpu" in message
+
+
 def test_unknown_method(refused: Refused, search_args: Args) -> None:
     message = refused(*search_args, "--set", "search.method=anneal")
     assert "search.method" in message

@@ -17,7 +17,7 @@ def test_front_is_non_dominated_and_complete(spaces, data):
     outcomes = [_outcome(a, k) for a, k in data.draw(st.dictionaries(levels, kl, max_size=25)).items()]
 
     def point(outcome):
-        return space.cost(outcome.request.allocation), outcome.kl
+        return space.cost(outcome.request.allocation), outcome.loss
 
     def dominated(outcome):
         params, kl = point(outcome)

@@ -37,6 +37,18 @@ def test_round_trip(path, space):
     assert journal.get(Request(space.dense, 64, "test")) is None
 
 
+def test_outcomes_know_the_loss_that_the_header_names(tmp_path, space):
+    path = tmp_path / "journal.jsonl"
+    outcome = Outcome(Request(space.dense, 64), {"hidden": 0.5, "nll": 1.0}, 0.25, "hidden")
+    with Journal.create(path, {"space": space.to_json(), "loss": "hidden"}) as journal:
+        journal.append(outcome)
+    assert list(Journal.read(path)) == [outcome]
+    assert outcome.loss == 0.5
+    path.write_bytes(path.read_bytes().replace(b'"hidden":0.5', b'"kl":0.5'))
+    with pytest.raises(UserError, match="no hidden was measured"):
+        Journal.read(path)
+
+
 def test_what_is_appended_is_seen_by_a_reader_before_close(path, space):
     with Journal.resume(path) as journal:
         journal.append(Outcome(Request(space.dense, 4096), {"kl": 0.0, "nll": 1.0}, 0.0))

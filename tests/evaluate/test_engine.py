@@ -2,6 +2,7 @@ import dataclasses
 import itertools
 import math
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from allocator.core.errors import UserError
 from allocator.core.protocols import Request
+from allocator.evaluate import engine as engines
 from allocator.evaluate import teacher
 from allocator.evaluate.engine import Engine, Execution, LocalEvaluator
 from allocator.model.headers import read_model_files
@@ -51,13 +53,13 @@ def test_targets_kept_or_recomputed_are_the_same(spec, splits, monkeypatch):
 def test_the_dense_model_is_at_no_distance_from_itself(engine, spec):
     for allocation in (spec.space.sparsest, spec.space.dense):
         outcome = engine.measure(Request(allocation, 11 * 32))
-    assert outcome.kl == 0.0
+    assert outcome.loss == 0.0
     assert outcome.request == Request(spec.space.dense, 11 * 32)
 
 
 def test_whatever_is_removed_is_at_a_distance(engine, spec):
     for seed in range(4):
-        assert engine.measure(Request(_random(spec.space, seed), 11 * 32)).kl > 0.0
+        assert engine.measure(Request(_random(spec.space, seed), 11 * 32)).loss > 0.0
 
 
 def test_measurements_are_means_in_nats_per_token(structured, splits, tmp_path):
@@ -108,7 +110,7 @@ def test_an_assembled_execution_measures_as_in_place(structured, splits, tmp_pat
     engine = Engine(structured, splits)
     figures = engine.execute(Execution(allocation, False, tmp_path / "out"), 7 * 32)
     in_place = engine.measure(Request(allocation, 7 * 32, "test"))
-    assert figures["kl"] == pytest.approx(in_place.kl, rel=1e-4)
+    assert figures["kl"] == pytest.approx(in_place.loss, rel=1e-4)
     assert figures["nll"] == pytest.approx(in_place.measured["nll"], rel=1e-4)
 
 
@@ -147,9 +149,120 @@ def test_a_loss_that_is_not_finite_is_an_error(structured, splits, tmp_path):
         Engine(structured, splits).measure_checkpoint(broken, "test", 64)
 
 
-def test_the_local_evaluator_answers_in_order(structured, splits):
+def test_the_local_evaluator_answers_every_request(structured, splits):
     evaluator = LocalEvaluator(structured, splits)
     requests = _requests(structured.space)[:5]
     outcomes = list(evaluator.evaluate(requests))
-    assert [o.request for o in outcomes] == requests
+    assert sorted(o.request.key for o in outcomes) == sorted(r.key for r in requests)
     assert all(o.wall_s > 0 and set(o.measured) == {"kl", "nll"} for o in outcomes)
+
+
+def _family(space):
+    """Allocations that agree up to different blocks: random ones, their children, and some with parts removed."""
+    rng = np.random.default_rng(7)
+    parents = [_random(space, 5), _random(space, 6), space.dense, space.sparsest]
+    children = []
+    for parent in parents:
+        for _ in range(4):
+            child = list(parent)
+            for index in rng.choice(len(child), size=2, replace=False):
+                child[index] = int(rng.integers(space.units[index].num_levels))
+            children.append(tuple(child))
+    gone = [
+        tuple(unit.num_levels - 1 if unit.block == block else 1 for unit in space.units)
+        for block in range(space.units[-1].block + 1)
+    ]
+    return list(dict.fromkeys([*parents, *children, *gone]))
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 100])
+def test_a_batch_measures_what_each_alone_measures(spec, splits, monkeypatch, limit):
+    boundary = 11 * 32 * spec.files.config["hidden_size"] * (2 if spec.dtype == "bfloat16" else 4)
+    monkeypatch.setattr(engines, "BOUNDARY_BYTES", limit * boundary)
+    family = _family(spec.space)
+    requests = [Request(allocation, tokens) for tokens in (11 * 32, 32) for allocation in family]
+    alone = Engine(spec, splits)
+    expected = {request.key: alone.measure(request).measured for request in requests}
+    judged = _watch_final_states(monkeypatch)
+    for allocation in family:
+        list(alone.measure_batch([Request(allocation, 11 * 32)]))
+    singly, judged[:] = dict(zip(family, _by(judged, 3), strict=True)), []
+    batch = Engine(spec, splits)
+    assert {o.request.key: o.measured for o in batch.measure_batch(requests)} == expected
+    states = _by(judged[: 3 * len(family)], 3)
+    for allocation, found in zip(sorted(family), states, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(found, singly[allocation], strict=True))
+
+
+def _watch_final_states(monkeypatch):
+    """Return a list that gets what leaves the last block, as it is judged."""
+    judged = []
+    judge = teacher.Teacher.judge
+
+    def watched(self, lesson, student, student_btd):
+        judged.append(student_btd)
+        return judge(self, lesson, student, student_btd)
+
+    monkeypatch.setattr(teacher.Teacher, "judge", watched)
+    return judged
+
+
+def _by(items, size):
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def test_a_batch_runs_fewer_blocks(structured, splits, monkeypatch):
+    family = _family(structured.space)
+    engine = Engine(structured, splits)
+    engine.measure(Request(structured.space.dense, 32))
+    ran = []
+    run = engine._walker.run
+    monkeypatch.setattr(engine._walker, "run", lambda index, hidden: ran.append(index) or run(index, hidden))
+    list(engine.measure_batch([Request(allocation, 32) for allocation in family]))
+    paths = [engine._path(allocation) for allocation in family]
+    assert len(ran) == len({path[:depth] for path in paths for depth in range(1, len(path) + 1)})
+    assert len(ran) < 3 * len(family)
+
+
+def test_outcomes_share_the_time_of_a_batch(structured, splits):
+    engine = Engine(structured, splits)
+    start = time.perf_counter()
+    outcomes = list(engine.measure_batch([Request(a, 11 * 32) for a in _family(structured.space)]))
+    assert 0 < sum(outcome.wall_s for outcome in outcomes) <= time.perf_counter() - start
+
+
+@pytest.mark.parametrize("loss", ["kl", "topk_kl", "nll", "hidden"])
+def test_every_loss_is_measured_under_its_name(spec, splits, tmp_path, loss):
+    engine = Engine(dataclasses.replace(spec, loss=loss), splits)
+    outcomes = [engine.measure(Request(a, 11 * 32)) for a in (spec.space.dense, spec.space.sparsest)]
+    assert all(set(o.measured) == {loss, "nll"} and o.loss == o.measured[loss] for o in outcomes)
+    assert loss == "nll" or outcomes[0].loss == 0.0 < outcomes[1].loss
+    plain = Engine(spec, splits).measure(Request(spec.space.sparsest, 11 * 32))
+    assert plain.measured["nll"] == outcomes[1].measured["nll"]
+    figures = engine.execute(Execution(spec.space.sparsest, False, tmp_path / "out"), 64)
+    assert set(figures) == {"params", "kl", "nll", "perplexity"}
+
+
+@pytest.mark.parametrize("loss", ["topk_kl", "hidden"])
+def test_losses_agree_with_a_float64_reference(structured, splits, tmp_path, loss):
+    spec, allocation = dataclasses.replace(structured, loss=loss), _random(structured.space, 1)
+    outcome = Engine(spec, splits).measure(Request(allocation, 5 * 32))
+    save_pruned(allocation, spec.files, spec.layout, spec.space, spec.store, tmp_path / "out")
+    tokens = torch.from_numpy(splits["search"][:5])
+    with torch.inference_mode():
+        dense = load_model(spec.files)(tokens, output_hidden_states=True)
+        pruned = load_model(read_model_files(tmp_path / "out"))(tokens, output_hidden_states=True)
+    if loss == "topk_kl":
+        log_p, log_q = (out.logits.double().log_softmax(-1) for out in (dense, pruned))
+        expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    else:
+        own, other = (out.hidden_states[-1].double() for out in (dense, pruned))
+        expected = (own - other).square().mean() / own.square().mean()
+    assert outcome.loss == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_without_a_device_nothing_starts(structured, splits):
+    if torch.cuda.is_available():
+        pytest.skip("the device is there")
+    with pytest.raises(UserError, match="no CUDA device"):
+        Engine(dataclasses.replace(structured, device="cuda"), splits)

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from allocator.evaluate import loss
-from allocator.evaluate.loss import divergence, targets
+from allocator.evaluate.loss import displacement, divergence, targets
 
 
 def _reference(teacher_btv, student_btv, tokens_bt):
@@ -28,7 +28,7 @@ def problem():
 
 def test_sums_are_those_of_the_plain_formulas(problem):
     head, teacher, student, tokens = problem
-    kl, nll = divergence(targets(teacher, head), student, head, tokens)
+    kl, nll = divergence(targets("kl", teacher, head), student, head, tokens)
     expected_kl, expected_nll = _reference(head(teacher), head(student), tokens)
     assert kl == pytest.approx(expected_kl, rel=1e-5)
     assert nll == pytest.approx(expected_nll, rel=1e-5)
@@ -37,14 +37,14 @@ def test_sums_are_those_of_the_plain_formulas(problem):
 def test_small_divergences_are_exact_enough(problem):
     head, teacher, _, tokens = problem
     student = teacher + 1e-2 * torch.randn_like(teacher)
-    kl, _ = divergence(targets(teacher, head), student, head, tokens)
+    kl, _ = divergence(targets("kl", teacher, head), student, head, tokens)
     assert kl == pytest.approx(_reference(head(teacher), head(student), tokens)[0], rel=1e-3, abs=1e-5)
 
 
 def test_two_heads_may_differ(problem):
     head, teacher, student, tokens = problem
     other = nn.Linear(16, 50, bias=False)
-    kl, nll = divergence(targets(teacher, head), student, other, tokens)
+    kl, nll = divergence(targets("kl", teacher, head), student, other, tokens)
     expected = _reference(head(teacher), other(student).detach(), tokens)
     assert (kl, nll) == pytest.approx(expected, rel=1e-5)
 
@@ -52,20 +52,60 @@ def test_two_heads_may_differ(problem):
 @pytest.mark.parametrize("rows", [1, 5, 12, 36, 1000])
 def test_chunks_do_not_matter(problem, monkeypatch, rows):
     head, teacher, student, tokens = problem
-    whole = divergence(targets(teacher, head), student, head, tokens)
-    monkeypatch.setattr(loss, "_CHUNK_ELEMENTS", rows * 50)
-    chunks = list(targets(teacher, head))
-    assert [len(chunk.probability_nv) for chunk in chunks][:-1] == [rows] * (len(chunks) - 1)
+    whole = divergence(targets("kl", teacher, head), student, head, tokens)
+    monkeypatch.setattr(loss, "_CHUNK_POSITIONS", rows)
+    chunks = list(targets("kl", teacher, head))
+    assert [len(chunk.probability_nk) for chunk in chunks][:-1] == [rows] * (len(chunks) - 1)
     assert divergence(chunks, student, head, tokens) == pytest.approx(whole, rel=1e-6)
 
 
 def test_a_model_is_at_no_distance_from_itself(problem):
     head, teacher, _, tokens = problem
-    assert divergence(targets(teacher, head), teacher.clone(), head, tokens)[0] == 0.0
+    assert divergence(targets("kl", teacher, head), teacher.clone(), head, tokens)[0] == 0.0
 
 
 def test_extreme_logits_stay_finite(problem):
     head, teacher, student, tokens = problem
-    kl, nll = divergence(targets(1e4 * teacher, head), 1e4 * student, head, tokens)
+    kl, nll = divergence(targets("kl", 1e4 * teacher, head), 1e4 * student, head, tokens)
     assert torch.isfinite(torch.tensor([kl, nll])).all()
     assert kl > 0
+
+
+def _outcomes(logits_btv, top_btk):
+    """Probabilities in float64 of the top tokens, and of the rest as one outcome."""
+    p = torch.softmax(logits_btv.double(), dim=-1)
+    top = p.gather(-1, top_btk)
+    return torch.cat([top, 1 - top.sum(-1, keepdim=True)], dim=-1)
+
+
+@pytest.mark.parametrize("top", [1, 8, 49])
+def test_the_tail_of_a_top_k_divergence_is_one_outcome(problem, monkeypatch, top):
+    head, teacher, student, tokens = problem
+    monkeypatch.setattr(loss, "TOP", top)
+    found, nll = divergence(targets("topk_kl", teacher, head), student, head, tokens)
+    chosen = head(teacher).topk(top, dim=-1).indices
+    p, q = _outcomes(head(teacher), chosen), _outcomes(head(student), chosen)
+    assert found == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-5)
+    assert nll == divergence(None, student, head, tokens)[1]
+
+
+def test_top_k_of_all_tokens_is_the_divergence(problem):
+    head, teacher, student, tokens = problem
+    whole = divergence(targets("kl", teacher, head), student, head, tokens)
+    assert divergence(targets("topk_kl", teacher, head), student, head, tokens) == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["kl", "topk_kl"])
+@pytest.mark.parametrize("top", [8, 512])
+def test_no_loss_of_a_model_from_itself(problem, monkeypatch, name, top):
+    head, teacher, _, tokens = problem
+    monkeypatch.setattr(loss, "TOP", top)
+    assert divergence(targets(name, teacher, head), teacher.clone(), head, tokens)[0] == 0.0
+
+
+def test_displacement_is_the_squared_distance(problem):
+    _, teacher, student, _ = problem
+    distance, square = displacement(teacher, student)
+    assert distance == pytest.approx(float((teacher.double() - student.double()).square().sum()), rel=1e-6)
+    assert square == pytest.approx(float(teacher.double().square().sum()), rel=1e-6)
+    assert displacement(teacher, teacher.clone())[0] == 0.0

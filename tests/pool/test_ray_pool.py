@@ -22,6 +22,7 @@ from allocator.evaluate.engine import EngineSpec, Execution, LocalEvaluator
 from allocator.job import prepare
 from allocator.model.load import load_model
 from allocator.model.walk import BlockWalker
+from allocator.pool import ray_pool
 from allocator.pool.ray_pool import MAX_DEATHS, RayPool, connected
 from allocator.prune.build import prune_on_dense_inputs
 from allocator.prune.problem import Calibration
@@ -141,73 +142,88 @@ class Dying(RayPool):
 
         @ray.remote(max_restarts=0)
         class Mortal:
-            def measure(self, request: Request) -> Outcome:
+            def measure(self, requests: list[Request]) -> list[Outcome]:
                 (marks / f"{len(list(marks.iterdir()))}-{os.getpid()}").touch()
-                if deadly(request, len(list(marks.glob(f"*-{os.getpid()}"))), len(list(marks.iterdir()))):
+                if deadly(requests, len(list(marks.glob(f"*-{os.getpid()}")))):
                     os._exit(1)
-                return Outcome(request, {"kl": float(sum(request.allocation))}, 0.0)
+                return [Outcome(request, {"kl": float(sum(request.allocation))}, 0.0) for request in requests]
 
         return Mortal.options(num_cpus=1).remote()
 
 
-def dying(bench: Bench, marks: Path, deadly: Callable[[Request, int, int], bool], workers: int = 1) -> Dying:
-    """Make such a pool; ``deadly`` gets the request, the tasks that the worker has begun, and those of all."""
+def dying(bench: Bench, marks: Path, deadly: Callable[[list[Request], int], bool], workers: int = 1) -> Dying:
+    """Make such a pool; ``deadly`` gets a run of requests, and how many runs the worker has begun."""
     marks.mkdir()
     said: list[str] = []
     made = type("Dying", (Dying,), {"marks": marks, "deadly": staticmethod(deadly), "said": said})
     return made(bench.spec, bench.tokens, workers, said.append)
 
 
-def test_a_worker_that_dies_is_replaced(bench: Bench, tmp_path: Path) -> None:
-    """Each worker dies of its third task; every request is answered all the same."""
-    pool = dying(bench, tmp_path / "marks", lambda request, own, total: own == 3)
+def test_a_worker_that_dies_is_replaced(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each worker dies of its third run; every request is answered all the same."""
+    runs = 5
+    monkeypatch.setattr(ray_pool, "RUNS_PER_WORKER", runs)
+    pool = dying(bench, tmp_path / "marks", lambda requests, own: own == 3)
     try:
         outcomes = list(pool.evaluate(bench.requests))
     finally:
         pool.close()
     assert {o.request.key for o in outcomes} == {request.key for request in bench.requests}
     assert len(outcomes) == len(bench.requests)
-    assert [o.kl for o in outcomes] == [sum(o.request.allocation) for o in outcomes]
-    assert len(pool.said) == len(bench.requests) // 2 - (len(bench.requests) % 2 == 0)
+    assert [o.loss for o in outcomes] == [sum(o.request.allocation) for o in outcomes]
+    assert len(pool.said) == runs // 2
     assert all("a worker died and is replaced" in message for message in pool.said)
 
 
 def test_a_task_that_kills_every_worker_stops_the_run(bench: Bench, tmp_path: Path) -> None:
     """After three workers, with what to do; what was measured before is not lost."""
-    poison = bench.requests[2].key
-    pool = dying(bench, tmp_path / "marks", lambda request, own, total: request.key == poison)
+    poison = sorted(request.key for request in bench.requests)[-1]
+
+    def deadly(requests: list[Request], own: int) -> bool:
+        return any(request.key == poison for request in requests)
+
+    pool = dying(bench, tmp_path / "marks", deadly)
     outcomes = []
     try:
         with pytest.raises(UserError, match=rf"{MAX_DEATHS} workers died .* on the same task") as caught:
             outcomes.extend(pool.evaluate(bench.requests))
-        message = str(caught.value)
-        assert "resume" in message
+        assert "resume" in str(caught.value)
         assert len(pool.said) == MAX_DEATHS - 1
-        assert len(list((tmp_path / "marks").iterdir())) == MAX_DEATHS + 2
+        assert len(list((tmp_path / "marks").iterdir())) == MAX_DEATHS + ray_pool.RUNS_PER_WORKER - 1
     finally:
         pool.close()
 
 
 def test_deaths_of_different_tasks_are_not_added_up(bench: Bench, tmp_path: Path) -> None:
-    """Four tasks kill one worker each, the first time that they are tried."""
-    killers = {request.key for request in bench.requests[:4]}
-    tried: set[Any] = set()
+    """Each of four runs kills one worker, the first time that it is tried."""
     marks = tmp_path / "tried"
     marks.mkdir()
 
-    def deadly(request: Request, own: int, total: int) -> bool:
-        mark = marks / f"{request.split}-{request.tokens}-{request.allocation}"
-        first = not mark.exists()
+    def deadly(requests: list[Request], own: int) -> bool:
+        first = requests[0]
+        mark = marks / f"{first.split}-{first.tokens}-{first.allocation}"
+        new = not mark.exists()
         mark.touch()
-        return request.key in killers and first
+        return new
 
     pool = dying(bench, tmp_path / "marks", deadly, workers=2)
     try:
-        tried.update(outcome.request.key for outcome in pool.evaluate(bench.requests))
+        tried = {outcome.request.key for outcome in pool.evaluate(bench.requests)}
     finally:
         pool.close()
     assert tried == {request.key for request in bench.requests}
-    assert len(pool.said) == 4
+    assert len(pool.said) == 2 * ray_pool.RUNS_PER_WORKER
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 7, 13, 40])
+def test_runs_are_neighbours(bench: Bench, count: int) -> None:
+    """In lexicographic order, of nearly equal length, each request once."""
+    runs = ray_pool._runs(bench.requests[::-1], count)
+    lengths = [len(run) for run in runs]
+    assert len(runs) == min(count, len(bench.requests))
+    assert max(lengths) - min(lengths) <= 1
+    flat = [(request.split, request.tokens, request.allocation) for run in runs for request in run]
+    assert flat == sorted((r.split, r.tokens, r.allocation) for r in bench.requests)
 
 
 def test_a_users_error_on_a_worker_stays_one(
@@ -258,6 +274,12 @@ def test_a_connection_that_is_there_is_kept(bench: Bench) -> None:
     with connected(1, None):
         RayPool(bench.spec, bench.tokens, 1).close()
     assert ray.is_initialized()
+
+
+def test_more_workers_than_gpus_are_refused() -> None:
+    """Rather than left to wait for ever."""
+    with pytest.raises(UserError, match=r"need 1 GPUs, .* has 0"), connected(1, None, gpus=1):
+        pass
 
 
 def test_more_workers_than_cpus_are_refused() -> None:

@@ -1,11 +1,10 @@
-import itertools
-
 import numpy as np
 import pytest
 import torch
 
 from allocator.model.headers import read_model_files
 from allocator.model.load import load_model
+from allocator.prune import assemble
 from allocator.prune.assemble import Assembler, Switchboard
 from allocator.prune.execute import save_pruned
 from allocator.prune.structured import item_columns
@@ -23,13 +22,16 @@ class Live:
 
     def __init__(self, case):
         self._walker, self._space = case.walker(), case.space
-        assembler = Assembler(case.files, case.layout, case.space, case.compact.__getitem__, self._walker.dtype)
+        assembler = Assembler(case.files, case.layout, case.space, case.compact.__getitem__, self._walker.model)
         self._switchboard = Switchboard(self._walker.model, case.layout, assembler)
 
     def set(self, allocation):
         for unit, level in zip(self._space.units, allocation, strict=True):
             self._switchboard.set(unit.name, level)
         return self
+
+    def parameters(self):
+        return dict(self._walker.model.named_parameters())
 
     @torch.inference_mode()
     def logits(self, tokens):
@@ -146,9 +148,60 @@ def test_cached_forward_equals_uncached_with_attention_removed(request, name, bl
     torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=1e-4, atol=1e-4)
 
 
-def test_views_share_the_ordered_rows(structured):
-    assembler = Assembler(structured.files, structured.layout, structured.space, structured.compact.__getitem__)
-    unit = structured.space.units[1]
-    weights = [assembler.unit(unit.name, level)[f"{unit.name}.gate_proj.weight"] for level in (1, 4)]
-    for a, b in itertools.pairwise(weights):
-        assert a.data_ptr() == b.data_ptr()
+@pytest.mark.parametrize("name", ["structured", "structured_qwen2", "structured_bf16"])
+def test_switching_between_levels_copies_no_row(request, name):
+    case = request.getfixturevalue(name)
+    live = Live(case)
+    for site, unit in zip(case.layout.sites, case.space.units, strict=True):
+        rows = {f"{module}.{kind}" for module, _ in site.inputs for kind in ("weight", "bias")}
+        places = set()
+        for level in range(1, unit.num_levels):
+            live.set(tuple(level if u is unit else 0 for u in case.space.units))
+            if unit.kept[level]:
+                own = {key: p for key, p in live.parameters().items() if key in rows}
+                places.add(tuple((key, p.data_ptr()) for key, p in own.items()))
+        assert len(places) == 1
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 30])
+def test_output_projections_are_kept_within_a_limit(structured, monkeypatch, limit):
+    monkeypatch.setattr(assemble, "OUTPUT_BYTES", limit)
+    live, space = Live(structured), structured.space
+    name = f"{structured.layout.sites[0].output}.weight"
+
+    def visit():
+        live.set(tuple(int(unit.name == structured.layout.sites[0].name) for unit in space.units))
+        return live.parameters()[name].data
+
+    first = visit()
+    live.set(space.dense)
+    assert torch.equal(visit(), first)
+    assert (visit().data_ptr() == first.data_ptr()) == (limit > 0)
+
+
+def test_unaligned_tensors_of_a_live_model_are_moved(case):
+    """So that a level is the same bits whether it was never left or switched back to."""
+    walker = case.walker()
+    for parameter in walker.model.parameters():
+        shifted = torch.empty(parameter.numel() + 1, dtype=parameter.dtype)[1:].view_as(parameter)
+        parameter.data = shifted.copy_(parameter.data)
+    Assembler(case.files, case.layout, case.space, case.compact.__getitem__, walker.model)
+    names = {unit.name for unit in case.space.units}
+    for name, parameter in walker.model.named_parameters():
+        if any(name.startswith(f"{unit}.") for unit in names):
+            assert parameter.data_ptr() % 64 == 0
+
+
+def test_dense_tensors_are_held_once(case):
+    """Those of a live model are its own; whatever was switched, no other copy of a row stays."""
+    walker = case.walker()
+    assembler = Assembler(case.files, case.layout, case.space, case.compact.__getitem__, walker.model)
+    own = {name: p.data_ptr() for name, p in walker.model.named_parameters()}
+    for unit in case.space.units:
+        assert all(tensor.data_ptr() == own[key] for key, tensor in assembler.unit(unit.name, 0).items())
+    sizes = {key: tensor.nbytes for unit in case.space.units for key, tensor in assembler.unit(unit.name, 0).items()}
+    for seed in range(3):
+        for unit, level in zip(case.space.units, _random(case.space, seed), strict=True):
+            assembler.unit(unit.name, level)
+    held = {t.untyped_storage().data_ptr(): t.nbytes for tensors in assembler._dense.values() for t in tensors.values()}
+    assert sum(held.values()) <= sum(sizes.values())

@@ -39,7 +39,7 @@ def _allocations(space):
 
 def _switched(case, model, allocations):
     board = Switchboard(
-        model, case.layout, Assembler(case.files, case.layout, case.space, case.compact.__getitem__, torch.float32)
+        model, case.layout, Assembler(case.files, case.layout, case.space, case.compact.__getitem__, model)
     )
     for allocation in allocations:
         for unit, level in zip(case.space.units, allocation, strict=True):

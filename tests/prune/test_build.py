@@ -110,7 +110,7 @@ def test_along_a_path_refits_make_up_for_what_the_residual_stream_lacks(structur
     """Each refit again, by least squares on whole models, pruned up to the unit and dense."""
     case, walker, whole = structured, structured.walker(), structured.walker().model
     switchboard = Switchboard(
-        walker.model, case.layout, Assembler(case.files, case.layout, case.space, along.__getitem__, walker.dtype)
+        walker.model, case.layout, Assembler(case.files, case.layout, case.space, along.__getitem__, walker.model)
     )
     for site, unit, level in zip(case.layout.sites, case.space.units, middle, strict=True):
         norm = f"model.layers.{site.block}." + (
@@ -183,7 +183,7 @@ def test_sparsegpt_aims_at_the_dense_outputs_along_a_path(unstructured):
                 else prune_on_pruned_inputs(calibration, allocation, every_level=False)
             )
             compact, walker, whole = dict(made), case.walker(), case.walker()
-            assembler = Assembler(case.files, case.layout, case.space, compact.__getitem__, walker.dtype)
+            assembler = Assembler(case.files, case.layout, case.space, compact.__getitem__, walker.model)
             switchboard = Switchboard(walker.model, case.layout, assembler)
             for unit, level in zip(case.space.units, allocation, strict=True):
                 switchboard.set(unit.name, level)
@@ -214,9 +214,8 @@ def test_the_expectation_is_the_average_over_levels_by_what_they_keep(structured
     """The order of the first block's channels again, from attention outputs averaged by hand."""
     case, model, whole = structured, structured.walker().model, structured.walker().model
     attention, mlp = case.space.units[:2]
-    walker = case.walker()
     switchboard = Switchboard(
-        model, case.layout, Assembler(case.files, case.layout, case.space, expected.__getitem__, walker.dtype)
+        model, case.layout, Assembler(case.files, case.layout, case.space, expected.__getitem__, model)
     )
     layer = whole.model.layers[0]
     total = 0.0

@@ -205,11 +205,26 @@ def test_ladder(kind: str, kept: tuple[int, ...], text: str) -> None:
 
 def test_front_table_shortens_a_long_front() -> None:
     points = [{"params": 1000 - i, "sparsity": i / 1000, "kl": i / 10, "allocation": []} for i in range(200)]
-    text = shown(tables.front_table({"tokens": HIGH, "points": points}))
+    text = shown(tables.front_table({"tokens": HIGH, "loss": "kl", "points": points}))
     assert "200 points" in text
     assert "1,000" in text
     assert "801" in text, "both ends are shown"
     assert len(text.splitlines()) < 32
+
+
+@pytest.mark.parametrize(("loss", "heading"), [("kl", "KL"), ("topk_kl", "top-k KL")])
+def test_a_front_names_the_loss_of_its_run(tmp_path: Path, space: SearchSpace, loss: str, heading: str) -> None:
+    header = {"tokens": [HIGH], "budget": {"cost": "params", "limit": 9999}, "space": space.to_json(), "loss": loss}
+    request = Request(space.dense, HIGH)
+    journal = Journal(tmp_path, header, [Outcome(request, {loss: 0.25, "nll": 1.0}, 0.5, loss)], None)
+    front = curves.front(journal)
+    assert [point[loss] for point in front["points"]] == [0.25]
+    assert re.search(rf"removed +.? *{heading}\b", shown(tables.front_table(front)))
+    drawn = [
+        figures.front_figure(front, {}, curves.cloud(journal)),
+        figures.convergence_figure(curves.convergence(journal), {}, journal.loss),
+    ]
+    assert all(curves.LOSSES[loss] in figure.axes[0].get_ylabel() for figure in drawn)
 
 
 def test_plan_table(finished: Path) -> None:
@@ -247,7 +262,7 @@ def test_convergence_is_monotone(drawn: list[tuple[Allocation, float, int, str]]
     journal = Journal(Path("unused"), header, [outcome(*item) for item in drawn], None)
     curve = curves.convergence(journal)
     assert all(a[0] < b[0] and a[1] >= b[1] for a, b in pairwise(curve))
-    eligible = [o.kl for o in curves.comparable(journal) if space.cost(o.request.allocation) <= LIMIT]
+    eligible = [o.loss for o in curves.comparable(journal) if space.cost(o.request.allocation) <= LIMIT]
     assert len(curve) == len(eligible)
     assert not eligible or curve[-1][1] == min(eligible)
 
@@ -370,7 +385,7 @@ def test_sparsity_figure_takes_bars_or_a_heat_map() -> None:
 
 def test_front_figure_steps_where_the_budget_buys_more(tmp_path: Path) -> None:
     journal = write_journal(tmp_path, OUTCOMES, structured())
-    figure = figures.front_figure(curves.front(journal), {}, curves.cloud(journal), LIMIT)
+    figure = figures.front_figure(curves.front(journal), {}, curves.cloud(journal))
     step = next(line for line in figure.axes[0].lines if line.get_label() == "front")
     assert step.get_drawstyle() == "steps-post"
     assert np.asarray(step.get_xdata()).tolist()[:3] == [360, 380, 980]

@@ -54,7 +54,7 @@ def test_the_winner_is_the_best_finalist_on_the_selection_split(settings, space,
     assert phases == ["baselines", "search", "selection"]
     assert 1 <= len(selected) <= FINALISTS
     assert {o.request.tokens for o in selected} == {256}
-    assert decision.searched == min(selected, key=lambda o: o.kl).request.allocation
+    assert decision.searched == min(selected, key=lambda o: o.loss).request.allocation
     kl = landscape(space).kl
     assert kl(decision.searched) <= min(kl(decision.uniform), kl(decision.two_rate))
     for allocation in (decision.uniform, decision.two_rate, decision.searched):

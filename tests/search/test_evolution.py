@@ -30,7 +30,7 @@ def test_the_optimum_of_a_small_additive_landscape_is_found(run, space, landscap
 def test_the_parent_never_gets_worse(run, make_space):
     space = make_space([[100, 70, 35, 20, 0], [90, 60, 30, 0]] * 5)
     record = run(_maker(generations=12, offspring=8, tokens=(64, 128), survivors=(3, 1)), space)
-    best = [min(o.kl for o in batch) for batch in record.told if batch[0].request.tokens == 128]
+    best = [min(o.loss for o in batch) for batch in record.told if batch[0].request.tokens == 128]
     assert len(best) == 13
     assert best == sorted(best, reverse=True)
 
@@ -39,7 +39,7 @@ def test_the_parent_competes_in_every_last_stage(run, space):
     record = run(_maker(generations=6, offspring=8, tokens=(64, 128), survivors=(3, 1)), space)
     last = [batch for batch in record.told if batch[0].request.tokens == 128]
     for before, after in itertools.pairwise(last):
-        parent = min(before, key=lambda o: (o.kl, o.request.allocation)).request
+        parent = min(before, key=lambda o: (o.loss, o.request.allocation)).request
         assert parent in [o.request for o in after]
 
 
@@ -53,7 +53,7 @@ def test_stages_are_as_the_settings_say(run, make_space):
         outcomes, stage = told[0], asked[1][0].tokens
         if stage == 16:
             continue
-        ranked = sorted(outcomes, key=lambda o: (o.kl, o.request.allocation))
+        ranked = sorted(outcomes, key=lambda o: (o.loss, o.request.allocation))
         kept = [o.request.allocation for o in ranked[: {32: 4, 64: 2}[stage]]]
         assert [r.allocation for r in asked[1]][: len(kept)] == kept
 
@@ -119,7 +119,7 @@ def test_settings_that_make_no_sense_are_refused(settings, message):
 def test_the_search_ends_when_nothing_improves(run, make_space):
     space = make_space([[100, 80, 60, 40, 20, 0]] * 10)
     record = run(_maker(generations=50, patience=3, offspring=4, tokens=(64,), survivors=(1,)), space)
-    best = list(itertools.accumulate((min(o.kl for o in batch) for batch in record.told), min))
+    best = list(itertools.accumulate((min(o.loss for o in batch) for batch in record.told), min))
     assert len(best) < 51
     stale = [a == b for a, b in itertools.pairwise(best)]
     assert stale[-3:] == [True] * 3
