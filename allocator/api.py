@@ -216,7 +216,7 @@ def prune(
     torch.set_num_threads(settings["threads"])
     reporter.phase("pruning", len(layout.blocks))
     spec = EngineSpec(files, layout, plan.space, None, pruner, settings["dtype"], settings["threads"])
-    calibration = spec.calibration(torch.from_numpy(tokens["calibration"]), reporter.step, reporter.say)
+    calibration = spec.calibration(tokens["calibration"], reporter.step, reporter.say)
     if execution == "recompute":
         made = prune_on_pruned_inputs(calibration, plan.allocation, every_level=False)
     elif settings["inputs"] == "dense":

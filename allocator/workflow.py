@@ -26,7 +26,9 @@ from allocator.evaluate.engine import EngineSpec, Execution, LocalEvaluator
 from allocator.job import Job, prepare, versions
 from allocator.model.walk import SEQUENCES_PER_BATCH
 from allocator.progress import Reporter, Silent
-from allocator.prune.build import prune_on_dense_inputs, prune_on_pruned_inputs
+from allocator.prune.assemble import CompactLevels
+from allocator.prune.build import prune_on_pruned_inputs
+from allocator.prune.problem import Problem
 from allocator.prune.store import LevelStore, StoreBuilder, check_free, open_store
 from allocator.report import curves
 from allocator.search.decide import Decision, decide
@@ -88,9 +90,12 @@ def run_search(config: RunConfig, resume: bool = False, reporter: Reporter | Non
             opened.enter_context(connected(config.workers * config.threads, config.address, gpus))
         if not resume:
             journal = opened.enter_context(_begin(job, folder))
-        with _timed(wall, "store"):
-            store = _store(job, place, found, reporter)
-        with evaluators(job.engine_spec(store), job.tokens, config, reporter) as evaluator:
+        with evaluators(job.engine_spec(LevelStore(place)), job.tokens, config, reporter) as evaluator:
+            with _timed(wall, "store"):
+                if found is None:
+                    _build(job, place, evaluator, reporter)
+                else:
+                    reporter.say(f"level store {place} fits and is reused")
             with _timed(wall, "search"):
                 decision = _decide(job, folder, evaluator, journal, reporter)
             with _timed(wall, "execute"):
@@ -178,23 +183,20 @@ def _resume(job: Job, folder: Path, reporter: Reporter) -> Journal:
     return journal
 
 
-def _store(job: Job, folder: Path, found: LevelStore | None, reporter: Reporter) -> LevelStore:
-    if found is not None:
-        reporter.say(f"level store {folder} fits and is reused")
-        return found
+def _build(job: Job, folder: Path, evaluator: Any, reporter: Reporter) -> None:
+    """Build the level store, or what is missing of one that was begun."""
     reporter.phase("level store", len(job.layout.blocks))
-    torch.set_num_threads(job.config.threads)
-    tokens = torch.from_numpy(job.tokens["calibration"])
-    calibration = job.engine_spec(None).calibration(tokens, reporter.step, reporter.say)
-    builder, units = StoreBuilder(folder, job.store_key), [unit.name for unit in job.space.units]
+    builder = StoreBuilder(folder, job.store_key)
     if job.config.pruner.inputs == "dense":
-        todo = {unit.block for unit in job.space.units if unit.name not in builder}
-        made = prune_on_dense_inputs(calibration, todo)
+        evaluator.build(builder, builder.missing(job.space), reporter.step, reporter.say)
     else:
-        made = prune_on_pruned_inputs(calibration, job.along, every_level=True, known=builder)
-    for name, levels in made:
-        builder.write(name, levels)
-    return builder.finish(units)
+        calibration = job.engine_spec(None).calibration(job.tokens["calibration"], reporter.step, reporter.say)
+
+        def solve(problems: Sequence[Problem]) -> list[CompactLevels]:
+            return list(evaluator.solve(problems, reporter.say))
+
+        builder.fill(prune_on_pruned_inputs(calibration, job.along, every_level=True, known=builder, solve=solve))
+    builder.finish(unit.name for unit in job.space.units)
 
 
 def _decide(job: Job, folder: Path, evaluator: Any, journal: Journal, reporter: Reporter) -> Decision:

@@ -471,7 +471,9 @@ def checkpoints(
     made = {}
     for number, (name, (plan, store)) in enumerate(plans.items()):
         out = folder / f"checkpoint{number}"
-        assert allocator.prune(plan, out, model=tiny_model, store=store) == plan.space.cost(plan.allocation)
+        assert allocator.prune(plan, out, model=tiny_model, execution="assemble", store=store) == plan.space.cost(
+            plan.allocation
+        )
         made[name] = (plan, out, store)
     tokens = np.random.default_rng(0).integers(1, 100, (2, 24))
     np.save(folder / "tokens.npy", tokens)

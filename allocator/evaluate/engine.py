@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +23,13 @@ from allocator.model.headers import ModelFiles, read_model_files
 from allocator.model.load import load_model
 from allocator.model.stream import StreamedWalker
 from allocator.model.walk import BlockWalker
-from allocator.prune.assemble import Assembler, Switchboard
-from allocator.prune.build import prune_on_pruned_inputs
+from allocator.prune.assemble import Assembler, CompactLevels, Switchboard
+from allocator.prune.build import prune_on_dense_inputs, prune_on_pruned_inputs
 from allocator.prune.execute import save_pruned
 from allocator.prune.factorise import Report, silent
-from allocator.prune.problem import Calibration, Progress
+from allocator.prune.problem import Calibration, Problem, Progress
 from allocator.prune.pruners import LocalPruner
-from allocator.prune.store import LevelStore
+from allocator.prune.store import LevelStore, StoreBuilder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -63,11 +64,13 @@ class EngineSpec:
     device: str = "cpu"
 
     def calibration(
-        self, tokens_nt: torch.Tensor, progress: Progress = lambda done: None, report: Report = silent
+        self, tokens: np.ndarray, progress: Progress = lambda done: None, report: Report = silent
     ) -> Calibration:
-        """Return what pruning works on: the model, block by block from disk, and the calibration text."""
+        """Return what pruning works on: the model, block by block from disk, and token ids [sequences, length]."""
         assert self.pruner is not None
+        torch.set_num_threads(self.threads)
         walker = StreamedWalker(self.files, self.layout, DTYPES[self.dtype])
+        tokens_nt = torch.from_numpy(np.array(tokens, dtype=np.int64))
         return Calibration(walker, self.files, self.layout, self.space, self.pruner, tokens_nt, progress, report)
 
 
@@ -137,9 +140,8 @@ class Engine:
         spec = self._spec
         if execution.recompute:
             assert spec.pruner is not None
-            compact = dict(
-                prune_on_pruned_inputs(spec.calibration(self._tokens["calibration"]), execution.allocation, False)
-            ).__getitem__
+            calibration = spec.calibration(self._tokens["calibration"].numpy())
+            compact = dict(prune_on_pruned_inputs(calibration, execution.allocation, every_level=False)).__getitem__
         else:
             assert spec.store is not None
             compact = spec.store
@@ -219,7 +221,21 @@ class LocalEvaluator:
     """Measures in this process."""
 
     def __init__(self, spec: EngineSpec, tokens: Mapping[str, np.ndarray]) -> None:
-        self._engine = Engine(spec, tokens)
+        self._spec, self._tokens = spec, tokens
+
+    @cached_property
+    def _engine(self) -> Engine:
+        return Engine(self._spec, self._tokens)
+
+    def build(self, builder: StoreBuilder, blocks: Sequence[int], progress: Progress, report: Report) -> None:
+        """Prune some blocks on dense inputs, and write their units."""
+        calibration = self._spec.calibration(self._tokens["calibration"], progress, report)
+        builder.fill(prune_on_dense_inputs(calibration, blocks))
+
+    def solve(self, problems: Sequence[Problem], report: Report) -> list[CompactLevels]:
+        """Solve problems of the local pruner, in order."""
+        assert self._spec.pruner is not None
+        return [problem.solve(self._spec.pruner, report) for problem in problems]
 
     def evaluate(self, requests: Sequence[Request]) -> Iterator[Outcome]:
         """Yield outcomes as they are measured."""

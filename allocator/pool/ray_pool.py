@@ -18,6 +18,11 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from allocator.core.errors import UserError
 from allocator.core.protocols import Outcome, Request
 from allocator.evaluate.engine import Engine, EngineSpec, Execution
+from allocator.prune.assemble import CompactLevels
+from allocator.prune.build import prune_on_dense_inputs
+from allocator.prune.factorise import Report
+from allocator.prune.problem import Problem, Progress
+from allocator.prune.store import StoreBuilder
 
 MAX_DEATHS = 3
 """Workers that one task may cost, each time on a fresh worker, before the run stops."""
@@ -27,6 +32,7 @@ RUNS_PER_WORKER = 2
 
 _KNOCK_S = 10.0
 _SILENCE_S = 120.0
+_LOOK_S = 1.0
 
 Notify = Callable[[str], None]
 
@@ -42,6 +48,20 @@ class Worker:
     def _engine(self) -> Engine:
         # made by the first task and not by the constructor, for an actor that fails in there counts as dead
         return Engine(self._spec, self._tokens)
+
+    def build(self, builder: StoreBuilder, blocks: Sequence[int]) -> list[str]:
+        """Prune some blocks on dense inputs, write their units, and return what a user should know."""
+        said: list[str] = []
+        calibration = self._spec.calibration(self._tokens["calibration"], report=said.append)
+        missing = builder.missing(self._spec.space)
+        builder.fill(prune_on_dense_inputs(calibration, [block for block in blocks if block in missing]))
+        return said
+
+    def solve(self, problem: Problem) -> tuple[CompactLevels, list[str]]:
+        """Solve a problem of the local pruner, and return what a user should know."""
+        assert self._spec.pruner is not None
+        said: list[str] = []
+        return problem.solve(self._spec.pruner, said.append), said
 
     def measure(self, requests: Sequence[Request]) -> list[Outcome]:
         """See :meth:`Engine.measure_batch`."""
@@ -77,6 +97,28 @@ class RayPool:
         for _, outcomes in self._run([("measure", (run,)) for run in runs]):
             yield from outcomes
 
+    def build(self, builder: StoreBuilder, blocks: Sequence[int], progress: Progress, report: Report) -> None:
+        """Prune blocks on dense inputs side by side: each worker reads the text through, and prunes a run of blocks."""
+        edges = [len(blocks) * index // len(self._workers) for index in range(len(self._workers) + 1)]
+        shares = [blocks[start:end] for start, end in pairwise(edges) if start < end]
+        space = self._spec.space
+
+        def look() -> None:
+            progress(len({unit.block for unit in space.units}) - len(builder.missing(space)))
+
+        for _, said in self._run([("build", (builder, share)) for share in shares], look):
+            for message in said:
+                report(message)
+            look()
+
+    def solve(self, problems: Sequence[Problem], report: Report) -> list[CompactLevels]:
+        """Solve problems of the local pruner side by side; results in order."""
+        results = dict(self._run([("solve", (problem,)) for problem in problems]))
+        for index in range(len(problems)):
+            for message in results[index][1]:
+                report(message)
+        return [results[index][0] for index in range(len(problems))]
+
     def execute(self, executions: Sequence[Execution], tokens: int) -> list[dict[str, float]]:
         """Save and measure checkpoints side by side; results in order."""
         results = dict(self._run([("execute", (execution, tokens)) for execution in executions]))
@@ -94,7 +136,10 @@ class RayPool:
         actor = ray.remote(num_cpus=self._spec.threads, num_gpus=gpus)(Worker)
         return actor.remote(self._spec_ref, self._tokens_ref)
 
-    def _run(self, tasks: Sequence[tuple[str, tuple[Any, ...]]]) -> Iterator[tuple[int, Any]]:
+    def _run(
+        self, tasks: Sequence[tuple[str, tuple[Any, ...]]], look: Callable[[], None] | None = None
+    ) -> Iterator[tuple[int, Any]]:
+        """Yield the results of tasks with their indices, as they come; call ``look`` now and then meanwhile."""
         waiting = list(range(len(tasks)))[::-1]
         idle, deaths = list(self._workers), [0] * len(tasks)
         flying: dict[Any, tuple[Any, int]] = {}
@@ -103,7 +148,14 @@ class RayPool:
                 worker, index = idle.pop(), waiting.pop()
                 method, arguments = tasks[index]
                 flying[getattr(worker, method).remote(*arguments)] = (worker, index)
-            done, _ = ray.wait(list(flying), num_returns=1, timeout=_SILENCE_S)
+            done: list[Any] = []
+            silent_s = 0.0
+            while not done and silent_s < _SILENCE_S:
+                pause_s = _SILENCE_S if look is None else _LOOK_S
+                done, _ = ray.wait(list(flying), num_returns=1, timeout=pause_s)
+                silent_s += pause_s
+                if look is not None:
+                    look()
             if not done:
                 free = ray.available_resources().get("CPU", 0)
                 self._notify(f"no worker has answered for {_SILENCE_S:.0f} s; {free:.0f} CPUs of the cluster are free")

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from allocator.core.errors import UserError
 from allocator.core.files import check_place, file_fingerprint, read_json, write_json
+from allocator.core.space import SearchSpace
 from allocator.prune.assemble import CompactLevels
 
 SCHEMA = 1
@@ -94,6 +95,15 @@ class StoreBuilder:
                 f"{self._folder}: the level store cannot be written ({error}). Free some space and resume: "
                 "units that are finished stay. Or name a folder on another disk with --set store=FOLDER"
             ) from None
+
+    def missing(self, space: SearchSpace) -> list[int]:
+        """Return the blocks of which a unit is not there."""
+        return sorted({unit.block for unit in space.units if unit.name not in self})
+
+    def fill(self, made: Iterable[tuple[str, CompactLevels]]) -> None:
+        """Write units as they are made."""
+        for unit, levels in made:
+            self.write(unit, levels)
 
     def finish(self, units: Iterable[str]) -> LevelStore:
         """Let the store appear under its name."""

@@ -2,10 +2,11 @@
 
 After EvoPress (Sieberling et al., ICML 2025): offspring are the parent with min(U{1..m}, U{1..m}) exchanges,
 selection is staged over growing token sets, and the parent competes in the last stage. It departs from the
-paper in four ways: an exchange may cross unit kinds and step sizes, for the budget is an exact integer sum
-that is repaired and filled after it; the tokens of a stage are a prefix of the next stage's and the same in
-every generation, so all comparisons are paired; the search ends when nothing improves; and no allocation is
-proposed twice, so that random allocations take over when exchanges reach nothing new.
+paper in five ways: an exchange may cross unit kinds and step sizes, for the budget is an exact integer sum
+that is repaired and filled after it; where blocks can be removed, one offspring in eight removes or restores a
+contiguous run of them, which single exchanges do not find; the tokens of a stage are a prefix of the next
+stage's and the same in every generation, so all comparisons are paired; the search ends when nothing improves;
+and no allocation is proposed twice, so that random allocations take over when exchanges reach nothing new.
 """
 
 from __future__ import annotations
@@ -21,6 +22,11 @@ from allocator.core.protocols import Outcome, Request
 from allocator.core.space import Allocation, SearchSpace
 
 _ATTEMPTS_PER_OFFSPRING = 16
+
+_RUN_SHARE = 0.125
+"""Share of offspring that remove or restore a run of blocks, where blocks can be removed."""
+
+_LONGEST_RUN = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +91,24 @@ def exchange(
     return repair(space, levels, budget, [*order, *touched])
 
 
+def move_run(space: SearchSpace, parent: Allocation, budget: Budget, rng: np.random.Generator) -> Allocation:
+    """Return ``parent`` with a contiguous run of whole blocks removed, or made dense again, and the budget full.
+
+    The run is of min(U{1..4}, U{1..4}) blocks, at most half of all. It is made dense if it was removed, and removed
+    otherwise; the other blocks settle the budget, in random order.
+    """
+    blocks = sorted({unit.block for unit in space.units})
+    length = min(int(rng.integers(1, _LONGEST_RUN + 1, size=2).min()), max(1, len(blocks) // 2))
+    start = int(rng.integers(len(blocks) - length + 1))
+    inside = [i for i, unit in enumerate(space.units) if unit.block in blocks[start : start + length]]
+    levels = list(parent)
+    gone = all(levels[i] == space.units[i].num_levels - 1 for i in inside)
+    for i in inside:
+        levels[i] = 0 if gone else space.units[i].num_levels - 1
+    rest = [i for i in rng.permutation(len(levels)).tolist() if i not in set(inside)]
+    return repair(space, levels, budget, [*rest, *inside])
+
+
 class ExchangeEvolution:
     """Exchange evolution for one budget. See the module's text for the method and its source."""
 
@@ -93,6 +117,7 @@ class ExchangeEvolution:
     ) -> None:
         """Begin at the best of ``start``, allocations within the budget."""
         self._space, self._budget, self._settings, self._seed = space, budget, settings, seed
+        self._blocks_go = all(unit.kept[-1] == 0 for unit in space.units)
         self._generation = 0
         self._stage = len(settings.tokens) - 1
         self._candidates: list[Allocation] = list(dict.fromkeys(start))
@@ -141,7 +166,9 @@ class ExchangeEvolution:
         children: list[Allocation] = []
         attempts = settings.offspring * _ATTEMPTS_PER_OFFSPRING
         for attempt in range(attempts):
-            if attempt < attempts // 2:
+            if self._blocks_go and attempt < attempts // 2 and rng.random() < _RUN_SHARE:
+                child = move_run(self._space, self._parent, self._budget, rng)
+            elif attempt < attempts // 2:
                 times = int(rng.integers(1, settings.max_exchanges + 1, size=2).min())
                 child = exchange(self._space, self._parent, self._budget, rng, times)
             else:  # what exchanges reach is seen, as happens in small spaces

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from allocator.core.budget import Budget, budget_for, denser_moves, fits, repair
 from allocator.core.errors import UserError
-from allocator.search.evolution import EvolutionSettings, ExchangeEvolution, exchange
+from allocator.core.protocols import Outcome
+from allocator.search.evolution import EvolutionSettings, ExchangeEvolution, exchange, move_run
 
 
 def _maker(**settings):
@@ -29,7 +30,7 @@ def test_the_optimum_of_a_small_additive_landscape_is_found(run, space, landscap
 
 def test_the_parent_never_gets_worse(run, make_space):
     space = make_space([[100, 70, 35, 20, 0], [90, 60, 30, 0]] * 5)
-    record = run(_maker(generations=12, offspring=8, tokens=(64, 128), survivors=(3, 1)), space)
+    record = run(_maker(generations=12, patience=12, offspring=8, tokens=(64, 128), survivors=(3, 1)), space)
     best = [min(o.loss for o in batch) for batch in record.told if batch[0].request.tokens == 128]
     assert len(best) == 13
     assert best == sorted(best, reverse=True)
@@ -79,6 +80,48 @@ def test_it_begins_at_the_best_of_its_starts(run, space, landscape):
     record = run(_maker(generations=1, offspring=4, tokens=(128,), survivors=(1,)), space, start=[*starts, starts[0]])
     assert [r.allocation for r in record.batches[0]] == list(dict.fromkeys(starts))
     assert min(starts, key=landscape(space).kl) in [r.allocation for r in record.batches[1]]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_run_of_blocks_goes_whole_and_comes_back_whole(make_space, seed):
+    space = make_space([[80, 60, 40, 20, 0], [60, 40, 20, 0]] * 6)
+    rng, budget = np.random.default_rng(seed), budget_for(space, 0.5)
+
+    def removed(allocation):
+        return [block for block in range(6) if allocation[2 * block : 2 * block + 2] == (4, 3)]
+
+    even = repair(space, [2] * 12, budget, range(12))
+    child = move_run(space, even, budget, rng)
+    gone = removed(child)
+    assert gone == list(range(gone[0], gone[0] + len(gone)))
+    assert 1 <= len(gone) <= 3
+    halved = repair(space, [0, 0] * 3 + [4, 3] * 3, budget, range(12))
+    again = move_run(space, halved, budget, rng)
+    assert removed(again) != removed(halved)
+    for allocation in (child, again):
+        assert fits(space, allocation, budget)
+        assert not denser_moves(space, allocation, budget)
+
+
+def test_blocks_that_only_help_when_they_go_together_are_found(run, make_space):
+    """Every block but a run of three is needed, and to remove a part of the run alone is worse than nothing."""
+    space = make_space([[100, 50, 0], [100, 50, 0]] * 8)
+    sparsest = {2, 3, 4}
+
+    class Landscape:
+        def kl(self, allocation):
+            whole = [b for b in range(8) if allocation[2 * b : 2 * b + 2] == (2, 2)]
+            rest = sum(level for b in range(8) if b not in sparsest for level in allocation[2 * b : 2 * b + 2])
+            return 0.1 * rest + (0.0 if sparsest <= set(whole) else 3.0 + sum(allocation[4:10]))
+
+        def evaluate(self, requests):
+            for request in requests:
+                yield Outcome(request, {"kl": self.kl(request.allocation)}, 0.0)
+
+    landscape = Landscape()
+    make = _maker(generations=150, offspring=16, patience=150, tokens=(64,), survivors=(1,))
+    record = run(make, space, 3 / 8, evaluator=landscape)
+    assert landscape.kl(record.finalists()[0]) == 0.0
 
 
 @given(data=st.data(), seed=st.integers(0, 99), times=st.integers(1, 4))
