@@ -53,7 +53,9 @@ def denser_moves(space: SearchSpace, allocation: Sequence[int], budget: Budget) 
     return moves
 
 
-def repair(space: SearchSpace, allocation: Sequence[int], budget: Budget, order: Sequence[int]) -> Allocation:
+def repair(
+    space: SearchSpace, allocation: Sequence[int], budget: Budget, order: Sequence[int], spared: Sequence[int] = ()
+) -> Allocation:
     """Move an allocation into the budget, then fill the budget.
 
     Units go one level sparser, round after round in ``order``, until the budget holds; then units go one
@@ -64,25 +66,28 @@ def repair(space: SearchSpace, allocation: Sequence[int], budget: Budget, order:
         space: The search space.
         allocation: Any levels, within the ladders.
         budget: What must hold.
-        order: A permutation of the unit indices: who gives first, and who receives first.
+        order: Unit indices: who gives first, and who receives first.
+        spared: The other unit indices, if any: they move only when those in ``order`` no longer can.
     """
+    assert sorted([*order, *spared]) == list(range(len(space.units)))
     levels = list(allocation)
     ladders = [unit.costs(budget.cost) for unit in space.units]
     room = budget.limit - space.cost(levels, budget.cost)
-    while room < 0:
-        movable = [i for i in order if levels[i] + 1 < len(ladders[i])]
-        assert movable, "the budget was checked to be reachable"
-        for i in movable:
-            room += ladders[i][levels[i]] - ladders[i][levels[i] + 1]
-            levels[i] += 1
-            if room >= 0:
-                break
-    moved = True
-    while moved:
-        moved = False
-        for i in order:
-            if levels[i] > 0 and (step := ladders[i][levels[i] - 1] - ladders[i][levels[i]]) <= room:
-                levels[i] -= 1
-                room -= step
-                moved = True
+    for group in (order, spared):
+        while room < 0 and (movable := [i for i in group if levels[i] + 1 < len(ladders[i])]):
+            for i in movable:
+                room += ladders[i][levels[i]] - ladders[i][levels[i] + 1]
+                levels[i] += 1
+                if room >= 0:
+                    break
+    assert room >= 0, "the budget was checked to be reachable"
+    for group in (order, spared):
+        moved = True
+        while moved:
+            moved = False
+            for i in group:
+                if levels[i] > 0 and (step := ladders[i][levels[i] - 1] - ladders[i][levels[i]]) <= room:
+                    levels[i] -= 1
+                    room -= step
+                    moved = True
     return tuple(levels)

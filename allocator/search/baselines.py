@@ -48,7 +48,7 @@ def two_rate(space: SearchSpace, budget: Budget) -> list[Allocation]:
         if not fits(space, levels, budget):
             continue
         _densest_common(space, levels, others, lambda candidate: fits(space, candidate, budget))
-        sweep[repair(space, levels, budget, [*others, *attention])] = None
+        sweep[repair(space, levels, budget, others, attention)] = None
     return list(sweep)
 
 

@@ -88,7 +88,7 @@ def exchange(
             levels[receiver] -= 1
             touched.update({giver: None, receiver: None})
     order = [i for i in rng.permutation(len(levels)).tolist() if i not in touched]
-    return repair(space, levels, budget, [*order, *touched])
+    return repair(space, levels, budget, order, list(touched))
 
 
 def move_run(space: SearchSpace, parent: Allocation, budget: Budget, rng: np.random.Generator) -> Allocation:
@@ -106,7 +106,7 @@ def move_run(space: SearchSpace, parent: Allocation, budget: Budget, rng: np.ran
     for i in inside:
         levels[i] = 0 if gone else space.units[i].num_levels - 1
     rest = [i for i in rng.permutation(len(levels)).tolist() if i not in set(inside)]
-    return repair(space, levels, budget, [*rest, *inside])
+    return repair(space, levels, budget, rest, inside)
 
 
 class ExchangeEvolution:
