@@ -236,7 +236,7 @@ def _execute(job: Job, folder: Path, decision: Decision, evaluator: Any, reporte
         executions = [
             Execution(allocation, job.recompute, Path(scratch).absolute() / name) for name, allocation in named.items()
         ]
-        figures = evaluator.execute(executions, job.config.tokens.test)
+        figures = evaluator.execute(executions, job.config.tokens.test, reporter.say)
         shutil.rmtree(folder / "checkpoint", ignore_errors=True)
         (Path(scratch) / "searched").rename(folder / "checkpoint")
     return {

@@ -135,12 +135,12 @@ class Engine:
         measured = _means(sums, lessons)
         return {**measured, "perplexity": math.exp(measured["nll"])}
 
-    def execute(self, execution: Execution, tokens: int) -> dict[str, float]:
+    def execute(self, execution: Execution, tokens: int, report: Report = silent) -> dict[str, float]:
         """Save a checkpoint, reload it, count its parameters and measure it on the test split."""
         spec = self._spec
         if execution.recompute:
             assert spec.pruner is not None
-            calibration = spec.calibration(self._tokens["calibration"].numpy())
+            calibration = spec.calibration(self._tokens["calibration"].numpy(), report=report)
             compact = dict(prune_on_pruned_inputs(calibration, execution.allocation, every_level=False)).__getitem__
         else:
             assert spec.store is not None
@@ -241,6 +241,6 @@ class LocalEvaluator:
         """Yield outcomes as they are measured."""
         yield from self._engine.measure_batch(requests)
 
-    def execute(self, executions: Sequence[Execution], tokens: int) -> list[dict[str, float]]:
+    def execute(self, executions: Sequence[Execution], tokens: int, report: Report = silent) -> list[dict[str, float]]:
         """Save and measure checkpoints, in order."""
-        return [self._engine.execute(execution, tokens) for execution in executions]
+        return [self._engine.execute(execution, tokens, report) for execution in executions]

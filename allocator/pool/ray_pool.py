@@ -20,7 +20,7 @@ from allocator.core.protocols import Outcome, Request
 from allocator.evaluate.engine import Engine, EngineSpec, Execution
 from allocator.prune.assemble import CompactLevels
 from allocator.prune.build import prune_on_dense_inputs
-from allocator.prune.factorise import Report
+from allocator.prune.factorise import Report, silent
 from allocator.prune.problem import Problem, Progress
 from allocator.prune.store import StoreBuilder
 
@@ -67,9 +67,10 @@ class Worker:
         """See :meth:`Engine.measure_batch`."""
         return list(self._engine.measure_batch(requests))
 
-    def execute(self, execution: Execution, tokens: int) -> dict[str, float]:
-        """See :meth:`Engine.execute`."""
-        return self._engine.execute(execution, tokens)
+    def execute(self, execution: Execution, tokens: int) -> tuple[dict[str, float], list[str]]:
+        """See :meth:`Engine.execute`; with what a user should know."""
+        said: list[str] = []
+        return self._engine.execute(execution, tokens, said.append), said
 
 
 class RayPool:
@@ -113,16 +114,11 @@ class RayPool:
 
     def solve(self, problems: Sequence[Problem], report: Report) -> list[CompactLevels]:
         """Solve problems of the local pruner side by side; results in order."""
-        results = dict(self._run([("solve", (problem,)) for problem in problems]))
-        for index in range(len(problems)):
-            for message in results[index][1]:
-                report(message)
-        return [results[index][0] for index in range(len(problems))]
+        return self._in_order([("solve", (problem,)) for problem in problems], report)
 
-    def execute(self, executions: Sequence[Execution], tokens: int) -> list[dict[str, float]]:
+    def execute(self, executions: Sequence[Execution], tokens: int, report: Report = silent) -> list[dict[str, float]]:
         """Save and measure checkpoints side by side; results in order."""
-        results = dict(self._run([("execute", (execution, tokens)) for execution in executions]))
-        return [results[index] for index in range(len(executions))]
+        return self._in_order([("execute", (execution, tokens)) for execution in executions], report)
 
     def close(self) -> None:
         """Stop the workers."""
@@ -135,6 +131,14 @@ class RayPool:
         gpus = 1 if self._spec.device == "cuda" else 0
         actor = ray.remote(num_cpus=self._spec.threads, num_gpus=gpus)(Worker)
         return actor.remote(self._spec_ref, self._tokens_ref)
+
+    def _in_order(self, tasks: Sequence[tuple[str, tuple[Any, ...]]], report: Report) -> list[Any]:
+        """Return the results of tasks that also return what a user should know."""
+        done = dict(self._run(tasks))
+        for index in range(len(tasks)):
+            for message in done[index][1]:
+                report(message)
+        return [done[index][0] for index in range(len(tasks))]
 
     def _run(
         self, tasks: Sequence[tuple[str, tuple[Any, ...]]], look: Callable[[], None] | None = None
