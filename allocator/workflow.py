@@ -224,24 +224,28 @@ def _decide(job: Job, folder: Path, evaluator: Any, journal: Journal, reporter: 
 
 
 def _execute(job: Job, folder: Path, decision: Decision, evaluator: Any, reporter: Reporter) -> dict[str, Figures]:
-    """Save, reload, count and measure: nothing removed, the baselines, the plan."""
+    """Save, reload, count and measure: nothing removed, the baselines, the plan; two of them made the other way too."""
+    other = "assembled" if job.recompute else "recomputed"
     named = {
-        "dense": job.space.dense,
-        "uniform": decision.uniform,
-        "two_rate": decision.two_rate,
-        "searched": decision.searched,
+        "dense": (job.space.dense, False),
+        "uniform": (decision.uniform, job.recompute),
+        "two_rate": (decision.two_rate, job.recompute),
+        "searched": (decision.searched, job.recompute),
+        f"uniform_{other}": (decision.uniform, not job.recompute),
+        f"searched_{other}": (decision.searched, not job.recompute),
     }
     reporter.phase("executing")
     with tempfile.TemporaryDirectory(prefix=".executing-", dir=folder) as scratch:
         executions = [
-            Execution(allocation, job.recompute, Path(scratch).absolute() / name) for name, allocation in named.items()
+            Execution(allocation, recompute, Path(scratch).absolute() / name)
+            for name, (allocation, recompute) in named.items()
         ]
         figures = evaluator.execute(executions, job.config.tokens.test, reporter.say)
         shutil.rmtree(folder / "checkpoint", ignore_errors=True)
         (Path(scratch) / "searched").rename(folder / "checkpoint")
     return {
         name: {"params": measured.pop("params"), "sparsity": round(job.space.sparsity(allocation), 6), **measured}
-        for (name, allocation), measured in zip(named.items(), figures, strict=True)
+        for (name, (allocation, _)), measured in zip(named.items(), figures, strict=True)
     }
 
 

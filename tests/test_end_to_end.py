@@ -552,7 +552,7 @@ def test_result_has_every_figure(finished: dict[str, Any], pattern: str) -> None
     data = json.loads((result.folder / "result.json").read_text())
     assert data == json.loads(json.dumps(result.summary))
     rows = data["measured"]
-    assert set(rows) == {"dense", "uniform", "two_rate", "searched"}
+    assert set(rows) == {"dense", "uniform", "two_rate", "searched", "uniform_assembled", "searched_assembled"}
     for row in rows.values():
         assert {"params", "sparsity", "kl", "nll", "perplexity"} <= set(row)
         assert row["perplexity"] == pytest.approx(np.exp(row["nll"]))

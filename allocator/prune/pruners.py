@@ -17,8 +17,8 @@ from allocator.prune.unstructured import Magnitude, Wanda
 
 PRUNERS: Mapping[str, tuple[str, ...]] = {
     "structured": ("obs",),
-    "unstructured": ("wanda", "magnitude", "sparsegpt"),
-    "n:m": ("wanda", "magnitude", "sparsegpt"),
+    "unstructured": ("sparsegpt", "wanda", "magnitude"),
+    "n:m": ("sparsegpt", "wanda", "magnitude"),
 }
 """Names of the pruners that serve each pattern, the default first."""
 

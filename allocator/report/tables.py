@@ -20,6 +20,10 @@ LABELS = {
     "uniform": "uniform",
     "two_rate": "two-rate uniform",
     "searched": "searched",
+    "uniform_assembled": "uniform, assembled",
+    "searched_assembled": "searched, assembled",
+    "uniform_recomputed": "uniform, recomputed",
+    "searched_recomputed": "searched, recomputed",
 }
 """How measured models are called, in the order in which they are shown."""
 
@@ -52,14 +56,18 @@ class Row:
 
 
 def result_rows(result: Mapping[str, Any]) -> list[Row]:
-    """Return the measured models of ``result.json``, those that are there."""
+    """Return the measured models of ``result.json``, those that are there.
+
+    What was made another way than the rest is compared with uniform made that way.
+    """
     measured: Mapping[str, Mapping[str, Any]] = result["measured"]
     order = [*(key for key in LABELS if key in measured), *(key for key in measured if key not in LABELS)]
     rows = []
     for key in order:
         figures = measured[key]
-        base, kl = measured.get("uniform", {}).get("kl"), figures.get("kl")
-        versus = kl / base - 1.0 if key not in ("dense", "uniform") and kl is not None and base else None
+        reference = key.replace("searched", "uniform") if key.startswith("searched_") else "uniform"
+        base, kl = measured.get(reference, {}).get("kl"), figures.get("kl")
+        versus = kl / base - 1.0 if key.split("_")[0] in ("two", "searched") and kl is not None and base else None
         rows.append(
             Row(
                 key=key,
@@ -92,6 +100,10 @@ def result_table(result: Mapping[str, Any]) -> Table:
             style="bold" if row.key == "searched" else None,
         )
     table.caption = "Held-out text. KL: from dense, nats per token. Removed: share of the units."
+    if any(row.key.endswith("_assembled") for row in rows):
+        table.caption += "\nAssembled: put together from what the search saw, not pruned along its path."
+    if any(row.key.endswith("_recomputed") for row in rows):
+        table.caption += "\nRecomputed: pruned along its path, not put together from what the search saw."
     return table
 
 

@@ -189,7 +189,7 @@ def test_search_by_the_group(
     cli: Cli, search_args: list[object], tiny_model: Path, text_folder: Path, here: Path, name: str
 ) -> None:
     """The plan is n:m in the saved checkpoint, group by group; plan, front, prune and evaluate go on from there."""
-    pruner = () if name == "wanda" else ("--set", f"pruner.name={name}")
+    pruner = () if name == "sparsegpt" else ("--set", f"pruner.name={name}")
     data = answered(cli(*search_args, "--pattern", "n:m", "--target", 0.5, *pruner, "--json")).json
     plan = json.loads((here / "runs" / "run" / "plan.json").read_text())
     assert (data["pattern"], plan["pattern"], plan["pruner"]["name"]) == ("n:m", "n:m", name)

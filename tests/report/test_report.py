@@ -100,6 +100,8 @@ def measured() -> dict[str, dict[str, float]]:
         "uniform": figures_of(540, 0.5, 0.8),
         "two_rate": figures_of(380, 0.681818, 0.5),
         "searched": figures_of(380, 0.681818, 0.456),
+        "searched_assembled": figures_of(380, 0.681818, 0.45),
+        "uniform_assembled": figures_of(540, 0.5, 0.75),
     }
 
 
@@ -161,6 +163,7 @@ def test_result_table_against_hand(finished: Path) -> None:
     assert lines["uniform"] == ["540", "50.00%", "8.30", "0.8000", "—"]
     assert lines["two-rate uniform"] == ["380", "68.18%", "8.00", "0.5000", "\N{MINUS SIGN}37.5%"]
     assert lines["searched"] == ["380", "68.18%", "7.96", "0.4560", "\N{MINUS SIGN}43.0%"]
+    assert lines["searched, assembled"][-1] == "\N{MINUS SIGN}40.0%", "0.45 against 0.75, not against 0.8"
     assert "…" not in text
     assert "[c]" in text, "a model id is not markup"
 
