@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+import torch
 
 from allocator.config import load_config
 from allocator.core.errors import UserError
@@ -24,9 +25,10 @@ from allocator.model.load import load_model
 from allocator.model.walk import BlockWalker
 from allocator.pool import ray_pool
 from allocator.pool.ray_pool import MAX_DEATHS, RayPool, connected
-from allocator.prune.build import prune_on_dense_inputs
-from allocator.prune.problem import Calibration
-from allocator.prune.store import create_store
+from allocator.prune.assemble import CompactLevels
+from allocator.prune.build import prune_on_dense_inputs, prune_on_pruned_inputs
+from allocator.prune.problem import Calibration, Problem
+from allocator.prune.store import LevelStore, StoreBuilder, create_store
 
 SETTINGS = [
     "tokens.sequence_length=64",
@@ -64,7 +66,6 @@ def cluster() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def bench(tiny_model: Path, text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """A job with its level store, and twelve random allocations at two fidelities of two splits."""
-    import torch
 
     config = load_config(None, {"model": str(tiny_model), "text": text_folder, "workers": 0}, SETTINGS)
     job = prepare(config)
@@ -129,6 +130,40 @@ def test_executions_are_those_of_one_process(bench: Bench, pool: Callable[..., R
     for index in range(3):
         files = [tmp_path / f"{name}{index}" / "model.safetensors" for name in ("local", "pool")]
         assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_store_is_built_by_all_workers_to_the_last_byte(
+    bench: Bench, pool: Callable[..., RayPool], tmp_path: Path
+) -> None:
+    """Blocks that are there already are left alone; progress counts those that are done."""
+    spec, names = bench.spec, [unit.name for unit in bench.spec.space.units]
+    assert isinstance(spec.store, LevelStore)
+    builder, heard = StoreBuilder(tmp_path / "levels", {}), list[int]()
+    builder.write(names[0], spec.store(names[0]))
+    pool(2).build(builder, builder.missing(spec.space), heard.append, print)
+    assert heard == sorted(heard)
+    assert heard[-1] == len(spec.layout.blocks)
+    built = builder.finish(names)
+    for name in names:
+        own, other = (store.folder / f"{name}.safetensors" for store in (built, spec.store))
+        assert own.read_bytes() == other.read_bytes()
+
+
+def test_problems_are_solved_by_workers_in_order(bench: Bench, pool: Callable[..., RayPool]) -> None:
+    calibration = bench.spec.calibration(bench.tokens["calibration"])
+    workers, seen = pool(2), list[int]()
+
+    def solve(problems: Sequence[Problem]) -> list[CompactLevels]:
+        seen.append(len(problems))
+        return workers.solve(problems, print)
+
+    def pruned(**more: Any) -> dict[str, CompactLevels]:
+        return dict(prune_on_pruned_inputs(calibration, None, every_level=True, **more))
+
+    found, expected = pruned(solve=solve), pruned()
+    assert sum(seen) == len(bench.spec.space.units)
+    for name, levels in expected.items():
+        assert all(torch.equal(found[name][key], tensor) for key, tensor in levels.items())
 
 
 class Dying(RayPool):
