@@ -1,9 +1,12 @@
+import copy
+
 import pytest
 import torch
 
 from allocator.model.family import find_family, resolve_layout
 from allocator.model.headers import read_model_files
 from allocator.model.load import load_model
+from allocator.model.modeling_pruned import remove
 from allocator.model.walk import BlockWalker
 
 
@@ -52,3 +55,91 @@ def test_embedding_leaves_the_model_whole(walker):
     assert torch.equal(walker.model(tokens, use_cache=False).logits, before)
     assert all("forward" not in vars(block) for block in walker.blocks)
     assert not any(block._forward_pre_hooks for block in walker.blocks)
+
+
+# --- listening to a block --------------------------------------------------------------------------------------
+
+PROJECTIONS = [
+    *(f"model.layers.1.self_attn.{name}_proj" for name in "qkvo"),
+    *(f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")),
+]
+
+
+def _calls(model):
+    """The modules of the second block that run from now on, in order."""
+    called = []
+    for name, module in model.named_modules():
+        if name.startswith("model.layers.1."):
+            module.register_forward_pre_hook(lambda owner, args, name=name: called.append(name))
+    return called
+
+
+@torch.inference_mode()
+def test_what_is_heard_is_that_of_a_stock_forward_with_hooks(walker):
+    tokens = _tokens(2, 16)
+    inputs, outputs = {}, {}
+    handles = [
+        walker.model.get_submodule(name).register_forward_hook(
+            lambda owner, args, output, name=name: (
+                (inputs.update({name: args[0]}), outputs.update({name: output})) and None
+            )
+        )
+        for name in PROJECTIONS
+    ]
+    walker.model(tokens, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    hidden = walker.run(0, walker.embed(tokens))
+    for modules in (PROJECTIONS, PROJECTIONS[::-1], PROJECTIONS[4:5], PROJECTIONS[:2] * 2):
+        heard = walker.hear(1, hidden, modules)
+        for found, expected in zip(heard, (inputs, outputs), strict=True):
+            assert found.keys() == set(modules)
+            assert all(torch.equal(found[name], expected[name]) for name in modules)
+    assert not any(module._forward_hooks for module in walker.model.modules())
+
+
+def test_the_pass_stops_after_the_last_module_of_interest(walker):
+    hidden = walker.run(0, walker.embed(_tokens(1, 16)))
+    called = _calls(walker.model)
+    walker.hear(1, hidden, ["model.layers.1.self_attn.v_proj", "model.layers.1.self_attn.q_proj"])
+    assert called[-1] == "model.layers.1.self_attn.v_proj"
+    assert not any("o_proj" in name or "mlp" in name for name in called)
+
+
+def test_modules_that_were_removed_are_left_out(walker):
+    hidden = walker.run(0, walker.embed(_tokens(1, 16)))
+    remove(walker.model, "model.layers.1.self_attn", "attention")
+    called = _calls(walker.model)
+    inputs, outputs = walker.hear(1, hidden, [*PROJECTIONS[:5], "model.layers.1.gone"])
+    assert inputs.keys() == outputs.keys() == {"model.layers.1.mlp.gate_proj"}
+    assert not any("up_proj" in name for name in called)
+    remove(walker.model, "model.layers.1.mlp", "mlp")
+    assert walker.hear(1, hidden, PROJECTIONS) == ({}, {})
+    assert torch.equal(walker.run(1, hidden, instead={PROJECTIONS[3]: hidden}), hidden)
+
+
+@torch.inference_mode()
+def test_outputs_given_instead_take_the_place_of_a_modules_own(walker):
+    hidden = walker.run(0, walker.embed(_tokens(2, 16)))
+    attention, mlp = PROJECTIONS[3], PROJECTIONS[6]
+    given = {name: torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1)) for name in (attention, mlp)}
+    torch.testing.assert_close(walker.run(1, hidden, instead=given), hidden + given[attention] + given[mlp])
+    inputs, outputs = walker.hear(1, hidden, [attention, "model.layers.1.mlp.up_proj"], instead=given)
+    own, _ = walker.hear(1, hidden, [attention])
+    assert torch.equal(inputs[attention], own[attention])
+    assert torch.equal(outputs[attention], given[attention])
+    normed = walker.blocks[1].post_attention_layernorm(hidden + given[attention])
+    assert torch.equal(inputs["model.layers.1.mlp.up_proj"], normed)
+    assert not any(module._forward_hooks for module in walker.model.modules())
+
+
+@torch.inference_mode()
+def test_a_stand_in_runs_in_the_place_of_a_block(walker):
+    hidden = walker.run(0, walker.embed(_tokens(2, 16)))
+    whole, expected = copy.deepcopy(walker.blocks[1]), walker.run(1, hidden)
+    heard = walker.hear(1, hidden, PROJECTIONS)
+    for parameter in walker.blocks[1].parameters():
+        parameter.data = torch.full_like(parameter, torch.nan)
+    assert torch.equal(walker.run(1, hidden, whole), expected)
+    for found, before in zip(walker.hear(1, hidden, PROJECTIONS, whole), heard, strict=True):
+        assert all(torch.equal(found[name], before[name]) for name in PROJECTIONS)
