@@ -105,6 +105,7 @@ class Job:
             "model": self.model_id["fingerprint"],
             "text": self.text_fingerprints,
             "space": fingerprint(self.space.to_json()),
+            **({"along": list(self.along)} if self.along is not None else {}),
         }
 
     def engine_spec(self, store: LevelStore | None) -> EngineSpec:
@@ -182,7 +183,8 @@ def prepare(config: RunConfig) -> Job:
     for name, count in [*wanted.items(), *(("search", count) for count in config.search.tokens)]:
         if count % length:
             raise UserError(
-                f"tokens: {name} asks for {count} tokens, which is not a multiple of the sequence length {length}"
+                f"tokens: {name} asks for {count} tokens, which is not a multiple of the sequence length {length}. "
+                f"Ask for {-(-count // length) * length}, or set tokens.sequence_length"
             )
     longest = files.config.get("max_position_embeddings")
     if longest is not None and length > longest:

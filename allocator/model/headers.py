@@ -13,7 +13,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from allocator.core.errors import UserError
-from allocator.core.files import file_fingerprint, fingerprint, read_json
+from allocator.core.files import fingerprint, read_json
+from allocator.model.weights import weights_fingerprint
 
 PACKAGED = "tiny-python-llama"
 """Name of the model inside the package, the default of every command."""
@@ -48,9 +49,13 @@ class ModelFiles:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the configuration and of every weight file. Reads all of them."""
+        """Hash of the configuration and of every weight file. Reads all of them.
+
+        Raises:
+            UserError: A tensor holds NaN or infinity.
+        """
         names = sorted(set(self.shards.values()))
-        return fingerprint({"config": self.config, "files": {n: file_fingerprint(self.folder / n) for n in names}})
+        return fingerprint({"config": self.config, "files": {n: weights_fingerprint(self.folder / n) for n in names}})
 
 
 def locate(model: str | Path) -> Path:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import resource
 import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +45,14 @@ def edit_json(path: Path, change: Callable[[Any], object]) -> None:
     data = json.loads(path.read_text())
     change(data)
     path.write_text(json.dumps(data))
+
+
+def edit_weights(model: Path, change: Callable[[Any], object]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(model / "model.safetensors")
+    change(tensors)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
 
 
 # --- a real process: what a user sees on the terminal ---------------------------------------------------------
@@ -116,6 +127,39 @@ def test_model_with_damaged_weights(refused: Refused, tiny_model: Path, here: Pa
     message = refused("inspect", here / "model")
     assert str(weights) in message
     assert "Copy it again" in message
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "model.embed_tokens.weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_model_with_weights_that_are_not_finite(
+    refused: Refused, search_args: Args, tiny_model: Path, here: Path, name: str, value: float
+) -> None:
+    shutil.copytree(tiny_model, here / "model")
+    edit_weights(here / "model", lambda tensors: tensors[name][-1].fill_(value))
+    message = refused(*search_args, "--model", here / "model")
+    assert f"{here / 'model' / 'model.safetensors'}: {name} holds NaN or infinity" in message
+    assert "Repair or replace the model" in message
+
+
+def test_activations_that_are_not_finite(
+    cli: Callable[..., Any], search_args: Args, tiny_model: Path, here: Path
+) -> None:
+    """Known no sooner than the block is reached: what was finished before it stays."""
+    shutil.copytree(tiny_model, here / "model")
+    for part in ("gate", "up"):
+        name = f"model.layers.1.mlp.{part}_proj.weight"
+        edit_weights(here / "model", lambda tensors, name=name: tensors[name].mul_(1e25))
+    answer = cli(*search_args, "--model", here / "model")
+    assert answer.code == 2
+    assert "error: calibration: the inputs of model.layers.1.mlp.down_proj are not all finite" in answer.err
+    assert "Traceback" not in answer.err
+    finished = sorted(path.name for path in (here / "runs" / "run" / ".levels.partial").glob("*.safetensors"))
+    assert finished == ["model.layers.0.mlp.safetensors", "model.layers.0.self_attn.safetensors"]
+    assert sorted(path.name for path in (here / "runs" / "run").iterdir()) == [
+        ".levels.partial",
+        "journal.jsonl",
+        "run.yaml",
+    ]
 
 
 def test_model_is_no_causal_language_model(refused: Refused, tiny_model: Path, here: Path) -> None:
@@ -226,6 +270,7 @@ def test_text_with_broken_lines(refused: Refused, search_args: Args, here: Path)
 @pytest.mark.parametrize(
     ("setting", "name"),
     [
+        ("tokens.calibration=32", "calibration asks for 32 tokens"),
         ("tokens.calibration=100", "calibration asks for 100"),
         ("tokens.selection=65", "selection asks for 65"),
         ("tokens.test=1000", "test asks for 1000"),
@@ -235,7 +280,7 @@ def test_text_with_broken_lines(refused: Refused, search_args: Args, here: Path)
 def test_tokens_that_are_no_whole_sequences(refused: Refused, search_args: Args, setting: str, name: str) -> None:
     message = refused(*search_args, "--set", setting)
     assert name in message
-    assert "not a multiple of the sequence length 64" in message
+    assert "not a multiple of the sequence length 64. Ask for " in message
 
 
 def test_evaluate_tokens_that_are_no_whole_sequences(refused: Refused, own_run: Path, tiny_model: Path) -> None:
@@ -548,13 +593,39 @@ def test_store_of_another_model(refused: Refused, search_args: Args, store: Path
     ("setting", "key"),
     [
         ("tokens.calibration=256", "calibration"),
+        ("tokens.sequence_length=128", "calibration"),
         ("pruner.damping=0.1", "pruner"),
+        ("pruner.bias=true", "pruner"),
+        ("pruner.inputs=expected", "pruner"),
+        ("pruner.inputs=path", "pruner"),
         ("ladder.align=8", "space"),
     ],
 )
 def test_store_of_other_settings(refused: Refused, search_args: Args, store: Path, setting: str, key: str) -> None:
     message = refused(*search_args, "--set", f"store={store}", "--set", setting)
     assert f"built for another {key}" in message
+
+
+def test_store_of_other_weights(
+    refused: Refused, search_args: Args, store: Path, make_model: Callable[..., Path]
+) -> None:
+    message = refused(
+        *search_args, "--model", make_model("llama", num_hidden_layers=3, seed=1), "--set", f"store={store}"
+    )
+    assert f"{store}: the level store was built for another model" in message
+
+
+def test_store_along_another_path(
+    refused: Refused, cli: Callable[..., Any], search_args: Args, own_run: Path, here: Path
+) -> None:
+    path = ["--set", "pruner.inputs=path"]
+    assert cli(*search_args, "--name", "uniform", *path).code == 0
+    store = here / "runs" / "uniform" / "levels"
+    along = ["--name", "other", "--set", f"pruner.along={own_run / 'plan.json'}"]
+    message = refused(*search_args, *path, *along, "--set", f"store={store}")
+    assert f"{store}: the level store was built for another pruner" in message
+    message = refused(*search_args, *path, *along, "--name", "uniform", "--resume")
+    assert "its along is" in message
 
 
 @pytest.mark.parametrize("name", ["chapter1.tex", "weights.safetensors"])
@@ -582,12 +653,94 @@ def test_store_that_cannot_be_written(refused: Refused, search_args: Args, here:
         assert "--set store=FOLDER" in message
 
 
+@contextmanager
+def small_disk() -> Iterator[None]:
+    """From the fourth unit on no file may be larger than 4 KiB, so that writing fails half-way, as on a full disk."""
+    from allocator.prune.store import StoreBuilder
+
+    write, written, limits = StoreBuilder.write, itertools.count(1), resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(self: StoreBuilder, unit: str, levels: Any) -> None:
+        if next(written) == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        write(self, unit, levels)
+
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(StoreBuilder, "write", limited)
+            yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_full_disk_in_the_middle_of_the_store(
+    cli: Callable[..., Any], search_args: Args, finished: Path, here: Path
+) -> None:
+    """The remedy works: what is resumed ends as what was never interrupted."""
+    with small_disk():
+        answer = cli(*search_args)
+    assert answer.code == 2
+    assert "Traceback" not in answer.err
+    message = answer.err[answer.err.index("error: ") :]
+    assert "run/levels: the level store cannot be written" in message
+    assert "Free some space and resume: units that are finished stay" in message
+    assert "--set store=FOLDER" in message
+    partial = here / "runs" / "run" / ".levels.partial"
+    kept = {path.name: path.stat().st_mtime_ns for path in partial.glob("*.safetensors")}
+    assert kept.keys() == {f"model.layers.{name}.safetensors" for name in ("0.self_attn", "0.mlp", "1.self_attn")}
+    assert not list(partial.glob(".*"))
+    assert cli("search", "--resume", "--name", "run", "--runs-dir", "runs").code == 0
+    levels = here / "runs" / "run" / "levels"
+    for name in ("model.layers.0.self_attn.safetensors", "model.layers.0.mlp.safetensors"):  # a whole block
+        assert (levels / name).stat().st_mtime_ns == kept[name]
+    for name in ("plan.json", "levels/manifest.json", "checkpoint/model.safetensors"):
+        assert (here / "runs" / "run" / name).read_bytes() == (finished / name).read_bytes()
+
+
 def test_resume_with_a_damaged_store(refused: Refused, unfinished: Path) -> None:
     (unfinished / "levels" / "model.layers.0.mlp.safetensors").write_bytes(b"")
     journal = (unfinished / "journal.jsonl").read_bytes()
     (unfinished / "journal.jsonl").write_bytes(journal[: journal.rfind(b"\n") + 1])
     message = refused("search", "--resume", "--name", "run", "--runs-dir", "runs")
     assert "model.layers.0.mlp.safetensors: damaged" in message
+
+
+# --- what units are pruned on ---------------------------------------------------------------------------------
+
+
+def test_path_without_being_asked_for(refused: Refused, search_args: Args, own_run: Path) -> None:
+    for inputs in ("dense", "expected"):
+        message = refused(
+            *search_args,
+            *("--name", "other", "--set", f"pruner.along={own_run / 'plan.json'}", "--set", f"pruner.inputs={inputs}"),
+        )
+        assert f"pruner.along: it serves pruner.inputs=path, found {inputs}" in message
+        assert "Leave it out" in message
+
+
+@pytest.mark.parametrize("name", ["gone.json", "damaged.json", "run"])
+def test_path_that_is_no_plan(refused: Refused, search_args: Args, own_run: Path, here: Path, name: str) -> None:
+    (here / "damaged.json").write_text((own_run / "plan.json").read_text()[:-100])
+    (here / "run").mkdir()
+    path = ["--set", "pruner.inputs=path", "--set", f"pruner.along={here / name}"]
+    assert f"{here / name}: " in refused(*search_args, "--name", "other", *path)
+
+
+@pytest.mark.parametrize(
+    "other", [["--set", "ladder.align=8"], ["--pattern", "unstructured"], ["--set", "pruner.bias=true"], "model"]
+)
+def test_path_of_another_model_or_ladder(
+    refused: Refused, search_args: Args, own_run: Path, tiny_qwen2: Path, other: Any
+) -> None:
+    other = ["--model", tiny_qwen2] if other == "model" else other
+    path = ["--set", "pruner.inputs=path", "--set", f"pruner.along={own_run / 'plan.json'}"]
+    message = refused(*search_args, "--name", "other", *path, *other)
+    assert f"pruner.along: {own_run / 'plan.json'} is a plan for another model or other ladders" in message
+    assert "leave it out for uniform" in message
+
+
+def test_unknown_inputs(refused: Refused, search_args: Args) -> None:
+    assert "pruner.inputs" in refused(*search_args, "--set", "pruner.inputs=pruned")
 
 
 # --- the plan -------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from allocator.core.plan import Plan
+from allocator.search.baselines import uniform
 
 Cli = Callable[..., Any]
 
@@ -236,6 +237,44 @@ def test_store_is_reused(cli: Cli, search_args: list[object], finished: Path, he
     run = here / "runs" / "run"
     assert not (run / "levels").exists()
     assert (run / "plan.json").read_bytes() == (finished / "plan.json").read_bytes()
+
+
+@pytest.mark.parametrize("inputs", ["path", "expected"])
+def test_pruning_on_pruned_inputs(
+    cli: Cli, search_args: list[object], tiny_model: Path, text_folder: Path, finished: Path, here: Path, inputs: str
+) -> None:
+    """Both lead to a plan of their own, which says so and can be executed again to the same bytes."""
+    answered(cli(*search_args, "--set", f"pruner.inputs={inputs}"))
+    run = here / "runs" / "run"
+    own, dense = (Plan.load(folder / "plan.json") for folder in (run, finished))
+    assert own.budget == dense.budget
+    assert own.pruner["inputs"] == inputs
+    along = list(uniform(own.space, own.budget, 0.5)) if inputs == "path" else None
+    assert own.pruner.get("along") == along
+    pruned, whole = (_bytes(folder / "levels") for folder in (run, finished))
+    assert pruned.keys() == whole.keys()
+    assert all(pruned[f"{unit.name}.safetensors"] != whole[f"{unit.name}.safetensors"] for unit in own.space.units[1:])
+    again = ["prune", run / "plan.json", "--model", tiny_model]
+    answered(cli(*again, "--text", text_folder, "--out", here / "recomputed", "--execution", "recompute"))
+    answered(cli(*again, "--text", text_folder, "--out", here / "assembled", "--execution", "assemble"))
+    answered(cli(*again, "--store", run / "levels", "--out", here / "stored", "--execution", "assemble"))
+    assert _bytes(here / "recomputed") == _bytes(run / "checkpoint") != _bytes(here / "assembled")
+    assert _bytes(here / "stored") == _bytes(here / "assembled")
+
+
+def _bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_more_damping_is_said(cli: Cli, search_args: list[object], make_model: Callable[..., Path], here: Path) -> None:
+    """Of 160 inputs, 64 tokens say little: without damping, rounding leaves the Hessian indefinite."""
+    wide = make_model("llama", intermediate_size=160)
+    few = ["--model", wide, "--set", "tokens.calibration=64"]
+    answer = answered(cli(*search_args, *few, "--set", "pruner.damping=1e-9"))
+    assert "model.layers.0.mlp: the Hessian is not positive definite with damping 1e-09; trying 1e-08" in answer.err
+    assert Plan.load(here / "runs" / "run" / "plan.json").pruner["damping"] == 1e-9
+    answer = answered(cli(*search_args, *few, "--name", "damped"))
+    assert "Hessian" not in answer.err
 
 
 # --- what is read from a run ----------------------------------------------------------------------------------

@@ -1,0 +1,51 @@
+"""Reading a file of weights from end to end, once: its hash, and whether every number in it is one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+
+from allocator.core.errors import UserError
+
+_CHUNK_BYTES = 1 << 20
+
+_EXPONENTS = {
+    "BF16": ("<u2", 0x7F80),
+    "F16": ("<u2", 0x7C00),
+    "F32": ("<u4", 0x7F800000),
+    "F64": ("<u8", 0x7FF0000000000000),
+}
+"""By safetensors data type: unsigned integers of its width, and the bits that only NaN and infinity have all set."""
+
+
+def weights_fingerprint(path: Path) -> str:
+    """Return ``sha256:<hex>`` of a safetensors file's bytes.
+
+    Raises:
+        UserError: A tensor holds NaN or infinity; names it.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        size = file.read(8)
+        header = file.read(int.from_bytes(size, "little"))
+        digest.update(size + header)
+        entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+        # tensors lie one after the other without gaps: readers check that when they open the file
+        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+            start, end = entry["data_offsets"]
+            while chunk := file.read(min(_CHUNK_BYTES, end - start)):
+                start += len(chunk)
+                digest.update(chunk)
+                if not _finite(chunk, entry["dtype"]):
+                    raise UserError(f"model: {path}: {name} holds NaN or infinity. Repair or replace the model")
+    return "sha256:" + digest.hexdigest()
+
+
+def _finite(chunk: bytes, dtype: str) -> bool:
+    if dtype not in _EXPONENTS:
+        return True
+    width, exponent = _EXPONENTS[dtype]
+    return int((np.frombuffer(chunk, width) & np.array(exponent, width)).max()) != exponent
