@@ -62,13 +62,15 @@ def factorise(gram_ii: torch.Tensor, damping: float, name: str, report: Report) 
     Raises:
         UserError: It fails even with the greatest damping.
     """
-    for _ in range(_STEPS):
+    for step in range(_STEPS):
         matrix = damped(gram_ii, damping)
         cholesky, failed = torch.linalg.cholesky_ex(matrix)
         if not failed and torch.isfinite(cholesky).all():
             return Factor(matrix, cholesky, damping)
-        report(f"{name}: the Hessian is not positive definite with damping {damping:g}; trying {damping * _GROWTH:g}")
-        damping *= _GROWTH
+        if step + 1 < _STEPS:
+            wanted = damping * _GROWTH
+            report(f"{name}: the Hessian is not positive definite with damping {damping:g}; trying {wanted:g}")
+            damping = wanted
     raise UserError(
         f"{name}: the Hessian of its inputs cannot be factorised, even with damping {damping:g}. "
         "Use more calibration text with --set tokens.calibration=65536"

@@ -139,7 +139,8 @@ class TwoStreams:
         hidden = self._dense[0]
         _, added = self._walker.hear(self._index, hidden, self._outputs, self._whole)
         grown = self._walker.run(self._index, hidden, self._whole) - hidden
-        if float((grown - sum(added.values())).norm() / grown.norm()) <= _ADDS_UP:
+        # a block that adds nothing adds up; one whose sum is NaN is named where its inputs are checked
+        if not float((grown - sum(added.values())).norm()) > _ADDS_UP * float(grown.norm()):
             return True
         self._calibration.report(
             f"{name}: its output is not its input plus what its sub-blocks add, so that refits of output projections "

@@ -33,15 +33,6 @@ def test_stored_data_types_are_kept(structured_bf16, tmp_path):
     assert set(read_model_files(tmp_path / "out").dtypes.values()) == {"BF16"}
 
 
-def test_files_shrink_with_the_plan(structured, tmp_path):
-    case = structured
-    sizes = []
-    for level in (0, 1, 2):
-        _save(case, tuple(level for _ in case.space.units), tmp_path / str(level))
-        sizes.append((tmp_path / str(level) / "model.safetensors").stat().st_size)
-    assert sizes[0] > sizes[1] > sizes[2]
-
-
 def test_equal_plans_give_equal_bytes(structured, tmp_path):
     case = structured
     for name in ("a", "b"):

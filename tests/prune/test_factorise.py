@@ -37,5 +37,10 @@ def test_every_step_of_more_damping_is_reported():
 
 
 def test_a_hessian_beyond_help_is_an_error_with_the_remedy():
-    with pytest.raises(UserError, match=r"layers\.3\.mlp: the Hessian.*cannot be factorised.*more calibration text"):
-        factorise(torch.full((2, 2), float("nan")), 0.01, "layers.3.mlp", silent)
+    heard = []
+    with pytest.raises(
+        UserError, match=r"layers\.3\.mlp: the Hessian.*cannot be factorised.*more calibration text"
+    ) as error:
+        factorise(torch.full((2, 2), float("nan")), 0.01, "layers.3.mlp", heard.append)
+    assert heard[-1].endswith("trying 100000")
+    assert "even with damping 100000." in str(error.value)
