@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from contextlib import redirect_stdout
@@ -11,6 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from allocator.core.errors import UserError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 app = typer.Typer(
     add_completion=False,
@@ -246,4 +249,10 @@ def main() -> None:
         app()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        remedy = "Free some space: a search goes on with --resume, and nothing that was measured is lost"
+        print(f"error: {error.strerror}. {remedy}", file=sys.stderr)
         sys.exit(2)

@@ -117,7 +117,7 @@ def evaluators(
 ) -> Iterator[Any]:
     """Yield an evaluator: in process for no workers, else a Ray pool, closed at the end."""
     if config.workers == 0:
-        yield LocalEvaluator(spec, tokens)
+        yield LocalEvaluator(spec, tokens, reporter.say)
         return
     from allocator.pool.ray_pool import RayPool
 
@@ -188,14 +188,13 @@ def _build(job: Job, folder: Path, evaluator: Any, reporter: Reporter) -> None:
     reporter.phase("level store", len(job.layout.blocks))
     builder = StoreBuilder(folder, job.store_key)
     if job.config.pruner.inputs == "dense":
-        evaluator.build(builder, builder.missing(job.space), reporter.step, reporter.say)
+        evaluator.build(builder, builder.missing(job.space), reporter.step)
     else:
         calibration = job.engine_spec(None).calibration(job.tokens["calibration"], reporter.step, reporter.say)
-
-        def solve(problems: Sequence[Problem]) -> list[CompactLevels]:
-            return list(evaluator.solve(problems, reporter.say))
-
-        builder.fill(prune_on_pruned_inputs(calibration, job.along, every_level=True, known=builder, solve=solve))
+        made = prune_on_pruned_inputs(
+            calibration, job.along, every_level=True, known=builder, solve=evaluator.solve
+        )
+        builder.fill(made)
     builder.finish(unit.name for unit in job.space.units)
 
 
@@ -240,7 +239,7 @@ def _execute(job: Job, folder: Path, decision: Decision, evaluator: Any, reporte
             Execution(allocation, recompute, Path(scratch).absolute() / name)
             for name, (allocation, recompute) in named.items()
         ]
-        figures = evaluator.execute(executions, job.config.tokens.test, reporter.say)
+        figures = evaluator.execute(executions, job.config.tokens.test)
         shutil.rmtree(folder / "checkpoint", ignore_errors=True)
         (Path(scratch) / "searched").rename(folder / "checkpoint")
     return {

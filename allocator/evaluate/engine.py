@@ -136,11 +136,18 @@ class Engine:
         return {**measured, "perplexity": math.exp(measured["nll"])}
 
     def execute(self, execution: Execution, tokens: int, report: Report = silent) -> dict[str, float]:
-        """Save a checkpoint, reload it, count its parameters and measure it on the test split."""
+        """Save a checkpoint, reload it, count its parameters and measure it on the test split.
+
+        Args:
+            execution: What to save, and how.
+            tokens: Tokens of the test split.
+            report: Hears what a user should know of pruning, after the checkpoint's name.
+        """
         spec = self._spec
         if execution.recompute:
-            assert spec.pruner is not None
-            calibration = spec.calibration(self._tokens["calibration"].numpy(), report=report)
+            calibration = spec.calibration(
+                self._tokens["calibration"].numpy(), report=lambda message: report(f"{execution.out.name}: {message}")
+            )
             compact = dict(prune_on_pruned_inputs(calibration, execution.allocation, every_level=False)).__getitem__
         else:
             assert spec.store is not None
@@ -220,27 +227,28 @@ def _means(sums: Sequence[Sums], lessons: Sequence[Lesson]) -> dict[str, float]:
 class LocalEvaluator:
     """Measures in this process."""
 
-    def __init__(self, spec: EngineSpec, tokens: Mapping[str, np.ndarray]) -> None:
-        self._spec, self._tokens = spec, tokens
+    def __init__(self, spec: EngineSpec, tokens: Mapping[str, np.ndarray], notify: Report = silent) -> None:
+        """Take what an engine is made from; ``notify`` hears what a user should know."""
+        self._spec, self._tokens, self._notify = spec, tokens, notify
 
     @cached_property
     def _engine(self) -> Engine:
         return Engine(self._spec, self._tokens)
 
-    def build(self, builder: StoreBuilder, blocks: Sequence[int], progress: Progress, report: Report) -> None:
+    def build(self, builder: StoreBuilder, blocks: Sequence[int], progress: Progress) -> None:
         """Prune some blocks on dense inputs, and write their units."""
-        calibration = self._spec.calibration(self._tokens["calibration"], progress, report)
+        calibration = self._spec.calibration(self._tokens["calibration"], progress, self._notify)
         builder.fill(prune_on_dense_inputs(calibration, blocks))
 
-    def solve(self, problems: Sequence[Problem], report: Report) -> list[CompactLevels]:
+    def solve(self, problems: Sequence[Problem]) -> list[CompactLevels]:
         """Solve problems of the local pruner, in order."""
         assert self._spec.pruner is not None
-        return [problem.solve(self._spec.pruner, report) for problem in problems]
+        return [problem.solve(self._spec.pruner, self._notify) for problem in problems]
 
     def evaluate(self, requests: Sequence[Request]) -> Iterator[Outcome]:
         """Yield outcomes as they are measured."""
         yield from self._engine.measure_batch(requests)
 
-    def execute(self, executions: Sequence[Execution], tokens: int, report: Report = silent) -> list[dict[str, float]]:
+    def execute(self, executions: Sequence[Execution], tokens: int) -> list[dict[str, float]]:
         """Save and measure checkpoints, in order."""
-        return [self._engine.execute(execution, tokens, report) for execution in executions]
+        return [self._engine.execute(execution, tokens, self._notify) for execution in executions]

@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from allocator.core.errors import UserError
@@ -56,6 +56,9 @@ def write_checkpoint(files: ModelFiles, layout: Layout, replace: Callable[[str],
         layout: Where its units are.
         replace: Returns the new tensors of a sub-block by its name, one sub-block at a time.
         out: A folder that does not exist yet. It appears when it is whole.
+
+    Raises:
+        UserError: There is such a folder, or the disk is full, or fails.
     """
     if out.exists():
         raise UserError(f"{out}: exists already. Name another folder, or remove it")
@@ -87,7 +90,14 @@ def write_checkpoint(files: ModelFiles, layout: Layout, replace: Callable[[str],
                     if bias not in files.shapes and (gained := cached[1].get(bias)) is not None:
                         tensors[bias] = gained.to(tensors[name].dtype).contiguous()
                         weight_map[bias] = shard
-        save_file(tensors, partial / shard, metadata={"format": "pt"})
+        try:
+            save_file(tensors, partial / shard, metadata={"format": "pt"})
+        except (SafetensorError, OSError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise UserError(
+                f"{out}: the checkpoint cannot be written ({error}). Free some space: a search goes on with --resume, "
+                "and a plan may be executed to another disk"
+            ) from None
     removed = {site.name: site.part for site in layout.sites if f"{site.output}.weight" in gone}
     if (files.folder / INDEX).exists():
         sizes = sum((partial / shard).stat().st_size for shard in set(weight_map.values()))

@@ -20,7 +20,6 @@ from allocator.core.protocols import Outcome, Request
 from allocator.evaluate.engine import Engine, EngineSpec, Execution
 from allocator.prune.assemble import CompactLevels
 from allocator.prune.build import prune_on_dense_inputs
-from allocator.prune.factorise import Report, silent
 from allocator.prune.problem import Problem, Progress
 from allocator.prune.store import StoreBuilder
 
@@ -98,7 +97,7 @@ class RayPool:
         for _, outcomes in self._run([("measure", (run,)) for run in runs]):
             yield from outcomes
 
-    def build(self, builder: StoreBuilder, blocks: Sequence[int], progress: Progress, report: Report) -> None:
+    def build(self, builder: StoreBuilder, blocks: Sequence[int], progress: Progress) -> None:
         """Prune blocks on dense inputs side by side: each worker reads the text through, and prunes a run of blocks."""
         edges = [len(blocks) * index // len(self._workers) for index in range(len(self._workers) + 1)]
         shares = [blocks[start:end] for start, end in pairwise(edges) if start < end]
@@ -109,16 +108,16 @@ class RayPool:
 
         for _, said in self._run([("build", (builder, share)) for share in shares], look):
             for message in said:
-                report(message)
+                self._notify(message)
             look()
 
-    def solve(self, problems: Sequence[Problem], report: Report) -> list[CompactLevels]:
+    def solve(self, problems: Sequence[Problem]) -> list[CompactLevels]:
         """Solve problems of the local pruner side by side; results in order."""
-        return self._in_order([("solve", (problem,)) for problem in problems], report)
+        return self._in_order([("solve", (problem,)) for problem in problems])
 
-    def execute(self, executions: Sequence[Execution], tokens: int, report: Report = silent) -> list[dict[str, float]]:
+    def execute(self, executions: Sequence[Execution], tokens: int) -> list[dict[str, float]]:
         """Save and measure checkpoints side by side; results in order."""
-        return self._in_order([("execute", (execution, tokens)) for execution in executions], report)
+        return self._in_order([("execute", (execution, tokens)) for execution in executions])
 
     def close(self) -> None:
         """Stop the workers."""
@@ -132,12 +131,12 @@ class RayPool:
         actor = ray.remote(num_cpus=self._spec.threads, num_gpus=gpus)(Worker)
         return actor.remote(self._spec_ref, self._tokens_ref)
 
-    def _in_order(self, tasks: Sequence[tuple[str, tuple[Any, ...]]], report: Report) -> list[Any]:
+    def _in_order(self, tasks: Sequence[tuple[str, tuple[Any, ...]]]) -> list[Any]:
         """Return the results of tasks that also return what a user should know."""
         done = dict(self._run(tasks))
         for index in range(len(tasks)):
             for message in done[index][1]:
-                report(message)
+                self._notify(message)
         return [done[index][0] for index in range(len(tasks))]
 
     def _run(

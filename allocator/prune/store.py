@@ -91,10 +91,7 @@ class StoreBuilder:
             temporary.unlink(missing_ok=True)
             if not self._partial.exists():
                 return  # another process has finished the store meanwhile
-            raise UserError(
-                f"{self._folder}: the level store cannot be written ({error}). Free some space and resume: "
-                "units that are finished stay. Or name a folder on another disk with --set store=FOLDER"
-            ) from None
+            raise self._unwritable(error) from None
 
     def missing(self, space: SearchSpace) -> list[int]:
         """Return the blocks of which a unit is not there."""
@@ -106,7 +103,11 @@ class StoreBuilder:
             self.write(unit, levels)
 
     def finish(self, units: Iterable[str]) -> LevelStore:
-        """Let the store appear under its name."""
+        """Let the store appear under its name.
+
+        Raises:
+            UserError: The disk is full, or fails. What was written stays.
+        """
         try:
             hashes = {unit: file_fingerprint(self._path(unit)) for unit in units}
             manifest = {"schema": SCHEMA, "kind": "allocator.levels", "key": self._key, "units": hashes}
@@ -115,11 +116,17 @@ class StoreBuilder:
                 if path.name != MANIFEST and path.stem not in hashes:
                     path.unlink()
             self._partial.rename(self._folder)
-        except OSError:
+        except OSError as error:
             if (built_meanwhile := open_store(self._folder, self._key)) is None:
-                raise
+                raise self._unwritable(error) from None
             return built_meanwhile
         return LevelStore(self._folder)
+
+    def _unwritable(self, error: Exception) -> UserError:
+        return UserError(
+            f"{self._folder}: the level store cannot be written ({error}). Free some space and resume: "
+            "units that are finished stay. Or name a folder on another disk with --set store=FOLDER"
+        )
 
     def _path(self, unit: str) -> Path:
         return self._partial / f"{unit}.safetensors"

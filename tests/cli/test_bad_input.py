@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import pkgutil
 import resource
 import shutil
 import socket
@@ -695,6 +696,34 @@ def test_full_disk_in_the_middle_of_the_store(
         assert (levels / name).stat().st_mtime_ns == kept[name]
     for name in ("plan.json", "levels/manifest.json", "checkpoint/model.safetensors"):
         assert (here / "runs" / "run" / name).read_bytes() == (finished / name).read_bytes()
+
+
+@pytest.mark.parametrize("place", ["allocator.core.journal.Journal.append", "allocator.evaluate.engine.save_pruned"])
+def test_full_disk_later(
+    cli: Callable[..., Any], search_args: Args, finished: Path, here: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """In the journal or in a checkpoint: what was measured is not lost."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    module, _, name = place.rpartition(".")
+    owner = pkgutil.resolve_name(module.replace("journal.Journal", "journal:Journal"))
+    original, calls = getattr(owner, name), itertools.count(1)
+
+    def limited(*arguments: Any) -> Any:
+        if next(calls) == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+        return original(*arguments)
+
+    monkeypatch.setattr(owner, name, limited)
+    try:
+        answer = cli(*search_args)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert answer.code == 2
+    assert "Traceback" not in answer.err
+    assert "Free some space: a search goes on with --resume" in answer.err
+    assert not list((here / "runs" / "run").glob(".executing-*"))
+    assert cli("search", "--resume", "--name", "run", "--runs-dir", "runs").code == 0
+    assert (here / "runs" / "run" / "plan.json").read_bytes() == (finished / "plan.json").read_bytes()
 
 
 def test_resume_with_a_damaged_store(refused: Refused, unfinished: Path) -> None:

@@ -28,6 +28,7 @@ from allocator.pool.ray_pool import MAX_DEATHS, RayPool, connected
 from allocator.prune.assemble import CompactLevels
 from allocator.prune.build import prune_on_dense_inputs, prune_on_pruned_inputs
 from allocator.prune.problem import Calibration, Problem
+from allocator.prune.pruners import make_pruner
 from allocator.prune.store import LevelStore, StoreBuilder, create_store
 
 SETTINGS = [
@@ -140,7 +141,7 @@ def test_a_store_is_built_by_all_workers_to_the_last_byte(
     assert isinstance(spec.store, LevelStore)
     builder, heard = StoreBuilder(tmp_path / "levels", {}), list[int]()
     builder.write(names[0], spec.store(names[0]))
-    pool(2).build(builder, builder.missing(spec.space), heard.append, print)
+    pool(2).build(builder, builder.missing(spec.space), heard.append)
     assert heard == sorted(heard)
     assert heard[-1] == len(spec.layout.blocks)
     built = builder.finish(names)
@@ -155,7 +156,7 @@ def test_problems_are_solved_by_workers_in_order(bench: Bench, pool: Callable[..
 
     def solve(problems: Sequence[Problem]) -> list[CompactLevels]:
         seen.append(len(problems))
-        return workers.solve(problems, print)
+        return workers.solve(problems)
 
     def pruned(**more: Any) -> dict[str, CompactLevels]:
         return dict(prune_on_pruned_inputs(calibration, None, every_level=True, **more))
