@@ -86,7 +86,7 @@ class Live:
 
     def say(self, message: str) -> None:
         """Print a line above the bars."""
-        self._progress.console.print(message, soft_wrap=True)
+        self._progress.console.print(message, soft_wrap=True, markup=False)
 
     def _finish(self) -> None:
         if self._task is not None:
