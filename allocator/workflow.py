@@ -26,9 +26,7 @@ from allocator.evaluate.engine import EngineSpec, Execution, LocalEvaluator
 from allocator.job import Job, prepare, versions
 from allocator.model.walk import SEQUENCES_PER_BATCH
 from allocator.progress import Reporter, Silent
-from allocator.prune.assemble import CompactLevels
 from allocator.prune.build import prune_on_pruned_inputs
-from allocator.prune.problem import Problem
 from allocator.prune.store import LevelStore, StoreBuilder, check_free, open_store
 from allocator.report import curves
 from allocator.search.decide import Decision, decide
@@ -191,9 +189,7 @@ def _build(job: Job, folder: Path, evaluator: Any, reporter: Reporter) -> None:
         evaluator.build(builder, builder.missing(job.space), reporter.step)
     else:
         calibration = job.engine_spec(None).calibration(job.tokens["calibration"], reporter.step, reporter.say)
-        made = prune_on_pruned_inputs(
-            calibration, job.along, every_level=True, known=builder, solve=evaluator.solve
-        )
+        made = prune_on_pruned_inputs(calibration, job.along, every_level=True, known=builder, solve=evaluator.solve)
         builder.fill(made)
     builder.finish(unit.name for unit in job.space.units)
 

@@ -28,7 +28,6 @@ from allocator.pool.ray_pool import MAX_DEATHS, RayPool, connected
 from allocator.prune.assemble import CompactLevels
 from allocator.prune.build import prune_on_dense_inputs, prune_on_pruned_inputs
 from allocator.prune.problem import Calibration, Problem
-from allocator.prune.pruners import make_pruner
 from allocator.prune.store import LevelStore, StoreBuilder, create_store
 
 SETTINGS = [
