@@ -1,4 +1,4 @@
-"""What one evaluation costs: against its floor, against the peers' way, as a batch, and as a switch.
+"""What one evaluation costs: against its floor, against the peers' way, as a batch, as a switch; and a store.
 
     python -m benchmarks.engine --model both
 
@@ -37,16 +37,17 @@ from allocator.evaluate.loss import divergence
 from allocator.model.family import build_space, find_family, resolve_layout
 from allocator.model.headers import PACKAGED, locate, read_model_files
 from allocator.model.load import load_model
-from allocator.model.walk import SEQUENCES_PER_BATCH, BlockWalker
+from allocator.model.walk import SEQUENCES_PER_BATCH
 from allocator.prune.build import prune_on_dense_inputs
 from allocator.prune.execute import save_pruned
-from allocator.prune.problem import Calibration
 from allocator.prune.store import create_store
-from allocator.prune.structured import item_columns
+from allocator.prune.structured import Obs, item_columns
 from allocator.search.evolution import exchange
+from benchmarks import store_build
 
 RESULTS = Path(__file__).parent / "results"
 SHARES = (0.25, 0.5, 0.75)
+STORE_TOKENS = 4096
 Row = dict[str, object]
 
 
@@ -77,21 +78,6 @@ class Case:
         return repair(self.space, levels, limit, rng.permutation(len(levels)).tolist())
 
 
-class ByNorm:
-    """Items by the norm of their columns, without a refit: time does not depend on which are kept."""
-
-    name, need = "by_norm", "nothing"
-
-    def settings(self) -> dict[str, float]:
-        return {}
-
-    def levels(self, unit, width, weight_oi, statistics, wanted, report) -> dict[str, torch.Tensor]:
-        norms = weight_oi.float().square().sum(0).view(-1, width).sum(1)
-        order = norms.argsort(descending=True, stable=True)
-        kept = {level: item_columns(order[: unit.kept[level]], width) for level in wanted if unit.kept[level]}
-        return {"order": order.int(), **{f"output.{level}": weight_oi[:, picked] for level, picked in kept.items()}}
-
-
 def make_case(name: str, folder: Path) -> Case:
     model = locate(PACKAGED) if name == "packaged" else _random_model(folder / "model")
     sequences, length, repeats = (4, 512, 5) if name == "packaged" else (4, 128, 2)
@@ -100,9 +86,8 @@ def make_case(name: str, folder: Path) -> Case:
     space = build_space(layout, files, "structured", 0.5)
     vocabulary = files.config["vocab_size"]
     tokens = np.random.default_rng(0).integers(0, vocabulary, size=(8, length))
-    walker = BlockWalker(load_model(files), layout)
-    levels = prune_on_dense_inputs(Calibration(walker, files, layout, space, ByNorm(), torch.from_numpy(tokens)))
-    store = create_store(folder / "levels", {}, levels)
+    calibration = EngineSpec(files, layout, space, pruner=Obs()).calibration(torch.from_numpy(tokens))
+    store = create_store(folder / "levels", {}, prune_on_dense_inputs(calibration))
     return Case(name, EngineSpec(files, layout, space, store), tokens[:sequences], repeats)
 
 
@@ -389,11 +374,22 @@ def switches(case: Case, scratch: Path) -> list[Row]:
     return [_row(case, "bytes of gate, up, q, k, v copied by a level switch", copied, 0, "<=", note)]
 
 
+def stores(case: Case, scratch: Path) -> list[Row]:
+    """A level store: one deep pass against a solve per level, and its bytes against dense-shaped levels."""
+    vocabulary, length = case.spec.files.config["vocab_size"], case.tokens.shape[1]
+    # enough tokens for a Hessian of full rank
+    tokens = np.random.default_rng(1).integers(0, vocabulary, size=(-(-STORE_TOKENS // length), length))
+    blocks = range(len(case.spec.layout.blocks)) if case.name == "packaged" else range(1)
+    found = store_build.measure(case.spec, torch.from_numpy(tokens), blocks, case.repeats // 2 or 1, scratch)
+    return [_row(case, one.what, one.value, one.target, one.relation, one.note) for one in found]
+
+
 PARTS: dict[str, Callable[[Case, Path], list[Row]]] = {
     "floor": floor,
     "peers": peers,
     "batches": batches,
     "switches": switches,
+    "stores": stores,
 }
 
 
