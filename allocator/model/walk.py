@@ -86,6 +86,17 @@ class BlockWalker:
             output = root(hidden_btd, **self._arguments[tuple(hidden_btd.shape[:2])][index])
         return output[0] if isinstance(output, tuple) else output
 
+    @contextmanager
+    def listening(self, index: int, modules: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield a table that fills with the outputs of some of a block's modules, by full name, as the body runs it."""
+        outputs: dict[str, torch.Tensor] = {}
+
+        def listener(name: str) -> _Hook:
+            return lambda module, args, output: outputs.update({name: output})
+
+        with self._hooked(index, self.blocks[index], {name: listener(name) for name in modules}):
+            yield outputs
+
     @torch.inference_mode()
     def hear(
         self,

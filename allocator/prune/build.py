@@ -92,6 +92,7 @@ def prune_on_pruned_inputs(
                     yield task.unit.name, found
                 streams.settle(stage)
             dense, pruned = streams.leaving()
+            del streams  # the next block's takes its place in memory
         calibration.progress(index + 1)
 
 

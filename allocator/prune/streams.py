@@ -36,7 +36,7 @@ class TwoStreams:
         pruned: Sequence[torch.Tensor],
         levels: Mapping[str, int] | None,
     ) -> None:
-        """Copy the block before it is pruned.
+        """Run the block while it is dense.
 
         Args:
             calibration: The model and the text.
@@ -49,13 +49,21 @@ class TwoStreams:
         self._calibration, self._index, self._levels = calibration, index, levels
         self._dense, self._pruned = dense, pruned
         self._walker, layout = calibration.walker, calibration.layout
-        self._whole = copy.deepcopy(self._walker.blocks[index])
+        # within a sub-block of several matrices, dense outputs are asked for when some of them are pruned already
+        structured = calibration.space.pattern == "structured"
+        self._whole = None if structured else copy.deepcopy(self._walker.blocks[index])
         assembler = Assembler(
             calibration.files, layout, calibration.space, self.compact.__getitem__, self._walker.model
         )
         self._switchboard = Switchboard(self._walker.model, layout, assembler)
         self._outputs = [site.output for site in layout.sites if site.block == index]
         self._averages: list[dict[str, torch.Tensor]] = [{} for _ in pruned]
+        self._given: list[dict[str, torch.Tensor]] = []
+        self._leaving: list[torch.Tensor] = []
+        for batch in dense:
+            with self._walker.listening(index, self._outputs) as outputs:
+                self._leaving.append(self._walker.run(index, batch))
+            self._given.append(outputs)
         self._adds_up = self._check_sum(layout.blocks[index])
 
     def problems(self, stage: Stage, wanted: Mapping[Task, tuple[int, ...]]) -> list[Problem]:
@@ -67,13 +75,13 @@ class TwoStreams:
         earlier = self._outputs[: self._outputs.index(stage.site.output)] if closes else []
         gathered = start(self._walker.model, modules, pruner.need)
         answers: dict[str, torch.Tensor] = {}
-        for dense, pruned, average in zip(self._dense, self._pruned, self._averages, strict=True):
+        for dense, given, pruned, average in zip(self._dense, self._given, self._pruned, self._averages, strict=True):
             entering, added = self._walker.hear(self._index, pruned, [*earlier, *modules], instead=average)
             for module in modules:
                 gathered[module].add(entering[module].flatten(0, -2))
             if pruner.need != "gram":
                 continue
-            _, whole = self._walker.hear(self._index, dense, [*earlier, *modules], self._whole)
+            whole = given if stage.writes else self._walker.hear(self._index, dense, modules, self._whole)[1]
             for module in modules:
                 bias = getattr(self._walker.model.get_submodule(module), "bias", None)
                 target = whole[module] if bias is None else whole[module] - bias
@@ -97,12 +105,11 @@ class TwoStreams:
 
     def leaving(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Return what leaves the block, dense and pruned, batch by batch."""
-        dense = [self._walker.run(self._index, batch, self._whole) for batch in self._dense]
         pruned = [
             self._walker.run(self._index, batch, instead=average)
             for batch, average in zip(self._pruned, self._averages, strict=True)
         ]
-        return dense, pruned
+        return self._leaving, pruned
 
     def _problem(
         self, task: Task, levels: tuple[int, ...], statistics: Gram | Norms | Nothing, answer_io: torch.Tensor | None
@@ -136,9 +143,7 @@ class TwoStreams:
             average[site.output] = total
 
     def _check_sum(self, name: str) -> bool:
-        hidden = self._dense[0]
-        _, added = self._walker.hear(self._index, hidden, self._outputs, self._whole)
-        grown = self._walker.run(self._index, hidden, self._whole) - hidden
+        added, grown = self._given[0], self._leaving[0] - self._dense[0]
         # a block that adds nothing adds up; one whose sum is NaN is named where its inputs are checked
         if not float((grown - sum(added.values())).norm()) > _ADDS_UP * float(grown.norm()):
             return True
