@@ -3,17 +3,14 @@
     python -m benchmarks.memory
 
 Random Llamas of d = 512, in bfloat16 on disk and float32 at work. Each figure is the peak resident memory of a
-process of its own, less what an idle process with the same imports holds. glibc keeps what is freed in pieces below
-32 MB, which fragment: so memory is measured with pieces from 256 KiB handed back, as larger ones of larger models
-are in any case, and one build also as glibc comes. Writes `results/memory.json`, a table on standard output and
-`results/memory.svg`.
+process of its own, less what an idle process with the same imports holds. Writes `results/memory.json`, a table on
+standard output and `results/memory.svg`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -116,27 +113,27 @@ class Role:
         what: In words.
         holds: What it should hold at its peak.
         colour: In the figure.
-        maps: Whether pieces of memory from 256 KiB are handed back when they are freed.
     """
 
     work: Callable[[Path], None]
     what: str
     holds: str
     colour: str
-    maps: bool = True
 
 
 ROLES = {
     "build_dense": Role(
         build_dense, "building a store on dense inputs", "one block and the calibration's hidden states", "#0072b2"
     ),
-    "build_kept": Role(
-        build_dense, "the same, with glibc as it comes", "the same, and a heap in fragments", "#999999", maps=False
-    ),
     "build_path": Role(
         build_path, "building a store along a path", "one block twice, and two streams of hidden states", "#56b4e9"
     ),
-    "save": Role(save, "saving a plan's checkpoint", "one shard of the checkpoint", "#e69f00"),
+    "save": Role(
+        save,
+        "saving a plan's checkpoint",
+        "one shard of the checkpoint, and the mapped levels that it reads",
+        "#e69f00",
+    ),
     "search": Role(
         search,
         f"a search worker, {CANDIDATES} allocations measured",
@@ -165,10 +162,9 @@ def measure(blocks: int, folder: Path) -> list[Row]:
     write_model(folder, blocks)
     block_bytes = 4 * sum(unit.params[0] for unit in spec(folder).space.units) / blocks
     found = []
-    for name, role in ROLES.items():
+    for name in ROLES:
         command = [sys.executable, "-m", "benchmarks.memory", "--role", name, "--folder", str(folder)]
-        maps = {"MALLOC_MMAP_THRESHOLD_": str(256 << 10)} if role.maps else {}
-        result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **maps})
+        result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         about = json.loads(result.stdout)
         found.append({
             "role": name,
