@@ -22,6 +22,7 @@ from allocator.core.files import write_json
 from allocator.core.space import SearchSpace
 from allocator.model.family import Layout
 from allocator.model.headers import INDEX, ModelFiles, read_model_files
+from allocator.model.memory import give_back
 
 Replacements = Mapping[str, torch.Tensor | None]
 """New values by tensor name; None for a tensor that is gone."""
@@ -72,6 +73,7 @@ def write_checkpoint(files: ModelFiles, layout: Layout, replace: Callable[[str],
     cached: tuple[str, Replacements] = ("", {})
     for shard in sorted(set(files.shards.values())):
         tensors: dict[str, torch.Tensor] = {}
+        give_back()
         with safe_open(files.folder / shard, framework="pt") as file:
             for name in sorted(key for key, home in files.shards.items() if home == shard):
                 owner = next((site for prefix, site in owners.items() if name.startswith(prefix)), None)

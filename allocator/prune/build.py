@@ -10,14 +10,12 @@ Every block is pruned from what reaches it, and that depends on what became of t
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Callable, Collection, Iterator
-from contextlib import suppress
 
 import torch
 
 from allocator.core.space import Allocation
+from allocator.model.memory import give_back
 from allocator.prune.assemble import CompactLevels
 from allocator.prune.problem import Calibration, Problem, Solve, stages
 from allocator.prune.statistics import collected
@@ -56,7 +54,7 @@ def prune_on_dense_inputs(
         for task, found in zip(tasks, solve(problems), strict=True):
             yield task.unit.name, found
         calibration.progress(index + 1)
-        _give_back()
+        give_back()
 
 
 @torch.inference_mode()
@@ -98,14 +96,7 @@ def prune_on_pruned_inputs(
             dense, pruned = streams.leaving()
             del streams  # the next block's takes its place in memory
         calibration.progress(index + 1)
-        _give_back()
-
-
-def _give_back() -> None:
-    """Hand freed memory back to the system: glibc keeps pieces below 32 MB, and what they leave grows by the block."""
-    if sys.platform == "linux":
-        with suppress(AttributeError):  # another C library
-            ctypes.CDLL(None).malloc_trim(0)
+        give_back()
 
 
 def _one_by_one(calibration: Calibration) -> Solve:
