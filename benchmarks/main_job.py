@@ -2,7 +2,7 @@
 
     python benchmarks/main_job.py --runs-dir /tmp/main_job
 
-Does `allocator search search_spaces/runs/PATTERN.yaml --seed SEED` for each pattern and seed, and writes
+Does `allocator search search_spaces/runs/PATTERN.yaml --seed SEED` for each case and seed, and writes
 `results/main_job.json`, a table on standard output and `results/main_job.svg`. Finished runs are not run again.
 """
 
@@ -19,15 +19,22 @@ from allocator.model.family import families_folder
 from allocator.progress import Live
 
 RESULTS = Path(__file__).parent / "results"
-CASES = (("structured", 0.5), ("unstructured", 0.6))
-ROWS = ("uniform", "two_rate", "searched", "uniform_recomputed", "searched_recomputed")
+CASES = {
+    "structured 50%": ("structured", "obs"),
+    "unstructured 60%": ("unstructured", "sparsegpt"),
+    "unstructured 60%, Wanda": ("unstructured", "wanda"),
+}
+"""Run file of each pattern, and the local pruner."""
+
+ROWS = ("uniform", "two_rate", "searched")
 
 
-def run(pattern: str, target: float, seed: int, runs_dir: Path, settings: list[str]) -> dict:
-    name = f"{pattern}-{target:g}-seed{seed}"
+def run(case: str, seed: int, runs_dir: Path, settings: list[str]) -> dict:
+    pattern, pruner = CASES[case]
+    name = f"{pattern}-{pruner}-seed{seed}"
     done = runs_dir / name / "result.json"
     if done.exists():
-        return json.loads(done.read_text())
+        return {"case": case, **json.loads(done.read_text())}
     with Live() as live:
         resume = (runs_dir / name).exists()
         result = allocator.search(
@@ -35,24 +42,24 @@ def run(pattern: str, target: float, seed: int, runs_dir: Path, settings: list[s
             seed=seed,
             name=name,
             runs_dir=runs_dir,
-            settings=[f"store={runs_dir / f'levels-{pattern}-{target:g}'}", *settings],
+            settings=[f"pruner.name={pruner}", f"store={runs_dir / f'levels-{pattern}-{pruner}'}", *settings],
             resume=resume,
             reporter=live,
         )
-    return dict(result.summary)
+    return {"case": case, **result.summary}
 
 
 def table(results: list[dict]) -> str:
     lines = [
-        "| pattern | seed | parameters | uniform KL | two-rate KL | searched KL | vs uniform | vs two-rate "
+        "| case | seed | parameters | uniform KL | two-rate KL | searched KL | vs uniform | vs two-rate "
         "| searched perplexity | evaluations | candidate-tokens | seconds |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
         measured, spent = result["measured"], result["search"]
-        uniform, two_rate, searched = (measured[name]["kl"] for name in ROWS[:3])
+        uniform, two_rate, searched = (measured[name]["kl"] for name in ROWS)
         lines.append(
-            f"| {result['pattern']} {result['target']:.0%} | {result['seed']} | {measured['searched']['params']:,} "
+            f"| {result['case']} | {result['seed']} | {measured['searched']['params']:,} "
             f"| {uniform:.4f} | {two_rate:.4f} | {searched:.4f} | {searched / uniform - 1:+.1%} "
             f"| {searched / two_rate - 1:+.1%} | {measured['searched']['perplexity']:.2f} "
             f"| {spent['evaluations']:,} | {spent['candidate_tokens']:,} | {result['wall_s']['total']:.0f} |"
@@ -62,14 +69,14 @@ def table(results: list[dict]) -> str:
 
 def figure(results: list[dict]) -> Figure:
     picture = Figure(figsize=(7.2, 2.8), layout="constrained")
-    for axes, (pattern, target) in zip(picture.subplots(1, len(CASES)), CASES, strict=True):
-        chosen = [r for r in results if r["pattern"] == pattern]
+    for axes, case in zip(picture.subplots(1, len(CASES)), CASES, strict=True):
+        chosen = [r for r in results if r["case"] == case]
         for index, row in enumerate(ROWS):
             values = [r["measured"][row]["kl"] for r in chosen]
-            axes.bar(index, sum(values) / len(values), color="#0072b2" if "searched" in row else "#bbbbbb")
+            axes.bar(index, sum(values) / len(values), color="#0072b2" if row == "searched" else "#bbbbbb")
             axes.plot([index] * len(values), values, "k.", markersize=4)
         axes.set_xticks(range(len(ROWS)), [row.replace("_", "\n") for row in ROWS], fontsize=7)
-        axes.set_title(f"{pattern} {target:.0%}", fontsize=9)
+        axes.set_title(case, fontsize=9)
         axes.set_ylabel("held-out KL, nats per token", fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     return picture
@@ -81,11 +88,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE")
     arguments = parser.parse_args()
-    results = [
-        run(pattern, target, seed, arguments.runs_dir, arguments.settings)
-        for pattern, target in CASES
-        for seed in arguments.seeds
-    ]
+    results = [run(case, seed, arguments.runs_dir, arguments.settings) for case in CASES for seed in arguments.seeds]
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "main_job.json").write_text(json.dumps(results, indent=1) + "\n")
     figure(results).savefig(RESULTS / "main_job.svg", metadata={"Date": None})
