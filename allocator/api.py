@@ -191,6 +191,11 @@ def prune(
     _check_units(plan, layout, files)
     settings = {key: value for key, value in plan.pruner.items() if key != "execution"}
     execution = execution or plan.pruner["execution"]
+    if store is not None and execution == "recompute":
+        raise UserError(
+            f"store: {store} serves plans that are put together from it, and this one is pruned along its own path. "
+            "Leave --store out, or ask for --execution assemble"
+        )
     if store is not None and execution == "assemble":
         key = {
             "model": files.fingerprint,

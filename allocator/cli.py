@@ -174,15 +174,17 @@ def prune(
 ) -> None:
     """Execute a plan: write a pruned checkpoint that loads without this package."""
     from allocator import api
+    from allocator.core.plan import Plan
     from allocator.model.headers import PACKAGED
     from allocator.progress import Live
 
-    beside = plan.parent / "levels"
-    if store is None and (beside / "manifest.json").exists():
+    loaded, beside = Plan.load(plan), plan.parent / "levels"
+    assembled = (execution or loaded.pruner["execution"]) == "assemble"
+    if assembled and store is None and (beside / "manifest.json").exists():
         store = beside
     with Live() as live:
         counted = api.prune(
-            plan,
+            loaded,
             out,
             model=model or PACKAGED,
             execution=execution,

@@ -87,6 +87,11 @@ class PrunerSettings(_Strict):
     execution: Literal["recompute", "assemble"] | None = None
     bias: bool = False
 
+    @field_validator("along")
+    @classmethod
+    def _anywhere(cls, value: Path | None) -> Path | None:
+        return value and value.absolute()  # a run may be resumed from another folder
+
 
 class TokenSettings(_Strict):
     """How much text is used for what; the search's own fidelities are in ``search``.

@@ -105,7 +105,7 @@ class Job:
             "model": self.model_id["fingerprint"],
             "text": self.text_fingerprints,
             "space": fingerprint(self.space.to_json()),
-            **({"along": list(self.along)} if self.along is not None else {}),
+            "local_pruner": self.pruner_id,
         }
 
     def engine_spec(self, store: LevelStore | None) -> EngineSpec:

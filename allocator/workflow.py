@@ -184,6 +184,8 @@ def _resume(job: Job, folder: Path, reporter: Reporter) -> Journal:
 def _build(job: Job, folder: Path, evaluator: Any, reporter: Reporter) -> None:
     """Build the level store, or what is missing of one that was begun."""
     reporter.phase("level store", len(job.layout.blocks))
+    if open_store(folder, job.store_key) is not None:
+        return  # another run has built it meanwhile
     builder = StoreBuilder(folder, job.store_key)
     if job.config.pruner.inputs == "dense":
         evaluator.build(builder, builder.missing(job.space), reporter.step)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import ray
+import torch
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from allocator.core.errors import UserError
@@ -41,6 +42,7 @@ class Worker:
 
     def __init__(self, spec: EngineSpec, tokens: Mapping[str, np.ndarray]) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        torch.set_num_threads(spec.threads)
         self._spec, self._tokens = spec, tokens
 
     @cached_property
@@ -103,8 +105,10 @@ class RayPool:
         shares = [blocks[start:end] for start, end in pairwise(edges) if start < end]
         space = self._spec.space
 
-        def look() -> None:
-            progress(len({unit.block for unit in space.units}) - len(builder.missing(space)))
+        def look() -> int:
+            done = len({unit.block for unit in space.units}) - len(builder.missing(space))
+            progress(done)
+            return done
 
         for _, said in self._run([("build", (builder, share)) for share in shares], look):
             for message in said:
@@ -140,9 +144,12 @@ class RayPool:
         return [done[index][0] for index in range(len(tasks))]
 
     def _run(
-        self, tasks: Sequence[tuple[str, tuple[Any, ...]]], look: Callable[[], None] | None = None
+        self, tasks: Sequence[tuple[str, tuple[Any, ...]]], look: Callable[[], int] | None = None
     ) -> Iterator[tuple[int, Any]]:
-        """Yield the results of tasks with their indices, as they come; call ``look`` now and then meanwhile."""
+        """Yield the results of tasks with their indices, as they come.
+
+        Meanwhile ``look`` is called now and then; it returns a number that grows while there is no reason to worry.
+        """
         waiting = list(range(len(tasks)))[::-1]
         idle, deaths = list(self._workers), [0] * len(tasks)
         flying: dict[Any, tuple[Any, int]] = {}
@@ -152,16 +159,18 @@ class RayPool:
                 method, arguments = tasks[index]
                 flying[getattr(worker, method).remote(*arguments)] = (worker, index)
             done: list[Any] = []
-            silent_s = 0.0
+            silent_s, seen = 0.0, 0
             while not done and silent_s < _SILENCE_S:
                 pause_s = _SILENCE_S if look is None else _LOOK_S
                 done, _ = ray.wait(list(flying), num_returns=1, timeout=pause_s)
                 silent_s += pause_s
-                if look is not None:
-                    look()
+                if look is not None and (now := look()) > seen:
+                    silent_s, seen = 0.0, now
             if not done:
                 free = ray.available_resources().get("CPU", 0)
-                self._notify(f"no worker has answered for {_SILENCE_S:.0f} s; {free:.0f} CPUs of the cluster are free")
+                self._notify(
+                    f"no worker has finished a task for {_SILENCE_S:.0f} s; {free:.0f} CPUs of the cluster are free"
+                )
                 continue
             worker, index = flying.pop(done[0])
             try:

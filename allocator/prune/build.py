@@ -4,7 +4,7 @@ Every block is pruned from what reaches it, and that depends on what became of t
 
 - ``dense``: they are whole. Blocks are then independent of each other.
 - ``expected``: they are at every level at once: a sub-block adds the average over its levels, weighted by what each
-  keeps (Týr-the-Pruner, eq. 5).
+  keeps (Týr-the-Pruner, eq. 5). Inside a sub-block of several matrices the first ones are whole.
 - ``path``: they are at the levels of one allocation: true error accumulation.
 """
 

@@ -26,12 +26,17 @@ class Statistics(Protocol):
 
 
 class Gram:
-    """H = XᵀX, the sum of X and the number of tokens, accumulated in fp32. Shapes [in, in] and [in]."""
+    """H = XᵀX, the sum of X and the number of tokens, accumulated in fp32. Shapes [in, in] and [in].
+
+    Where outputs Y are aimed at that are not those of the weight at hand, also XᵀY, [in, out], and the sum of Y.
+    """
 
     def __init__(self, num_inputs: int, device: torch.device | str = "cpu") -> None:
         self.gram_ii = torch.zeros(num_inputs, num_inputs, device=device)
         self.sum_i = torch.zeros(num_inputs, device=device)
         self.count = 0
+        self.answer_io: torch.Tensor | None = None
+        self.target_o: torch.Tensor | None = None
 
     def add(self, input_ni: torch.Tensor) -> None:
         """Add a batch."""
@@ -40,9 +45,17 @@ class Gram:
         self.sum_i += input_ni.sum(0)
         self.count += len(input_ni)
 
+    def aim(self, input_ni: torch.Tensor, target_no: torch.Tensor) -> None:
+        """Add the outputs that are aimed at for a batch that was added."""
+        answer_io, target_o = input_ni.float().T @ target_no, target_no.sum(0)
+        self.answer_io = answer_io if self.answer_io is None else self.answer_io.add_(answer_io)
+        self.target_o = target_o if self.target_o is None else self.target_o.add_(target_o)
+
     def check(self, module: str) -> None:
         """Raise if an activation was not finite."""
         _check_finite(self.gram_ii, module)
+        if self.answer_io is not None:
+            _check_finite(self.answer_io, module)
 
 
 class Norms:

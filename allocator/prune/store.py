@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from allocator.core.errors import UserError
-from allocator.core.files import check_place, file_fingerprint, read_json, write_json
+from allocator.core.files import check_place, file_fingerprint, fingerprint, read_json, write_json
 from allocator.core.space import SearchSpace
 from allocator.prune.assemble import CompactLevels
 
@@ -60,7 +60,8 @@ class StoreBuilder:
         """
         check_free(folder)
         self._folder, self._key = folder.absolute(), dict(key)
-        self._partial = self._folder.with_name(f".{folder.name}.partial")
+        # a place of its own for every key, for runs that differ may share the store's name by mistake
+        self._partial = self._folder.with_name(f".{folder.name}.{fingerprint(self._key)[7:19]}.partial")
         begun = self._partial / _KEY
         if not begun.is_file() or read_json(begun, "key of a level store") != self._key:
             shutil.rmtree(self._partial, ignore_errors=True)

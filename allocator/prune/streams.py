@@ -20,9 +20,13 @@ from allocator.prune.assemble import Assembler, CompactLevels, Switchboard
 from allocator.prune.factorise import Report, factorise
 from allocator.prune.problem import Calibration, Problem, Stage, Task
 from allocator.prune.statistics import Gram, Norms, Nothing, start
+from allocator.prune.structured import centred
 
 _ADDS_UP = 1e-2
 """Relative error up to which a block's output is its input plus what its sub-blocks add."""
+
+_ROUNDINGS = 4
+"""Roundings of the residual stream in the model's data type that are no error."""
 
 
 class TwoStreams:
@@ -74,7 +78,6 @@ class TwoStreams:
         closes = stage.writes and self._adds_up
         earlier = self._outputs[: self._outputs.index(stage.site.output)] if closes else []
         gathered = start(self._walker.model, modules, pruner.need)
-        answers: dict[str, torch.Tensor] = {}
         for dense, given, pruned, average in zip(self._dense, self._given, self._pruned, self._averages, strict=True):
             entering, added = self._walker.hear(self._index, pruned, [*earlier, *modules], instead=average)
             for module in modules:
@@ -84,16 +87,16 @@ class TwoStreams:
             whole = given if stage.writes else self._walker.hear(self._index, dense, modules, self._whole)[1]
             for module in modules:
                 bias = getattr(self._walker.model.get_submodule(module), "bias", None)
-                target = whole[module] if bias is None else whole[module] - bias
+                # in fp32, and differences first: what is lost is small beside the stream that it is lost from
+                target = whole[module].float() - (0.0 if bias is None else bias.float())
                 if closes:
-                    target = target + dense - pruned
-                    target = target + sum(whole[name] - added.get(name, 0.0) for name in earlier)
-                answer_io = entering[module].flatten(0, -2).float().T @ target.flatten(0, -2).float()
-                answers[module] = answers[module].add_(answer_io) if module in answers else answer_io
-        return [
-            self._problem(task, levels, gathered[task.module], answers.get(task.module))
-            for task, levels in wanted.items()
-        ]
+                    target = target + (dense.float() - pruned.float())
+                    for name in earlier:
+                        target = target + (whole[name].float() - (added[name].float() if name in added else 0.0))
+                statistics = gathered[module]
+                assert isinstance(statistics, Gram)
+                statistics.aim(entering[module].flatten(0, -2), target.flatten(0, -2))
+        return [self._problem(task, levels, gathered[task.module]) for task, levels in wanted.items()]
 
     def settle(self, stage: Stage) -> None:
         """Put what was pruned into the block: at its level of the path, or as the average over its levels."""
@@ -111,14 +114,19 @@ class TwoStreams:
         ]
         return self._leaving, pruned
 
-    def _problem(
-        self, task: Task, levels: tuple[int, ...], statistics: Gram | Norms | Nothing, answer_io: torch.Tensor | None
-    ) -> Problem:
+    def _problem(self, task: Task, levels: tuple[int, ...], statistics: Gram | Norms | Nothing) -> Problem:
         statistics.check(task.module)
         weight = dense_weight = self._calibration.dense_weight(task)
-        if answer_io is not None and isinstance(statistics, Gram):
-            damping = float(self._calibration.pruner.settings()["damping"])
-            weight = nearest(dense_weight, statistics, answer_io, damping, task.unit.name, self._calibration.report)
+        if isinstance(statistics, Gram):
+            settings = self._calibration.pruner.settings()
+            weight = nearest(
+                dense_weight,
+                statistics,
+                float(settings["damping"]),
+                bool(settings.get("bias")),
+                task.unit.name,
+                self._calibration.report,
+            )
         return Problem(task, weight, statistics, levels, dense_weight.dtype)
 
     def _average_over_levels(self, site: Site) -> None:
@@ -128,7 +136,7 @@ class TwoStreams:
         """
         units = [unit for unit in self._calibration.space.units if unit.name == site.name or unit.name in site.modules]
         ladder = max(units, key=lambda unit: unit.num_levels)
-        totals = [torch.zeros_like(hidden) for hidden in self._pruned]
+        totals = [torch.zeros_like(hidden, dtype=torch.float32) for hidden in self._pruned]
         for level, kept in enumerate(ladder.kept):
             if kept == 0:
                 continue
@@ -140,12 +148,16 @@ class TwoStreams:
         for unit in units:
             self._switchboard.set(unit.name, 0)
         for average, total in zip(self._averages, totals, strict=True):
-            average[site.output] = total
+            average[site.output] = total.to(self._walker.dtype)
 
     def _check_sum(self, name: str) -> bool:
-        added, grown = self._given[0], self._leaving[0] - self._dense[0]
+        leaving, entered = self._leaving[0].float(), self._dense[0].float()
+        missing = leaving - entered - sum(added.float() for added in self._given[0].values())
+        allowed = (
+            _ADDS_UP * (leaving - entered).norm() + _ROUNDINGS * torch.finfo(self._walker.dtype).eps * leaving.norm()
+        )
         # a block that adds nothing adds up; one whose sum is NaN is named where its inputs are checked
-        if not float((grown - sum(added.values())).norm()) > _ADDS_UP * float(grown.norm()):
+        if not float(missing.norm()) > float(allowed):
             return True
         self._calibration.report(
             f"{name}: its output is not its input plus what its sub-blocks add, so that refits of output projections "
@@ -155,22 +167,28 @@ class TwoStreams:
 
 
 def nearest(
-    weight_oi: torch.Tensor, statistics: Gram, answer_io: torch.Tensor, damping: float, name: str, report: Report
+    weight_oi: torch.Tensor, statistics: Gram, damping: float, intercept: bool, name: str, report: Report
 ) -> torch.Tensor:
-    """Return the weight that comes nearest to a target on the inputs at hand.
+    """Return the weight that comes nearest to what is aimed at on the inputs at hand.
 
     Args:
         weight_oi: The dense weight, near which it stays where the inputs say little.
-        statistics: X̃ᵀX̃ of the inputs at hand.
-        answer_io: X̃ᵀY of the target outputs Y.
+        statistics: Of the inputs, and of the outputs that are aimed at.
         damping: λ as a share of the mean of the diagonal of X̃ᵀX̃.
+        intercept: Whether the pruner will fit a bias too, so that only what varies is to be met.
         name: The unit, for what is reported.
         report: Hears of more damping.
 
     Returns:
         W*, [out, in], float64.
     """
-    gram_ii = statistics.gram_ii.double()
+    assert statistics.answer_io is not None
+    assert statistics.target_o is not None
+    gram_ii, answer_io = statistics.gram_ii.double(), statistics.answer_io.double()
+    if intercept:
+        mean_i = statistics.sum_i.double() / statistics.count
+        gram_ii = centred(gram_ii, mean_i, statistics.count)
+        answer_io = (answer_io - torch.outer(mean_i, statistics.target_o.double())) * (gram_ii.diagonal() > 0)[:, None]
     factor = factorise(gram_ii, damping, name, report)
-    right_io = answer_io.double() + (factor.gram_ii - gram_ii) @ weight_oi.double().T
+    right_io = answer_io + (factor.gram_ii - gram_ii) @ weight_oi.to(gram_ii).T
     return torch.cholesky_solve(right_io, factor.cholesky_ii).T

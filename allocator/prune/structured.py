@@ -61,7 +61,9 @@ class Obs:
         )
         mean_i = sum_i / max(1, statistics.count)
         if self.bias:
-            gram_ii = _centred(gram_ii, mean_i, statistics.count)
+            gram_ii = centred(gram_ii, mean_i, statistics.count)
+            aim_o = statistics.target_o
+            mean_o = weight_oi @ mean_i if aim_o is None else aim_o.to("cpu", torch.float64) / statistics.count
         factor = factorise(gram_ii, self.damping, unit.name, report)
         num_groups = 1 if unit.group is None else unit.total // unit.group
         # what no input reaches costs nothing to remove, whatever its weights and the diagonal that stands in
@@ -78,7 +80,7 @@ class Obs:
             tensors[f"output.{level}"] = by_group.flatten(1)
             if self.bias:
                 kept = columns[: kept_ok.shape[1]]
-                tensors[f"bias.{level}"] = weight_oi @ mean_i - kept_ok @ mean_i[kept]
+                tensors[f"bias.{level}"] = mean_o - kept_ok @ mean_i[kept]
         return tensors
 
 
@@ -106,7 +108,7 @@ def refits(
     return [torch.linalg.solve_triangular(upper_ii[:n, :n], forward_io[:n], upper=True).T for n in counts]
 
 
-def _centred(gram_ii: torch.Tensor, mean_i: torch.Tensor, count: int) -> torch.Tensor:
+def centred(gram_ii: torch.Tensor, mean_i: torch.Tensor, count: int) -> torch.Tensor:
     """Return the Gram matrix of the inputs less their means; inputs that do not vary are exactly zero in it."""
     centred_ii = gram_ii - count * torch.outer(mean_i, mean_i)
     varies = centred_ii.diagonal() > _NOISE * gram_ii.diagonal()

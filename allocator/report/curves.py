@@ -41,7 +41,7 @@ class Spending:
         split: Which text was read.
         tokens: Tokens of one measurement.
         evaluations: How many were made.
-        candidate_tokens: Tokens times the share of the dense forward that was really computed, summed.
+        candidate_tokens: Tokens times the share of the dense forward that an allocation computes by itself, summed.
         wall_s: Seconds inside evaluations, summed over workers.
     """
 
@@ -59,7 +59,10 @@ def comparable(journal: Journal) -> list[Outcome]:
 
 
 def candidate_tokens(space: SearchSpace, outcome: Outcome) -> float:
-    """Return what a measurement cost: tokens times the share of the dense forward that was really computed."""
+    """Return tokens times the share of the dense forward that an allocation computes by itself.
+
+    What a batch shares between allocations is not taken off: it depends on how batches are cut.
+    """
     return outcome.request.tokens * space.compute_share(outcome.request.allocation)
 
 
