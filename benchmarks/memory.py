@@ -3,14 +3,17 @@
     python -m benchmarks.memory
 
 Random Llamas of d = 512, in bfloat16 on disk and float32 at work. Each figure is the peak resident memory of a
-process of its own, less what an idle process with the same imports holds. Writes `results/memory.json`, a table on
-standard output and `results/memory.svg`.
+process of its own, less what an idle process with the same imports holds. glibc keeps freed pieces below 32 MB in its
+heap, and how they fragment varies by tens of megabytes: so pieces from 256 KiB are handed back here, as larger ones
+of larger models always are, and builds are measured with glibc as it comes too. Writes `results/memory.json`, a table
+on standard output and `results/memory.svg`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -83,6 +86,7 @@ def build_dense(folder: Path) -> None:
 
 
 def build_path(folder: Path) -> None:
+    shutil.rmtree(folder / "levels-path", ignore_errors=True)
     one = spec(folder)
     calibration = one.calibration(torch.from_numpy(tokens("calibration")))
     create_store(folder / "levels-path", {}, prune_on_pruned_inputs(calibration, half(one), every_level=True))
@@ -113,12 +117,14 @@ class Role:
         what: In words.
         holds: What it should hold at its peak.
         colour: In the figure.
+        maps: Whether freed pieces from 256 KiB are handed back at once.
     """
 
     work: Callable[[Path], None]
     what: str
     holds: str
     colour: str
+    maps: bool = True
 
 
 ROLES = {
@@ -127,6 +133,12 @@ ROLES = {
     ),
     "build_path": Role(
         build_path, "building a store along a path", "one block twice, and two streams of hidden states", "#56b4e9"
+    ),
+    "build_dense_heap": Role(
+        build_dense, "on dense inputs, glibc as it comes", "the same, and a heap in fragments", "#bbbbbb", maps=False
+    ),
+    "build_path_heap": Role(
+        build_path, "along a path, glibc as it comes", "the same, and a heap in fragments", "#777777", maps=False
     ),
     "save": Role(
         save,
@@ -162,9 +174,10 @@ def measure(blocks: int, folder: Path) -> list[Row]:
     write_model(folder, blocks)
     block_bytes = 4 * sum(unit.params[0] for unit in spec(folder).space.units) / blocks
     found = []
-    for name in ROLES:
+    for name, role in ROLES.items():
         command = [sys.executable, "-m", "benchmarks.memory", "--role", name, "--folder", str(folder)]
-        result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        maps = {"MALLOC_MMAP_THRESHOLD_": str(256 << 10)} if role.maps else {}
+        result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **maps})
         about = json.loads(result.stdout)
         found.append({
             "role": name,
