@@ -129,10 +129,10 @@ class Role:
 
 ROLES = {
     "build_dense": Role(
-        build_dense, "building a store on dense inputs", "one block and the calibration's hidden states", "#0072b2"
+        build_dense, "building a store on dense inputs", "one block, its Hessians at work, and hidden states", "#0072b2"
     ),
     "build_path": Role(
-        build_path, "building a store along a path", "one block twice, and two streams of hidden states", "#56b4e9"
+        build_path, "building a store along a path", "the block twice, and two streams of hidden states", "#56b4e9"
     ),
     "build_dense_heap": Role(
         build_dense, "on dense inputs, glibc as it comes", "the same, and a heap in fragments", "#bbbbbb", maps=False
@@ -218,7 +218,7 @@ def table(rows: list[Row]) -> str:
 
 
 def figure(rows: list[Row]) -> Figure:
-    picture = Figure(figsize=(7.2, 3), layout="constrained")
+    picture = Figure(figsize=(8.4, 3), layout="constrained")
     axes = picture.subplots()
     for name, by_blocks in by_role(rows).items():
         label = f"{ROLES[name].what}: {slope(by_blocks):.1f} MB per block"
@@ -229,7 +229,7 @@ def figure(rows: list[Row]) -> Figure:
     axes.set_ylim(bottom=0)
     axes.set_xlabel("blocks", fontsize=8)
     axes.set_ylabel("peak memory above idle, MB", fontsize=8)
-    axes.legend(fontsize=7, frameon=False)
+    picture.legend(fontsize=7, frameon=False, loc="outside right center")
     axes.spines[["top", "right"]].set_visible(False)
     return picture
 
