@@ -410,7 +410,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def figure(rows: Sequence[Row]) -> Figure:
-    shown = [row for row in rows if row["target"]][::-1]
+    shown = [row for row in rows if row["target"] and row["value"]][::-1]
     picture = Figure(figsize=(7.2, 0.6 + 0.3 * len(shown)), layout="constrained")
     axes = picture.subplots()
     for index, row in enumerate(shown):
