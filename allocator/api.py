@@ -29,6 +29,9 @@ from allocator.report import curves
 from allocator.search.baselines import uniform
 from allocator.workflow import Result, run_search
 
+_PRUNER_KEYS = {"name", "calibration", "inputs", "execution", "tokens", "sequence_length", "dtype", "threads"}
+"""What a plan says of its local pruner, so that its weights can be made again."""
+
 
 def search(
     model: str | Path | None = None,
@@ -189,6 +192,11 @@ def prune(
     heads = any(unit.kind == "query_heads" for unit in plan.space.units)
     layout = _layout(files, family, "query_heads" if heads else "kv_groups")
     _check_units(plan, layout, files)
+    if missing := sorted(_PRUNER_KEYS - plan.pruner.keys()):
+        raise UserError(
+            f"plan: its pruner does not say {', '.join(missing)}, so that its weights cannot be made here. "
+            "Give a plan that a search made"
+        )
     settings = {key: value for key, value in plan.pruner.items() if key != "execution"}
     execution = execution or plan.pruner["execution"]
     if store is not None and execution == "recompute":

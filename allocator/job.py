@@ -105,7 +105,7 @@ class Job:
             "model": self.model_id["fingerprint"],
             "text": self.text_fingerprints,
             "space": fingerprint(self.space.to_json()),
-            "local_pruner": self.pruner_id,
+            **{f"pruner.{key}": value for key, value in self.pruner_id.items()},
         }
 
     def engine_spec(self, store: LevelStore | None) -> EngineSpec:

@@ -157,8 +157,9 @@ def test_activations_that_are_not_finite(
     assert lines[:-1] == ["checking ...", "level store ..."]
     assert lines[-1].startswith("error: calibration: the inputs of model.layers.1.mlp.down_proj are not all finite")
     run = here / "runs" / "run"
-    assert sorted(path.name for path in run.iterdir()) == [".levels.partial", "journal.jsonl", "run.yaml"]
-    finished = {path.stem for path in (run / ".levels.partial").glob("*.safetensors")}
+    (partial,) = run.glob(".levels.*.partial")
+    assert {path.name for path in run.iterdir()} == {partial.name, "journal.jsonl", "run.yaml"}
+    finished = {path.stem for path in partial.glob("*.safetensors")}
     before = {"model.layers.0.self_attn", "model.layers.0.mlp"}
     assert finished == (before if inputs == "dense" else before | {"model.layers.1.self_attn"})
 
@@ -626,7 +627,7 @@ def test_store_along_another_path(
     message = refused(*search_args, *path, *along, "--set", f"store={store}")
     assert f"{store}: the level store was built for another pruner" in message
     message = refused(*search_args, *path, *along, "--name", "uniform", "--resume")
-    assert "its along is" in message
+    assert "its pruner.along is" in message
 
 
 @pytest.mark.parametrize("name", ["chapter1.tex", "weights.safetensors"])
@@ -686,7 +687,7 @@ def test_full_disk_in_the_middle_of_the_store(
     assert "run/levels: the level store cannot be written" in message
     assert "Free some space and resume: units that are finished stay" in message
     assert "--set store=FOLDER" in message
-    partial = here / "runs" / "run" / ".levels.partial"
+    (partial,) = (here / "runs" / "run").glob(".levels.*.partial")
     kept = {path.name: path.stat().st_mtime_ns for path in partial.glob("*.safetensors")}
     assert kept.keys() == {f"model.layers.{name}.safetensors" for name in ("0.self_attn", "0.mlp", "1.self_attn")}
     assert not list(partial.glob(".*"))
@@ -878,6 +879,26 @@ def test_prune_from_no_store(refused: Refused, own_run: Path, tiny_model: Path, 
     )
     assert "no finished level store" in message
     assert "--store" in message
+
+
+def test_prune_from_a_store_that_is_not_asked_for(
+    refused: Refused, own_run: Path, tiny_model: Path, here: Path
+) -> None:
+    message = refused(
+        "prune",
+        own_run / "plan.json",
+        *("--model", tiny_model, "--store", own_run / "levels", "--out", here / "out"),
+    )
+    assert "this one is pruned along its own path" in message
+    assert "--execution assemble" in message
+
+
+def test_prune_by_a_plan_that_does_not_say_how(refused: Refused, own_run: Path, tiny_model: Path, here: Path) -> None:
+    plan = json.loads((own_run / "plan.json").read_text())
+    del plan["pruner"]["sequence_length"]
+    (here / "plan.json").write_text(json.dumps(plan))
+    message = refused("prune", here / "plan.json", "--model", tiny_model, "--out", here / "out")
+    assert "its pruner does not say sequence_length" in message
 
 
 def test_unknown_execution(refused: Refused, own_run: Path, tiny_model: Path, here: Path) -> None:

@@ -65,8 +65,17 @@ def test_what_was_begun_for_the_same_key_is_gone_on_with(tmp_path):
     assert [name in again for name in names] == [True, False, False]
     assert again(names[1]) is None
     assert all(torch.equal(tensor, LEVELS[names[0]][key]) for key, tensor in again(names[0]).items())
-    other = StoreBuilder(tmp_path / "levels", {**KEY, "pruner": "sha256:x"})
-    assert names[0] not in other
+
+
+def test_stores_for_different_keys_under_one_name_do_not_mix(tmp_path):
+    one, two = (StoreBuilder(tmp_path / "levels", {**KEY, "pruner": f"sha256:{name}"}) for name in "xy")
+    one.write("layers.0.mlp", LEVELS["layers.0.mlp"])
+    assert "layers.0.mlp" not in two
+    two.write("layers.0.mlp", {"order": torch.zeros(3)})
+    assert torch.equal(one("layers.0.mlp")["order"], LEVELS["layers.0.mlp"]["order"])
+    one.finish(["layers.0.mlp"])
+    with pytest.raises(UserError, match="built for another pruner"):
+        two.finish(["layers.0.mlp"])
 
 
 def test_two_processes_may_build_one_store(tmp_path):
@@ -100,7 +109,8 @@ except UserError as error:
     assert "Free some space and resume" in done.stdout
     builder = StoreBuilder(tmp_path / "levels", KEY)
     assert ["small" in builder, "large" in builder] == [True, False]
-    assert sorted(path.name for path in (tmp_path / ".levels.partial").iterdir()) == ["key.json", "small.safetensors"]
+    (partial,) = tmp_path.glob(".levels.*.partial")
+    assert sorted(path.name for path in partial.iterdir()) == ["key.json", "small.safetensors"]
 
 
 def test_a_flipped_byte_is_found(folder):
