@@ -13,7 +13,8 @@ from allocator.prune.assemble import Assembler, Switchboard
 from allocator.prune.build import prune_on_dense_inputs, prune_on_pruned_inputs
 from allocator.prune.problem import Calibration, stages
 from allocator.prune.pruners import make_pruner
-from allocator.prune.statistics import collected
+from allocator.prune.statistics import Gram, collected
+from allocator.prune.streams import nearest
 
 
 @pytest.fixture
@@ -288,3 +289,64 @@ def test_progress_counts_blocks(structured):
     list(prune_on_dense_inputs(replace(structured.calibration(), progress=heard.append)))
     list(prune_on_pruned_inputs(replace(structured.calibration(), progress=heard.append), None, True))
     assert heard == [1, 2, 3, 1, 2, 3]
+
+
+# --- data types and intercepts --------------------------------------------------------------------------------
+
+
+def test_in_bfloat16_blocks_add_up_and_targets_do_not_drown(structured_bf16):
+    case, heard = structured_bf16, []
+    middle = tuple(1 if unit.part == "attention" else 4 for unit in case.space.units)
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        walker = BlockWalker(load_model(case.files, dtype), case.layout)
+        calibration = replace(case.calibration(), walker=walker, report=heard.append)
+        found[dtype] = dict(prune_on_pruned_inputs(calibration, middle, every_level=False))
+    assert heard == []
+    exact, rounded = (found[dtype]["model.layers.0.self_attn"] for dtype in found)
+    assert torch.equal(exact["order"], rounded["order"])
+    one, other = exact["output.1"].float(), rounded["output.1"].float()
+    assert float((one - other).norm() / one.norm()) < 0.02
+
+
+@pytest.mark.parametrize("intercept", [False, True])
+def test_the_nearest_weight_is_least_squares_with_or_without_an_intercept(intercept):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 6, generator=generator) + torch.arange(6)
+    target = torch.randn(400, 3, generator=generator) + x @ torch.randn(6, 3, generator=generator) + 7.0
+    dense = torch.randn(3, 6, generator=generator)
+    statistics = Gram(6)
+    for rows in range(0, 400, 100):
+        statistics.add(x[rows : rows + 100])
+        statistics.aim(x[rows : rows + 100], target[rows : rows + 100])
+    found = nearest(dense, statistics, 0.01, intercept, "unit", print)
+    inputs, aims = x.double(), target.double()
+    if intercept:
+        inputs, aims = inputs - inputs.mean(0), aims - aims.mean(0)
+    damping = (0.01 * inputs.square().sum(0).mean()).sqrt() * torch.eye(6).double()
+    rows = torch.cat([inputs, damping])
+    expected = torch.linalg.lstsq(rows, torch.cat([aims, damping @ dense.double().T])).solution.T
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_bias_gives_back_the_mean_of_what_was_lost_before(structured):
+    """With the first block's sub-blocks gone, what they added on average comes back at the next projection."""
+    case = replace(structured, pruner=make_pruner("obs", "structured", 0.01, bias=True))
+    walker, whole = case.walker(), case.walker().model
+    with torch.no_grad():
+        for model in (walker.model, whole):
+            model.model.layers[0].mlp.down_proj.weight.add_(0.5)  # channels are not negative on average: a large mean
+    gone = {"model.layers.0.self_attn", "model.layers.0.mlp"}
+    allocation = tuple(
+        unit.num_levels - 1 if unit.name in gone else int(unit.name == "model.layers.1.self_attn")
+        for unit in case.space.units
+    )
+    calibration = replace(case.calibration(), walker=walker)
+    compact = dict(prune_on_pruned_inputs(calibration, allocation, every_level=False))
+    site = next(site for site in case.layout.sites if site.name == "model.layers.1.self_attn")
+    norm = "model.layers.1.input_layernorm"
+    _, residual, output = _streams(walker.model, case.tokens, site.output, norm)
+    _, whole_residual, whole_output = _streams(whole, case.tokens, site.output, norm)
+    lost = (whole_output + whole_residual - residual).mean(0)
+    torch.testing.assert_close(output.mean(0), lost, rtol=1e-3, atol=1e-3)
+    assert f"bias.{1}" in compact[site.name]
