@@ -41,6 +41,7 @@ SHAPES = {
     "structured": {
         "channels": _items("channels", 1, (24, 21, 12, 5, 1, 0)),
         "kv_groups": _items("kv_groups", 6, (4, 3, 2, 1, 0)),
+        "query_heads": _items("query_heads", 3, (8, 6, 4, 2, 0), group=4),
     },
     "unstructured": {
         "matrix": _matrix(24, (20, 13, 12, 2, 0)),
@@ -96,7 +97,9 @@ def _assembled(shape, compact, level, weight_oi=None):
     if shape.unit.kind == "matrix":
         found_oi = sparse_weight(compact, level, weight_oi)
         return found_oi, found_oi != 0
-    columns = item_columns(compact["order"][: shape.unit.kept[level]].long(), shape.width)
+    groups = shape.unit.total // shape.unit.group if shape.unit.group else 1
+    items = compact["order"].view(groups, -1)[:, : shape.unit.kept[level] // groups].flatten()
+    columns = item_columns(items.long(), shape.width)
     found_oi, kept_oi = torch.zeros_like(weight_oi), torch.zeros_like(weight_oi, dtype=torch.bool)
     if len(columns):
         found_oi[:, columns] = compact[f"output.{level}"]
@@ -114,11 +117,13 @@ def test_counts_are_exact_and_what_is_removed_is_zero(pattern, name, shape):
         assert not found_oi[~kept_oi].any()
 
 
-@cases(lambda unit: unit.kind == "matrix" and unit.group)
+@cases(lambda unit: unit.group)
 def test_every_group_loses_the_same_number(pattern, name, shape):
     compact, unit = _levels(pattern, name, shape), shape.unit
     for level in range(1, unit.num_levels):
-        counts = _assembled(shape, compact, level)[1].view(-1, unit.group).sum(1)
+        kept_oi = _assembled(shape, compact, level)[1]
+        items = kept_oi if unit.kind == "matrix" else kept_oi[0, :: shape.width]
+        counts = items.view(-1, unit.group).sum(1)
         assert (counts == unit.kept[level] * unit.group // unit.total).all()
 
 
