@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from allocator.config import RunConfig, load_config
 from allocator.core.budget import Budget, budget_for, fits
 from allocator.core.errors import UserError
@@ -226,7 +224,6 @@ def prune(
     pruner = make_pruner(
         settings["name"], plan.space.pattern, settings.get("damping", 0.01), settings.get("bias", False)
     )
-    torch.set_num_threads(settings["threads"])
     reporter.phase("pruning", len(layout.blocks))
     spec = EngineSpec(files, layout, plan.space, None, pruner, settings["dtype"], settings["threads"])
     calibration = spec.calibration(tokens["calibration"], reporter.step, reporter.say)

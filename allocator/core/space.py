@@ -49,7 +49,12 @@ class Unit:
         assert all(a > b for a, b in zip(self.kept, self.kept[1:], strict=False)), f"{self.name}: {self.kept}"
         if self.group is not None:
             assert self.total % self.group == 0, f"{self.name}: {self.total} in groups of {self.group}"
-            assert not any(count % (self.total // self.group) for count in self.kept), f"{self.name}: {self.kept}"
+            assert not any(count % self.num_groups for count in self.kept), f"{self.name}: {self.kept}"
+
+    @property
+    def num_groups(self) -> int:
+        """Runs of items that lose the same number each; one where items go freely."""
+        return 1 if self.group is None else self.total // self.group
 
     @property
     def num_levels(self) -> int:

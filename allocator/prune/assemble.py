@@ -108,13 +108,12 @@ class Assembler:
 
     def _prefix(self, site: Site, unit: Unit, level: int, dense: Mapping[str, torch.Tensor]) -> Replacements:
         tensors: dict[str, torch.Tensor | None] = dict(dense)
-        groups = unit.total // unit.group if unit.group else 1
         for module, rows in site.inputs:
             for key in (f"{module}.weight", f"{module}.bias"):
                 if key in dense:
                     # a view where there is one group
-                    by_group = dense[key].unflatten(0, (groups, -1))
-                    tensors[key] = by_group[:, : unit.kept[level] * rows // groups].flatten(0, 1)
+                    by_group = dense[key].unflatten(0, (unit.num_groups, -1))
+                    tensors[key] = by_group[:, : unit.kept[level] * rows // unit.num_groups].flatten(0, 1)
         compact, output = self._compact(site.name), dense[f"{site.output}.weight"]
         tensors[f"{site.output}.weight"] = self._output(site.name, level, output)
         if f"bias.{level}" in compact:

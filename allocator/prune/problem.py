@@ -16,7 +16,7 @@ from allocator.model.walk import SEQUENCES_PER_BATCH, BlockWalker
 from allocator.prune.assemble import CompactLevels
 from allocator.prune.factorise import Report, silent
 from allocator.prune.pruners import LocalPruner
-from allocator.prune.statistics import Gram, Norms, Nothing
+from allocator.prune.statistics import Statistics
 
 Progress = Callable[[int], None]
 """Hears how many blocks are done."""
@@ -58,7 +58,7 @@ class Problem:
 
     task: Task
     weight_oi: torch.Tensor
-    statistics: Gram | Norms | Nothing
+    statistics: Statistics
     wanted: tuple[int, ...]
     dtype: torch.dtype
 

@@ -11,7 +11,7 @@ from allocator.core.errors import UserError
 from allocator.core.space import Unit
 from allocator.prune.factorise import Report, silent
 from allocator.prune.sparsegpt import SparseGpt
-from allocator.prune.statistics import Gram, Need, Norms, Nothing
+from allocator.prune.statistics import Need, Statistics
 from allocator.prune.structured import Obs
 from allocator.prune.unstructured import Magnitude, Wanda
 
@@ -48,7 +48,7 @@ class LocalPruner(Protocol):
         unit: Unit,
         width: int,
         weight_oi: torch.Tensor,
-        statistics: Gram | Norms | Nothing,
+        statistics: Statistics,
         wanted: Sequence[int],
         report: Report = silent,
     ) -> dict[str, torch.Tensor]:

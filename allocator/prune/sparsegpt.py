@@ -13,7 +13,7 @@ import torch
 from allocator.core.space import Unit
 from allocator.prune.factorise import Report, factorise, silent
 from allocator.prune.masks import packed
-from allocator.prune.statistics import Gram, Need, Norms, Nothing
+from allocator.prune.statistics import Gram, Need, Statistics
 
 BLOCK = 128
 """Columns between two lazy updates of all later ones, and columns whose weights compete in an unstructured mask."""
@@ -43,7 +43,7 @@ class SparseGpt:
         unit: Unit,
         width: int,
         weight_oi: torch.Tensor,
-        statistics: Gram | Norms | Nothing,
+        statistics: Statistics,
         wanted: Sequence[int],
         report: Report = silent,
     ) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
@@ -15,14 +15,6 @@ from torch import nn
 from allocator.core.errors import UserError
 
 Need = Literal["nothing", "norms", "gram"]
-
-
-class Statistics(Protocol):
-    """Accumulates over batches of inputs."""
-
-    def add(self, input_ni: torch.Tensor) -> None:
-        """Take a batch of inputs."""
-        ...
 
 
 class Gram:
@@ -86,21 +78,24 @@ class Nothing:
         """Nothing can be wrong."""
 
 
-KINDS: Mapping[Need, Callable[[int, torch.device], Gram | Norms | Nothing]] = {
+Statistics: TypeAlias = Gram | Norms | Nothing
+"""What a pruner is given, by what it needs."""
+
+KINDS: Mapping[Need, Callable[[int, torch.device], Statistics]] = {
     "gram": Gram,
     "norms": Norms,
     "nothing": Nothing,
 }
 
 
-def start(model: nn.Module, modules: Sequence[str], need: Need) -> dict[str, Gram | Norms | Nothing]:
+def start(model: nn.Module, modules: Sequence[str], need: Need) -> dict[str, Statistics]:
     """Return empty statistics of the inputs of named linear modules, on their devices."""
     weights = {name: model.get_parameter(f"{name}.weight") for name in modules}
     return {name: KINDS[need](weight.shape[1], weight.device) for name, weight in weights.items()}
 
 
 @contextmanager
-def collected(model: nn.Module, modules: Sequence[str], need: Need) -> Iterator[dict[str, Gram | Norms | Nothing]]:
+def collected(model: nn.Module, modules: Sequence[str], need: Need) -> Iterator[dict[str, Statistics]]:
     """Collect statistics of the inputs of named linear modules while the body runs the model.
 
     Raises:

@@ -19,7 +19,7 @@ from allocator.model.family import Site
 from allocator.prune.assemble import Assembler, CompactLevels, Switchboard
 from allocator.prune.factorise import Report, factorise
 from allocator.prune.problem import Calibration, Problem, Stage, Task
-from allocator.prune.statistics import Gram, Norms, Nothing, start
+from allocator.prune.statistics import Gram, Statistics, start
 from allocator.prune.structured import centred
 
 _ADDS_UP = 1e-2
@@ -114,7 +114,7 @@ class TwoStreams:
         ]
         return self._leaving, pruned
 
-    def _problem(self, task: Task, levels: tuple[int, ...], statistics: Gram | Norms | Nothing) -> Problem:
+    def _problem(self, task: Task, levels: tuple[int, ...], statistics: Statistics) -> Problem:
         statistics.check(task.module)
         weight = dense_weight = self._calibration.dense_weight(task)
         if isinstance(statistics, Gram):

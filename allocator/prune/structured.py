@@ -13,7 +13,7 @@ import torch
 from allocator.core.space import Unit
 from allocator.prune.factorise import Report, factorise, silent
 from allocator.prune.removal import obs_order
-from allocator.prune.statistics import Gram, Need, Norms, Nothing
+from allocator.prune.statistics import Gram, Need, Statistics
 
 _NOISE = 1e-5
 """A variance below this share of the mean square is what fp32 sums leave of a constant."""
@@ -47,7 +47,7 @@ class Obs:
         unit: Unit,
         width: int,
         weight_oi: torch.Tensor,
-        statistics: Gram | Norms | Nothing,
+        statistics: Statistics,
         wanted: Sequence[int],
         report: Report = silent,
     ) -> dict[str, torch.Tensor]:
@@ -65,18 +65,17 @@ class Obs:
             aim_o = statistics.target_o
             mean_o = weight_oi @ mean_i if aim_o is None else aim_o.to("cpu", torch.float64) / statistics.count
         factor = factorise(gram_ii, self.damping, unit.name, report)
-        num_groups = 1 if unit.group is None else unit.total // unit.group
         # what no input reaches costs nothing to remove, whatever its weights and the diagonal that stands in
-        order = obs_order(weight_oi * (gram_ii.diagonal() > 0), factor.inverse(), width, num_groups)
+        order = obs_order(weight_oi * (gram_ii.diagonal() > 0), factor.inverse(), width, unit.num_groups)
         tensors = {"order": order.to(torch.int32)}
         refitted = [level for level in wanted if 0 < unit.kept[level] < unit.total]
         if not refitted:
             return tensors
         # kept items of every level are a prefix when each group's last come first
-        columns = item_columns(order.view(num_groups, -1).T.flatten(), width)
+        columns = item_columns(order.view(unit.num_groups, -1).T.flatten(), width)
         counts = [unit.kept[level] * width for level in refitted]
         for level, kept_ok in zip(refitted, refits(weight_oi, factor.gram_ii, columns, counts), strict=True):
-            by_group = kept_ok.unflatten(1, (-1, num_groups, width)).transpose(1, 2)
+            by_group = kept_ok.unflatten(1, (-1, unit.num_groups, width)).transpose(1, 2)
             tensors[f"output.{level}"] = by_group.flatten(1)
             if self.bias:
                 kept = columns[: kept_ok.shape[1]]

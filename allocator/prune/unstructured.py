@@ -15,7 +15,7 @@ import torch
 
 from allocator.core.space import Unit
 from allocator.prune.factorise import Report, silent
-from allocator.prune.statistics import Gram, Need, Norms, Nothing
+from allocator.prune.statistics import Need, Norms, Statistics
 
 NEVER = 255
 """Stands in ``removed_at`` for a weight that every level keeps."""
@@ -36,7 +36,7 @@ class Magnitude:
         unit: Unit,
         width: int,
         weight_oi: torch.Tensor,
-        statistics: Gram | Norms | Nothing,
+        statistics: Statistics,
         wanted: Sequence[int],
         report: Report = silent,
     ) -> dict[str, torch.Tensor]:
@@ -59,7 +59,7 @@ class Wanda:
         unit: Unit,
         width: int,
         weight_oi: torch.Tensor,
-        statistics: Gram | Norms | Nothing,
+        statistics: Statistics,
         wanted: Sequence[int],
         report: Report = silent,
     ) -> dict[str, torch.Tensor]:
