@@ -10,13 +10,20 @@ from typing import Literal, get_args
 import numpy as np
 
 from allocator.core.errors import UserError
-from allocator.core.protocols import Request
+from allocator.core.protocols import Extra, Request
 from allocator.core.space import Allocation, SearchSpace
 
 Kind = Literal["evaluations", "tokens", "minutes"]
 
 _TRAINING_COST = 3
 """Forward passes that one training step over the same tokens takes."""
+
+EXPANSION_POSITIONS = 512
+"""Tokens, at most, from which an expansion takes the size of changes."""
+
+_EXPANSION_COST = 4
+"""Forward passes of the dense model that an expansion takes on its tokens: forward, again block by block, backward
+through activations, and the gradient in the weights."""
 
 _SHAPE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?(?:[eE]\+?[0-9]+)?)\s*([a-z]*)\s*")
 
@@ -102,6 +109,9 @@ def candidate_tokens(space: SearchSpace, requests: Sequence[Request], trained: T
     with others. Tokens that it is newly trained on count three times: backward takes twice what forward takes. The
     gradient of what the model no longer has, or has masked, is counted as not computed, as is the forward.
 
+    An expansion shares nothing either: it runs in dense shapes, forward and backward, and every level once on a few
+    tokens.
+
     Args:
         space: What may be pruned.
         requests: The batch.
@@ -109,11 +119,15 @@ def candidate_tokens(space: SearchSpace, requests: Sequence[Request], trained: T
     """
     macs = [np.array(unit.macs, dtype=float) for unit in space.units]
     blocks = np.array([unit.block for unit in space.units])
-    groups: dict[tuple[str, int, bool], list[int]] = {}
-    for index, request in enumerate(requests):
-        groups.setdefault((request.split, request.tokens, request.influence), []).append(index)
+    groups: dict[tuple[str, int, Extra], list[int]] = {}
     costs = [0.0] * len(requests)
     dense = space.cost(space.dense, "macs")
+    all_levels = sum((unit.num_levels - 1) * unit.macs[0] for unit in space.units) / dense
+    for index, request in enumerate(requests):
+        if request.also == "expansion":
+            costs[index] = _EXPANSION_COST * request.tokens + min(request.tokens, EXPANSION_POSITIONS) * all_levels
+        else:
+            groups.setdefault((request.split, request.tokens, request.also), []).append(index)
     for (_, tokens, _), members in groups.items():
         before: np.ndarray | None = None
         for index in sorted(members, key=lambda member: requests[member].allocation):

@@ -10,14 +10,15 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, get_args
 
 from allocator.core.errors import UserError
 from allocator.core.files import canonical_json
-from allocator.core.protocols import BEFORE, Key, Outcome, Request
+from allocator.core.protocols import BEFORE, Expansion, Extra, Key, Outcome, Request
 from allocator.core.space import SearchSpace
 
 SCHEMA = 2
@@ -117,9 +118,10 @@ class Journal:
                 "split": request.split,
                 "tokens": request.tokens,
                 **({"training": request.training} if request.training else {}),
-                **({"influence": True} if request.influence else {}),
+                **({"also": request.also} if request.also else {}),
                 "measured": dict(outcome.measured),
                 "parts": list(outcome.parts),
+                **({"expansion": asdict(outcome.expansion)} if outcome.expansion else {}),
                 "wall_s": round(outcome.wall_s, 4),
             }
         )
@@ -185,15 +187,18 @@ def _parse(path: Path, data: bytes) -> tuple[dict[str, Any], dict[int, list[Outc
                 raise ValueError(f"{len(allocation)} levels for {len(ladders)} units")
             if not all(0 <= level < length for level, length in zip(allocation, ladders, strict=True)):
                 raise ValueError("a level outside its unit's ladder")
-            training, influence = int(entry.get("training", 0)), bool(entry.get("influence", False))
-            request = Request(allocation, int(entry["tokens"]), str(entry["split"]), training, influence)
+            training, also = int(entry.get("training", 0)), entry.get("also", "")
+            if also not in get_args(Extra):
+                raise ValueError(f"nothing is called {also!r} that could be measured beside the loss")
+            request = Request(allocation, int(entry["tokens"]), str(entry["split"]), training, also)
             measured = {str(name): float(value) for name, value in entry["measured"].items()}
             if loss not in measured:
                 raise ValueError(f"no {loss} was measured")
             if training and f"{loss}{BEFORE}" not in measured:
                 raise ValueError(f"no {loss} was measured before training")
             parts = tuple(float(part) for part in entry.get("parts", ()))
-            outcome = Outcome(request, measured, float(entry["wall_s"]), loss, parts)
+            expansion = _expansion(entry["expansion"], ladders) if "expansion" in entry else None
+            outcome = Outcome(request, measured, float(entry["wall_s"]), loss, parts, expansion)
             batches.setdefault(int(entry["batch"]), []).append(outcome)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
@@ -203,3 +208,10 @@ def _parse(path: Path, data: bytes) -> tuple[dict[str, Any], dict[int, list[Outc
     if header is None:
         raise UserError(f"{path}: the journal has no header. The run never began: delete its folder and start again")
     return header, batches
+
+
+def _expansion(entry: Mapping[str, Any], ladders: Sequence[int]) -> Expansion:
+    slope, size = (tuple(tuple(float(value) for value in row) for row in entry[name]) for name in ("slope", "size"))
+    if [len(row) for row in slope] != list(ladders) or [len(row) for row in size] != list(ladders):
+        raise ValueError("an expansion of other ladders")
+    return Expansion(slope, size)

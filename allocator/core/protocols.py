@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from allocator.core.space import Allocation
 
-Key = tuple[Allocation, str, int, int, bool]
+Extra = Literal["", "influence", "expansion"]
+"""What is measured beside the loss; see :class:`Request`."""
+
+Key = tuple[Allocation, str, int, int, Extra]
 
 BEFORE = "_before"
 """What a measurement's name ends in, if it was made before training."""
@@ -26,25 +29,43 @@ class Request:
         tokens: Of the split, on which it is measured.
         split: Which text.
         training: Tokens on which it is trained before; 0 for none.
-        influence: Whether to measure ``influence.<block>`` too, for every block of the model at this allocation:
-            1 - cosine of what enters and what leaves it, averaged over tokens.
+        also: What else to measure. ``influence``: ``influence.<block>``, for every block of the model at this
+            allocation: 1 - cosine of what enters and what leaves it, averaged over tokens. ``expansion``: how the
+            loss begins to change with the level of every unit, from one backward pass; an evaluator that has no
+            gradients leaves it out.
     """
 
     allocation: Allocation
     tokens: int
     split: str = "search"
     training: int = 0
-    influence: bool = False
+    also: Extra = ""
 
     @property
     def key(self) -> Key:
         """What makes two requests the same."""
-        return (self.allocation, self.split, self.tokens, self.training, self.influence)
+        return (self.allocation, self.split, self.tokens, self.training, self.also)
 
     @property
     def fidelity(self) -> tuple[str, int, int]:
         """The text, how much of it, and how much training: two outcomes that agree in it can be compared."""
         return (self.split, self.tokens, self.training)
+
+
+@dataclass(frozen=True, slots=True)
+class Expansion:
+    """How the loss begins to change around an allocation, for every level of every unit, the others staying.
+
+    To second order, putting unit u at level l changes the loss by ``slope[u][l]`` + c_u · ``size[u][l]``: a curvature
+    c_u for each unit, which a few measurements tell. Both are 0 at the unit's own level.
+
+    Attributes:
+        slope: Inner product of the loss's gradient in the unit's weights and of their change.
+        size: Mean over tokens of the squared change of the unit's output.
+    """
+
+    slope: tuple[tuple[float, ...], ...]
+    size: tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +80,7 @@ class Outcome:
         loss_name: The measurement that a search minimises.
         parts: It for each sequence of the text, in order: two allocations measured on the same text differ by the
             mean of their differences part by part, whose spread tells how sure that is. Perhaps empty.
+        expansion: If it was asked for, and the evaluator has gradients.
     """
 
     request: Request
@@ -66,6 +88,7 @@ class Outcome:
     wall_s: float
     loss_name: str = "kl"
     parts: tuple[float, ...] = ()
+    expansion: Expansion | None = None
 
     @property
     def loss(self) -> float:

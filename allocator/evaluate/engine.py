@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from allocator.core.errors import UserError
-from allocator.core.protocols import BEFORE, Outcome, Request
+from allocator.core.protocols import BEFORE, Extra, Outcome, Request
 from allocator.core.space import Allocation, SearchSpace
 from allocator.evaluate import trie
+from allocator.evaluate.expansion import Expander
 from allocator.evaluate.loss import Loss
 from allocator.evaluate.states import States
 from allocator.evaluate.teacher import Lesson, Sums, Teacher
@@ -116,6 +117,7 @@ class Engine:
         if spec.store is not None:
             assembler = Assembler(spec.files, spec.layout, spec.space, spec.store, self._walker.model)
             self._switchboard = Switchboard(self._walker.model, spec.layout, assembler)
+            self._expander = Expander(self._walker, spec.layout, spec.space, assembler)
         self._trainer: Trainer | None = None
         if spec.store is not None and spec.training is not None:
             self._trainer = Trainer(
@@ -136,9 +138,12 @@ class Engine:
 
     def measure_batch(self, requests: Sequence[Request]) -> Iterator[Outcome]:
         """Yield what :meth:`measure` returns for each request, in an order that shares work between them."""
-        groups: dict[tuple[str, int, bool], list[Request]] = {}
+        groups: dict[tuple[str, int, Extra], list[Request]] = {}
         for request in requests:
-            groups.setdefault((request.split, request.tokens, request.influence), []).append(request)
+            if request.also == "expansion":
+                yield self._expand(request)
+            else:
+                groups.setdefault((request.split, request.tokens, request.also), []).append(request)
         for group in groups.values():
             for outcome in self._measure_group(group):
                 yield self._after_training(outcome) if outcome.request.training else outcome
@@ -193,17 +198,25 @@ class Engine:
             for lesson, hidden_btd in zip(lessons, entering, strict=True):
                 for index in range(step.start, len(walker.blocks)):
                     entering_btd, hidden_btd = hidden_btd, walker.run(index, hidden_btd)
-                    if requests[0].influence:
+                    if requests[0].also == "influence":
                         turned[index] += float((1.0 - cosines(entering_btd, hidden_btd)).sum())
                     if index + 1 in kept:
                         kept[index + 1].append(hidden_btd)
                 sums.append(self._teacher.judge(lesson, walker, hidden_btd))
             measured, parts = _means(sums, lessons)
-            if requests[0].influence:
+            if requests[0].also == "influence":
                 measured.update({f"influence.{i}": total / requests[0].tokens for i, total in enumerate(turned)})
             now_s = time.perf_counter()
             yield Outcome(requests[step.index], measured, now_s - start_s, self._spec.loss, parts)
             start_s = time.perf_counter()
+
+    def _expand(self, request: Request) -> Outcome:
+        start_s = time.perf_counter()
+        lessons = self._lessons(request.split, request.tokens, self._spec.loss)
+        self._switch(request.allocation, wide=True)
+        sums, expansion = self._expander.expand(request.allocation, self._teacher, lessons)
+        measured, parts = _means(sums, lessons)
+        return Outcome(request, measured, time.perf_counter() - start_s, self._spec.loss, parts, expansion)
 
     def _after_training(self, before: Outcome) -> Outcome:
         """Return what is measured after training, with the loss of what was measured before."""
@@ -236,10 +249,10 @@ class Engine:
             self._switch(self._spec.space.dense)
         return self._teacher.lessons(split, tokens, loss)
 
-    def _switch(self, allocation: Sequence[int]) -> None:
+    def _switch(self, allocation: Sequence[int], wide: bool = False) -> None:
         if self._switchboard is not None:
             for unit, level in zip(self._spec.space.units, allocation, strict=True):
-                self._switchboard.set(unit.name, level)
+                self._switchboard.set(unit.name, level, wide)
 
 
 def check_device(device: str) -> None:

@@ -54,7 +54,7 @@ class Targets:
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def targets(loss: Loss, teacher_btd: torch.Tensor, head: Head) -> Iterator[Targets]:
     """Yield the teacher's targets for ``kl`` or ``topk_kl``, chunk by chunk."""
     for teacher_nd in _chunks(teacher_btd):
@@ -66,7 +66,7 @@ def targets(loss: Loss, teacher_btd: torch.Tensor, head: Head) -> Iterator[Targe
         yield Targets(probability_nk, token_nk, _expected(probability_nk, token_nk, log_nv))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def divergence(
     taught: Iterable[Targets] | None, student_btd: torch.Tensor, head: Head, tokens_bt: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,21 +75,28 @@ def divergence(
     The likelihood covers the T - 1 positions that have a next token. Both in nats, summed in float64. Without
     targets the divergence is 0.
     """
-    next_n = functional.pad(tokens_bt[:, 1:], (0, 1), value=-100).flatten()
-    students = _chunks(student_btd)
-    kl_n, nll_n = torch.zeros(2, next_n.numel(), dtype=torch.float64, device=student_btd.device)
-    start = 0
-    for target, student_nd in zip([None] * len(students) if taught is None else taught, students, strict=True):
-        log_nv = functional.log_softmax(head(student_nd), dim=-1, dtype=torch.float32)
-        chunk = slice(start, start + len(log_nv))
-        start += len(log_nv)
-        nll_n[chunk] = functional.nll_loss(log_nv, next_n[chunk], ignore_index=-100, reduction="none")
-        if target is not None:
-            kl_n[chunk] = target.negentropy_n - _expected(target.probability_nk, target.token_nk, log_nv)
+    kl_n, nll_n = (
+        torch.cat(chunks).double() for chunks in zip(*divergences(taught, student_btd, head, tokens_bt), strict=True)
+    )
     return kl_n.view(tokens_bt.shape).sum(-1), nll_n.view(tokens_bt.shape).sum(-1)
 
 
-@torch.inference_mode()
+def divergences(
+    taught: Iterable[Targets] | None, student_btd: torch.Tensor, head: Head, tokens_bt: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield what :func:`divergence` sums, [n], chunk by chunk."""
+    next_n = functional.pad(tokens_bt[:, 1:], (0, 1), value=-100).flatten()
+    students = _chunks(student_btd)
+    targets_n = [None] * len(students) if taught is None else taught
+    for target, student_nd, wanted_n in zip(targets_n, students, next_n.split(_CHUNK_POSITIONS), strict=True):
+        log_nv = functional.log_softmax(head(student_nd), dim=-1, dtype=torch.float32)
+        nll_n = functional.nll_loss(log_nv, wanted_n, ignore_index=-100, reduction="none")
+        if target is None:
+            yield torch.zeros_like(nll_n), nll_n
+        else:
+            yield target.negentropy_n - _expected(target.probability_nk, target.token_nk, log_nv), nll_n
+
+
 def displacement(teacher_btd: torch.Tensor, student_btd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return sums over each sequence, [B], float64: squared distance of two models' states, the teacher's square."""
     teacher_bt, distance_bt = (

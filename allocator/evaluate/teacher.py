@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from allocator.evaluate.loss import Loss, Targets, displacement, divergence, targets
+from allocator.evaluate.loss import Loss, Targets, displacement, divergence, divergences, targets
 from allocator.model.walk import SEQUENCES_PER_BATCH, BlockWalker
 
 KEPT_BYTES = 256 << 20
@@ -57,15 +57,31 @@ class Teacher:
 
     def judge(self, lesson: Lesson, student: BlockWalker, student_btd: torch.Tensor) -> Sums:
         """Compare what leaves a student's last block with a lesson."""
-        taught: Iterable[Targets] | None = lesson.kept
-        if taught is None and lesson.loss in ("kl", "topk_kl"):
-            assert lesson.hidden_btd is not None
-            taught = targets(lesson.loss, lesson.hidden_btd, self._walker.logits)
-        total, nll = divergence(taught, student_btd, student.logits, lesson.tokens_bt)
+        total, nll = divergence(self._taught(lesson), student_btd, student.logits, lesson.tokens_bt)
         if lesson.loss == "hidden":
             assert lesson.hidden_btd is not None
             return (*displacement(self._walker.states(lesson.hidden_btd), student.states(student_btd)), nll)
         return total, torch.full_like(total, lesson.tokens_bt.shape[1]), nll
+
+    def gradient(self, lesson: Lesson, student: BlockWalker, student_btd: torch.Tensor) -> torch.Tensor:
+        """Return the gradient of the loss, summed over a lesson, in what leaves a student's last block."""
+        leaf_btd = student_btd.detach().requires_grad_()
+        if lesson.loss == "hidden":
+            assert lesson.hidden_btd is not None
+            distance_b, _ = displacement(self._walker.states(lesson.hidden_btd), student.states(leaf_btd))
+            distance_b.sum().backward()
+        else:
+            # chunk by chunk, so that logits of one chunk alone are held
+            for kl_n, nll_n in divergences(self._taught(lesson), leaf_btd, student.logits, lesson.tokens_bt):
+                (nll_n if lesson.loss == "nll" else kl_n).sum().backward()
+        assert leaf_btd.grad is not None
+        return leaf_btd.grad
+
+    def _taught(self, lesson: Lesson) -> Iterable[Targets] | None:
+        if lesson.kept is None and lesson.loss in ("kl", "topk_kl"):
+            assert lesson.hidden_btd is not None
+            return targets(lesson.loss, lesson.hidden_btd, self._walker.logits)
+        return lesson.kept
 
     def _keys(self, split: str, tokens: int, loss: Loss) -> list[tuple[Loss, str, int, int]]:
         length = self._tokens[split].shape[1]

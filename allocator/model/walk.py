@@ -18,6 +18,9 @@ from allocator.model.family import Layout
 SEQUENCES_PER_BATCH = 4
 """Sequences that run together; part of the numerics, so not derived from free memory."""
 
+Heard = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
+"""Inputs and outputs of modules, by full name."""
+
 _Hook = Callable[[nn.Module, tuple[Any, ...], torch.Tensor], Any]
 
 
@@ -39,7 +42,7 @@ class BlockWalker:
         """Data type that the model computes in."""
         return next(self.model.parameters()).dtype
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def embed(self, tokens_bt: torch.Tensor) -> torch.Tensor:
         """Return what enters the first block, and note the arguments that the model passes to each block."""
         entered: list[torch.Tensor] = []
@@ -64,7 +67,6 @@ class BlockWalker:
         """Have the weights of block ``index`` in memory while the body runs. They always are, in a loaded model."""
         yield
 
-    @torch.inference_mode()
     def run(
         self,
         index: int,
@@ -74,6 +76,8 @@ class BlockWalker:
     ) -> torch.Tensor:
         """Return the output of a block; inputs of this shape must have been embedded before.
 
+        Gradients are followed if what enters asks for them.
+
         Args:
             index: Which block.
             hidden_btd: What enters it.
@@ -82,22 +86,26 @@ class BlockWalker:
         """
         root = self.blocks[index] if block is None else block
         hooks = {name: lambda module, args, output, own=own: own for name, own in instead.items()}
-        with self._hooked(index, root, hooks):
+        with self._hooked(index, root, hooks), torch.set_grad_enabled(hidden_btd.requires_grad):
             output = root(hidden_btd, **self._arguments[tuple(hidden_btd.shape[:2])][index])
         return output[0] if isinstance(output, tuple) else output
 
     @contextmanager
-    def listening(self, index: int, modules: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield a table that fills with the outputs of some of a block's modules, by full name, as the body runs it."""
+    def listening(self, index: int, modules: Sequence[str]) -> Iterator[Heard]:
+        """Yield tables that fill with inputs and outputs of some of a block's modules, by full name, as it runs."""
+        inputs: dict[str, torch.Tensor] = {}
         outputs: dict[str, torch.Tensor] = {}
 
         def listener(name: str) -> _Hook:
-            return lambda module, args, output: outputs.update({name: output})
+            def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+                inputs[name], outputs[name] = args[0], output
+
+            return hook
 
         with self._hooked(index, self.blocks[index], {name: listener(name) for name in modules}):
-            yield outputs
+            yield inputs, outputs
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def hear(
         self,
         index: int,
@@ -105,7 +113,7 @@ class BlockWalker:
         modules: Sequence[str],
         block: nn.Module | None = None,
         instead: Mapping[str, torch.Tensor] = MappingProxyType({}),
-    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    ) -> Heard:
         """Run a block as far as some of its modules, and return their inputs and their outputs by name.
 
         Modules that were removed are left out. Arguments are those of :meth:`run`.
@@ -127,7 +135,6 @@ class BlockWalker:
             self.run(index, hidden_btd, root, instead)
         return inputs, outputs
 
-    @torch.inference_mode()
     def run_all(self, hidden_btd: torch.Tensor) -> torch.Tensor:
         """Return the output of the last block."""
         for index in range(len(self.blocks)):
@@ -150,17 +157,17 @@ class BlockWalker:
         except AttributeError:
             return None
 
-    @torch.inference_mode()
     def logits(self, hidden_nd: torch.Tensor) -> torch.Tensor:
-        """Return logits for the output of the last block, of any leading shape."""
-        return self.tail[-1](self.states(hidden_nd))
+        """Return logits for the output of the last block, of any leading shape. Gradients are as in :meth:`run`."""
+        with torch.set_grad_enabled(hidden_nd.requires_grad):
+            return self.tail[-1](self.states(hidden_nd))
 
-    @torch.inference_mode()
     def states(self, hidden_nd: torch.Tensor) -> torch.Tensor:
         """Return what the head reads for the output of the last block, of any leading shape."""
-        for module in self.tail[:-1]:
-            hidden_nd = module(hidden_nd)
-        return hidden_nd
+        with torch.set_grad_enabled(hidden_nd.requires_grad):
+            for module in self.tail[:-1]:
+                hidden_nd = module(hidden_nd)
+            return hidden_nd
 
 
 class _EverythingHeard(Exception):  # noqa: N818 - it ends a pass, and is no error

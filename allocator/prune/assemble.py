@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from allocator.core.space import SearchSpace, Unit
 from allocator.model.checkpoint import Replacements, read_tensors
@@ -83,6 +84,32 @@ class Assembler:
             self._permute(self._sites[name], dense)
         return dict(dense) if level == 0 else self._prefix(self._sites[name], unit, level, dense)
 
+    def wide(self, name: str, level: int) -> dict[str, torch.Tensor]:
+        """Return every tensor of a unit at a level in the shapes of the dense one, whose outputs are the same.
+
+        A structured unit's rows are in the order of removal, and its output projection is zero where it reads what is
+        removed. So the weights of two levels can be subtracted.
+        """
+        unit = self._units[name]
+        dense = self._dense_tensors(name)
+        if unit.kind == "matrix":
+            return {key: tensor for key, tensor in self.unit(name, level).items() if tensor is not None}
+        site, compact = self._sites[name], self._compact(name)
+        if name not in self._permuted:
+            self._permute(site, dense)
+        key = f"{site.output}.weight"
+        whole_oi = dense[key]
+        if level == 0:
+            order = item_columns(compact["order"].long(), site.width)
+            return {**dense, key: whole_oi[:, order.to(whole_oi.device)]}
+        if unit.kept[level] == 0:
+            gone = {name: torch.zeros_like(tensor) for name, tensor in dense.items() if name.startswith(site.output)}
+            return {**dense, **gone}
+        written = self._written(site, level, dense)
+        by_group = written[key].unflatten(1, (unit.num_groups, -1))
+        lost = whole_oi.shape[1] // unit.num_groups - by_group.shape[2]
+        return {**dense, **written, key: functional.pad(by_group, (0, lost)).flatten(1)}
+
     def site(self, name: str, levels: Mapping[str, int]) -> Replacements:
         """Return every tensor of a sub-block, whose units are at ``levels``."""
         tensors: dict[str, torch.Tensor | None] = {}
@@ -107,15 +134,19 @@ class Assembler:
         self._permuted ^= {site.name}
 
     def _prefix(self, site: Site, unit: Unit, level: int, dense: Mapping[str, torch.Tensor]) -> Replacements:
-        tensors: dict[str, torch.Tensor | None] = dict(dense)
+        tensors = {**dense, **self._written(site, level, dense)}
         for module, rows in site.inputs:
             for key in (f"{module}.weight", f"{module}.bias"):
                 if key in dense:
                     # a view where there is one group
                     by_group = dense[key].unflatten(0, (unit.num_groups, -1))
                     tensors[key] = by_group[:, : unit.kept[level] * rows // unit.num_groups].flatten(0, 1)
+        return tensors
+
+    def _written(self, site: Site, level: int, dense: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return what pruning writes anew: the output projection, and a bias that stands for what is lost."""
         compact, output = self._compact(site.name), dense[f"{site.output}.weight"]
-        tensors[f"{site.output}.weight"] = self._output(site.name, level, output)
+        tensors = {f"{site.output}.weight": self._output(site.name, level, output)}
         if f"bias.{level}" in compact:
             key, lost = f"{site.output}.bias", compact[f"bias.{level}"].to(output.device, output.dtype, copy=True)
             tensors[key] = dense[key] + lost if key in dense else lost
@@ -143,13 +174,13 @@ class Switchboard:
         self._originals = {site.name: model.get_submodule(site.name) for site in layout.sites}
         self._outputs = {site.name: site.output for site in layout.sites}
         self._parameters = dict(model.named_parameters())
-        self._levels: dict[str, int] = {}
+        self._levels: dict[str, tuple[int, bool]] = {}
 
-    def set(self, name: str, level: int) -> None:
-        """Put a unit at a level; nothing happens if it is there."""
-        if self._levels.get(name, 0) == level:
+    def set(self, name: str, level: int, wide: bool = False) -> None:
+        """Put a unit at a level, ``wide`` in dense shapes; nothing happens if it is there."""
+        if self._levels.get(name, (0, False)) == (level, wide):
             return
-        tensors = self._assembler.unit(name, level)
+        tensors = self._assembler.wide(name, level) if wide else self._assembler.unit(name, level)
         if all(tensor is None for tensor in tensors.values()):
             remove(self._model, name, self._parts[name])
         else:
@@ -164,7 +195,7 @@ class Switchboard:
                 bias = f"{self._outputs[name]}.bias"
                 added = self._parameters[bias] if bias in tensors else None
                 self._model.get_submodule(self._outputs[name]).register_parameter("bias", added)
-        self._levels[name] = level
+        self._levels[name] = (level, wide)
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:

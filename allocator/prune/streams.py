@@ -65,7 +65,7 @@ class TwoStreams:
         self._given: list[dict[str, torch.Tensor]] = []
         self._leaving: list[torch.Tensor] = []
         for batch in dense:
-            with self._walker.listening(index, self._outputs) as outputs:
+            with self._walker.listening(index, self._outputs) as (_, outputs):
                 self._leaving.append(self._walker.run(index, batch))
             self._given.append(outputs)
         self._adds_up = self._check_sum(layout.blocks[index])

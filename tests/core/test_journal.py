@@ -188,7 +188,7 @@ def test_create_never_overwrites(path):
 def test_what_was_asked_beside_the_loss_keeps_its_own_entry(tmp_path, space):
     path = tmp_path / "journal.jsonl"
     plain = Request(space.dense, 64)
-    asked = Request(space.dense, 64, influence=True)
+    asked = Request(space.dense, 64, also="influence")
     with Journal.create(path, {"space": space.to_json()}) as journal:
         journal.append(Outcome(plain, {"kl": 0.5, "nll": 2.0}, 0.0))
         assert journal.get(asked) is None

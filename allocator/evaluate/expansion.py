@@ -1,0 +1,121 @@
+"""How the loss begins to change with every level of every unit: one backward pass, whatever the number of levels.
+
+The gradient of the loss in a unit's weights, times what a level would change in them, is the first-order change of the
+loss, for all units and levels at once. It is zero nowhere but at the dense model: at a pruned one it holds what the
+unit's error has in common with the errors of all others, which is what a profile of single steps spends most of its
+evaluations on. The rest is the unit's own curvature, to a good approximation proportional to the mean square of what
+the level changes in the unit's output, by a factor that hardly changes as the search moves.
+
+Second-order Taylor saliency goes back to Optimal Brain Damage (LeCun et al., 1989); here it is of whole levels, with
+whatever refit they have, around an allocation that is pruned already.
+
+Shapes: B sequences, T tokens, D hidden size, n positions of all lessons, o outputs and i inputs of a matrix.
+``delta_no`` is the gradient in a matrix's outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from allocator.core.effort import EXPANSION_POSITIONS
+from allocator.core.protocols import Expansion
+from allocator.core.space import Allocation, SearchSpace
+from allocator.evaluate.teacher import Lesson, Sums, Teacher
+from allocator.model.family import Layout
+from allocator.model.walk import BlockWalker
+from allocator.prune.assemble import Assembler
+
+_DIGITS = 7
+"""Significant digits that are kept: those of float32."""
+
+
+class Expander:
+    """Expands the loss of a live model, whose units are in dense shapes at some allocation."""
+
+    def __init__(self, walker: BlockWalker, layout: Layout, space: SearchSpace, assembler: Assembler) -> None:
+        self._walker, self._space, self._assembler = walker, space, assembler
+        outputs = {site.name: site.output for site in layout.sites}
+        self._modules = [outputs.get(unit.name, unit.name) for unit in space.units]
+
+    def expand(
+        self, allocation: Allocation, teacher: Teacher, lessons: Sequence[Lesson]
+    ) -> tuple[list[Sums], Expansion]:
+        """Return the sums of each lesson, and the expansion of their mean loss.
+
+        Hidden states between all blocks are held, and what is needed within one block at a time.
+        """
+        walker, space = self._walker, self._space
+        between: list[list[torch.Tensor]] = []
+        sums: list[Sums] = []
+        gradients: list[torch.Tensor] = []
+        for lesson in lessons:
+            states = [walker.embed(lesson.tokens_bt)]
+            for index in range(len(walker.blocks)):
+                states.append(walker.run(index, states[-1]))
+            leaving_btd = states.pop()
+            between.append(states)
+            sums.append(teacher.judge(lesson, walker, leaving_btd))
+            gradients.append(teacher.gradient(lesson, walker, leaving_btd))
+        scale = 1.0 / _divisor(sums, lessons)
+        slope: list[tuple[float, ...]] = [()] * len(space.units)
+        size: list[tuple[float, ...]] = [()] * len(space.units)
+        for index in reversed(range(len(walker.blocks))):
+            units = [place for place, unit in enumerate(space.units) if unit.block == index]
+            modules = [self._modules[place] for place in units]
+            entering: dict[str, list[torch.Tensor]] = {module: [] for module in modules}
+            deltas: dict[str, list[torch.Tensor]] = {module: [] for module in modules}
+            for number, states in enumerate(between):
+                block_in_btd = states.pop().detach().requires_grad_()
+                with walker.listening(index, modules) as (inputs, outputs):
+                    block_out_btd = walker.run(index, block_in_btd)
+                wanted = [block_in_btd, *(outputs[module] for module in modules)]
+                gradients[number], *found = torch.autograd.grad(block_out_btd, wanted, gradients[number])
+                for module, delta in zip(modules, found, strict=True):
+                    entering[module].append(inputs[module].detach().flatten(0, -2).float())
+                    deltas[module].append(delta.flatten(0, -2).float() * scale)
+            for place, module in zip(units, modules, strict=True):
+                input_ni, delta_no = torch.cat(entering.pop(module)), torch.cat(deltas.pop(module))
+                slope[place], size[place] = self._unit(place, allocation[place], input_ni, delta_no)
+        return sums, Expansion(tuple(slope), tuple(size))
+
+    def _unit(
+        self, place: int, own: int, input_ni: torch.Tensor, delta_no: torch.Tensor
+    ) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return first-order changes of the loss, and mean squared changes of the output, for each level of a unit."""
+        unit, module = self._space.units[place], self._modules[place]
+        gradient_oi, gradient_o = delta_no.T @ input_ni, delta_no.sum(0)
+        some_ni = input_ni[:: -(-len(input_ni) // EXPANSION_POSITIONS)]
+        before = self._assembler.wide(unit.name, own)
+        slopes, sizes = [], []
+        for level in range(unit.num_levels):
+            after = before if level == own else self._assembler.wide(unit.name, level)
+            change_oi, change_o = (_change(before, after, f"{module}.{kind}") for kind in ("weight", "bias"))
+            assert change_oi is not None
+            slope = (gradient_oi * change_oi).sum(dtype=torch.float64)
+            change_no = some_ni @ change_oi.T
+            if change_o is not None:
+                slope = slope + (gradient_o * change_o).sum(dtype=torch.float64)
+                change_no = change_no + change_o
+            slopes.append(_rounded(slope))
+            sizes.append(_rounded(change_no.square().sum(-1).mean()))
+        return tuple(slopes), tuple(sizes)
+
+
+def _divisor(sums: Sequence[Sums], lessons: Sequence[Lesson]) -> float:
+    """Return what the summed loss is divided by to be the mean one."""
+    if lessons[0].loss == "nll":
+        return float(sum(lesson.tokens_bt[:, 1:].numel() for lesson in lessons))
+    return float(sum(float(size_b.sum()) for _, size_b, _ in sums))
+
+
+def _change(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], key: str) -> torch.Tensor | None:
+    one, other = after.get(key), before.get(key)
+    if one is None:
+        return None if other is None else -other.float()
+    return one.float() if other is None else one.float() - other.float()
+
+
+def _rounded(value: torch.Tensor) -> float:
+    return float(f"{float(value):.{_DIGITS}g}")
