@@ -63,6 +63,7 @@ def guided(memory: Memory, settings: GuidedSettings, seed: int) -> Script:
     """Search from the memory's centre. See the module's text."""
     stale = 0
     for turn in range(settings.generations):
+        yield from memory.expand()
         entrants = propose(memory, settings, np.random.default_rng([seed, turn]))
         if not entrants:
             return "nothing is left that was not proposed"
@@ -93,7 +94,8 @@ def propose(memory: Memory, settings: GuidedSettings, rng: np.random.Generator) 
             child = move_run(memory.space, memory.centre, memory.budget, rng)
             if not memory.seen(child):
                 found[child] = None
-    settled: dict[Allocation, None] = dict.fromkeys(_samples(memory, settings.entrants // 4, rng))
+    settled: dict[Allocation, None] = dict.fromkeys(_samples(memory, settings.entrants // (1 if memory.gradients else 4), rng))
+    if memory.gradients: return list(found|settled)
     for row in np.argsort(promise_n, kind="stable")[: _SETTLED * settings.entrants]:
         child = ladders.settle(levels_nu[row], surrogate.table_ul)
         if not memory.seen(child):
@@ -107,12 +109,11 @@ def propose(memory: Memory, settings: GuidedSettings, rng: np.random.Generator) 
 
 def _samples(memory: Memory, count: int, rng: np.random.Generator) -> list[Allocation]:
     """Return what is best by the model, and by samples of it, near the centre."""
-    surrogate, deviation_ul = memory.surrogate, memory.surrogate.deviation()
+    surrogate = memory.surrogate
     found = []
     for index in range(count):
         radius = 1 + index % 3
-        noise_ul = rng.standard_normal(deviation_ul.shape) * deviation_ul * (index >= 3)
-        answer = nearby(memory, surrogate.table_ul + noise_ul, radius)
+        answer = nearby(memory, surrogate.draw(rng) if index >= 3 else surrogate.table_ul, radius)
         if not memory.seen(answer):
             found.append(answer)
     return found

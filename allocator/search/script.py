@@ -14,7 +14,9 @@ from allocator.core.budget import Budget
 from allocator.core.protocols import Key, Outcome, Request
 from allocator.core.space import Allocation, SearchSpace
 from allocator.search.ladders import Ladders
+from allocator.search.quadratic import Quadratic
 from allocator.search.surrogate import Difference, Surrogate
+from allocator.search.tabular import Tabular
 
 Script = Generator[Sequence[Request], Sequence[Outcome], str]
 """Yields batches of requests, is sent their outcomes in order, and returns why it ended."""
@@ -36,13 +38,15 @@ class Memory:
         tokens: Fidelities, increasing; the last is that of finalists.
         centre: Where the search is: the best allocation at the last fidelity.
         surrogate: The model, around the centre.
+        gradients: Whether the evaluator has any, as far as is known.
     """
 
     def __init__(self, space: SearchSpace, budget: Budget, start: Sequence[Allocation], tokens: Sequence[int]) -> None:
         self.space, self.budget, self.tokens = space, budget, tuple(tokens)
         self.ladders = Ladders(space, budget)
         self.centre = start[0]
-        self.surrogate = Surrogate(self.ladders, self.centre, self.tokens[-1])
+        self.surrogate: Surrogate = Tabular(self.ladders, self.centre, self.tokens[-1])
+        self.gradients = True
         self._known: dict[Key, Outcome] = {}
         self._filling: list[tuple[float, Allocation]] = []
 
@@ -71,6 +75,39 @@ class Memory:
         for one in found:
             self.surrogate.observe(one)
         return found
+
+    def expand(self) -> Steps:
+        """Learn how the loss begins to change around the centre, if the evaluator has gradients.
+
+        From then on the model is quadratic. A curvature that is not known takes one step of its unit on few tokens, and
+        an expansion on the same.
+        """
+        yield from self._expand(self.tokens[-1])
+        if not isinstance(self.surrogate, Quadratic):
+            return
+        few = self.tokens[0]
+        if len(units := self.surrogate.unbent(few)):
+            yield from self._expand(few)
+            yield from self.compare([self._step(int(unit)) for unit in units], few)
+        self.surrogate.refresh(self.centre)
+
+    def _expand(self, tokens: int) -> Steps:
+        request = Request(self.centre, tokens, also="expansion")
+        if not self.gradients or request.key in self._known:
+            return
+        (outcome,) = yield [request]
+        self._known[request.key] = outcome
+        self.gradients = outcome.expansion is not None
+        if self.gradients:
+            if not isinstance(self.surrogate, Quadratic):
+                self.surrogate = Quadratic(self.ladders, self.tokens[-1])
+            self.surrogate.expand(outcome)
+
+    def _step(self, unit: int) -> Allocation:
+        """Return the centre with a unit one level sparser, or denser where there is none."""
+        level = self.centre[unit]
+        other = level + 1 if level < self.ladders.last_u[unit] else level - 1
+        return (*self.centre[:unit], other, *self.centre[unit + 1 :])
 
     def knows(self, allocation: Allocation, tokens: int) -> bool:
         """Whether an allocation was measured at a fidelity."""
@@ -108,6 +145,7 @@ def difference(one: Outcome, other: Outcome) -> Difference:
         value=(one.loss - other.loss) / size,
         tokens=one.request.tokens,
         error=float(each.std(ddof=1) / np.sqrt(len(each))) if len(each) > 1 else None,
+        mean=size,
     )
 
 

@@ -25,9 +25,8 @@ from allocator.search.knapsack import knapsack_nearby
 from allocator.search.race import race
 from allocator.search.script import Memory, Script, Steps
 
-_PESSIMISM = 0.25
-"""Deviations added to what a move to another level is expected to lose."""
-
+import os
+LG=float(os.environ.get("LG",".5"))
 _SURVIVORS = 2
 """Answers of a round that may be measured on all tokens."""
 
@@ -43,7 +42,7 @@ class TrustRegionSettings:
     """
 
     rounds: int = 12
-    radius: int = 4
+    radius: int = 8
     least_gain: float = 0.02
 
     def __post_init__(self) -> None:
@@ -59,14 +58,18 @@ def trust_region(memory: Memory, settings: TrustRegionSettings) -> Script:
     units = len(memory.centre)
     for _ in range(settings.rounds):
         before = memory.loss
-        yield from probe(memory, memory.tokens[fidelity], 2 * units if fidelity == 0 else max(1, units // 2))
+        yield from memory.expand()
+        if not memory.gradients:
+            yield from probe(memory, memory.tokens[fidelity], 2 * units if fidelity == 0 else max(1, units // 2))
         found = _answers(memory, radius)
         yield from race(memory, list(found), _SURVIVORS)
         if memory.advance():
             radius = min(settings.radius, 2 * found.get(memory.centre, radius))
         else:
             radius = max(1, min(radius, max(found.values(), default=1)) // 2)
-        if before - memory.loss < settings.least_gain * abs(before):
+        least = LG if memory.gradients else settings.least_gain
+        if before - memory.loss < least * abs(before):
+            if memory.gradients: return 'x'
             fidelity += 1
             if fidelity == len(memory.tokens):
                 return "no step of the trust region is better"
@@ -86,10 +89,9 @@ def nearby(memory: Memory, table_ul: np.ndarray, radius: int) -> Allocation:
 
 def _answers(memory: Memory, radius: int) -> dict[Allocation, int]:
     """Return new allocations, the best of the model within each radius, with the radius."""
-    surrogate = memory.surrogate
-    table_ul = surrogate.table_ul + _PESSIMISM * surrogate.deviation()
+    table_ul = memory.surrogate.cautious()
     found: dict[Allocation, int] = {}
-    for each in range(1, radius + 1):
+    for each in sorted({radius, *(2**power for power in range(radius.bit_length()))}):
         answer = nearby(memory, table_ul, each)
         if not memory.seen(answer):
             found.setdefault(answer, each)

@@ -17,7 +17,8 @@ from allocator.search.guided import GuidedSettings
 from allocator.search.knapsack import knapsack
 from allocator.search.ladders import Ladders
 from allocator.search.loop import Measurer, search
-from allocator.search.surrogate import Difference, Surrogate
+from allocator.search.priors import Difference
+from allocator.search.surrogate import Surrogate
 from allocator.search.trust_region import TrustRegionSettings
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -1,0 +1,187 @@
+"""A model of the loss from its expansions: slopes that are known, and a curvature for each unit that is learned.
+
+Around an allocation that was expanded (:class:`~allocator.core.protocols.Expansion`), a level loses its slope plus its
+unit's curvature times its size. Slopes hold what a unit's error has in common with those of all others, so that the
+table is right where the search is, and wrong only by what moved units do to each other.
+
+What is left to learn is one number per unit. A single step from an expansion on the same text tells it at once, up to a
+quarter on few tokens; it hardly changes with the level, nor as the search moves (on the packaged model by a tenth, and
+by a sixth from uniform to the best allocation), so that one step of each unit does for a whole search. Differences of
+whole allocations then teach curvatures by linear regression, wherever they were measured.
+
+Shapes: U units, L levels of the longest ladder, n observations, N allocations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from allocator.core.protocols import Outcome
+from allocator.core.space import Allocation
+from allocator.search.ladders import Ladders
+from allocator.search.surrogate import Difference
+
+_DOUBT = 0.25
+"""Relative deviation of a curvature that a single step on few tokens told."""
+
+_IGNORANCE = 1.0
+"""Relative deviation of a curvature of which nothing is known but those of others."""
+
+_LEAST = 0.05
+"""The least curvature, relative to the median: less is noise."""
+
+_MISFIT = 0.25
+"""Deviation of a difference from the model, relative to the root of its units' squared curvature terms."""
+
+_ROUGHNESS = 0.1
+"""Deviation of a level's loss from slope and curvature, relative to the latter."""
+
+_SAMPLING = 128.0
+"""Relative variance of a difference on one token, where it is not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Expanded:
+    """An expansion as arrays.
+
+    Attributes:
+        allocation: Around what.
+        tokens: On how many tokens.
+        loss: There.
+        slope_ul: First-order change of the loss; beyond a unit's last level, that level again.
+        size_ul: Mean squared change of the output, likewise.
+    """
+
+    allocation: Allocation
+    tokens: int
+    loss: float
+    slope_ul: np.ndarray
+    size_ul: np.ndarray
+
+    @classmethod
+    def of(cls, outcome: Outcome, length: int) -> Expanded:
+        """Take an outcome with an expansion; ladders are filled up to a length."""
+        assert outcome.expansion is not None
+        slope_ul, size_ul = (
+            np.array([[*row, *[row[-1]] * (length - len(row))] for row in rows])
+            for rows in (outcome.expansion.slope, outcome.expansion.size)
+        )
+        return cls(outcome.request.allocation, outcome.request.tokens, outcome.loss, slope_ul, size_ul)
+
+
+class Quadratic:
+    """The model. Everything is recomputed from what was observed, so that it depends on nothing else.
+
+    Attributes:
+        table_ul: Expected loss of each level, relative to that of the last expansion on all tokens.
+    """
+
+    def __init__(self, ladders: Ladders, tokens: int) -> None:
+        """Begin with nothing known; the loss to model is that on so many tokens."""
+        self._ladders, self._tokens = ladders, tokens
+        self._units = np.arange(len(ladders.last_u))
+        self._expanded: dict[tuple[Allocation, int], Expanded] = {}
+        self._steps: list[tuple[int, int, float]] = []
+        self._observed: list[Difference] = []
+        self._sampling = _SAMPLING
+
+    def expand(self, outcome: Outcome) -> None:
+        """Take an expansion; the table is around the last one on all tokens, from the next :meth:`refresh` on."""
+        found = Expanded.of(outcome, self._ladders.cost_ul.shape[1])
+        self._expanded[found.allocation, found.tokens] = found
+        if found.tokens == self._tokens:
+            self._base = found
+
+    def observe(self, difference: Difference) -> None:
+        """Take a measured difference from an allocation that was expanded on as many tokens, or on all."""
+        pairs = enumerate(zip(difference.allocation, difference.reference, strict=True))
+        moved = [unit for unit, (one, other) in pairs if one != other]
+        around = self._expanded.get((difference.reference, difference.tokens))
+        if len(moved) == 1 and around is not None:
+            unit, level = moved[0], difference.allocation[moved[0]]
+            change = difference.value * difference.mean - around.slope_ul[unit, level]
+            size = around.size_ul[unit, level]
+            # what does nothing has no curvature that matters
+            self._steps.append((unit, difference.tokens, change / size if size > 0 else 0.0))
+        elif moved and (difference.reference, self._tokens) in self._expanded:
+            self._observed.append(difference)
+
+    def unbent(self, tokens: int) -> np.ndarray:
+        """Return units with a choice whose curvature no single step on so many tokens has told, [n]."""
+        told = [unit for unit, on, _ in self._steps if on >= tokens]
+        return np.setdiff1d(np.flatnonzero(self._ladders.last_u > 0), told)
+
+    def refresh(self, centre: Allocation) -> None:
+        """Fit curvatures to all observations, around where the search is now."""
+        self._centre_u = np.array(centre)
+        base, (bend_u, doubt_u) = self._base, self._told()
+        covariance_uu = np.diag((doubt_u * bend_u) ** 2)
+        if self._observed:
+            around = [self._expanded[one.reference, self._tokens] for one in self._observed]
+            size_nu = np.array(
+                [a.size_ul[self._units, np.array(one.allocation)] for a, one in zip(around, self._observed, strict=True)]
+            )
+            change_n = np.array(
+                [
+                    one.value * one.mean - a.slope_ul[self._units, np.array(one.allocation)].sum()
+                    for a, one in zip(around, self._observed, strict=True)
+                ]
+            )
+            variance_n = self._variance(np.square(size_nu * bend_u).sum(1))
+            gain_un = covariance_uu @ size_nu.T
+            spread_nn = size_nu @ gain_un + np.diag(variance_n)
+            solved = np.linalg.solve(spread_nn, np.column_stack([change_n - size_nu @ bend_u, gain_un.T]))
+            bend_u = np.maximum(bend_u + gain_un @ solved[:, 0], _LEAST * np.median(bend_u))
+            covariance_uu = covariance_uu - gain_un @ solved[:, 1:]
+        self._curve_ul = bend_u[:, None] * base.size_ul / base.loss
+        self._slope_ul = base.slope_ul / base.loss
+        self.table_ul = self._slope_ul + self._curve_ul
+        self._bend_u, self._covariance_uu = bend_u, covariance_uu
+
+    def predict(self, levels_nu: np.ndarray) -> np.ndarray:
+        """Return how much more allocations [N, U] lose than the centre."""
+        look_up = self._ladders.look_up
+        return np.asarray(look_up(self.table_ul, levels_nu) - look_up(self.table_ul, self._centre_u))
+
+    def blur(self, levels_nu: np.ndarray, tokens: int) -> np.ndarray:
+        """Return the standard error, [N], of differences from the centre on few tokens, as of those on all."""
+        variance = self._sampling * max(1 / tokens - 1 / self._tokens, 0.0)
+        away_nu = self._curve_ul[self._units, levels_nu] - self._curve_ul[self._units, self._centre_u]
+        return np.asarray(np.sqrt(variance * np.square(away_nu).sum(1)))
+
+    def cautious(self) -> np.ndarray:
+        """Return the table: it is as sure of large moves as of small ones."""
+        return self.table_ul
+
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
+        """Return the table of a sample of the model."""
+        bend_u = rng.multivariate_normal(self._bend_u, self._covariance_uu, method="eigh")
+        rough_ul = 1.0 + _ROUGHNESS * rng.standard_normal(self._curve_ul.shape)
+        return np.asarray(self._slope_ul + self._curve_ul * rough_ul * (bend_u / self._bend_u)[:, None])
+
+    def _told(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return what single steps say of each unit's curvature, and how unsure that is; of several, those on most text.
+        """
+        most: dict[int, int] = {}
+        for unit, tokens, _ in self._steps:
+            most[unit] = max(tokens, most.get(unit, 0))
+        told: dict[int, list[float]] = {}
+        for unit, tokens, bend in self._steps:
+            if tokens == most[unit]:
+                told.setdefault(unit, []).append(bend)
+        middle = max(float(np.median([np.mean(each) for each in told.values()] or [0.0])), 1e-300)
+        bend_u = np.array([np.mean(told.get(unit, [middle])) for unit in self._units])
+        doubt_u = np.where(np.isin(self._units, list(told)), _DOUBT, _IGNORANCE)
+        return np.maximum(bend_u, _LEAST * middle), doubt_u
+
+    def _variance(self, square_n: np.ndarray) -> np.ndarray:
+        """Return the variance of each observation about the model, from the sum of its squared curvature terms."""
+        tokens_n = np.array([one.tokens for one in self._observed], dtype=float)
+        error_n = np.array([np.nan if one.error is None else one.error * one.mean for one in self._observed])
+        known_n = np.isfinite(error_n)
+        if known_n.any():
+            self._sampling = float((error_n**2 * tokens_n)[known_n].sum() / max(square_n[known_n].sum(), 1e-300))
+        few_n = np.maximum(self._sampling * (1 / tokens_n - 1 / self._tokens), 0.0)
+        return np.asarray((_MISFIT**2 + few_n) * square_n + 1e-300)
