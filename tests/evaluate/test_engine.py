@@ -275,7 +275,7 @@ def test_influence_of_blocks_is_that_of_the_saved_model_and_the_same_in_any_batc
     allocations = [space.dense, *(_random(space, seed) for seed in range(4))]
     allocations += [(*space.dense[:-1], 1), space.sparsest]
     plain = [Request(allocation, tokens) for allocation in allocations]
-    asked = [dataclasses.replace(request, influence=True) for request in plain]
+    asked = [dataclasses.replace(request, also="influence") for request in plain]
     together = {o.request.key: o.measured for o in Engine(spec, splits).measure_batch([*plain, *asked])}
     blocks = {f"influence.{block}" for block in range(len(spec.layout.blocks))}
     for without, request in zip(plain, asked, strict=True):
