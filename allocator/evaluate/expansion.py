@@ -58,7 +58,7 @@ class Expander:
             between.append(states)
             sums.append(teacher.judge(lesson, walker, leaving_btd))
             gradients.append(teacher.gradient(lesson, walker, leaving_btd))
-        scale = 1.0 / _divisor(sums, lessons)
+        scale = 1.0 / float(sum(float(size_b.sum()) for _, size_b, _ in sums))
         slope: list[tuple[float, ...]] = [()] * len(space.units)
         size: list[tuple[float, ...]] = [()] * len(space.units)
         for index in reversed(range(len(walker.blocks))):
@@ -101,13 +101,6 @@ class Expander:
             slopes.append(_rounded(slope))
             sizes.append(_rounded(change_no.square().sum(-1).mean()))
         return tuple(slopes), tuple(sizes)
-
-
-def _divisor(sums: Sequence[Sums], lessons: Sequence[Lesson]) -> float:
-    """Return what the summed loss is divided by to be the mean one."""
-    if lessons[0].loss == "nll":
-        return float(sum(lesson.tokens_bt[:, 1:].numel() for lesson in lessons))
-    return float(sum(float(size_b.sum()) for _, size_b, _ in sums))
 
 
 def _change(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], key: str) -> torch.Tensor | None:
