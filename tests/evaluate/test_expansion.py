@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from allocator.core.effort import EXPANSION_POSITIONS
+from allocator.core.errors import UserError
 from allocator.core.protocols import Request
 from allocator.evaluate import loss as losses
 from allocator.evaluate import teacher
@@ -367,3 +369,18 @@ def test_in_bfloat16_slopes_and_sizes_are_nearly_those_of_float32(made, texts):
                 found, expected = (np.concatenate(rows) for rows in (found, expected))
                 assert np.corrcoef(found, expected)[0, 1] > 0.99
                 assert np.abs(found - expected).max() < 0.1 * np.abs(expected).max()
+
+
+def test_a_gradient_that_is_not_finite_is_an_error(make_model, make_spec, texts, tmp_path):
+    """In float16 a loss may be finite where its gradient, through the norm of tiny states, is not."""
+    folder = shutil.copytree(make_model("qwen2", tie_word_embeddings=False, rms_norm_eps=1e-12), tmp_path / "tiny")
+    tensors = load_file(folder / "model.safetensors")
+    for key in tensors:
+        if any(name in key for name in ("embed_tokens", "o_proj", "down_proj")):
+            tensors[key] *= 1e-5
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    spec = dataclasses.replace(make_spec(folder, "n:m"), dtype="float16")
+    engine, request = Engine(spec, texts), Request(spec.space.sparsest, 64)
+    assert np.isfinite(engine.measure(request).loss)
+    with pytest.raises(UserError, match="gradient of the loss is not finite"):
+        engine.measure(dataclasses.replace(request, also="expansion"))
