@@ -18,7 +18,7 @@ Kind = Literal["evaluations", "tokens", "minutes"]
 _TRAINING_COST = 3
 """Forward passes that one training step over the same tokens takes."""
 
-EXPANSION_POSITIONS = 512
+EXPANSION_POSITIONS = 128
 """Tokens, at most, from which an expansion takes the size of changes."""
 
 _EXPANSION_COST = 4

@@ -31,8 +31,8 @@ class Request:
         training: Tokens on which it is trained before; 0 for none.
         also: What else to measure. ``influence``: ``influence.<block>``, for every block of the model at this
             allocation: 1 - cosine of what enters and what leaves it, averaged over tokens. ``expansion``: how the
-            loss begins to change with the level of every unit, from one backward pass; an evaluator that has no
-            gradients leaves it out.
+            loss begins to change with the level of every unit, from one backward pass, without training; an evaluator
+            that has no gradients leaves it out.
     """
 
     allocation: Allocation

@@ -211,11 +211,14 @@ class Engine:
             start_s = time.perf_counter()
 
     def _expand(self, request: Request) -> Outcome:
+        assert not request.training, "an expansion is of what was not trained"
         start_s = time.perf_counter()
         lessons = self._lessons(request.split, request.tokens, self._spec.loss)
         self._switch(request.allocation, wide=True)
         sums, expansion = self._expander.expand(request.allocation, self._teacher, lessons)
         measured, parts = _means(sums, lessons)
+        if not all(math.isfinite(value) for row in (*expansion.slope, *expansion.size) for value in row):
+            raise UserError("evaluation: the gradient of the loss is not finite. Use --set dtype=float32")
         return Outcome(request, measured, time.perf_counter() - start_s, self._spec.loss, parts, expansion)
 
     def _after_training(self, before: Outcome) -> Outcome:

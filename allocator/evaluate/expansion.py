@@ -1,10 +1,10 @@
 """How the loss begins to change with every level of every unit: one backward pass, whatever the number of levels.
 
 The gradient of the loss in a unit's weights, times what a level would change in them, is the first-order change of the
-loss, for all units and levels at once. It is zero nowhere but at the dense model: at a pruned one it holds what the
-unit's error has in common with the errors of all others, which is what a profile of single steps spends most of its
-evaluations on. The rest is the unit's own curvature, to a good approximation proportional to the mean square of what
-the level changes in the unit's output, by a factor that hardly changes as the search moves.
+loss, for all units and levels at once. From the dense model to itself any distance has none; at a pruned one it holds
+what the unit's error has in common with the errors of all others, which is what a profile of single steps spends most
+of its evaluations on. The rest is the unit's own curvature, to a good approximation proportional to the mean square of
+what the level changes in the unit's output, by a factor that hardly changes as the search moves.
 
 Second-order Taylor saliency goes back to Optimal Brain Damage (LeCun et al., 1989); here it is of whole levels, with
 whatever refit they have, around an allocation that is pruned already.
@@ -58,7 +58,7 @@ class Expander:
             between.append(states)
             sums.append(teacher.judge(lesson, walker, leaving_btd))
             gradients.append(teacher.gradient(lesson, walker, leaving_btd))
-        scale = 1.0 / _divisor(sums, lessons)
+        scale = 1.0 / float(sum(float(size_b.sum()) for _, size_b, _ in sums))
         slope: list[tuple[float, ...]] = [()] * len(space.units)
         size: list[tuple[float, ...]] = [()] * len(space.units)
         for index in reversed(range(len(walker.blocks))):
@@ -73,11 +73,11 @@ class Expander:
                 wanted = [block_in_btd, *(outputs[module] for module in modules)]
                 gradients[number], *found = torch.autograd.grad(block_out_btd, wanted, gradients[number])
                 for module, delta in zip(modules, found, strict=True):
-                    entering[module].append(inputs[module].detach().flatten(0, -2).float())
-                    deltas[module].append(delta.flatten(0, -2).float() * scale)
+                    entering[module].append(inputs[module].detach().flatten(0, -2))
+                    deltas[module].append(delta.flatten(0, -2))
             for place, module in zip(units, modules, strict=True):
-                input_ni, delta_no = torch.cat(entering.pop(module)), torch.cat(deltas.pop(module))
-                slope[place], size[place] = self._unit(place, allocation[place], input_ni, delta_no)
+                input_ni, delta_no = (torch.cat(table.pop(module)).float() for table in (entering, deltas))
+                slope[place], size[place] = self._unit(place, allocation[place], input_ni, delta_no * scale)
         return sums, Expansion(tuple(slope), tuple(size))
 
     def _unit(
@@ -86,35 +86,24 @@ class Expander:
         """Return first-order changes of the loss, and mean squared changes of the output, for each level of a unit."""
         unit, module = self._space.units[place], self._modules[place]
         gradient_oi, gradient_o = delta_no.T @ input_ni, delta_no.sum(0)
-        some_ni = input_ni[:: -(-len(input_ni) // EXPANSION_POSITIONS)]
+        every = -(-len(input_ni) // EXPANSION_POSITIONS)
+        some_ni = input_ni[every // 2 :: every]  # evenly spaced; not the first, on which attention may be sunk
         before = self._assembler.wide(unit.name, own)
         slopes, sizes = [], []
         for level in range(unit.num_levels):
             after = before if level == own else self._assembler.wide(unit.name, level)
             change_oi, change_o = (_change(before, after, f"{module}.{kind}") for kind in ("weight", "bias"))
-            assert change_oi is not None
-            slope = (gradient_oi * change_oi).sum(dtype=torch.float64)
-            change_no = some_ni @ change_oi.T
-            if change_o is not None:
-                slope = slope + (gradient_o * change_o).sum(dtype=torch.float64)
-                change_no = change_no + change_o
-            slopes.append(_rounded(slope))
+            of_weight, of_bias = gradient_oi * change_oi, gradient_o * change_o
+            slopes.append(_rounded(of_weight.sum(dtype=torch.float64) + of_bias.sum(dtype=torch.float64)))
+            change_no = some_ni @ change_oi.T + change_o
             sizes.append(_rounded(change_no.square().sum(-1).mean()))
         return tuple(slopes), tuple(sizes)
 
 
-def _divisor(sums: Sequence[Sums], lessons: Sequence[Lesson]) -> float:
-    """Return what the summed loss is divided by to be the mean one."""
-    if lessons[0].loss == "nll":
-        return float(sum(lesson.tokens_bt[:, 1:].numel() for lesson in lessons))
-    return float(sum(float(size_b.sum()) for _, size_b, _ in sums))
-
-
-def _change(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], key: str) -> torch.Tensor | None:
-    one, other = after.get(key), before.get(key)
-    if one is None:
-        return None if other is None else -other.float()
-    return one.float() if other is None else one.float() - other.float()
+def _change(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], key: str) -> torch.Tensor:
+    """Return what changes in a tensor, which is all zeros where it is not there."""
+    nothing = torch.zeros(())
+    return after.get(key, nothing).float() - before.get(key, nothing).float()
 
 
 def _rounded(value: torch.Tensor) -> float:

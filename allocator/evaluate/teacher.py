@@ -61,7 +61,10 @@ class Teacher:
         if lesson.loss == "hidden":
             assert lesson.hidden_btd is not None
             return (*displacement(self._walker.states(lesson.hidden_btd), student.states(student_btd)), nll)
-        return total, torch.full_like(total, lesson.tokens_bt.shape[1]), nll
+        length = lesson.tokens_bt.shape[1]
+        if lesson.loss == "nll":
+            return nll, torch.full_like(nll, length - 1), nll
+        return total, torch.full_like(total, length), nll
 
     def gradient(self, lesson: Lesson, student: BlockWalker, student_btd: torch.Tensor) -> torch.Tensor:
         """Return the gradient of the loss, summed over a lesson, in what leaves a student's last block."""

@@ -151,6 +151,10 @@ class Quadratic:
         away_nu = self._curve_ul[self._units, levels_nu] - self._curve_ul[self._units, self._centre_u]
         return np.asarray(np.sqrt(variance * np.square(away_nu).sum(1)))
 
+    def misfit(self, levels_nu):
+        away_nu = self._curve_ul[self._units, levels_nu] - self._curve_ul[self._units, self._centre_u]
+        return _MISFIT * np.sqrt(np.square(away_nu).sum(1))
+
     def cautious(self) -> np.ndarray:
         """Return the table: it is as sure of large moves as of small ones."""
         return self.table_ul

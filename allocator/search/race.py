@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -33,6 +34,11 @@ def race(memory: Memory, entrants: Sequence[Allocation], keep: int) -> Steps:
         found = yield from memory.compare(alive, tokens)
         blur_n = memory.surrogate.blur(np.array(alive), tokens)
         hopeful = [one for one, blur in zip(found, blur_n.tolist(), strict=True) if one.value <= _DOUBT * blur]
-        ranked = sorted(hopeful, key=lambda one: (one.value, one.allocation))
+        if os.environ.get('RANK') and tokens < memory.tokens[-1]:
+            memory.surrogate.refresh(memory.centre)
+            P = memory.surrogate.predict(np.array(alive)); M = memory.surrogate.misfit(np.array(alive))
+            est = {o.allocation: (o.value*m**2+p*b**2)/(m**2+b**2+1e-300) for o,p,m,b in zip(found,P.tolist(),M.tolist(),blur_n.tolist())}
+            ranked = sorted(found, key=lambda one: (est[one.allocation], one.allocation))
+        else: ranked = sorted(hopeful, key=lambda one: (one.value, one.allocation))
         stages_left = len(rungs) - 1 - place
         alive = [one.allocation for one in ranked[: keep * 2 ** max(0, stages_left)]]

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from allocator.core.effort import Trained, candidate_tokens
+from allocator.core.effort import EXPANSION_POSITIONS, Trained, candidate_tokens
 from allocator.core.protocols import Request
 
 DENSE = 10 + 3 * (100 + 60)
@@ -54,3 +54,32 @@ def test_training_adds_to_what_a_batch_costs_without(two_blocks, drawn):
     added = [s * (64 + 3 * r.training) if r.training else 0.0 for s, r in zip(shares, requests, strict=True)]
     found = candidate_tokens(two_blocks, requests)
     assert found == pytest.approx([a + b for a, b in zip(plain, added, strict=True)])
+
+
+@pytest.mark.parametrize(("tokens", "few"), [(64, 64), (EXPANSION_POSITIONS, 512), (4096, 512)])
+def test_an_expansion_costs_four_dense_passes_and_every_level_on_a_few_tokens(make_space, tokens, few):
+    """Whatever the allocation: it runs in dense shapes."""
+    space = make_space([[100, 50, 0], [60, 20], [40]], fixed=10, parts=("mlp",))
+    levels = 3 * (2 * 100 + 1 * 60) / (10 + 3 * 200)
+    for allocation in (space.dense, space.sparsest):
+        cost = candidate_tokens(space, [Request(allocation, tokens, also="expansion")])
+        assert cost == pytest.approx([4 * tokens + few * levels])
+
+
+requests_of_two_blocks = st.builds(
+    Request,
+    st.tuples(st.integers(0, 1), st.integers(0, 1)),
+    st.sampled_from([64, 1024]),
+    also=st.sampled_from(["", "influence", "expansion"]),
+)
+
+
+@given(st.lists(requests_of_two_blocks, max_size=8, unique_by=lambda request: request.key), st.randoms())
+def test_an_expansion_shares_nothing_with_its_batch_in_any_order(two_blocks, requests, random):
+    costs = dict(zip(requests, candidate_tokens(two_blocks, requests), strict=True))
+    shuffled = random.sample(requests, len(requests))
+    assert dict(zip(shuffled, candidate_tokens(two_blocks, shuffled), strict=True)) == costs
+    others = [request for request in requests if request.also != "expansion"]
+    assert [costs[request] for request in others] == candidate_tokens(two_blocks, others)
+    for request in set(requests) - set(others):
+        assert [costs[request]] == candidate_tokens(two_blocks, [request])

@@ -4,7 +4,7 @@ import pytest
 
 from allocator.core.errors import UserError
 from allocator.core.journal import Journal
-from allocator.core.protocols import Outcome, Request
+from allocator.core.protocols import Expansion, Outcome, Request
 
 
 def _outcomes(space):
@@ -196,3 +196,70 @@ def test_what_was_asked_beside_the_loss_keeps_its_own_entry(tmp_path, space):
     again = Journal.read(path)
     assert again.get(plain).measured == {"kl": 0.5, "nll": 2.0}
     assert again.get(asked).measured["influence.0"] == 0.25
+
+
+def _expansion(space):
+    """Values that only survive if every digit does."""
+    rows = [
+        [(index + 1) / 3 * 10.0 ** (-4 * level) for level in range(u.num_levels)] for index, u in enumerate(space.units)
+    ]
+    return Expansion(tuple(tuple(-value for value in row) for row in rows), tuple(map(tuple, rows)))
+
+
+@pytest.fixture
+def expanded(path, space):
+    """An outcome with an expansion, appended to the journal as its seventh."""
+    request = Request((1,) * len(space.units), 64, also="expansion")
+    outcome = Outcome(request, {"kl": 0.25, "nll": 2.0}, 0.5, parts=(0.125, 0.375), expansion=_expansion(space))
+    with Journal.resume(path) as journal:
+        journal.append(outcome, batch=3)
+    return outcome
+
+
+def test_an_expansion_comes_back_digit_by_digit_beside_the_plain_outcome(path, space, expanded):
+    journal, plain = Journal.read(path), Request((1,) * len(space.units), 64)
+    assert journal.get(expanded.request) == expanded
+    assert journal.get(expanded.request).expansion == _expansion(space)
+    assert journal.get(plain) is None
+    with Journal.resume(path) as journal:
+        journal.append(Outcome(plain, {"kl": 0.25, "nll": 2.0}, 0.5), batch=3)
+    journal = Journal.read(path)
+    assert journal.get(plain).expansion is None
+    assert [outcome.request for outcome in journal.batches[-1]] == [expanded.request, plain]
+    assert {line.get("also") for line in map(json.loads, path.read_text().splitlines()[1:])} == {None, "expansion"}
+
+
+def test_an_evaluator_without_gradients_may_leave_an_expansion_out(path, space):
+    outcome = Outcome(Request(space.dense, 64, also="expansion"), {"kl": 0.0, "nll": 2.0}, 0.5)
+    with Journal.resume(path) as journal:
+        journal.append(outcome)
+    assert b'"expansion":{' not in path.read_bytes()
+    assert Journal.read(path).get(outcome.request) == outcome
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda entry: {**entry, "also": "curvature"}, "nothing is called 'curvature'"),
+        (lambda entry: {**entry, "also": ["expansion"]}, "nothing is called"),
+        (lambda entry: _with(entry, "slope", lambda rows: rows[1:]), "an expansion of other ladders"),
+        (lambda entry: _with(entry, "slope", lambda rows: rows[::-1]), "an expansion of other ladders"),
+        (lambda entry: _with(entry, "size", lambda rows: [rows[0][1:], *rows[1:]]), "an expansion of other ladders"),
+        (lambda entry: _with(entry, "size", lambda rows: [*rows, []]), "an expansion of other ladders"),
+        (lambda entry: _with(entry, "size", lambda rows: None), "TypeError"),
+        (lambda entry: _with(entry, "size", lambda rows: [["much"] * len(row) for row in rows]), "ValueError"),
+        (lambda entry: {**entry, "expansion": {"slope": entry["expansion"]["slope"]}}, "size"),
+        (lambda entry: {**entry, "expansion": [1.0]}, "TypeError"),
+        (lambda entry: {**entry, "expansion": None}, "TypeError"),
+    ],
+)
+@pytest.mark.parametrize("open_", [Journal.read, Journal.resume])
+def test_a_damaged_expansion_is_named(path, expanded, damage, reason, open_):
+    *lines, last = path.read_text().splitlines()
+    path.write_text("\n".join([*lines, json.dumps(damage(json.loads(last)))]) + "\n")
+    with pytest.raises(UserError, match=rf"line 8 of 8 is damaged.*{reason}"):
+        open_(path)
+
+
+def _with(entry, name, change):
+    return {**entry, "expansion": {**entry["expansion"], name: change(entry["expansion"][name])}}

@@ -36,11 +36,11 @@ def splits() -> dict[str, np.ndarray]:
 def make_spec(tmp_path_factory, splits):
     """Prunes a model folder into a store and returns what an engine is made from."""
 
-    def make(folder, pattern="structured") -> EngineSpec:
+    def make(folder, pattern="structured", attention="kv_groups", bias=False) -> EngineSpec:
         files = read_model_files(folder)
-        layout = resolve_layout(find_family(files.config["model_type"]), files)
-        space = build_space(layout, files, pattern, 0.5)
-        pruner = make_pruner(PRUNERS[pattern][0], pattern, 0.01)
+        layout = resolve_layout(find_family(files.config["model_type"]), files, attention)
+        space = build_space(layout, files, pattern, 0.5, bias=bias)
+        pruner = make_pruner(PRUNERS[pattern][0], pattern, 0.01, bias)
         walker = BlockWalker(load_model(files), layout)
         levels = prune_on_dense_inputs(
             Calibration(walker, files, layout, space, pruner, torch.from_numpy(splits["calibration"]))

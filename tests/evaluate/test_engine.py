@@ -78,6 +78,17 @@ def test_measurements_are_means_in_nats_per_token(structured, splits, tmp_path):
     assert outcome.measured["nll"] == pytest.approx(float(nll), rel=1e-4)
 
 
+def test_parts_are_the_loss_of_each_sequence_for_every_loss(structured, splits):
+    allocation = _random(structured.space, 1)
+    for loss in ("kl", "topk_kl", "nll", "hidden"):
+        spec = dataclasses.replace(structured, loss=loss)
+        outcome = Engine(spec, splits).measure(Request(allocation, 5 * 32))
+        for index, part in enumerate(outcome.parts):
+            own = {**splits, "search": splits["search"][index : index + 1]}
+            assert part == pytest.approx(Engine(spec, own).measure(Request(allocation, 32)).loss, rel=1e-5)
+        assert len(outcome.parts) == 5
+
+
 def test_a_fidelity_is_a_prefix(structured, splits):
     allocation = _random(structured.space, 2)
     each = []

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from allocator.evaluate import loss
-from allocator.evaluate.loss import displacement, divergence, targets
+from allocator.evaluate.loss import displacement, divergence, divergences, targets
 
 
 def _reference(teacher_btv, student_btv, tokens_bt):
@@ -116,3 +116,35 @@ def test_displacement_is_the_squared_distance(problem):
     assert distance.tolist() == pytest.approx(expected.tolist(), rel=1e-6)
     assert square.tolist() == pytest.approx(teacher.double().square().sum((1, 2)).tolist(), rel=1e-6)
     assert not displacement(teacher, teacher.clone())[0].any()
+
+
+@pytest.mark.parametrize("rows", [256, 7])
+def test_what_is_summed_has_the_gradient_of_the_plain_formulas(problem, monkeypatch, rows):
+    head, teacher, student, tokens = problem
+    monkeypatch.setattr(loss, "_CHUNK_POSITIONS", rows)
+    exact = student.double().requires_grad_()
+    expected = [value.sum() for value in _reference(head(teacher), exact @ head.weight.double().T, tokens)]
+    for index, value in enumerate(expected):
+        leaf = student.clone().requires_grad_()
+        for chunk in divergences(targets("kl", teacher, head), leaf, head, tokens):
+            chunk[index].sum().backward()
+        (gradient,) = torch.autograd.grad(value, exact, retain_graph=True)
+        torch.testing.assert_close(leaf.grad.double(), gradient, rtol=1e-3, atol=1e-4)
+    assert head.weight.grad is None
+
+
+@pytest.mark.parametrize("name", ["kl", "topk_kl"])
+def test_gradients_of_extreme_logits_stay_finite(problem, monkeypatch, name):
+    head, teacher, student, tokens = problem
+    monkeypatch.setattr(loss, "TOP", 10)
+    for one, other in ((1e3, 1e3), (0.0, 1e3), (1e3, 0.0)):
+        leaf = (other * student).requires_grad_()
+        for kl_n, _ in divergences(targets(name, one * teacher, head), leaf, head, tokens):
+            kl_n.sum().backward()
+        assert leaf.grad.isfinite().all()
+
+
+def test_sums_follow_no_gradient(problem):
+    head, teacher, student, tokens = problem
+    sums = divergence(targets("kl", teacher, head), student.requires_grad_(), head, tokens)
+    assert not any(each.requires_grad for each in sums)

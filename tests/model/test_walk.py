@@ -143,3 +143,46 @@ def test_a_stand_in_runs_in_the_place_of_a_block(walker):
     assert torch.equal(walker.run(1, hidden, whole), expected)
     for found, before in zip(walker.hear(1, hidden, PROJECTIONS, whole), heard, strict=True):
         assert all(torch.equal(found[name], before[name]) for name in PROJECTIONS)
+
+
+# --- gradients -------------------------------------------------------------------------------------------------
+
+
+def test_gradients_are_followed_where_what_enters_asks_for_them(walker):
+    hidden = walker.embed(_tokens(2, 16))
+    module = PROJECTIONS[6]
+    plain = [hidden, walker.run(1, hidden), walker.run_all(hidden), walker.logits(hidden), walker.states(hidden)]
+    assert not any(tensor.requires_grad or tensor.is_inference() for tensor in plain)
+    leaf = hidden.clone().requires_grad_()
+    with walker.listening(1, [module]) as (inputs, outputs):
+        followed = [leaf, walker.run(1, leaf), walker.run_all(leaf), walker.logits(leaf), walker.states(leaf)]
+    assert all(tensor.requires_grad for tensor in (*followed, inputs[module], outputs[module]))
+    for before, after in zip(plain, followed, strict=True):
+        assert torch.equal(before, after)
+    assert all(parameter.grad is None for parameter in walker.model.parameters())
+
+
+def test_nothing_follows_gradients_of_weights_that_ask_for_them(walker):
+    """As those of a model in training do, when it is measured in between."""
+    walker.model.requires_grad_(True)
+    hidden = walker.embed(_tokens(2, 16))
+    heard = walker.hear(1, hidden, PROJECTIONS)
+    found = [hidden, walker.run(1, hidden), walker.run_all(hidden), walker.logits(hidden), walker.states(hidden)]
+    assert not any(tensor.requires_grad for tensor in (*found, *heard[0].values(), *heard[1].values()))
+
+
+def test_gradients_block_by_block_are_those_of_the_whole_model(walker):
+    tokens = _tokens(2, 16)
+    heard = []
+    handle = walker.blocks[0].register_forward_pre_hook(lambda module, args: heard.append(args[0].requires_grad_()))
+    walker.model(tokens, use_cache=False).logits.square().sum().backward()
+    handle.remove()
+    states = [walker.embed(tokens)]
+    for index in range(len(walker.blocks)):
+        states.append(walker.run(index, states[-1]))
+    leaf = states.pop().requires_grad_()
+    (gradient,) = torch.autograd.grad(walker.logits(leaf).square().sum(), leaf)
+    for index in reversed(range(len(walker.blocks))):
+        leaf = states.pop().requires_grad_()
+        (gradient,) = torch.autograd.grad(walker.run(index, leaf), leaf, gradient)
+    torch.testing.assert_close(gradient, heard[0].grad, rtol=1e-4, atol=1e-4 * float(gradient.abs().max()))

@@ -119,6 +119,23 @@ def test_outcomes_are_those_of_one_process(
     assert list(workers_pool.evaluate([])) == []
 
 
+def test_expansions_among_plain_requests_are_those_of_one_process(
+    bench: Bench, pool: Callable[..., RayPool], expected: dict[Any, Any]
+) -> None:
+    """To the last bit, and plain requests are what they are without."""
+    asked = [replace(request, also="expansion") for request in bench.requests[::3]]
+    batch = [*bench.requests[::2], *asked, *bench.requests[1::2]]
+    local, found = (
+        {o.request.key: (o.measured, o.parts, o.expansion) for o in evaluator.evaluate(batch)}
+        for evaluator in (LocalEvaluator(bench.spec, bench.tokens), pool(2))
+    )
+    assert found == local
+    for request in batch:
+        plain, _, expansion = found[request.key]
+        assert (expansion is not None) == (request.also == "expansion")
+        assert request.also or plain == expected[request.key]
+
+
 def test_workers_train_as_one_process_does(bench: Bench, pool: Callable[..., RayPool], tmp_path: Path) -> None:
     """To the last bit, and from states that another worker left."""
     tokens = {**bench.tokens, "training": bench.tokens["calibration"]}

@@ -25,9 +25,9 @@ class Live:
         assembler = Assembler(case.files, case.layout, case.space, case.compact.__getitem__, self._walker.model)
         self._switchboard = Switchboard(self._walker.model, case.layout, assembler)
 
-    def set(self, allocation):
+    def set(self, allocation, wide=False):
         for unit, level in zip(self._space.units, allocation, strict=True):
-            self._switchboard.set(unit.name, level)
+            self._switchboard.set(unit.name, level, wide)
         return self
 
     def parameters(self):
@@ -205,3 +205,92 @@ def test_dense_tensors_are_held_once(case):
             assembler.unit(unit.name, level)
     held = {t.untyped_storage().data_ptr(): t.nbytes for tensors in assembler._dense.values() for t in tensors.values()}
     assert sum(held.values()) <= sum(sizes.values())
+
+
+HEADS = {"hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 2}
+MORE = {
+    "query heads": ("qwen2", {**HEADS, "tie_word_embeddings": False}, {"attention": "query_heads"}),
+    "query heads with norms": ("qwen3", HEADS, {"attention": "query_heads", "bias": True}),
+    "added biases": ("llama", {}, {"bias": True}),
+    "biases of its own": ("llama", {"attention_bias": True, "mlp_bias": True}, {"bias": True}),
+}
+
+
+@pytest.fixture(params=[*CASES, *MORE], scope="module")
+def any_case(request, make_case, make_model):
+    if request.param in CASES:
+        return request.getfixturevalue(request.param)
+    kind, overrides, pruning = MORE[request.param]
+    return make_case(make_model(kind, **overrides), "structured", "obs", **pruning)
+
+
+def _one_by_one(space):
+    """Every level of every unit, the others dense."""
+    return [
+        tuple(level if other is unit else 0 for other in space.units)
+        for unit in space.units
+        for level in range(unit.num_levels)
+    ]
+
+
+def _random_ones(space):
+    return [_random(space, seed) for seed in range(4)] + [space.sparsest, space.dense]
+
+
+def test_dense_shapes_give_what_small_ones_give_at_every_level(any_case, tokens):
+    plain, wide, probe = Live(any_case), Live(any_case), tokens(2, 2, 16)
+    shapes = {key: tensor.shape for key, tensor in any_case.walker().model.named_parameters()}
+    for allocation in [*_one_by_one(any_case.space), *_random_ones(any_case.space)]:
+        expected = plain.set(allocation).logits(probe)
+        found = wide.set(allocation, wide=True).logits(probe)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        own = {key: tensor.shape for key, tensor in wide.parameters().items()}
+        assert own.items() >= shapes.items()
+        assert all(key.endswith(".bias") for key in own.keys() - shapes.keys())
+
+
+def test_in_dense_shapes_levels_differ_in_what_is_written_alone(any_case):
+    """So that they can be subtracted: rows lie in one order, and what reads the removed is zero."""
+    case = any_case
+    assembler = Assembler(case.files, case.layout, case.space, case.compact.__getitem__)
+    sites = {site.name: site for site in case.layout.sites}
+    for unit in case.space.units:
+        levels = [assembler.wide(unit.name, level) for level in range(unit.num_levels)]
+        assembler.unit(unit.name, 0)
+        again = [assembler.wide(unit.name, level) for level in reversed(range(unit.num_levels))][::-1]
+        module = sites[unit.name].output if unit.name in sites else unit.name
+        dense = levels[0]
+        for level, (tensors, other) in enumerate(zip(levels, again, strict=True)):
+            assert tensors.keys() == other.keys()
+            assert all(torch.equal(tensor, other[key]) for key, tensor in tensors.items())
+            assert tensors.keys() - {f"{module}.bias"} == dense.keys() - {f"{module}.bias"}
+            for key in tensors.keys() & dense.keys():
+                assert tensors[key].shape == dense[key].shape
+                if not key.startswith(f"{module}."):
+                    assert torch.equal(tensors[key], dense[key])
+            weight = tensors[f"{module}.weight"]
+            assert torch.equal(weight, dense[f"{module}.weight"]) == (level == 0)
+            if unit.kind != "matrix":
+                kept = unit.kept[level] * sites[unit.name].width
+                by_group = weight.unflatten(1, (unit.num_groups, -1))
+                assert not by_group[:, :, kept // unit.num_groups :].any()
+                assert (weight.abs().sum(0) > 0).sum() == kept
+            if unit.kept[level] == 0:
+                assert not any(tensors[key].any() for key in tensors if key.startswith(f"{module}."))
+
+
+def test_between_dense_shapes_and_small_ones_no_bit_is_lost(any_case):
+    live, allocations = Live(any_case), _random_ones(any_case.space)
+    fresh = {
+        (allocation, wide): {
+            key: tensor.clone() for key, tensor in Live(any_case).set(allocation, wide).parameters().items()
+        }
+        for allocation in allocations
+        for wide in (False, True)
+    }
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        key = (allocations[rng.integers(len(allocations))], bool(rng.integers(2)))
+        found = live.set(*key).parameters()
+        assert found.keys() == fresh[key].keys()
+        assert all(torch.equal(tensor, fresh[key][name]) for name, tensor in found.items())
