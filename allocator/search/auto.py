@@ -1,12 +1,15 @@
 """The searches that learn a model of the loss, put together: what a user should get without knowing any of this.
 
-The profile at the operating point does most of the work where units are many; the races of guided evolution find
-what units do to each other, which no profile shows. Both feed one model and one memory.
+Where there are gradients, one expansion of the loss and one step of every unit tell nearly all that a large move needs
+to know: the first round of the trust region does most of the work, and guided evolution, expanding as it moves, the
+rest. Without gradients the profile at the operating point does most of the work where units are many; the races of
+guided evolution find what units do to each other, which no profile shows. All feed one model and one memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 from allocator.core.budget import Budget
@@ -42,10 +45,11 @@ def _script(
     seed: int,
 ) -> Script:
     yield from memory.begin(start)
-    if method == "guided":
+    yield from memory.expand()
+    if method == "trust_region":
+        return (yield from trust_region(memory, near))
+    if method == "auto":
+        yield from trust_region(memory, replace(near, rounds=1) if memory.gradients else near)
+    elif not memory.gradients:
         yield from probe(memory, memory.tokens[0], 2 * len(memory.centre))
-    else:
-        end = yield from trust_region(memory, near)
-        if method == "trust_region":
-            return end
     return (yield from guided(memory, far, seed))

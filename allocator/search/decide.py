@@ -33,10 +33,6 @@ Method = Literal[
 
 Own: TypeAlias = EvolutionSettings | Nsga2Settings | TpeSettings | GpSettings | ThompsonSettings
 
-SMALL = 24
-"""Units up to which ``auto`` is exchange evolution: a model of the loss has little to add to so few (measured: on 16
-units it ends no better, and on 56 it takes a third to a tenth of evolution's candidate-tokens)."""
-
 FINALISTS = 4
 """Allocations that are measured again on the selection split, of which the best is the plan."""
 
@@ -46,9 +42,8 @@ class SearchSettings:
     """Which method searches, how much it may spend, and the settings of each method.
 
     Attributes:
-        method: Which method searches. ``auto`` is exchange evolution for few units (:data:`SMALL`), and for more the
-            trust-region knapsack followed by guided evolution. ``evopress``, ``darwinlm`` and ``tyr`` are evolution
-            with published numbers.
+        method: Which method searches. ``auto`` is the trust-region knapsack followed by guided evolution. ``evopress``,
+            ``darwinlm`` and ``tyr`` are evolution with published numbers.
         tokens: Fidelities of ``auto``, ``trust_region`` and ``guided``, increasing: the first is for profiles.
         budget: What the search may spend, such as ``300 evaluations``, ``2e6 tokens`` or ``20 minutes``; None for
             what its own settings ask for.
@@ -146,9 +141,6 @@ def make_searcher(
 ) -> Searcher:
     """Return the searcher that the settings name, beginning at ``start``."""
     own = settings.own
-    if settings.method == "auto" and len(space.units) <= SMALL:
-        stages = settings.tokens[-2:]
-        own = replace(settings.evolution, tokens=stages, survivors=(3, 1)[-len(stages) :])
     if own is None:
         near, far = settings.trust_region, settings.guided
         return model_based(cast(ModelBased, settings.method), space, budget, start, settings.tokens, near, far, seed)

@@ -1,10 +1,11 @@
-"""Guided evolution: many exchange proposals, ranked by a model that every outcome teaches, the best of them raced.
+"""Guided evolution: proposals that a model ranks, and every outcome teaches; the best of them are raced.
 
-Exchange evolution measures each offspring to learn whether it is good. Here offspring are cheap: thousands of
-exchanges are drawn from the best allocations so far, those are favoured whose units have most to gain and least to
-lose, the model of :mod:`allocator.search.surrogate` ranks them, and only the best few are measured, in a race on
-growing token sets. Where blocks can be removed, some entrants remove or restore a contiguous run of them, which the
-model cannot judge.
+Exchange evolution measures each offspring to learn whether it is good. Here proposals are cheap. Where the evaluator
+has gradients, the loss is expanded whenever the centre moves; the proposals are what the model thinks best nearby, and
+what samples of it do (Thompson, 1933), each found exactly by a knapsack: exchanges of several units at once. Without
+gradients, thousands of exchanges are drawn from the best allocations so far, favouring units that have most to gain and
+least to lose, and the model ranks them. Only a few proposals are measured, in a race on growing token sets. Where
+blocks can be removed, some entrants remove or restore a contiguous run of them, which no model judges.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ _EXPLORATION = 0.25
 _RUNS_EVERY = 8
 """One entrant in so many moves a run of blocks, where blocks can be removed."""
 
+_RADII = 3
+"""Allocations that the model likes best are looked for within so many levels of the centre."""
+
 _SETTLED = 4
 """Proposals that are brought into the budget exactly, for each entrant."""
 
@@ -45,7 +49,7 @@ class GuidedSettings:
     """
 
     generations: int = 100
-    patience: int = 12
+    patience: int = 4
     proposals: int = 2048
     entrants: int = 16
     survivors: int = 3
@@ -63,10 +67,7 @@ def guided(memory: Memory, settings: GuidedSettings, seed: int) -> Script:
     """Search from the memory's centre. See the module's text."""
     stale = 0
     for turn in range(settings.generations):
-        import os
-        b = getattr(memory.surrogate, '_base', None)
-        if b is None or sum(x != y for x, y in zip(b.allocation, memory.centre)) > int(os.environ.get('FAR', '0')): yield from memory.expand()
-        else: memory.surrogate.refresh(memory.centre)
+        yield from memory.expand()
         entrants = propose(memory, settings, np.random.default_rng([seed, turn]))
         if not entrants:
             return "nothing is left that was not proposed"
@@ -79,47 +80,47 @@ def guided(memory: Memory, settings: GuidedSettings, seed: int) -> Script:
 
 def propose(memory: Memory, settings: GuidedSettings, rng: np.random.Generator) -> list[Allocation]:
     """Return new allocations that the model likes best, within the budget and with the budget full."""
-    ladders, surrogate = memory.ladders, memory.surrogate
-    parents = memory.ranked()[: settings.parents]
-    levels_nu = np.concatenate(
-        [
-            exchanges(memory, np.array(parent), settings.proposals // len(parents), settings.max_exchanges, rng)
-            for parent in parents
-        ]
-    )
-    levels_nu = np.unique(levels_nu, axis=0)
-    rate = _rate(memory)
-    short_n = np.maximum(ladders.cost(levels_nu) - ladders.room, 0)
-    promise_n = surrogate.predict(levels_nu) + rate * short_n
     found: dict[Allocation, None] = {}
     if all(unit.kept[-1] == 0 for unit in memory.space.units):
-        for _ in range(settings.entrants // _RUNS_EVERY):
-            child = move_run(memory.space, memory.centre, memory.budget, rng)
-            if not memory.seen(child):
-                found[child] = None
-    settled: dict[Allocation, None] = dict.fromkeys(_samples(memory, settings.entrants // (1 if memory.gradients else 4), rng))
-    if memory.gradients: return list(found|settled)
-    for row in np.argsort(promise_n, kind="stable")[: _SETTLED * settings.entrants]:
-        child = ladders.settle(levels_nu[row], surrogate.table_ul)
-        if not memory.seen(child):
-            settled[child] = None
-    if settled:
-        children = list(settled)
-        order = np.argsort(surrogate.predict(np.array(children)), kind="stable")
-        found.update((children[place], None) for place in order[: settings.entrants - len(found)])
+        runs = [
+            move_run(memory.space, memory.centre, memory.budget, rng) for _ in range(settings.entrants // _RUNS_EVERY)
+        ]
+        found.update((child, None) for child in runs if not memory.seen(child))
+    room = settings.entrants - len(found)
+    if memory.gradients:
+        found.update(dict.fromkeys(_samples(memory, room, rng)))
+        return list(found)
+    children = list(dict.fromkeys([*_samples(memory, settings.entrants // 4, rng), *_exchanged(memory, settings, rng)]))
+    if children:
+        order = np.argsort(memory.surrogate.predict(np.array(children)), kind="stable")
+        found.update((children[place], None) for place in order[:room])
     return list(found)
 
 
 def _samples(memory: Memory, count: int, rng: np.random.Generator) -> list[Allocation]:
-    """Return what is best by the model, and by samples of it, near the centre."""
+    """Return what is best by the model, and by samples of it, within one, two and three levels of the centre."""
     surrogate = memory.surrogate
-    found = []
+    found: dict[Allocation, None] = {}
     for index in range(count):
-        radius = 1 + index % 3
-        answer = nearby(memory, surrogate.draw(rng) if index >= 3 else surrogate.table_ul, radius)
+        table_ul = surrogate.table_ul if index < _RADII else surrogate.draw(rng)
+        answer = nearby(memory, table_ul, 1 + index % _RADII)
         if not memory.seen(answer):
-            found.append(answer)
-    return found
+            found[answer] = None
+    return list(found)
+
+
+def _exchanged(memory: Memory, settings: GuidedSettings, rng: np.random.Generator) -> list[Allocation]:
+    """Return exchanges of the best allocations that the model likes best, settled."""
+    ladders, surrogate = memory.ladders, memory.surrogate
+    parents = memory.ranked()[: settings.parents]
+    share = settings.proposals // len(parents)
+    drawn = [exchanges(memory, np.array(parent), share, settings.max_exchanges, rng) for parent in parents]
+    levels_nu = np.unique(np.concatenate(drawn), axis=0)
+    short_n = np.maximum(ladders.cost(levels_nu) - ladders.room, 0)
+    promise_n = surrogate.predict(levels_nu) + _rate(memory) * short_n
+    best = np.argsort(promise_n, kind="stable")[: _SETTLED * settings.entrants]
+    children = [ladders.settle(levels_nu[row], surrogate.table_ul) for row in best]
+    return [child for child in children if not memory.seen(child)]
 
 
 def exchanges(

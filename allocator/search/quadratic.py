@@ -21,7 +21,7 @@ import numpy as np
 from allocator.core.protocols import Outcome
 from allocator.core.space import Allocation
 from allocator.search.ladders import Ladders
-from allocator.search.surrogate import Difference
+from allocator.search.surrogate import Difference, weighed
 
 _DOUBT = 0.25
 """Relative deviation of a curvature that a single step on few tokens told."""
@@ -34,6 +34,9 @@ _LEAST = 0.05
 
 _MISFIT = 0.25
 """Deviation of a difference from the model, relative to the root of its units' squared curvature terms."""
+
+_DRIFT = 20.0
+"""The same, once all units have moved; it grows with the number of pairs that have: of these the model knows nothing."""
 
 _ROUGHNESS = 0.1
 """Deviation of a level's loss from slope and curvature, relative to the latter."""
@@ -121,7 +124,10 @@ class Quadratic:
         if self._observed:
             around = [self._expanded[one.reference, self._tokens] for one in self._observed]
             size_nu = np.array(
-                [a.size_ul[self._units, np.array(one.allocation)] for a, one in zip(around, self._observed, strict=True)]
+                [
+                    a.size_ul[self._units, np.array(one.allocation)]
+                    for a, one in zip(around, self._observed, strict=True)
+                ]
             )
             change_n = np.array(
                 [
@@ -145,19 +151,23 @@ class Quadratic:
         look_up = self._ladders.look_up
         return np.asarray(look_up(self.table_ul, levels_nu) - look_up(self.table_ul, self._centre_u))
 
-    def blur(self, levels_nu: np.ndarray, tokens: int) -> np.ndarray:
-        """Return the standard error, [N], of differences from the centre on few tokens, as of those on all."""
-        variance = self._sampling * max(1 / tokens - 1 / self._tokens, 0.0)
-        away_nu = self._curve_ul[self._units, levels_nu] - self._curve_ul[self._units, self._centre_u]
-        return np.asarray(np.sqrt(variance * np.square(away_nu).sum(1)))
+    def estimate(self, levels_nu: np.ndarray, value_n: np.ndarray, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """Weigh what was measured on few tokens against what is expected. See :class:`Surrogate`."""
+        blur = np.sqrt(self._sampling * max(1 / tokens - 1 / self._tokens, 0.0))
+        curve_nu = self._curve_ul[self._units, levels_nu] - self._curve_ul[self._units, self._centre_u]
+        size_n = np.sqrt(np.square(curve_nu).sum(1))
+        misfit_n = _misfit((levels_nu != self._centre_u).mean(1))
+        return weighed(value_n, blur * size_n, self.predict(levels_nu), misfit_n * size_n)
 
-    def misfit(self, levels_nu):
-        away_nu = self._curve_ul[self._units, levels_nu] - self._curve_ul[self._units, self._centre_u]
-        return _MISFIT * np.sqrt(np.square(away_nu).sum(1))
+    def deviation(self) -> np.ndarray:
+        """Return the deviation of each level's loss relative to the centre's, [U, L]."""
+        curve_ul = self._curve_ul - self._curve_ul[self._units, self._centre_u][:, None]
+        relative_u = np.sqrt(np.maximum(self._covariance_uu.diagonal(), 0.0)) / self._bend_u
+        return np.asarray(np.abs(curve_ul) * np.hypot(relative_u, _ROUGHNESS)[:, None])
 
     def cautious(self) -> np.ndarray:
         """Return the table: it is as sure of large moves as of small ones."""
-        return self.table_ul
+        return np.asarray(self.table_ul)
 
     def draw(self, rng: np.random.Generator) -> np.ndarray:
         """Return the table of a sample of the model."""
@@ -166,8 +176,7 @@ class Quadratic:
         return np.asarray(self._slope_ul + self._curve_ul * rough_ul * (bend_u / self._bend_u)[:, None])
 
     def _told(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return what single steps say of each unit's curvature, and how unsure that is; of several, those on most text.
-        """
+        """Return what single steps say of each unit's curvature, those on most text, and how unsure that is."""
         most: dict[int, int] = {}
         for unit, tokens, _ in self._steps:
             most[unit] = max(tokens, most.get(unit, 0))
@@ -175,8 +184,9 @@ class Quadratic:
         for unit, tokens, bend in self._steps:
             if tokens == most[unit]:
                 told.setdefault(unit, []).append(bend)
-        middle = max(float(np.median([np.mean(each) for each in told.values()] or [0.0])), 1e-300)
-        bend_u = np.array([np.mean(told.get(unit, [middle])) for unit in self._units])
+        mean = {unit: float(np.mean(each)) for unit, each in told.items()}
+        middle = max(float(np.median(list(mean.values()))), 1e-300) if mean else 1e-300
+        bend_u = np.array([mean.get(unit, middle) for unit in range(len(self._units))])
         doubt_u = np.where(np.isin(self._units, list(told)), _DOUBT, _IGNORANCE)
         return np.maximum(bend_u, _LEAST * middle), doubt_u
 
@@ -188,4 +198,10 @@ class Quadratic:
         if known_n.any():
             self._sampling = float((error_n**2 * tokens_n)[known_n].sum() / max(square_n[known_n].sum(), 1e-300))
         few_n = np.maximum(self._sampling * (1 / tokens_n - 1 / self._tokens), 0.0)
-        return np.asarray((_MISFIT**2 + few_n) * square_n + 1e-300)
+        away_n = np.array([np.mean(np.array(one.allocation) != one.reference) for one in self._observed])
+        return np.asarray((_misfit(away_n) ** 2 + few_n) * square_n + 1e-300)
+
+
+def _misfit(away_n: np.ndarray) -> np.ndarray:
+    """Return how far the model may be off, relative to the size of a change, when a share of all units has moved."""
+    return np.asarray(np.hypot(_MISFIT, _DRIFT * np.square(away_n)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,15 +10,15 @@ from allocator.core.space import Allocation
 from allocator.search.script import Memory, Steps
 
 _DOUBT = 1.0
-"""Standard errors by which a difference must be on the wrong side for an entrant to drop out."""
+"""Deviations by which an entrant must be worse than the centre to drop out."""
 
 
 def race(memory: Memory, entrants: Sequence[Allocation], keep: int) -> Steps:
     """Measure entrants at rising fidelities, fewer at each; the model sees all differences from the centre.
 
-    Every entrant is compared with the centre on the same sequences. The spread of such differences over sequences,
-    pooled over all that were measured, gives their standard error; entrants that are not, within it, better than the
-    centre drop out. Of the others the best ``keep`` reach the last fidelity, twice as many the one before.
+    Every entrant is compared with the centre on the same sequences, the model learns, and weighs what was measured on
+    few tokens against what it expects itself. Entrants that are not, within that doubt, better than the centre drop
+    out. Of the others the best ``keep`` reach the last fidelity, twice as many the one before.
 
     Args:
         memory: Where the centre is, and what is known.
@@ -32,13 +31,13 @@ def race(memory: Memory, entrants: Sequence[Allocation], keep: int) -> Steps:
         if not alive:
             return
         found = yield from memory.compare(alive, tokens)
-        blur_n = memory.surrogate.blur(np.array(alive), tokens)
-        hopeful = [one for one, blur in zip(found, blur_n.tolist(), strict=True) if one.value <= _DOUBT * blur]
-        if os.environ.get('RANK') and tokens < memory.tokens[-1]:
-            memory.surrogate.refresh(memory.centre)
-            P = memory.surrogate.predict(np.array(alive)); M = memory.surrogate.misfit(np.array(alive))
-            est = {o.allocation: (o.value*m**2+p*b**2)/(m**2+b**2+1e-300) for o,p,m,b in zip(found,P.tolist(),M.tolist(),blur_n.tolist())}
-            ranked = sorted(found, key=lambda one: (est[one.allocation], one.allocation))
-        else: ranked = sorted(hopeful, key=lambda one: (one.value, one.allocation))
-        stages_left = len(rungs) - 1 - place
-        alive = [one.allocation for one in ranked[: keep * 2 ** max(0, stages_left)]]
+        if place == len(rungs):
+            return
+        memory.surrogate.refresh(memory.centre)
+        value_n = np.array([one.value for one in found])
+        mean_n, deviation_n = memory.surrogate.estimate(np.array(alive), value_n, tokens)
+        ranked = sorted(
+            zip(mean_n.tolist(), deviation_n.tolist(), alive, strict=True), key=lambda one: (one[0], one[2])
+        )
+        hopeful = [allocation for mean, deviation, allocation in ranked if mean <= _DOUBT * deviation]
+        alive = hopeful[: keep * 2 ** (len(rungs) - 1 - place)]

@@ -52,8 +52,16 @@ class Surrogate(Protocol):
         """Return how much more allocations [N, U] lose than the centre."""
         ...
 
-    def blur(self, levels_nu: np.ndarray, tokens: int) -> np.ndarray:
-        """Return the standard error, [N], of differences from the centre on few tokens, as of those on all."""
+    def estimate(self, levels_nu: np.ndarray, value_n: np.ndarray, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """Weigh differences [N] of allocations from the centre, measured on some tokens, against what is expected.
+
+        Returns:
+            What is to be thought of the difference on all tokens, [N], and its deviation, [N].
+        """
+        ...
+
+    def deviation(self) -> np.ndarray:
+        """Return the deviation of each level's loss relative to the centre's, [U, L]."""
         ...
 
     def cautious(self) -> np.ndarray:
@@ -63,3 +71,11 @@ class Surrogate(Protocol):
     def draw(self, rng: np.random.Generator) -> np.ndarray:
         """Return the table of a sample of the model, [U, L]."""
         ...
+
+
+def weighed(
+    value_n: np.ndarray, blur_n: np.ndarray, expected_n: np.ndarray, misfit_n: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and deviation, [N], of what was measured with a blur and is expected with a misfit."""
+    share_n = np.square(misfit_n) / np.maximum(np.square(misfit_n) + np.square(blur_n), 1e-300)
+    return expected_n + share_n * (value_n - expected_n), blur_n * np.sqrt(share_n)

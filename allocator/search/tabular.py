@@ -28,7 +28,7 @@ from scipy.sparse import block_diag, csr_array
 
 from allocator.core.space import Allocation
 from allocator.search.ladders import Ladders
-from allocator.search.surrogate import Difference
+from allocator.search.surrogate import Difference, weighed
 
 _GROWTH = 5.0
 """Growth of increments per unit of sparsity before any is measured: one step of 0.1 costs 1.6 times the last."""
@@ -110,10 +110,11 @@ class Tabular:
         more_n = ladders.look_up(self.table_ul, levels_nu) - ladders.look_up(self.table_ul, self._centre_u)
         return np.asarray(more_n + self._joint(levels_nu) @ self._weight_p)
 
-    def blur(self, levels_nu: np.ndarray, tokens: int) -> np.ndarray:
-        """Return the standard error, [N], of differences from the centre on few tokens, as of those on all."""
-        variance = self._sampling * max(1 / tokens - 1 / self._tokens, 0.0)
-        return np.asarray(np.sqrt(variance * self._size(levels_nu, self._centre_u)))
+    def estimate(self, levels_nu: np.ndarray, value_n: np.ndarray, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """Weigh what was measured on few tokens against what is expected. See :class:`Surrogate`."""
+        blur = np.sqrt(self._sampling * max(1 / tokens - 1 / self._tokens, 0.0))
+        size_n = np.sqrt(self._size(levels_nu, self._centre_u))
+        return weighed(value_n, blur * size_n, self.predict(levels_nu), _MISFIT * size_n)
 
     def deviation(self) -> np.ndarray:
         """Return the posterior deviation of each level's loss relative to the centre's, [U, L]."""

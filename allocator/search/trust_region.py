@@ -1,16 +1,17 @@
-"""Trust-region knapsack: a profile at the operating point, the best of it nearby, and real evaluations to decide.
+"""Trust-region knapsack: a model at the operating point, the best of it nearby, and real evaluations to decide.
 
-Each round measures what single steps of units lose from where the search is (few tokens, common random numbers; in a
-batch they share all blocks before the one that differs), lets the model learn, solves the additive problem exactly
-within so many levels of the centre for several radii, and races the answers. The best moves the centre if it is
-better; the radius grows with success and shrinks without.
+Each round learns what units lose from where the search is, solves the additive problem exactly within several numbers
+of levels of the centre, and races the answers. The best moves the centre if it is better; the radius grows with success
+and shrinks without.
 
-A profile at the dense model, an unbounded step, or a layer's own error in its place are all much worse (FIELD §5):
-additivity holds nearby, and for the end-to-end loss only. Between probes the model interpolates; beyond them it
-extrapolates with a deviation that grows, and the knapsack is shown pessimistic losses. While rounds gain much, every
-round has a whole profile on few tokens, for what units lose changes as the centre moves. A round that gains little
-raises the tokens, and then only those steps are probed on which the decision hangs: uncertain ones whose loss per cost
-is near the going rate.
+A profile at the dense model, an unbounded step, or a layer's own error in its place are all much worse:
+additivity holds nearby, and for the end-to-end loss only. Where the evaluator has gradients, an expansion of the loss
+tells every level of every unit at once, and the search ends when a round gains little. Without, single steps are
+measured (few tokens, common random numbers; in a batch they share all blocks before the one that differs). Between
+probes the model interpolates; beyond them it extrapolates with a deviation that grows, and the knapsack is shown
+pessimistic losses. While rounds gain much, every round has a whole profile on few tokens, for what units lose changes
+as the centre moves. A round that gains little raises the tokens, and then only those steps are probed on which the
+decision hangs: uncertain ones whose loss per cost is near the going rate.
 """
 
 from __future__ import annotations
@@ -25,8 +26,6 @@ from allocator.search.knapsack import knapsack_nearby
 from allocator.search.race import race
 from allocator.search.script import Memory, Script, Steps
 
-import os
-LG=float(os.environ.get("LG",".5"))
 _SURVIVORS = 2
 """Answers of a round that may be measured on all tokens."""
 
@@ -67,11 +66,9 @@ def trust_region(memory: Memory, settings: TrustRegionSettings) -> Script:
             radius = min(settings.radius, 2 * found.get(memory.centre, radius))
         else:
             radius = max(1, min(radius, max(found.values(), default=1)) // 2)
-        least = LG if memory.gradients else settings.least_gain
-        if before - memory.loss < least * abs(before):
-            if memory.gradients: return 'x'
+        if before - memory.loss < settings.least_gain * abs(before):
             fidelity += 1
-            if fidelity == len(memory.tokens):
+            if memory.gradients or fidelity == len(memory.tokens):
                 return "no step of the trust region is better"
     return f"all {settings.rounds} rounds are done"
 

@@ -17,8 +17,8 @@ from allocator.search.guided import GuidedSettings
 from allocator.search.knapsack import knapsack
 from allocator.search.ladders import Ladders
 from allocator.search.loop import Measurer, search
-from allocator.search.priors import Difference
-from allocator.search.surrogate import Surrogate
+from allocator.search.surrogate import Difference
+from allocator.search.tabular import Tabular
 from allocator.search.trust_region import TrustRegionSettings
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -113,7 +113,7 @@ def test_the_model_learns_a_profile_and_is_unsure_beyond_it():
     landscape = landscapes.additive(0, num_units=12)
     budget = budget_for(landscape.space, 0.5)
     centre = uniform(landscape.space, budget)
-    model = Surrogate(Ladders(landscape.space, budget), centre, ALL)
+    model = Tabular(Ladders(landscape.space, budget), centre, ALL)
     steps = list(_steps(landscape.space, centre))
     for one in _differences(landscape, centre, steps, ALL):
         model.observe(one)
@@ -132,7 +132,7 @@ def test_asking_again_on_few_tokens_teaches_nothing_but_all_tokens_do():
     few, steps = 2 * landscapes.TOKENS, list(_steps(landscape.space, centre))
     spread = []
     for extra in (), [(few, steps)], [(ALL, steps)]:
-        model = Surrogate(Ladders(landscape.space, budget), centre, ALL)
+        model = Tabular(Ladders(landscape.space, budget), centre, ALL)
         for tokens, asked in [(few, steps), *extra]:
             for one in _differences(landscape, centre, asked, tokens):
                 model.observe(one)
@@ -148,7 +148,7 @@ def test_pairs_that_interact_are_found():
     landscape = landscapes.Landscape(landscape.space, landscape.terms, ((1, 6, weight),))
     budget = budget_for(landscape.space, 0.5)
     centre = uniform(landscape.space, budget)
-    rng, model = np.random.default_rng(0), Surrogate(Ladders(landscape.space, budget), centre, ALL)
+    rng, model = np.random.default_rng(0), Tabular(Ladders(landscape.space, budget), centre, ALL)
     others = [tuple(np.clip(np.array(centre) + rng.integers(-2, 3, 8), 0, 8).tolist()) for _ in range(160)]
     for one in _differences(landscape, centre, [*_steps(landscape.space, centre), *others[:120]], ALL):
         model.observe(one)
