@@ -31,7 +31,15 @@ import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AttentionInterface, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AttentionInterface,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from allocator.model.text import Document, pack, split_of, standard_library
 
@@ -312,23 +320,15 @@ def grouped_attention(
     return output.transpose(1, 2), None
 
 
-def new_model() -> LlamaForCausalLM:
-    """Returns the untrained model."""
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=192,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=32,
-        intermediate_size=480,
-        max_position_embeddings=SEQUENCE_LENGTH,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=None,
-    )
-    return LlamaForCausalLM(config)
+def new_model(architecture: str) -> PreTrainedModel:
+    """Returns an untrained model: the packaged Llama, or a narrower, deeper Qwen3 for comparisons."""
+    ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+    common = {"vocab_size": VOCABULARY, "max_position_embeddings": SEQUENCE_LENGTH, "head_dim": 32, **ends}
+    if architecture == "qwen3":
+        shape = {"hidden_size": 128, "num_hidden_layers": 12, "num_attention_heads": 4, "num_key_value_heads": 2}
+        return Qwen3ForCausalLM(Qwen3Config(intermediate_size=384, tie_word_embeddings=True, **shape, **common))
+    shape = {"hidden_size": 192, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(intermediate_size=480, tie_word_embeddings=True, **shape, **common))
 
 
 class Optimizers:
@@ -396,13 +396,13 @@ def held_out_loss(model: nn.Module, sequences: np.ndarray, sizes: np.ndarray) ->
     }
 
 
-def save(model: LlamaForCausalLM, cache: Path, out: Path) -> None:
+def save(model: PreTrainedModel, cache: Path, out: Path) -> None:
     """Writes the model in bfloat16 and its tokenizer; each file of the folder is replaced whole."""
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as temporary:
         folder = Path(temporary)
         weights = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
-        copy = LlamaForCausalLM(model.config).to(torch.bfloat16)
+        copy = type(model)(model.config).to(torch.bfloat16)
         copy.load_state_dict(weights)
         copy.set_attn_implementation("sdpa")
         copy.save_pretrained(folder)
@@ -414,7 +414,7 @@ def save(model: LlamaForCausalLM, cache: Path, out: Path) -> None:
 
 
 def train(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     batches: Batches,
     arguments: argparse.Namespace,
     checkpoint: Callable[[int, float], None],
@@ -479,9 +479,9 @@ def write_card(out: Path, record: dict[str, Any]) -> None:
     total = sum(s["bytes"] for s in text["sources"]) / 1e6
     passes = run["tokens"] / text["tokens_one_pass"]
     (out / "MODEL_CARD.md").write_text(
-        f"""# tiny-python-llama
+        f"""# {out.name}
 
-A Llama language model of {record["parameters"]:,} parameters for Python source, trained from scratch by
+A {record["model_type"]} language model of {record["parameters"]:,} parameters for Python source, trained from scratch by
 `benchmarks/train_packaged_model.py`. It is there so that an allocation of sparsity can be measured on a
 really trained transformer without a download. It is far too small to write code.
 
@@ -532,6 +532,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     default_out = REPOSITORY / "allocator" / "packaged" / "tiny-python-llama"
     default_cache = Path(tempfile.gettempdir()) / "tiny-python-llama-cache"
+    parser.add_argument("--architecture", choices=("llama", "qwen3"), default="llama")
     parser.add_argument("--minutes", type=float, default=78.0, help="training time (default: 78)")
     parser.add_argument("--out", type=Path, default=default_out, help="folder for the model")
     parser.add_argument("--cache", type=Path, default=default_cache, help="folder for tokenizer and tokens")
@@ -565,7 +566,7 @@ def main() -> None:
     )
     test = held_out_sequences(tokenizer, "test", 128)
     AttentionInterface.register("grouped", grouped_attention)
-    model = new_model()
+    model = new_model(arguments.architecture)
     model.set_attn_implementation("grouped")
     parameters = sum(parameter.numel() for parameter in model.parameters())
 
@@ -580,7 +581,7 @@ def main() -> None:
 
     run = train(model, Batches(tokens, rows, arguments.seed), arguments, checkpoint)
     checkpoint(int(run["tokens"]), run["minutes"])
-    saved = LlamaForCausalLM.from_pretrained(arguments.out, dtype=torch.float32)
+    saved = type(model).from_pretrained(arguments.out, dtype=torch.float32)
     loaded = AutoTokenizer.from_pretrained(arguments.out)
     sample = "def main(self):\n    return __name__\n\n\nclass A:\n\tpass  # é\n"
     if loaded(sample)["input_ids"] != tokenizer.encode(sample).ids or loaded.decode(loaded.encode(sample)) != sample:
@@ -589,6 +590,7 @@ def main() -> None:
     held_out = {split: held_out_loss(saved, held_out_sequences(tokenizer, split, 256), sizes) for split in HELD_OUT}
     names = ("batch_tokens", "muon_rate", "adamw_rate", "short_share", "tokenizer_bytes")
     record = {
+        "model_type": arguments.architecture,
         "parameters": parameters,
         "architecture": (
             f"{config.num_hidden_layers} layers, width {config.hidden_size}, "
