@@ -481,7 +481,7 @@ def write_card(out: Path, record: dict[str, Any]) -> None:
     (out / "MODEL_CARD.md").write_text(
         f"""# {out.name}
 
-A {record["model_type"]} language model of {record["parameters"]:,} parameters for Python source, trained from scratch by
+A {record["model_type"]} language model of {record["parameters"]:,} parameters for Python source, trained by
 `benchmarks/train_packaged_model.py`. It is there so that an allocation of sparsity can be measured on a
 really trained transformer without a download. It is far too small to write code.
 

@@ -52,7 +52,7 @@ class SearchSettings:
     """
 
     method: Method = "auto"
-    tokens: tuple[int, ...] = (512, 1024, 4096)
+    tokens: tuple[int, ...] = (512, 2048, 8192)
     budget: str | int | None = None
     rounds: int = 1
     trust_region: TrustRegionSettings = field(default_factory=TrustRegionSettings)
