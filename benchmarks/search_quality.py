@@ -73,7 +73,7 @@ STORES = {
     "structured-70": Store("structured", 0.7, share=1 / 5),
     "unstructured-50": Store("unstructured", 0.5),
     "unstructured-70": Store("unstructured", 0.7),
-    "mixed-2-4": Store("n:m", 0.35),
+    "mixed-2-4": Store("n:m", 0.5),
     "qwen3-structured-50": Store("structured", 0.5, "qwen3"),
     "qwen3-unstructured-60": Store("unstructured", 0.6, "qwen3"),
 }

@@ -64,6 +64,9 @@ def trust_region(memory: Memory, settings: TrustRegionSettings) -> Script:
         yield from race(memory, list(found), _SURVIVORS)
         if memory.advance():
             radius = min(settings.radius, 2 * found.get(memory.centre, radius))
+        elif memory.gradients and radius > 1:
+            radius //= 2
+            continue
         else:
             radius = max(1, min(radius, max(found.values(), default=1)) // 2)
         if before - memory.loss < settings.least_gain * abs(before):
