@@ -24,7 +24,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 
 demo: $(VENV)/.installed
 	@rm -rf runs/demo
-	$(BIN)/allocator search --name demo
+	$(BIN)/allocator search search_spaces/runs/structured.yaml --name demo
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
