@@ -36,7 +36,7 @@ _MISFIT = 0.25
 """Deviation of a difference from the model, relative to the root of its units' squared curvature terms."""
 
 _DRIFT = 20.0
-"""The same, once all units have moved; it grows with the number of pairs that have: of these the model knows nothing."""
+"""The same, once all units have moved; it grows with the pairs that have, of which the model knows nothing."""
 
 _ROUGHNESS = 0.1
 """Deviation of a level's loss from slope and curvature, relative to the latter."""

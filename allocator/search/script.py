@@ -76,16 +76,16 @@ class Memory:
             self.surrogate.observe(one)
         return found
 
-    def expand(self) -> Steps:
+    def expand(self, few: int | None = None) -> Steps:
         """Learn how the loss begins to change around the centre, if the evaluator has gradients.
 
-        From then on the model is quadratic. A curvature that is not known takes one step of its unit on few tokens, and
-        an expansion on the same.
+        From then on the model is quadratic. A curvature that was not measured on ``few`` tokens (those of the first
+        fidelity) takes one step of its unit, and an expansion on the same tokens.
         """
         yield from self._expand(self.tokens[-1])
         if not isinstance(self.surrogate, Quadratic):
             return
-        few = self.tokens[0]
+        few = few or self.tokens[0]
         if len(units := self.surrogate.unbent(few)):
             yield from self._expand(few)
             yield from self.compare([self._step(int(unit)) for unit in units], few)

@@ -4,14 +4,17 @@ Each round learns what units lose from where the search is, solves the additive 
 of levels of the centre, and races the answers. The best moves the centre if it is better; the radius grows with success
 and shrinks without.
 
-A profile at the dense model, an unbounded step, or a layer's own error in its place are all much worse:
-additivity holds nearby, and for the end-to-end loss only. Where the evaluator has gradients, an expansion of the loss
-tells every level of every unit at once, and the search ends when a round gains little. Without, single steps are
-measured (few tokens, common random numbers; in a batch they share all blocks before the one that differs). Between
-probes the model interpolates; beyond them it extrapolates with a deviation that grows, and the knapsack is shown
-pessimistic losses. While rounds gain much, every round has a whole profile on few tokens, for what units lose changes
-as the centre moves. A round that gains little raises the tokens, and then only those steps are probed on which the
-decision hangs: uncertain ones whose loss per cost is near the going rate.
+A profile at the dense model, an unbounded step, or a layer's own error in its place are all much worse: additivity
+holds nearby, and for the end-to-end loss only.
+
+Where the evaluator has gradients, an expansion of the loss tells every level of every unit at once, but for curvatures,
+which take a step of each unit on few tokens. A round that gains little has them measured on more.
+
+Without gradients, single steps are measured: few tokens, common random numbers, and in a batch they share all blocks
+before the one that differs. Between probes the model interpolates; beyond them it extrapolates with a deviation that
+grows, and the knapsack is shown pessimistic losses. While rounds gain much, every round has a whole profile on few
+tokens, for what units lose changes as the centre moves. A round that gains little raises the tokens, and then only
+those steps are probed on which the decision hangs: uncertain ones whose loss per cost is near the going rate.
 """
 
 from __future__ import annotations
@@ -57,21 +60,18 @@ def trust_region(memory: Memory, settings: TrustRegionSettings) -> Script:
     units = len(memory.centre)
     for _ in range(settings.rounds):
         before = memory.loss
-        yield from memory.expand()
+        yield from memory.expand(memory.tokens[fidelity])
         if not memory.gradients:
             yield from probe(memory, memory.tokens[fidelity], 2 * units if fidelity == 0 else max(1, units // 2))
         found = _answers(memory, radius)
         yield from race(memory, list(found), _SURVIVORS)
         if memory.advance():
             radius = min(settings.radius, 2 * found.get(memory.centre, radius))
-        elif memory.gradients and radius > 1:
-            radius //= 2
-            continue
         else:
             radius = max(1, min(radius, max(found.values(), default=1)) // 2)
         if before - memory.loss < settings.least_gain * abs(before):
             fidelity += 1
-            if memory.gradients or fidelity == len(memory.tokens):
+            if fidelity == len(memory.tokens) - memory.gradients:  # curvatures are never measured on all tokens
                 return "no step of the trust region is better"
     return f"all {settings.rounds} rounds are done"
 
