@@ -36,7 +36,7 @@ _MISFIT = 0.25
 """Deviation of a difference from the model, relative to the root of its units' squared curvature terms."""
 
 _DRIFT = 20.0
-"""The same, once all units have moved; it grows with the number of pairs that have: of these the model knows nothing."""
+"""The same, once all units have moved: it grows with the number of pairs that have; the model knows nothing of them."""
 
 _ROUGHNESS = 0.1
 """Deviation of a level's loss from slope and curvature, relative to the latter."""
@@ -106,8 +106,7 @@ class Quadratic:
             unit, level = moved[0], difference.allocation[moved[0]]
             change = difference.value * difference.mean - around.slope_ul[unit, level]
             size = around.size_ul[unit, level]
-            # what does nothing has no curvature that matters
-            self._steps.append((unit, difference.tokens, change / size if size > 0 else 0.0))
+            self._steps.append((unit, difference.tokens, change / size if size > 0 else np.nan))
         elif moved and (difference.reference, self._tokens) in self._expanded:
             self._observed.append(difference)
 
@@ -141,8 +140,9 @@ class Quadratic:
             solved = np.linalg.solve(spread_nn, np.column_stack([change_n - size_nu @ bend_u, gain_un.T]))
             bend_u = np.maximum(bend_u + gain_un @ solved[:, 0], _LEAST * np.median(bend_u))
             covariance_uu = covariance_uu - gain_un @ solved[:, 1:]
-        self._curve_ul = bend_u[:, None] * base.size_ul / base.loss
-        self._slope_ul = base.slope_ul / base.loss
+        scale = abs(base.loss) or 1.0
+        self._curve_ul = bend_u[:, None] * base.size_ul / scale
+        self._slope_ul = base.slope_ul / scale
         self.table_ul = self._slope_ul + self._curve_ul
         self._bend_u, self._covariance_uu = bend_u, covariance_uu
 
@@ -176,19 +176,23 @@ class Quadratic:
         return np.asarray(self._slope_ul + self._curve_ul * rough_ul * (bend_u / self._bend_u)[:, None])
 
     def _told(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return what single steps say of each unit's curvature, those on most text, and how unsure that is."""
-        most: dict[int, int] = {}
-        for unit, tokens, _ in self._steps:
-            most[unit] = max(tokens, most.get(unit, 0))
-        told: dict[int, list[float]] = {}
+        """Return what single steps say of each unit's curvature, those on most text, and how unsure that is, [U]."""
+        told: dict[int, tuple[int, list[float]]] = {}
         for unit, tokens, bend in self._steps:
-            if tokens == most[unit]:
-                told.setdefault(unit, []).append(bend)
-        mean = {unit: float(np.mean(each)) for unit, each in told.items()}
-        middle = max(float(np.median(list(mean.values()))), 1e-300) if mean else 1e-300
+            if np.isnan(bend):  # the step did nothing
+                continue
+            most, each = told.get(unit, (0, []))
+            if tokens > most:
+                told[unit] = (tokens, [bend])
+            elif tokens == most:
+                each.append(bend)
+        mean = {unit: float(np.mean(each)) for unit, (_, each) in told.items()}
+        middle = float(np.median(list(mean.values()))) if mean else 0.0
+        if middle <= 0 and mean:  # the loss is not convex: at least of that size
+            middle = float(np.median(np.abs(list(mean.values()))))
         bend_u = np.array([mean.get(unit, middle) for unit in range(len(self._units))])
-        doubt_u = np.where(np.isin(self._units, list(told)), _DOUBT, _IGNORANCE)
-        return np.maximum(bend_u, _LEAST * middle), doubt_u
+        doubt_u = np.where(np.isin(self._units, list(mean)), _DOUBT, _IGNORANCE)
+        return np.maximum(bend_u, max(_LEAST * middle, 1e-300)), doubt_u
 
     def _variance(self, square_n: np.ndarray) -> np.ndarray:
         """Return the variance of each observation about the model, from the sum of its squared curvature terms."""
