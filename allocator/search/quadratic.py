@@ -15,6 +15,7 @@ Shapes: U units, L levels of the longest ladder, n observations, N allocations.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isnan
 
 import numpy as np
 from scipy.linalg import cho_solve, cholesky, solve_triangular
@@ -202,14 +203,14 @@ class Quadratic:
         """Return what single steps say of each unit's curvature, those on most text, and how unsure that is, [U]."""
         told: dict[int, tuple[int, list[float]]] = {}
         for unit, tokens, bend in self._steps:
-            if np.isnan(bend):  # the step did nothing
+            if isnan(bend):  # the step did nothing
                 continue
             most, each = told.get(unit, (0, []))
             if tokens > most:
                 told[unit] = (tokens, [bend])
             elif tokens == most:
                 each.append(bend)
-        mean = {unit: float(np.mean(each)) for unit, (_, each) in told.items()}
+        mean = {unit: sum(each) / len(each) for unit, (_, each) in told.items()}
         middle = float(np.median(list(mean.values()))) if mean else 0.0
         if middle <= 0 and mean:  # the loss is not convex: at least of that size
             middle = float(np.median(np.abs(list(mean.values()))))
