@@ -116,6 +116,8 @@ def _exchanged(memory: Memory, settings: GuidedSettings, rng: np.random.Generato
     share = settings.proposals // len(parents)
     drawn = [exchanges(memory, np.array(parent), share, settings.max_exchanges, rng) for parent in parents]
     levels_nu = np.unique(np.concatenate(drawn), axis=0)
+    if not len(levels_nu):
+        return []
     short_n = np.maximum(ladders.cost(levels_nu) - ladders.room, 0)
     promise_n = surrogate.predict(levels_nu) + _rate(memory) * short_n
     best = np.argsort(promise_n, kind="stable")[: _SETTLED * settings.entrants]

@@ -149,9 +149,9 @@ def _padded(space: SearchSpace, table: Table, costs: Sequence[Cost]) -> tuple[Fl
 
 def _check_reach(space: SearchSpace, limits: Mapping[Cost, int], values_ul: Floats, costs_kul: Ints) -> str:
     """Return the reachable range of each limited cost, in words, once every limit is known to be above its least."""
-    for unit, finite_l in zip(space.units, np.isfinite(values_ul), strict=True):
-        if not finite_l.any():
-            raise UserError(f"{unit.name}: no level is left to choose. Widen its range, or give a finite value")
+    for index in np.flatnonzero(~np.isfinite(values_ul).any(axis=1)):
+        name = space.units[index].name
+        raise UserError(f"{name}: no level is left to choose. Widen its range, or give a finite value")
     least_k = cheapest(values_ul, costs_kul).sum(axis=1)
     most_k = np.where(np.isfinite(values_ul), costs_kul, 0).max(axis=2).sum(axis=1)
     reach = ", ".join(

@@ -150,28 +150,31 @@ def _states(values_ul: Floats, costs_ul: Ints, room: int, excess_ul: Floats, inc
 
     Unit after unit, of all choices so far only those are kept that can still fit, whose Lagrangian excess is
     below the gap between incumbent and bound, and that no other dominates: never more than there are distinct
-    costs. Each is also completed with the levels of the incumbent, which it replaces if it is better. Where
-    more than :data:`MAX_STATES` are left, those of least excess are kept; tables that are linear in odd costs do
-    that (subset sums), and their answer is then the best of what was kept.
+    costs. Each is also completed with the levels of the incumbent, which it replaces if it is better. Units to which
+    the bound leaves a single level, which are most where there are many, come first, all at once. Where more than
+    :data:`MAX_STATES` are left, those of least excess are kept; tables that are linear in odd costs do that (subset
+    sums), and their answer is then the best of what was kept.
     """
-    rows_u = np.arange(len(incumbent_u))
     usable_ul = excess_ul < gap
-    least_u = cheapest(np.where(usable_ul, values_ul, np.inf), costs_ul[None])[0]
+    closed_u = usable_ul.sum(axis=1) == 1
+    rows_u, single_u, single_l = np.flatnonzero(~closed_u), np.flatnonzero(closed_u), usable_ul[closed_u].argmax(axis=1)
+    least_u = cheapest(np.where(usable_ul, values_ul, np.inf), costs_ul[None])[0, rows_u]
     rest_u = least_u[::-1].cumsum()[::-1] - least_u
-    tail_cost_u = costs_ul[rows_u, incumbent_u]
+    tail_cost_u = costs_ul[rows_u, incumbent_u[rows_u]]
     tail_cost_u = tail_cost_u[::-1].cumsum()[::-1] - tail_cost_u
-    tail_value_u = values_ul[rows_u, incumbent_u]
+    tail_value_u = values_ul[rows_u, incumbent_u[rows_u]]
     tail_value_u = tail_value_u[::-1].cumsum()[::-1] - tail_value_u
     best = _total(values_ul, incumbent_u)
     best_at: tuple[int, int] | None = None
-    cost_s, value_s, excess_s = np.zeros(1, dtype=np.int64), np.zeros(1), np.zeros(1)
+    cost_s, value_s = costs_ul[single_u, single_l].sum(keepdims=True), values_ul[single_u, single_l].sum(keepdims=True)
+    excess_s = np.zeros(1)
     steps: list[tuple[Ints, Ints]] = []
-    for unit in rows_u.tolist():
+    for index, unit in enumerate(rows_u.tolist()):
         level_l = np.flatnonzero(usable_ul[unit])
         next_cost_s = (costs_ul[unit, level_l, None] + cost_s).ravel()
         next_value_s = (values_ul[unit, level_l, None] + value_s).ravel()
         next_excess_s = (excess_ul[unit, level_l, None] + excess_s).ravel()
-        order_s = np.flatnonzero((next_cost_s <= room - rest_u[unit]) & (next_excess_s < gap))
+        order_s = np.flatnonzero((next_cost_s <= room - rest_u[index]) & (next_excess_s < gap))
         order_s = order_s[next_cost_s[order_s].argsort(kind="stable")]  # merges the runs of the levels
         order_s = order_s[improves(next_value_s[order_s])]
         order_s = order_s[np.diff(next_cost_s[order_s], append=room + 1) > 0]
@@ -181,18 +184,19 @@ def _states(values_ul: Floats, costs_ul: Ints, room: int, excess_ul: Floats, inc
         steps.append((level_l[order_s // len(cost_s)], order_s % len(cost_s)))
         cost_s, value_s, excess_s = next_cost_s[order_s], next_value_s[order_s], next_excess_s[order_s]
         # the states that fit with the tail come first, and the last of them has the least value
-        state = int(np.searchsorted(cost_s, room - tail_cost_u[unit], side="right")) - 1
-        if state >= 0 and value_s[state] + tail_value_u[unit] < best:
-            better = float(value_s[state] + tail_value_u[unit])
-            gap, best, best_at = gap - (best - better), better, (unit, state)
+        state = int(np.searchsorted(cost_s, room - tail_cost_u[index], side="right")) - 1
+        if state >= 0 and value_s[state] + tail_value_u[index] < best:
+            better = float(value_s[state] + tail_value_u[index])
+            gap, best, best_at = gap - (best - better), better, (index, state)
         if gap <= 0 or not len(cost_s):
             break
     levels_u = incumbent_u.copy()
     if best_at is not None:
-        unit, state = best_at
-        for index in range(unit, -1, -1):
+        last, state = best_at
+        levels_u[single_u] = single_l
+        for index in range(last, -1, -1):
             level_s, parent_s = steps[index]
-            levels_u[index], state = level_s[state], parent_s[state]
+            levels_u[rows_u[index]], state = level_s[state], parent_s[state]
     return levels_u
 
 

@@ -15,8 +15,10 @@ Shapes: U units, L levels of the longest ladder, n observations, N allocations.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isnan
 
 import numpy as np
+from scipy.linalg import cho_solve, cholesky, solve_triangular
 
 from allocator.core.protocols import Outcome
 from allocator.core.space import Allocation
@@ -74,6 +76,25 @@ class Expanded:
         return cls(outcome.request.allocation, outcome.request.tokens, outcome.loss, slope_ul, size_ul)
 
 
+@dataclass(frozen=True, slots=True)
+class _Observed:
+    """A difference from an allocation that was expanded on all tokens.
+
+    Attributes:
+        size_u: Squared change of each unit's output.
+        left: What slopes leave of the difference of the loss.
+        away: Share of units that moved.
+        tokens: On how many tokens.
+        error: Standard error of the difference; not a number where it is not known.
+    """
+
+    size_u: np.ndarray
+    left: float
+    away: float
+    tokens: int
+    error: float
+
+
 class Quadratic:
     """The model. Everything is recomputed from what was observed, so that it depends on nothing else.
 
@@ -87,7 +108,7 @@ class Quadratic:
         self._units = np.arange(len(ladders.last_u))
         self._expanded: dict[tuple[Allocation, int], Expanded] = {}
         self._steps: list[tuple[int, int, float]] = []
-        self._observed: list[Difference] = []
+        self._observed: list[_Observed] = []
         self._sampling = _SAMPLING
 
     def expand(self, outcome: Outcome) -> None:
@@ -98,53 +119,54 @@ class Quadratic:
             self._base = found
 
     def observe(self, difference: Difference) -> None:
-        """Take a measured difference from an allocation that was expanded on as many tokens, or on all."""
-        pairs = enumerate(zip(difference.allocation, difference.reference, strict=True))
-        moved = [unit for unit, (one, other) in pairs if one != other]
+        """Take a measured difference from an allocation that was expanded on as many tokens, or on all.
+
+        A single step from one that was expanded on as many tokens tells a curvature; others are left to the regression.
+        """
+        level_u = np.array(difference.allocation)
+        moved = np.flatnonzero(level_u != difference.reference)
+        change = difference.value * difference.mean
         around = self._expanded.get((difference.reference, difference.tokens))
         if len(moved) == 1 and around is not None:
-            unit, level = moved[0], difference.allocation[moved[0]]
-            change = difference.value * difference.mean - around.slope_ul[unit, level]
+            unit, level = int(moved[0]), int(level_u[moved[0]])
             size = around.size_ul[unit, level]
-            # what does nothing has no curvature that matters
-            self._steps.append((unit, difference.tokens, change / size if size > 0 else 0.0))
-        elif moved and (difference.reference, self._tokens) in self._expanded:
-            self._observed.append(difference)
+            bend = (change - around.slope_ul[unit, level]) / size if size > 0 else np.nan
+            self._steps.append((unit, difference.tokens, bend))
+            return
+        around = self._expanded.get((difference.reference, self._tokens))
+        if len(moved) and around is not None:
+            left = change - float(around.slope_ul[self._units, level_u].sum())
+            error = np.nan if difference.error is None else difference.error * difference.mean
+            size_u, away = around.size_ul[self._units, level_u], len(moved) / len(level_u)
+            self._observed.append(_Observed(size_u, left, away, difference.tokens, error))
 
     def unbent(self, tokens: int) -> np.ndarray:
-        """Return units with a choice whose curvature no single step on so many tokens has told, [n]."""
+        """Return units with a choice of which no single step on so many tokens was measured, [n]."""
         told = [unit for unit, on, _ in self._steps if on >= tokens]
         return np.setdiff1d(np.flatnonzero(self._ladders.last_u > 0), told)
 
     def refresh(self, centre: Allocation) -> None:
         """Fit curvatures to all observations, around where the search is now."""
         self._centre_u = np.array(centre)
-        base, (bend_u, doubt_u) = self._base, self._told()
-        covariance_uu = np.diag((doubt_u * bend_u) ** 2)
+        told_u, doubt_u = self._told()
+        # of curvatures relative to what steps told; every observation's row is at most 1 / _MISFIT long
+        precision_uu, bend_u = np.diag(doubt_u**-2.0), told_u
         if self._observed:
-            around = [self._expanded[one.reference, self._tokens] for one in self._observed]
-            size_nu = np.array(
-                [
-                    a.size_ul[self._units, np.array(one.allocation)]
-                    for a, one in zip(around, self._observed, strict=True)
-                ]
-            )
-            change_n = np.array(
-                [
-                    one.value * one.mean - a.slope_ul[self._units, np.array(one.allocation)].sum()
-                    for a, one in zip(around, self._observed, strict=True)
-                ]
-            )
-            variance_n = self._variance(np.square(size_nu * bend_u).sum(1))
-            gain_un = covariance_uu @ size_nu.T
-            spread_nn = size_nu @ gain_un + np.diag(variance_n)
-            solved = np.linalg.solve(spread_nn, np.column_stack([change_n - size_nu @ bend_u, gain_un.T]))
-            bend_u = np.maximum(bend_u + gain_un @ solved[:, 0], _LEAST * np.median(bend_u))
-            covariance_uu = covariance_uu - gain_un @ solved[:, 1:]
-        self._curve_ul = bend_u[:, None] * base.size_ul / base.loss
-        self._slope_ul = base.slope_ul / base.loss
+            curve_nu = np.array([one.size_u for one in self._observed]) * told_u
+            left_n = np.array([one.left for one in self._observed]) - curve_nu.sum(1)
+            deviation_n = np.sqrt(self._variance(np.square(curve_nu).sum(1)))
+            curve_nu /= deviation_n[:, None]
+            precision_uu += curve_nu.T @ curve_nu
+        self._factor_uu = cholesky(precision_uu, lower=True, check_finite=False)
+        if self._observed:
+            more_u = cho_solve((self._factor_uu, True), curve_nu.T @ (left_n / deviation_n), check_finite=False)
+            bend_u = told_u * (1.0 + more_u)
+            bend_u = np.maximum(bend_u, _LEAST * np.median(bend_u))
+        self._told_share_u = told_u / bend_u
+        scale = abs(self._base.loss) or 1.0
+        self._curve_ul = bend_u[:, None] * self._base.size_ul / scale
+        self._slope_ul = self._base.slope_ul / scale
         self.table_ul = self._slope_ul + self._curve_ul
-        self._bend_u, self._covariance_uu = bend_u, covariance_uu
 
     def predict(self, levels_nu: np.ndarray) -> np.ndarray:
         """Return how much more allocations [N, U] lose than the centre."""
@@ -162,7 +184,8 @@ class Quadratic:
     def deviation(self) -> np.ndarray:
         """Return the deviation of each level's loss relative to the centre's, [U, L]."""
         curve_ul = self._curve_ul - self._curve_ul[self._units, self._centre_u][:, None]
-        relative_u = np.sqrt(np.maximum(self._covariance_uu.diagonal(), 0.0)) / self._bend_u
+        inverse_uu = solve_triangular(self._factor_uu, np.eye(len(self._units)), lower=True, check_finite=False)
+        relative_u = self._told_share_u * np.sqrt(np.square(inverse_uu).sum(0))
         return np.asarray(np.abs(curve_ul) * np.hypot(relative_u, _ROUGHNESS)[:, None])
 
     def cautious(self) -> np.ndarray:
@@ -171,35 +194,40 @@ class Quadratic:
 
     def draw(self, rng: np.random.Generator) -> np.ndarray:
         """Return the table of a sample of the model."""
-        bend_u = rng.multivariate_normal(self._bend_u, self._covariance_uu, method="eigh")
-        rough_ul = 1.0 + _ROUGHNESS * rng.standard_normal(self._curve_ul.shape)
-        return np.asarray(self._slope_ul + self._curve_ul * rough_ul * (bend_u / self._bend_u)[:, None])
+        normal_u, normal_ul = rng.standard_normal(len(self._units)), rng.standard_normal(self._curve_ul.shape)
+        more_u = solve_triangular(self._factor_uu, normal_u, trans="T", lower=True, check_finite=False)
+        bend_u = 1.0 + self._told_share_u * more_u
+        return np.asarray(self._slope_ul + self._curve_ul * (1.0 + _ROUGHNESS * normal_ul) * bend_u[:, None])
 
     def _told(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return what single steps say of each unit's curvature, those on most text, and how unsure that is."""
-        most: dict[int, int] = {}
-        for unit, tokens, _ in self._steps:
-            most[unit] = max(tokens, most.get(unit, 0))
-        told: dict[int, list[float]] = {}
+        """Return what single steps say of each unit's curvature, those on most text, and how unsure that is, [U]."""
+        told: dict[int, tuple[int, list[float]]] = {}
         for unit, tokens, bend in self._steps:
-            if tokens == most[unit]:
-                told.setdefault(unit, []).append(bend)
-        mean = {unit: float(np.mean(each)) for unit, each in told.items()}
-        middle = max(float(np.median(list(mean.values()))), 1e-300) if mean else 1e-300
+            if isnan(bend):  # the step did nothing
+                continue
+            most, each = told.get(unit, (0, []))
+            if tokens > most:
+                told[unit] = (tokens, [bend])
+            elif tokens == most:
+                each.append(bend)
+        mean = {unit: sum(each) / len(each) for unit, (_, each) in told.items()}
+        middle = float(np.median(list(mean.values()))) if mean else 0.0
+        if middle <= 0 and mean:  # the loss is not convex: at least of that size
+            middle = float(np.median(np.abs(list(mean.values()))))
         bend_u = np.array([mean.get(unit, middle) for unit in range(len(self._units))])
-        doubt_u = np.where(np.isin(self._units, list(told)), _DOUBT, _IGNORANCE)
-        return np.maximum(bend_u, _LEAST * middle), doubt_u
+        doubt_u = np.where(np.isin(self._units, list(mean)), _DOUBT, _IGNORANCE)
+        return np.maximum(bend_u, max(_LEAST * middle, 1e-300)), doubt_u
 
     def _variance(self, square_n: np.ndarray) -> np.ndarray:
         """Return the variance of each observation about the model, from the sum of its squared curvature terms."""
         tokens_n = np.array([one.tokens for one in self._observed], dtype=float)
-        error_n = np.array([np.nan if one.error is None else one.error * one.mean for one in self._observed])
+        error_n = np.array([one.error for one in self._observed])
         known_n = np.isfinite(error_n)
         if known_n.any():
             self._sampling = float((error_n**2 * tokens_n)[known_n].sum() / max(square_n[known_n].sum(), 1e-300))
         few_n = np.maximum(self._sampling * (1 / tokens_n - 1 / self._tokens), 0.0)
-        away_n = np.array([np.mean(np.array(one.allocation) != one.reference) for one in self._observed])
-        return np.asarray((_misfit(away_n) ** 2 + few_n) * square_n + 1e-300)
+        misfit_n = _misfit(np.array([one.away for one in self._observed]))
+        return np.asarray((misfit_n**2 + few_n) * square_n + 1e-300)
 
 
 def _misfit(away_n: np.ndarray) -> np.ndarray:

@@ -82,6 +82,7 @@ class Memory:
         From then on the model is quadratic. A curvature that was not measured on ``few`` tokens (those of the first
         fidelity) takes one step of its unit, and an expansion on the same tokens.
         """
+        before = len(self._known)
         yield from self._expand(self.tokens[-1])
         if not isinstance(self.surrogate, Quadratic):
             return
@@ -89,7 +90,8 @@ class Memory:
         if len(units := self.surrogate.unbent(few)):
             yield from self._expand(few)
             yield from self.compare([self._step(int(unit)) for unit in units], few)
-        self.surrogate.refresh(self.centre)
+        if len(self._known) > before:
+            self.surrogate.refresh(self.centre)
 
     def _expand(self, tokens: int) -> Steps:
         request = Request(self.centre, tokens, also="expansion")

@@ -76,6 +76,10 @@ class Surrogate(Protocol):
 def weighed(
     value_n: np.ndarray, blur_n: np.ndarray, expected_n: np.ndarray, misfit_n: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and deviation, [N], of what was measured with a blur and is expected with a misfit."""
-    share_n = np.square(misfit_n) / np.maximum(np.square(misfit_n) + np.square(blur_n), 1e-300)
+    """Return mean and deviation, [N], of what was measured with a blur and is expected with a misfit.
+
+    What was measured without blur is believed, also where nothing else could have been expected.
+    """
+    prior_n, whole_n = np.square(misfit_n), np.square(misfit_n) + np.square(blur_n)
+    share_n = np.divide(prior_n, whole_n, out=np.ones_like(whole_n), where=whole_n > 0)
     return expected_n + share_n * (value_n - expected_n), blur_n * np.sqrt(share_n)

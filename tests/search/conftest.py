@@ -88,7 +88,7 @@ def refusing():
 
 
 @pytest.fixture
-def run(tmp_path):
+def run(tmp_path, landscape):
     """Runs a searcher from uniform to its end and returns its record; ``known`` is in the journal before."""
 
     def run(make, space, target=0.5, seed=0, evaluator=None, known=(), start=None):
@@ -99,7 +99,7 @@ def run(tmp_path):
         with Journal.create(path, {"space": space.to_json()}) as journal:
             for outcome in known:
                 journal.append(outcome)
-            search(record, Measurer(evaluator or Landscape(space), journal))
+            search(record, Measurer(evaluator or landscape(space), journal))
         return record
 
     return run

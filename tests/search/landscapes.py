@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
 from allocator.core.budget import Budget
-from allocator.core.protocols import Outcome, Request
+from allocator.core.protocols import Expansion, Outcome, Request
 from allocator.core.space import Allocation, SearchSpace, Unit
 
 TOKENS = 512
@@ -36,6 +36,20 @@ def make_space(seed: int, num_units: int = 48, num_levels: int = 9) -> SearchSpa
         units.append(
             Unit(f"blocks.{index // 2}.{part}", "channels", part, index // 2, num_levels - 1, kept, params, params)
         )
+    return SearchSpace("structured", tuple(units), {"params": 500, "macs": 500})
+
+
+def make_uneven_space(seed: int, num_units: int = 48, num_levels: int = 9) -> SearchSpace:
+    """Return a space of units of unequal size, whose ladders have unequal steps and lengths."""
+    rng = np.random.default_rng([seed, 4])
+    units = []
+    for index in range(num_units):
+        total, step = 2 * num_levels, int(rng.choice([10, 20, 30, 50]))
+        length = int(rng.integers(max(2, num_levels - 2), num_levels + 1))
+        between = np.sort(rng.choice(np.arange(1, total), length - 2, replace=False))[::-1]
+        kept = (total, *between.tolist(), 0)
+        params, part = tuple(step * count for count in kept), ("attention", "mlp")[index % 2]
+        units.append(Unit(f"blocks.{index // 2}.{part}", "channels", part, index // 2, total, kept, params, params))
     return SearchSpace("structured", tuple(units), {"params": 500, "macs": 500})
 
 
@@ -143,3 +157,115 @@ def planted(seed: int, **shape: int) -> Landscape:
             sign = 1.0 if len(pairs) % 4 < 2 else -0.6
             pairs[min(a, b), max(a, b)] = sign * rng.uniform(0.5, 1.5) * float(np.sqrt(scale[a] * scale[b]))
     return Landscape(base.space, base.terms, tuple((a, b, weight) for (a, b), weight in pairs.items()))
+
+
+@dataclass
+class Bowl:
+    """A positive definite form in positions that units take, for each sequence; it knows its expansions exactly.
+
+    Attributes:
+        space: Its units.
+        positions: Where each level puts a unit, [levels] for each.
+        forms: Of the loss, [sequences, units, units].
+        lowest: Where the loss would be 0, [sequences, units].
+        length: Tokens of one sequence.
+        gradients: Whether it tells expansions.
+        requests: All that was asked.
+    """
+
+    space: SearchSpace
+    positions: tuple[np.ndarray, ...]
+    forms: np.ndarray
+    lowest: np.ndarray
+    length: int = TOKENS
+    gradients: bool = True
+    requests: list[Request] = field(default_factory=list)
+
+    def parts(self, allocation: Allocation) -> np.ndarray:
+        """Return the loss on each sequence."""
+        away = self._away(allocation)
+        return (away * (self.forms @ away[:, :, None])[:, :, 0]).sum(1) / 2
+
+    def loss(self, allocation: Allocation) -> float:
+        """Return the loss on all sequences."""
+        return float(self.parts(allocation).mean())
+
+    kl = loss
+
+    def curvature(self, tokens: int) -> np.ndarray:
+        """Return what the squared change of each unit costs, [units]."""
+        return self.forms[: tokens // self.length].mean(0).diagonal() / 2
+
+    def expansion(self, allocation: Allocation, tokens: int) -> Expansion:
+        """Return how the loss on so many tokens changes with every level of every unit."""
+        count = tokens // self.length
+        gradient = (self.forms[:count] @ self._away(allocation)[:count, :, None])[:, :, 0].mean(0)
+        moves = [position - position[level] for position, level in zip(self.positions, allocation, strict=True)]
+        slope = tuple(tuple((g * move).tolist()) for g, move in zip(gradient, moves, strict=True))
+        return Expansion(slope, tuple(tuple(np.square(move).tolist()) for move in moves))
+
+    def evaluate(self, requests: Sequence[Request]) -> Iterator[Outcome]:
+        """Yield outcomes; a fidelity is a prefix of the sequences."""
+        for request in requests:
+            self.requests.append(request)
+            yield self.outcome(request)
+
+    def outcome(self, request: Request) -> Outcome:
+        """Return the answer to a request."""
+        parts = self.parts(request.allocation)[: request.tokens // self.length]
+        measured = {"kl": float(parts.mean()), "nll": 2.0 + float(parts.mean())}
+        told = self.gradients and request.also == "expansion"
+        expansion = self.expansion(request.allocation, request.tokens) if told else None
+        return Outcome(request, measured, 0.0, parts=tuple(parts.tolist()), expansion=expansion)
+
+    def optimum(self, budget: Budget) -> tuple[float, Allocation]:
+        """Return the least loss within the budget, and where it is, if only neighbouring units interact.
+
+        By dynamic programming over what is spent and the level of the last unit.
+        """
+        form, count = self.forms.mean(0), len(self.positions)
+        assert not np.triu(form, 2).any(), "units interact beyond their neighbours"
+        pull = (self.forms @ self.lowest[:, :, None])[:, :, 0].mean(0)
+        costs = [np.array(unit.costs(budget.cost)) for unit in self.space.units]
+        grain = int(np.gcd.reduce(np.concatenate(costs)))
+        room = (budget.limit - self.space.fixed[budget.cost]) // grain
+        best, before, chosen = np.zeros((1, room + 1)), np.zeros(1), []
+        for index, (position, cost) in enumerate(zip(self.positions, costs, strict=True)):
+            joint = form[index, index - 1] * position[:, None] * before if index else np.zeros((len(position), 1))
+            rows, picks = np.full((len(position), room + 1), np.inf), []
+            for level, spent in enumerate((cost // grain).tolist()):
+                along = best + joint[level][:, None]
+                picks.append(along.argmin(0))
+                own = form[index, index] * position[level] ** 2 / 2 - pull[index] * position[level]
+                if spent <= room:
+                    rows[level, spent:] = along.min(0)[: room + 1 - spent] + own
+            chosen.append(np.array(picks))
+            best, before = rows, position
+        allocation, level = [0] * count, int(best[:, room].argmin())
+        for index in reversed(range(count)):
+            allocation[index] = level
+            room -= int(costs[index][level]) // grain
+            level = int(chosen[index][level, room])
+        return self.loss(tuple(allocation)), tuple(allocation)
+
+    def _away(self, allocation: Allocation) -> np.ndarray:
+        at = [position[level] for position, level in zip(self.positions, allocation, strict=True)]
+        return np.array(at) - self.lowest
+
+
+def bowl(seed: int, reach: int = 1, space: SearchSpace | None = None, length: int = TOKENS, **shape: int) -> Bowl:
+    """A bowl in which units at most ``reach`` apart interact, with its lowest point among sparse levels."""
+    space = space or make_uneven_space(seed, **shape)
+    rng, count = np.random.default_rng([seed, 3]), len(space.units)
+    positions = []
+    for unit in space.units:
+        sparsity = np.array([unit.sparsity(level) for level in range(unit.num_levels)])
+        positions.append(rng.lognormal(0.0, 0.6) * sparsity ** rng.uniform(0.8, 1.8))
+    root = np.eye(count)
+    for apart in range(1, min(reach, count - 1) + 1):
+        root += np.diag(rng.normal(0.0, 0.5 / np.sqrt(reach), size=count - apart), -apart)
+    scale = rng.lognormal(0.0, 0.5, size=count) * rng.lognormal(0.0, 0.2, size=(SEQUENCES, count))
+    forms = scale[:, :, None] * (root @ root.T) * scale[:, None, :]
+    ends = np.array([position[-1] for position in positions])
+    lowest = ends * (rng.uniform(-0.2, 0.4, size=count) + rng.normal(0.0, 0.05, size=(SEQUENCES, count)))
+    return Bowl(space, tuple(positions), forms, lowest, length)

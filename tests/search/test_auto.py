@@ -1,5 +1,6 @@
 """The searches that learn a model, on landscapes whose optima are known."""
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from allocator.core.effort import Limit
 from allocator.core.journal import Journal
 from allocator.search.auto import model_based
 from allocator.search.baselines import uniform
+from allocator.search.evolution import EvolutionSettings, ExchangeEvolution
 from allocator.search.guided import GuidedSettings
 from allocator.search.knapsack import knapsack
 from allocator.search.ladders import Ladders
@@ -27,10 +29,10 @@ import landscapes
 ALL = landscapes.TOKENS * landscapes.SEQUENCES
 
 
-def _search(landscape, tmp_path, evaluations, seed=0, tokens=(ALL,), method="auto"):
+def _search(landscape, tmp_path, evaluations, seed=0, tokens=(ALL,), method="auto", patience=25):
     space = landscape.space
     budget = budget_for(space, 0.5)
-    far = GuidedSettings(patience=25)
+    far = GuidedSettings(patience=patience)
     searcher = model_based(method, space, budget, [uniform(space, budget)], tokens, TrustRegionSettings(), far, seed)
     with Journal.create(tmp_path / "journal.jsonl", {"space": space.to_json()}) as journal:
         search(searcher, Measurer(landscape, journal), limit=Limit(evaluations, "evaluations"))
@@ -165,3 +167,61 @@ def test_a_start_over_budget_by_repair_only(space, tmp_path, landscape):
         end = search(searcher, Measurer(landscape(space), journal))
     assert "races" in end or "nothing is left" in end
     assert all(fits(space, a, budget) for a in searcher.finalists())
+
+
+@pytest.mark.parametrize("method", ["auto", "trust_region", "guided"])
+@pytest.mark.parametrize("seed", range(3))
+def test_where_expansions_are_told_few_measurements_lead_near_the_optimum(seed, method, tmp_path):
+    bowl = landscapes.bowl(seed, num_units=24)
+    found, budget = _search(bowl, tmp_path, 120, seed, method=method, patience=4)
+    least, start = bowl.optimum(budget)[0], bowl.loss(uniform(bowl.space, budget))
+    # a trust region ends when a round gains less than it is told to
+    assert bowl.loss(found) - least <= (0.06 if method == "trust_region" else 0.01) * (start - least)
+    assert len(bowl.requests) <= 120
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_auto_comes_nearer_in_an_eighth_of_the_measurements_of_exchange_evolution(seed, tmp_path):
+    bowl = landscapes.bowl(seed, num_units=24)
+    found, budget = _search(bowl, tmp_path, 120, seed, patience=4)
+    settings = EvolutionSettings(generations=100, offspring=16, tokens=(ALL,), survivors=(1,), patience=100)
+    evolution = ExchangeEvolution(bowl.space, budget, [uniform(bowl.space, budget)], settings, seed)
+    with Journal.create(tmp_path / "evolution.jsonl", {"space": bowl.space.to_json()}) as journal:
+        search(evolution, Measurer(bowl, journal), limit=Limit(960, "evaluations"))
+    least = bowl.optimum(budget)[0]
+    assert bowl.loss(found) - least < bowl.loss(evolution.finalists()[0]) - least
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_where_all_units_interact_auto_is_near_the_best_of_all_allocations(seed, tmp_path):
+    bowl = landscapes.bowl(seed, reach=6, num_units=7, num_levels=5)
+    found, budget = _search(bowl, tmp_path, 80, seed, patience=8)
+    within = [a for a in _every(bowl.space) if fits(bowl.space, a, budget) and not denser_moves(bowl.space, a, budget)]
+    losses = sorted(map(bowl.loss, within))
+    start = bowl.loss(uniform(bowl.space, budget))
+    assert len(within) > 200
+    assert bowl.loss(found) - losses[0] <= 0.01 * (start - losses[0])
+
+
+def _every(space):
+    return itertools.product(*(range(unit.num_levels) for unit in space.units))
+
+
+def test_expansions_and_steps_on_few_tokens_lead_near_the_optimum_on_all(tmp_path):
+    bowl = landscapes.bowl(1, num_units=24)
+    found, budget = _search(bowl, tmp_path, 200, tokens=(ALL // 8, ALL // 4, ALL), patience=4)
+    least, start = bowl.optimum(budget)[0], bowl.loss(uniform(bowl.space, budget))
+    assert bowl.loss(found) - least <= 0.01 * (start - least)
+    few = [request for request in bowl.requests if request.tokens == ALL // 8]
+    # one step of each unit, the centre, and its expansion, for the whole search
+    assert len(few) == 24 + 2
+
+
+@pytest.mark.parametrize("method", ["auto", "trust_region", "guided"])
+def test_an_evaluator_without_gradients_is_asked_for_an_expansion_once_and_the_search_goes_on(method, tmp_path):
+    bowl = landscapes.bowl(0, num_units=12)
+    bowl.gradients = False
+    found, budget = _search(bowl, tmp_path, 400, tokens=(ALL // 4, ALL), method=method, patience=4)
+    assert [request.also for request in bowl.requests].count("expansion") == 1
+    least, start = bowl.optimum(budget)[0], bowl.loss(uniform(bowl.space, budget))
+    assert bowl.loss(found) - least <= 0.1 * (start - least)

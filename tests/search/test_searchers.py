@@ -1,5 +1,9 @@
 """The contract of every searcher. A new one is one more line in ``SEARCHERS``."""
 
+import sys
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -14,6 +18,9 @@ from allocator.search.nsga2 import Nsga2Settings
 from allocator.search.stepwise import MEASURED_RULES, Fidelity, Stepwise
 from allocator.search.thompson import ThompsonSettings
 from allocator.search.trust_region import TrustRegionSettings
+
+sys.path.insert(0, str(Path(__file__).parent))
+import landscapes
 
 NEAR = TrustRegionSettings(rounds=3, radius=2)
 FAR = GuidedSettings(generations=4, proposals=64, entrants=6, survivors=2)
@@ -43,16 +50,31 @@ SEARCHERS = {
     "thompson": SearchSettings("thompson", thompson=ThompsonSettings(trials=30, batch=4, tokens=128)),
 }
 
+LEARNING = ("auto", "auto, three fidelities", "auto, one fidelity", "trust_region", "guided")
+"""These ask for expansions, and are here also told."""
+
+TOLD = ", told expansions"
+SEARCHERS |= {name + TOLD: SEARCHERS[name] for name in LEARNING}
 
 RULES = sorted(MEASURED_RULES.keys() - {"two_rate"})
 """The two-rate sweep serves no space of one part alone."""
 
 
 @pytest.fixture(params=[*SEARCHERS, *RULES])
-def make(request):
-    if request.param in RULES:
-        return _rule(request.param)
-    return _searcher(request.param)
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def make(name):
+    return _rule(name) if name in RULES else _searcher(name)
+
+
+@pytest.fixture
+def landscape(name, landscape):
+    if not name.endswith(TOLD):
+        return landscape
+    return lambda space: landscapes.bowl(0, reach=3, space=space, length=16)
 
 
 def _searcher(name):
@@ -131,9 +153,10 @@ def test_same_seed_same_requests_whatever_else_draws_numbers(make, run, space):
     assert first.finalists() == second.finalists()
 
 
-@pytest.mark.parametrize("name", sorted(SEARCHERS.keys() - {"trust_region"}))  # it draws nothing
-def test_seeds_differ(name, run, space):
-    make = _searcher(name)
+@pytest.mark.parametrize("name", sorted(SEARCHERS.keys() - {"trust_region", "trust_region" + TOLD}))  # it draws nothing
+def test_seeds_differ(name, make, run, space):
+    if name.endswith(TOLD):  # little is left to chance in a small space
+        space = landscapes.make_uneven_space(0, 16, 7)
     assert run(make, space, seed=1).batches != run(make, space, seed=2).batches
 
 
@@ -152,3 +175,71 @@ def test_nothing_is_measured_twice(make, run, space, landscape):
     evaluator = landscape(space)
     run(make, space, evaluator=evaluator)
     assert len({r.key for r in evaluator.requests}) == len(evaluator.requests)
+
+
+class Shuffled:
+    """Answers in any order, as workers do."""
+
+    def __init__(self, evaluator, seed):
+        self._evaluator, self._rng = evaluator, np.random.default_rng(seed)
+
+    def evaluate(self, requests):
+        outcomes = list(self._evaluator.evaluate(requests))
+        yield from (outcomes[place] for place in self._rng.permutation(len(outcomes)))
+
+
+def test_the_order_in_which_workers_answer_is_irrelevant(make, run, space, landscape):
+    whole = run(make, space, seed=4)
+    for seed in range(2):
+        other = run(make, space, seed=4, evaluator=Shuffled(landscape(space), seed))
+        assert other.batches == whole.batches
+        assert other.finalists() == whole.finalists()
+
+
+@pytest.mark.parametrize("name", [name + TOLD for name in LEARNING])
+def test_a_journal_cut_anywhere_is_continued(name, make, space, landscape, tmp_path):
+    budget = budget_for(space, 0.5)
+    start = [repair(space, space.sparsest, budget, range(len(space.units)))]
+
+    def go(path, evaluator):
+        journal = Journal.resume(path) if path.exists() else Journal.create(path, {"space": space.to_json()})
+        with journal:
+            searcher = make(space, budget, start, 0)
+            search(searcher, Measurer(evaluator, journal))
+        return searcher.finalists(), path.read_bytes()
+
+    finalists, whole = go(tmp_path / "whole.jsonl", landscape(space))
+    assert b'"expansion"' in whole
+    lines = whole.splitlines(keepends=True)
+    for kept in (1, 2, 3, 4, len(lines) // 2, len(lines) - 1, len(lines)):
+        path, evaluator = tmp_path / f"{kept}.jsonl", landscape(space)
+        # a crash tears the next line
+        path.write_bytes(b"".join(lines[:kept]) + (lines[kept][:40] if kept < len(lines) else b""))
+        assert go(path, evaluator) == (finalists, whole)
+        assert len(evaluator.requests) == len(lines) - kept
+
+
+@pytest.mark.parametrize("name", [each for name in LEARNING for each in (name, name + TOLD)])
+@pytest.mark.parametrize("ladders", [[[50], [40], [30]], [[50, 20], [40, 0]]], ids=["no choice", "a dense budget"])
+def test_where_one_allocation_alone_fills_the_budget_it_is_found(name, ladders, make, make_space, landscape):
+    space = make_space(ladders)
+    evaluator = landscape(space)
+    if name.endswith(TOLD):  # as the divergence of the dense model from itself
+        evaluator = replace(evaluator, lowest=np.zeros_like(evaluator.lowest))
+        assert evaluator.loss(space.dense) == 0.0
+    searcher = make(space, Budget(space.cost(space.dense)), [space.dense], 0)
+    while requests := searcher.ask():
+        searcher.tell(list(evaluator.evaluate(requests)))
+    assert list(searcher.finalists()) == [space.dense]
+    assert searcher.ended()
+
+
+@pytest.mark.parametrize("name", [name + TOLD for name in LEARNING])
+def test_expansions_are_asked_of_what_was_measured_and_once(name, make, run, space):
+    record = run(make, space)
+    requests = [request for batch in record.batches for request in batch]
+    expanded = [request for request in requests if request.also]
+    assert expanded
+    assert len({request.key for request in expanded}) == len(expanded)
+    plain = {request.key for request in requests if not request.also}
+    assert all(replace(request, also="").key in plain for request in expanded)
