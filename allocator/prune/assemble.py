@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -174,13 +174,30 @@ class Switchboard:
         self._originals = {site.name: model.get_submodule(site.name) for site in layout.sites}
         self._outputs = {site.name: site.output for site in layout.sites}
         self._parameters = dict(model.named_parameters())
-        self._levels: dict[str, tuple[int, bool]] = {}
+        self._levels: dict[str, tuple[int, bool] | None] = {}
 
     def set(self, name: str, level: int, wide: bool = False) -> None:
         """Put a unit at a level, ``wide`` in dense shapes; nothing happens if it is there."""
         if self._levels.get(name, (0, False)) == (level, wide):
             return
-        tensors = self._assembler.wide(name, level) if wide else self._assembler.unit(name, level)
+        self._put(name, self._assembler.wide(name, level) if wide else self._assembler.unit(name, level))
+        self._levels[name] = (level, wide)
+
+    def blend(self, name: str, shares: Sequence[float]) -> None:
+        """Put a unit, in dense shapes, at a weighted mean of its levels.
+
+        What a structured unit adds is linear in its output projection, whose inputs are those of the dense unit: at the
+        mean of its levels it adds the mean of what they add.
+        """
+        levels = [self._assembler.wide(name, level) for level in range(len(shares))]
+        blended: dict[str, torch.Tensor] = {}
+        for key in dict.fromkeys(key for tensors in levels for key in tensors):
+            parts = [(share, tensors[key]) for share, tensors in zip(shares, levels, strict=True) if key in tensors]
+            blended[key] = torch.stack([share * tensor.float() for share, tensor in parts]).sum(0).to(parts[0][1].dtype)
+        self._put(name, blended)
+        self._levels[name] = None
+
+    def _put(self, name: str, tensors: Replacements) -> None:
         if all(tensor is None for tensor in tensors.values()):
             remove(self._model, name, self._parts[name])
         else:
@@ -195,7 +212,6 @@ class Switchboard:
                 bias = f"{self._outputs[name]}.bias"
                 added = self._parameters[bias] if bias in tensors else None
                 self._model.get_submodule(self._outputs[name]).register_parameter("bias", added)
-        self._levels[name] = (level, wide)
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:

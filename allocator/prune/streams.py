@@ -130,25 +130,35 @@ class TwoStreams:
         return Problem(task, weight, statistics, levels, dense_weight.dtype)
 
     def _average_over_levels(self, site: Site) -> None:
-        """Run a sub-block at each of its levels, and keep the average of what its output projection gives.
+        """Keep the average of what a sub-block's output projection gives over its levels.
 
-        Where a sub-block has several units, they are at the same level together. A level counts as much as it keeps.
+        A level counts as much as it keeps. A structured unit is run once, at the mean of its levels. Where a sub-block
+        has several units, they are at the same level together, and it is run at each.
         """
         units = [unit for unit in self._calibration.space.units if unit.name == site.name or unit.name in site.modules]
         ladder = max(units, key=lambda unit: unit.num_levels)
+        shares = [kept / sum(ladder.kept) for kept in ladder.kept]
         totals = [torch.zeros_like(hidden, dtype=torch.float32) for hidden in self._pruned]
-        for level, kept in enumerate(ladder.kept):
-            if kept == 0:
-                continue
-            for unit in units:
-                self._switchboard.set(unit.name, min(level, unit.num_levels - 1))
-            for batch, (hidden, average) in enumerate(zip(self._pruned, self._averages, strict=True)):
-                _, given = self._walker.hear(self._index, hidden, [site.output], instead=average)
-                totals[batch] = totals[batch] + given[site.output] * (kept / sum(ladder.kept))
+        if units[0].name == site.name:
+            self._switchboard.blend(site.name, shares)
+            self._add_given(site, totals, 1.0)
+        else:
+            for level, share in enumerate(shares):
+                if share == 0:
+                    continue
+                for unit in units:
+                    self._switchboard.set(unit.name, min(level, unit.num_levels - 1))
+                self._add_given(site, totals, share)
         for unit in units:
             self._switchboard.set(unit.name, 0)
         for average, total in zip(self._averages, totals, strict=True):
             average[site.output] = total.to(self._walker.dtype)
+
+    def _add_given(self, site: Site, totals: list[torch.Tensor], share: float) -> None:
+        """Add a share of what a sub-block gives, as it is, to totals by batch."""
+        for batch, (hidden, average) in enumerate(zip(self._pruned, self._averages, strict=True)):
+            _, given = self._walker.hear(self._index, hidden, [site.output], instead=average)
+            totals[batch] = totals[batch] + given[site.output] * share
 
     def _check_sum(self, name: str) -> bool:
         leaving, entered = self._leaving[0].float(), self._dense[0].float()

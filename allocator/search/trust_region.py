@@ -71,7 +71,7 @@ def trust_region(memory: Memory, settings: TrustRegionSettings) -> Script:
             radius = max(1, min(radius, max(found.values(), default=1)) // 2)
         if before - memory.loss < settings.least_gain * abs(before):
             fidelity += 1
-            if fidelity == len(memory.tokens) - memory.gradients:  # curvatures are never measured on all tokens
+            if fidelity >= len(memory.tokens) - memory.gradients:  # curvatures are never measured on all tokens
                 return "no step of the trust region is better"
     return f"all {settings.rounds} rounds are done"
 
