@@ -14,6 +14,7 @@ from allocator.core.journal import Journal
 from allocator.core.plan import Plan
 from allocator.core.protocols import Outcome, Request
 from allocator.report import curves
+from allocator.search.coarse_to_fine import Round
 from allocator.search.decide import decide
 
 ROOT = Path(__file__).parents[1]
@@ -48,6 +49,7 @@ def test_replaying_the_journal_gives_the_plan(journal: Journal, plan: Plan) -> N
         config.tokens.selection,
         NoModel(),
         journal,
+        begun=Round.from_json(journal.header["round"]),
     )
     assert decision.searched == plan.allocation
     recorded = curves.allocations(plan.space, read_json(REFERENCE / "result.json", "result")["units"])

@@ -189,7 +189,7 @@ class Quadratic:
         return np.asarray(np.abs(curve_ul) * np.hypot(relative_u, _ROUGHNESS)[:, None])
 
     def cautious(self) -> np.ndarray:
-        """Return the table: it is as sure of large moves as of small ones."""
+        """Return the table: what it holds was measured, and more pessimism makes the first move too small."""
         return np.asarray(self.table_ul)
 
     def draw(self, rng: np.random.Generator) -> np.ndarray:

@@ -53,7 +53,7 @@ def test_the_knapsack_is_exact_where_losses_add_up(seed, monotone):
     assert not denser_moves(landscape.space, found, budget)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 10))])
 def test_where_units_interact_the_additive_optimum_is_wrong_and_auto_is_near_the_true_one(seed, tmp_path):
     landscape = landscapes.planted(seed)
     budget = budget_for(landscape.space, 0.5)
@@ -61,7 +61,7 @@ def test_where_units_interact_the_additive_optimum_is_wrong_and_auto_is_near_the
     additive = knapsack(landscape.space, budget, [term.mean(0).tolist() for term in landscape.terms])
     assert landscape.loss(additive) > 1.05 * least
     found, _ = _search(landscape, tmp_path, 1000, seed)
-    assert landscape.loss(found) <= 1.02 * least
+    assert landscape.loss(found) <= 1.01 * least
 
 
 def test_few_tokens_lead_near_the_optimum_on_all(tmp_path):
