@@ -56,7 +56,7 @@ def test_training_adds_to_what_a_batch_costs_without(two_blocks, drawn):
     assert found == pytest.approx([a + b for a, b in zip(plain, added, strict=True)])
 
 
-@pytest.mark.parametrize(("tokens", "few"), [(64, 64), (EXPANSION_POSITIONS, 512), (4096, 512)])
+@pytest.mark.parametrize(("tokens", "few"), [(64, 64), (EXPANSION_POSITIONS, 128), (4096, 128)])
 def test_an_expansion_costs_four_dense_passes_and_every_level_on_a_few_tokens(make_space, tokens, few):
     """Whatever the allocation: it runs in dense shapes."""
     space = make_space([[100, 50, 0], [60, 20], [40]], fixed=10, parts=("mlp",))
