@@ -47,6 +47,7 @@ INCUMBENTS = 40
 """Incumbents of a cell that are measured on held-out text, at most: evenly spaced ones."""
 
 LEAN = Limit(3e5, "tokens")
+LEAN_METHODS = ("guided", "tpe", "gp", "thompson")
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,8 @@ _BASE = SearchSettings(tokens=(512, 1024, TEXT), evolution=_ENDLESS)
 
 def _lean(method: str) -> Method:
     settings = SearchSettings(method=method, tokens=_BASE.tokens)  # type: ignore[arg-type]
-    name = {"tpe": "tpe", "gp": "gp", "thompson": "thompson", "nsga2": "nsga2"}.get(method)
-    if name is not None:
-        settings = replace(settings, **{name: replace(getattr(settings, name), tokens=TEXT)})
+    if method != "guided":
+        settings = replace(settings, **{method: replace(getattr(settings, method), tokens=TEXT)})
     return Method(settings, LEAN)
 
 
@@ -104,7 +104,8 @@ METHODS: dict[str, Method] = {
     "evolution": Method(replace(_BASE, method="evolution"), Limit(3000, "evaluations")),
     "auto": Method(replace(_BASE, method="auto"), Limit(6e5, "tokens")),
     "trust_region": Method(replace(_BASE, method="trust_region"), Limit(6e5, "tokens")),
-    **{name: _lean(name) for name in ("guided", "tpe", "gp", "thompson")},
+    **{name: _lean(name) for name in LEAN_METHODS},
+    "evolution-300k": Method(replace(_BASE, method="evolution"), LEAN),
 }
 
 Cell = tuple[str, str, int]
@@ -114,10 +115,9 @@ CORE: list[Cell] = [
 ]
 REST: list[Cell] = [
     *[(s, m, seed) for seed in range(2) for s in STORES if s not in CORE_STORES for m in ("evolution-300k", "auto")],
-    *[(s, m, seed) for seed in range(2) for s in CORE_STORES for m in ("guided", "tpe", "gp", "thompson")],
+    *[(s, m, seed) for seed in range(2) for s in CORE_STORES for m in LEAN_METHODS],
 ]
 SMOKE: list[Cell] = [(store, "auto", 0) for store in CORE_STORES]
-METHODS["evolution-300k"] = replace(METHODS["evolution"], limit=LEAN)
 
 
 @dataclass(frozen=True)

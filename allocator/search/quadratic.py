@@ -23,7 +23,7 @@ from scipy.linalg import cho_solve, cholesky, solve_triangular
 from allocator.core.protocols import Outcome
 from allocator.core.space import Allocation
 from allocator.search.ladders import Ladders
-from allocator.search.surrogate import Difference, weighed
+from allocator.search.surrogate import Difference, Sampling, weighed
 
 _DOUBT = 0.25
 """Relative deviation of a curvature that a single step on few tokens told."""
@@ -42,9 +42,6 @@ _DRIFT = 20.0
 
 _ROUGHNESS = 0.1
 """Deviation of a level's loss from slope and curvature, relative to the latter."""
-
-_SAMPLING = 128.0
-"""Relative variance of a difference on one token, where it is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +106,7 @@ class Quadratic:
         self._expanded: dict[tuple[Allocation, int], Expanded] = {}
         self._steps: list[tuple[int, int, float]] = []
         self._observed: list[_Observed] = []
-        self._sampling = _SAMPLING
+        self._sampling = Sampling(tokens)
 
     def expand(self, outcome: Outcome) -> None:
         """Take an expansion; the table is around the last one on all tokens, from the next :meth:`refresh` on."""
@@ -175,11 +172,11 @@ class Quadratic:
 
     def estimate(self, levels_nu: np.ndarray, value_n: np.ndarray, tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """Weigh what was measured on few tokens against what is expected. See :class:`Surrogate`."""
-        blur = np.sqrt(self._sampling * max(1 / tokens - 1 / self._tokens, 0.0))
         curve_nu = self._curve_ul[self._units, levels_nu] - self._curve_ul[self._units, self._centre_u]
         size_n = np.sqrt(np.square(curve_nu).sum(1))
         misfit_n = _misfit((levels_nu != self._centre_u).mean(1))
-        return weighed(value_n, blur * size_n, self.predict(levels_nu), misfit_n * size_n)
+        blur_n = np.sqrt(self._sampling.beyond(tokens)) * size_n
+        return weighed(value_n, blur_n, self.predict(levels_nu), misfit_n * size_n)
 
     def deviation(self) -> np.ndarray:
         """Return the deviation of each level's loss relative to the centre's, [U, L]."""
@@ -222,12 +219,9 @@ class Quadratic:
         """Return the variance of each observation about the model, from the sum of its squared curvature terms."""
         tokens_n = np.array([one.tokens for one in self._observed], dtype=float)
         error_n = np.array([one.error for one in self._observed])
-        known_n = np.isfinite(error_n)
-        if known_n.any():
-            self._sampling = float((error_n**2 * tokens_n)[known_n].sum() / max(square_n[known_n].sum(), 1e-300))
-        few_n = np.maximum(self._sampling * (1 / tokens_n - 1 / self._tokens), 0.0)
+        self._sampling.learn(error_n, tokens_n, square_n)
         misfit_n = _misfit(np.array([one.away for one in self._observed]))
-        return np.asarray((misfit_n**2 + few_n) * square_n + 1e-300)
+        return np.asarray((misfit_n**2 + self._sampling.beyond(tokens_n)) * square_n + 1e-300)
 
 
 def _misfit(away_n: np.ndarray) -> np.ndarray:

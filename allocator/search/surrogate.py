@@ -9,6 +9,9 @@ import numpy as np
 
 from allocator.core.space import Allocation
 
+_SAMPLING = 128.0
+"""Relative variance of a difference on one token, where it is not known."""
+
 
 @dataclass(frozen=True, slots=True)
 class Difference:
@@ -71,6 +74,24 @@ class Surrogate(Protocol):
     def draw(self, rng: np.random.Generator) -> np.ndarray:
         """Return the table of a sample of the model, [U, L]."""
         ...
+
+
+class Sampling:
+    """How differences on few tokens vary about those on all, relative to their size; learned from their errors."""
+
+    def __init__(self, tokens: int) -> None:
+        """Begin with a typical variance; ``tokens`` are all."""
+        self._tokens, self._variance = tokens, _SAMPLING
+
+    def learn(self, error_n: np.ndarray, tokens_n: np.ndarray, square_n: np.ndarray) -> None:
+        """Pool the standard errors of differences, NaN where they are not known, on some tokens, of a squared size."""
+        known_n = np.isfinite(error_n)
+        if known_n.any():
+            self._variance = float((error_n**2 * tokens_n)[known_n].sum() / max(square_n[known_n].sum(), 1e-300))
+
+    def beyond(self, tokens_n: np.ndarray | int) -> np.ndarray:
+        """Return the relative variance of differences on so many tokens, about those on all."""
+        return np.asarray(np.maximum(self._variance * (1 / tokens_n - 1 / self._tokens), 0.0))
 
 
 def weighed(

@@ -28,7 +28,7 @@ from scipy.sparse import block_diag, csr_array
 
 from allocator.core.space import Allocation
 from allocator.search.ladders import Ladders
-from allocator.search.surrogate import Difference, weighed
+from allocator.search.surrogate import Difference, Sampling, weighed
 
 _GROWTH = 5.0
 """Growth of increments per unit of sparsity before any is measured: one step of 0.1 costs 1.6 times the last."""
@@ -48,9 +48,6 @@ _REACH = 2.0
 
 _TILT = 2.0
 """Deviation of a unit's growth from the common one, per unit of sparsity, relative to the increment."""
-
-_SAMPLING = 128.0
-"""Relative variance of a difference on one token, where it is not known."""
 
 _MISFIT = 0.1
 """Deviation of a difference from the model, relative to the change, at the centre."""
@@ -81,7 +78,7 @@ class Tabular:
         """Begin with nothing observed, around a centre; the loss to model is that on so many tokens."""
         self._ladders, self._tokens = ladders, tokens
         self._observed: list[Difference] = []
-        self._sampling = _SAMPLING
+        self._sampling = Sampling(tokens)
         self._units = np.arange(len(ladders.last_u))
         self._shape = ladders.cost_ul.shape
         self._mid_ul = (ladders.sparsity_ul[:, 1:] + ladders.sparsity_ul[:, :-1]) / 2
@@ -112,9 +109,10 @@ class Tabular:
 
     def estimate(self, levels_nu: np.ndarray, value_n: np.ndarray, tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """Weigh what was measured on few tokens against what is expected. See :class:`Surrogate`."""
-        blur = np.sqrt(self._sampling * max(1 / tokens - 1 / self._tokens, 0.0))
         size_n = np.sqrt(self._size(levels_nu, self._centre_u))
-        return weighed(value_n, blur * size_n, self.predict(levels_nu), _MISFIT * size_n)
+        return weighed(
+            value_n, np.sqrt(self._sampling.beyond(tokens)) * size_n, self.predict(levels_nu), _MISFIT * size_n
+        )
 
     def deviation(self) -> np.ndarray:
         """Return the posterior deviation of each level's loss relative to the centre's, [U, L]."""
@@ -242,11 +240,9 @@ class Tabular:
         size_n = self._size(one_nu, other_nu)
         tokens_n = np.array([one.tokens for one in self._observed], dtype=float)
         error_n = np.array([np.nan if one.error is None else one.error for one in self._observed])
-        known_n = np.isfinite(error_n)
-        if known_n.any():
-            self._sampling = float((error_n**2 * tokens_n)[known_n].sum() / max(size_n[known_n].sum(), 1e-300))
+        self._sampling.learn(error_n, tokens_n, size_n)
         away_n = (other_nu != self._centre_u).mean(1)
-        blur_n = np.maximum(self._sampling * (1 / tokens_n - 1 / self._tokens), 0.0) / self._deviation**2
+        blur_n = self._sampling.beyond(tokens_n) / self._deviation**2
         blur_nn = blur_n * (tokens_n[:, None] == tokens_n)
         return (_MISFIT**2 + _DRIFT**2 * away_n) * size_n + 1e-300, blur_nn
 
