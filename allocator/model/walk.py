@@ -18,10 +18,10 @@ from allocator.model.family import Layout
 SEQUENCES_PER_BATCH = 4
 """Sequences that run together; part of the numerics, so not derived from free memory."""
 
-Heard = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
-"""Inputs and outputs of modules, by full name."""
+Heard = tuple[dict[str, torch.Tensor], dict[str, Any]]
+"""Inputs and outputs of modules, by full name. Inputs are those that are not given by keyword."""
 
-_Hook = Callable[[nn.Module, tuple[Any, ...], torch.Tensor], Any]
+_Hook = Callable[[nn.Module, tuple[Any, ...], Any], Any]
 
 
 class BlockWalker:
@@ -52,7 +52,7 @@ class BlockWalker:
             entered.append(args[0] if args else kwargs["hidden_states"])
             arguments.append({key: value for key, value in kwargs.items() if key != "hidden_states"})
 
-        with _bypassed(self.blocks):
+        with _replaced({block: _identity for block in self.blocks}):
             handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in self.blocks]
             try:
                 self._backbone(tokens_bt, use_cache=False)
@@ -72,7 +72,7 @@ class BlockWalker:
         index: int,
         hidden_btd: torch.Tensor,
         block: nn.Module | None = None,
-        instead: Mapping[str, torch.Tensor] = MappingProxyType({}),
+        instead: Mapping[str, Any] = MappingProxyType({}),
     ) -> torch.Tensor:
         """Return the output of a block; inputs of this shape must have been embedded before.
 
@@ -82,11 +82,12 @@ class BlockWalker:
             index: Which block.
             hidden_btd: What enters it.
             block: A stand-in for the block.
-            instead: By full names of modules, outputs that take the place of their own.
+            instead: By full names of modules, what they return without being run.
         """
         root = self.blocks[index] if block is None else block
-        hooks = {name: lambda module, args, output, own=own: own for name, own in instead.items()}
-        with self._hooked(index, root, hooks), torch.set_grad_enabled(hidden_btd.requires_grad):
+        found = [(self._find(index, root, name), answer) for name, answer in instead.items()]
+        answers = {module: lambda *_, answer=answer, **__: answer for module, answer in found if module is not None}
+        with _replaced(answers), torch.set_grad_enabled(hidden_btd.requires_grad):
             output = root(hidden_btd, **self._arguments[tuple(hidden_btd.shape[:2])][index])
         return output[0] if isinstance(output, tuple) else output
 
@@ -94,11 +95,12 @@ class BlockWalker:
     def listening(self, index: int, modules: Sequence[str]) -> Iterator[Heard]:
         """Yield tables that fill with inputs and outputs of some of a block's modules, by full name, as it runs."""
         inputs: dict[str, torch.Tensor] = {}
-        outputs: dict[str, torch.Tensor] = {}
+        outputs: dict[str, Any] = {}
 
         def listener(name: str) -> _Hook:
-            def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-                inputs[name], outputs[name] = args[0], output
+            def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+                inputs.update({name: args[0]} if args else {})
+                outputs[name] = output
 
             return hook
 
@@ -112,19 +114,20 @@ class BlockWalker:
         hidden_btd: torch.Tensor,
         modules: Sequence[str],
         block: nn.Module | None = None,
-        instead: Mapping[str, torch.Tensor] = MappingProxyType({}),
+        instead: Mapping[str, Any] = MappingProxyType({}),
     ) -> Heard:
         """Run a block as far as some of its modules, and return their inputs and their outputs by name.
 
-        Modules that were removed are left out. Arguments are those of :meth:`run`.
+        Modules that were removed, or are not reached, are left out. Arguments are those of :meth:`run`.
         """
         root = self.blocks[index] if block is None else block
         inputs: dict[str, torch.Tensor] = {}
-        outputs: dict[str, torch.Tensor] = {}
+        outputs: dict[str, Any] = {}
 
         def listener(name: str) -> _Hook:
-            def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-                inputs[name], outputs[name] = args[0], instead.get(name, output)
+            def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+                inputs.update({name: args[0]} if args else {})
+                outputs[name] = output
                 if len(outputs) == len(there):
                     raise _EverythingHeard
 
@@ -174,17 +177,17 @@ class _EverythingHeard(Exception):  # noqa: N818 - it ends a pass, and is no err
     """All modules of interest were reached."""
 
 
+def _identity(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return hidden_states
+
+
 @contextmanager
-def _bypassed(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Let blocks return what enters them."""
-
-    def identity(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return hidden_states
-
-    for block in blocks:
-        block.forward = identity
+def _replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Let modules run something else."""
+    for module, forward in forwards.items():
+        module.forward = forward
     try:
         yield
     finally:
-        for block in blocks:
-            del block.forward
+        for module in forwards:
+            del module.forward

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -60,14 +61,16 @@ class TwoStreams:
             calibration.files, layout, calibration.space, self.compact.__getitem__, self._walker.model
         )
         self._switchboard = Switchboard(self._walker.model, layout, assembler)
-        self._outputs = [site.output for site in layout.sites if site.block == index]
-        self._averages: list[dict[str, torch.Tensor]] = [{} for _ in pruned]
+        sites = [site for site in layout.sites if site.block == index]
+        # what sub-blocks add, by output projection, batch by batch: all of the dense block, and those that are settled
         self._given: list[dict[str, torch.Tensor]] = []
+        self._added: list[dict[str, torch.Tensor]] = [{} for _ in pruned]
         self._leaving: list[torch.Tensor] = []
         for batch in dense:
-            with self._walker.listening(index, self._outputs) as (_, outputs):
+            with self._walker.listening(index, [*(s.name for s in sites), *(s.output for s in sites)]) as (_, heard):
                 self._leaving.append(self._walker.run(index, batch))
-            self._given.append(outputs)
+            self._given.append({site.output: heard[site.output] for site in sites})
+            self._passed_over = {site.output: _passed_over(site, heard) for site in sites}
         self._adds_up = self._check_sum(layout.blocks[index])
 
     def problems(self, stage: Stage, wanted: Mapping[Task, tuple[int, ...]]) -> list[Problem]:
@@ -75,44 +78,55 @@ class TwoStreams:
         pruner, modules = self._calibration.pruner, [task.module for task in wanted]
         if not modules:
             return []
-        closes = stage.writes and self._adds_up
-        earlier = self._outputs[: self._outputs.index(stage.site.output)] if closes else []
         gathered = start(self._walker.model, modules, pruner.need)
-        for dense, given, pruned, average in zip(self._dense, self._given, self._pruned, self._averages, strict=True):
-            entering, added = self._walker.hear(self._index, pruned, [*earlier, *modules], instead=average)
+        for dense, given, pruned, added in zip(self._dense, self._given, self._pruned, self._added, strict=True):
+            entering, _ = self._walker.hear(self._index, pruned, modules, instead=self._known(added))
             for module in modules:
                 gathered[module].add(entering[module].flatten(0, -2))
             if pruner.need != "gram":
                 continue
-            whole = given if stage.writes else self._walker.hear(self._index, dense, modules, self._whole)[1]
+            whole = given
+            if not stage.writes:
+                known = self._known({output: given[output] for output in added})
+                whole = self._walker.hear(self._index, dense, modules, self._whole, known)[1]
             for module in modules:
                 bias = getattr(self._walker.model.get_submodule(module), "bias", None)
                 # in fp32, and differences first: what is lost is small beside the stream that it is lost from
                 target = whole[module].float() - (0.0 if bias is None else bias.float())
-                if closes:
+                if stage.writes and self._adds_up:
                     target = target + (dense.float() - pruned.float())
-                    for name in earlier:
-                        target = target + (whole[name].float() - (added[name].float() if name in added else 0.0))
+                    for earlier in added:
+                        target = target + (given[earlier].float() - added[earlier].float())
                 statistics = gathered[module]
                 assert isinstance(statistics, Gram)
                 statistics.aim(entering[module].flatten(0, -2), target.flatten(0, -2))
         return [self._problem(task, levels, gathered[task.module]) for task, levels in wanted.items()]
 
     def settle(self, stage: Stage) -> None:
-        """Put what was pruned into the block: at its level of the path, or as the average over its levels."""
+        """Put what was pruned into the block, at its level of the path; know what a sub-block adds when it is done."""
         if self._levels is not None:
             for task in stage.tasks:
                 self._switchboard.set(task.unit.name, self._levels[task.unit.name])
-        elif stage.writes:
-            self._average_over_levels(stage.site)
+        if stage.writes:
+            totals = self._adding(stage.site) if self._levels is not None else self._adding_on_average(stage.site)
+            for added, total in zip(self._added, totals, strict=True):
+                added[stage.site.output] = total
 
     def leaving(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Return what leaves the block, dense and pruned, batch by batch."""
         pruned = [
-            self._walker.run(self._index, batch, instead=average)
-            for batch, average in zip(self._pruned, self._averages, strict=True)
+            self._walker.run(self._index, batch, instead=self._known(added))
+            for batch, added in zip(self._pruned, self._added, strict=True)
         ]
         return self._leaving, pruned
+
+    def _known(self, added: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """Return what modules answer that need not run, for it is known what their sub-blocks add."""
+        answers = {}
+        for output, tensor in added.items():
+            module, rest = self._passed_over[output]
+            answers[module] = tensor if rest is None else (tensor, *rest)
+        return answers
 
     def _problem(self, task: Task, levels: tuple[int, ...], statistics: Statistics) -> Problem:
         statistics.check(task.module)
@@ -129,8 +143,17 @@ class TwoStreams:
             )
         return Problem(task, weight, statistics, levels, dense_weight.dtype)
 
-    def _average_over_levels(self, site: Site) -> None:
-        """Keep the average of what a sub-block's output projection gives over its levels.
+    def _adding(self, site: Site) -> list[torch.Tensor]:
+        """Return what a sub-block's output projection gives, as it is, batch by batch."""
+        heard = [
+            self._walker.hear(self._index, hidden, [site.output], instead=self._known(added))[1]
+            for hidden, added in zip(self._pruned, self._added, strict=True)
+        ]
+        gone = (torch.zeros_like(hidden) for hidden in self._pruned)
+        return [outputs.get(site.output, nothing) for outputs, nothing in zip(heard, gone, strict=True)]
+
+    def _adding_on_average(self, site: Site) -> list[torch.Tensor]:
+        """Return the average of what a sub-block's output projection gives over its levels, batch by batch.
 
         A level counts as much as it keeps. A structured unit is run once, at the mean of its levels. Where a sub-block
         has several units, they are at the same level together, and it is run at each.
@@ -138,27 +161,20 @@ class TwoStreams:
         units = [unit for unit in self._calibration.space.units if unit.name == site.name or unit.name in site.modules]
         ladder = max(units, key=lambda unit: unit.num_levels)
         shares = [kept / sum(ladder.kept) for kept in ladder.kept]
-        totals = [torch.zeros_like(hidden, dtype=torch.float32) for hidden in self._pruned]
         if units[0].name == site.name:
             self._switchboard.blend(site.name, shares)
-            self._add_given(site, totals, 1.0)
+            totals = self._adding(site)
         else:
+            totals = [torch.zeros_like(hidden, dtype=torch.float32) for hidden in self._pruned]
             for level, share in enumerate(shares):
                 if share == 0:
                     continue
                 for unit in units:
                     self._switchboard.set(unit.name, min(level, unit.num_levels - 1))
-                self._add_given(site, totals, share)
+                totals = [total + own * share for total, own in zip(totals, self._adding(site), strict=True)]
         for unit in units:
             self._switchboard.set(unit.name, 0)
-        for average, total in zip(self._averages, totals, strict=True):
-            average[site.output] = total.to(self._walker.dtype)
-
-    def _add_given(self, site: Site, totals: list[torch.Tensor], share: float) -> None:
-        """Add a share of what a sub-block gives, as it is, to totals by batch."""
-        for batch, (hidden, average) in enumerate(zip(self._pruned, self._averages, strict=True)):
-            _, given = self._walker.hear(self._index, hidden, [site.output], instead=average)
-            totals[batch] = totals[batch] + given[site.output] * share
+        return [total.to(self._walker.dtype) for total in totals]
 
     def _check_sum(self, name: str) -> bool:
         leaving, entered = self._leaving[0].float(), self._dense[0].float()
@@ -174,6 +190,16 @@ class TwoStreams:
             "cannot make up for what the residual stream lacks"
         )
         return False
+
+
+def _passed_over(site: Site, heard: Mapping[str, Any]) -> tuple[str, tuple[Any, ...] | None]:
+    """Return which module need not run where it is known what a sub-block adds, and what it returns besides.
+
+    That is the sub-block if it returns what its output projection gives, alone (None) or first of several.
+    """
+    whole, own = heard[site.name], heard[site.output]
+    first, rest = (whole[0], whole[1:]) if isinstance(whole, tuple) else (whole, None)
+    return (site.name, rest) if torch.equal(first, own) else (site.output, None)
 
 
 def nearest(
