@@ -84,7 +84,7 @@ class PrunerSettings(_Strict):
 
     name: str | None = None
     damping: float = Field(default=0.01, gt=0)
-    inputs: Literal["dense", "expected", "path"] = "dense"
+    inputs: Literal["dense", "expected", "path"] | None = None
     along: Path | None = None
     execution: Literal["recompute", "assemble"] | None = None
     bias: bool = False

@@ -97,8 +97,8 @@ class Job:
     @property
     def inputs(self) -> str:
         """What units are pruned on: see :class:`~allocator.config.PrunerSettings`."""
-        given = self.config.pruner.inputs
-        return "expected" if given == "dense" and self.round is not None else given
+        last = self.round_number == self.config.search.rounds
+        return self.config.pruner.inputs or ("expected" if last and self.pruner.need == "gram" else "dense")
 
     @property
     def recompute(self) -> bool:

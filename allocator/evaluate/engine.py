@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from allocator.core.effort import EXPANSION_POSITIONS
 from allocator.core.errors import UserError
 from allocator.core.protocols import BEFORE, Extra, Outcome, Request
 from allocator.core.space import Allocation, SearchSpace
 from allocator.evaluate import trie
-from allocator.evaluate.expansion import Expander
+from allocator.evaluate.expansion import LESSONS_PER_PORTION, Expander, Portion, merged, num_portions
 from allocator.evaluate.loss import Loss
 from allocator.evaluate.states import States
 from allocator.evaluate.teacher import Lesson, Sums, Teacher
@@ -141,12 +143,28 @@ class Engine:
         groups: dict[tuple[str, int, Extra], list[Request]] = {}
         for request in requests:
             if request.also == "expansion":
-                yield self._expand(request)
+                count = num_portions(request.tokens, self._tokens[request.split].shape[1])
+                yield expanded(request, self._spec.loss, [self.expand(request, index) for index in range(count)])
             else:
                 groups.setdefault((request.split, request.tokens, request.also), []).append(request)
         for group in groups.values():
             for outcome in self._measure_group(group):
                 yield self._after_training(outcome) if outcome.request.training else outcome
+
+    def expand(self, request: Request, index: int) -> Portion:
+        """Return what one portion of the text says of an expansion; :func:`expanded` puts them together."""
+        assert not request.training, "an expansion is of what was not trained"
+        start_s = time.perf_counter()
+        lessons = self._lessons(request.split, request.tokens, self._spec.loss)
+        edges = [0, *accumulate(lesson.tokens_bt.numel() for lesson in lessons)]
+        own = slice(index * LESSONS_PER_PORTION, (index + 1) * LESSONS_PER_PORTION)
+        start, end = edges[own.start], edges[min(own.stop, len(lessons))]
+        every = -(-request.tokens // EXPANSION_POSITIONS)
+        # evenly spaced; not the first, on which attention may be sunk
+        some = range((every // 2 - start) % every, end - start, every)
+        self._switch(request.allocation, wide=True)
+        portion = self._expander.expand(request.allocation, self._teacher, lessons[own], some)
+        return replace(portion, wall_s=time.perf_counter() - start_s)
 
     def measure_checkpoint(self, folder: Path, split: str, tokens: int) -> dict[str, float]:
         """Load a saved checkpoint and measure its KL from the dense model, likelihood and perplexity."""
@@ -203,23 +221,12 @@ class Engine:
                     if index + 1 in kept:
                         kept[index + 1].append(hidden_btd)
                 sums.append(self._teacher.judge(lesson, walker, hidden_btd))
-            measured, parts = _means(sums, lessons)
+            measured, parts = _means(sums, self._spec.loss, _positions(lessons))
             if requests[0].also == "influence":
                 measured.update({f"influence.{i}": total / requests[0].tokens for i, total in enumerate(turned)})
             now_s = time.perf_counter()
             yield Outcome(requests[step.index], measured, now_s - start_s, self._spec.loss, parts)
             start_s = time.perf_counter()
-
-    def _expand(self, request: Request) -> Outcome:
-        assert not request.training, "an expansion is of what was not trained"
-        start_s = time.perf_counter()
-        lessons = self._lessons(request.split, request.tokens, self._spec.loss)
-        self._switch(request.allocation, wide=True)
-        sums, expansion = self._expander.expand(request.allocation, self._teacher, lessons)
-        measured, parts = _means(sums, lessons)
-        if not all(math.isfinite(value) for row in (*expansion.slope, *expansion.size) for value in row):
-            raise UserError("evaluation: the gradient of the loss is not finite. Use --set dtype=float32")
-        return Outcome(request, measured, time.perf_counter() - start_s, self._spec.loss, parts, expansion)
 
     def _after_training(self, before: Outcome) -> Outcome:
         """Return what is measured after training, with the loss of what was measured before."""
@@ -238,7 +245,7 @@ class Engine:
         sums = [
             self._teacher.judge(lesson, walker, walker.run_all(walker.embed(lesson.tokens_bt))) for lesson in lessons
         ]
-        return _means(sums, lessons)
+        return _means(sums, lessons[0].loss, _positions(lessons))
 
     def _path(self, allocation: Allocation) -> trie.Path:
         """Return the levels of each block."""
@@ -268,11 +275,25 @@ def check_device(device: str) -> None:
         raise UserError("device: this machine has no CUDA device that torch can use. Use --set device=cpu")
 
 
-def _means(sums: Sequence[Sums], lessons: Sequence[Lesson]) -> tuple[dict[str, float], tuple[float, ...]]:
+def expanded(request: Request, loss: Loss, portions: Sequence[Portion]) -> Outcome:
+    """Return the outcome of an expansion from all portions of the text, in order."""
+    expansion = merged(portions)
+    if not all(math.isfinite(value) for row in (*expansion.slope, *expansion.size) for value in row):
+        raise UserError("evaluation: the gradient of the loss is not finite. Use --set dtype=float32")
+    sums = [each for portion in portions for each in portion.sums]
+    measured, parts = _means(sums, loss, sum(portion.positions for portion in portions))
+    return Outcome(request, measured, sum(portion.wall_s for portion in portions), loss, parts, expansion)
+
+
+def _positions(lessons: Sequence[Lesson]) -> int:
+    """Return how many tokens follow another."""
+    return sum(lesson.tokens_bt[:, 1:].numel() for lesson in lessons)
+
+
+def _means(sums: Sequence[Sums], loss: Loss, positions: int) -> tuple[dict[str, float], tuple[float, ...]]:
     """Return measurements by name, and the loss of each sequence, from the sums over each lesson."""
     total, size, nll = (torch.cat(column).cpu() for column in zip(*sums, strict=True))
-    positions = sum(lesson.tokens_bt[:, 1:].numel() for lesson in lessons)
-    measured: dict[str, float] = {lessons[0].loss: float(total.sum() / size.sum()), "nll": float(nll.sum()) / positions}
+    measured: dict[str, float] = {loss: float(total.sum() / size.sum()), "nll": float(nll.sum()) / positions}
     if not all(math.isfinite(value) for value in measured.values()):
         raise UserError(
             f"evaluation: the loss is not finite ({measured}). Check the weights, or use --set dtype=float32"

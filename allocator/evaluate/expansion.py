@@ -16,19 +16,65 @@ Shapes: B sequences, T tokens, D hidden size, n positions of all lessons, o outp
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from allocator.core.effort import EXPANSION_POSITIONS
 from allocator.core.protocols import Expansion
 from allocator.core.space import Allocation, SearchSpace
 from allocator.evaluate.teacher import Lesson, Sums, Teacher
 from allocator.model.family import Layout
-from allocator.model.walk import BlockWalker
+from allocator.model.walk import SEQUENCES_PER_BATCH, BlockWalker
 from allocator.prune.assemble import Assembler
+
+LESSONS_PER_PORTION = 2
+"""Batches of sequences that are expanded together; others may be expanded elsewhere. Part of the numerics."""
 
 _DIGITS = 7
 """Significant digits that are kept: those of float32."""
+
+_Rows = tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Portion:
+    """What a part of the text says of an expansion.
+
+    Attributes:
+        sums: Of each of its lessons.
+        positions: Tokens of these that follow another.
+        slope: First-order change of the sum of the loss, for each level of each unit.
+        size: Squared change of the output, summed over some positions, likewise.
+        sized: How many positions these are.
+        wall_s: Time it took.
+    """
+
+    sums: list[Sums]
+    positions: int
+    slope: _Rows
+    size: _Rows
+    sized: int
+    wall_s: float = 0.0
+
+
+def num_portions(tokens: int, length: int) -> int:
+    """Return into how many portions an expansion on so many tokens, in sequences of a length, is cut."""
+    return -(-tokens // (length * SEQUENCES_PER_BATCH * LESSONS_PER_PORTION))
+
+
+def merged(portions: Sequence[Portion]) -> Expansion:
+    """Return the expansion of the mean loss of all portions."""
+    scale = 1.0 / sum(float(size_b.sum()) for portion in portions for _, size_b, _ in portion.sums)
+    each = 1.0 / sum(portion.sized for portion in portions)
+    slope = _sum([portion.slope for portion in portions], scale)
+    return Expansion(slope, _sum([portion.size for portion in portions], each))
+
+
+def _sum(tables: Sequence[_Rows], scale: float) -> _Rows:
+    return tuple(
+        tuple(float(f"{sum(values) * scale:.{_DIGITS}g}") for values in zip(*rows, strict=True))
+        for rows in zip(*tables, strict=True)
+    )
 
 
 class Expander:
@@ -39,12 +85,11 @@ class Expander:
         outputs = {site.name: site.output for site in layout.sites}
         self._modules = [outputs.get(unit.name, unit.name) for unit in space.units]
 
-    def expand(
-        self, allocation: Allocation, teacher: Teacher, lessons: Sequence[Lesson]
-    ) -> tuple[list[Sums], Expansion]:
-        """Return the sums of each lesson, and the expansion of their mean loss.
+    def expand(self, allocation: Allocation, teacher: Teacher, lessons: Sequence[Lesson], some: range) -> Portion:
+        """Return what some lessons say of the expansion around an allocation.
 
-        Hidden states between all blocks are held, and what is needed within one block at a time.
+        Hidden states between all blocks are held, and what is needed within one block at a time. Only ``some`` of the
+        lessons' positions tell the size of changes.
         """
         walker, space = self._walker, self._space
         between: list[list[torch.Tensor]] = []
@@ -58,7 +103,6 @@ class Expander:
             between.append(states)
             sums.append(teacher.judge(lesson, walker, leaving_btd))
             gradients.append(teacher.gradient(lesson, walker, leaving_btd))
-        scale = 1.0 / float(sum(float(size_b.sum()) for _, size_b, _ in sums))
         slope: list[tuple[float, ...]] = [()] * len(space.units)
         size: list[tuple[float, ...]] = [()] * len(space.units)
         for index in reversed(range(len(walker.blocks))):
@@ -77,26 +121,27 @@ class Expander:
                     deltas[module].append(delta.flatten(0, -2))
             for place, module in zip(units, modules, strict=True):
                 input_ni, delta_no = (torch.cat(table.pop(module)).float() for table in (entering, deltas))
-                slope[place], size[place] = self._unit(place, allocation[place], input_ni, delta_no * scale)
-        return sums, Expansion(tuple(slope), tuple(size))
+                gradient_oi, gradient_o = delta_no.T @ input_ni, delta_no.sum(0)
+                slope[place], size[place] = self._unit(
+                    place, allocation[place], gradient_oi, gradient_o, input_ni[list(some)]
+                )
+        positions = sum(lesson.tokens_bt[:, 1:].numel() for lesson in lessons)
+        return Portion(sums, positions, tuple(slope), tuple(size), len(some))
 
     def _unit(
-        self, place: int, own: int, input_ni: torch.Tensor, delta_no: torch.Tensor
+        self, place: int, own: int, gradient_oi: torch.Tensor, gradient_o: torch.Tensor, some_ni: torch.Tensor
     ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Return first-order changes of the loss, and mean squared changes of the output, for each level of a unit."""
+        """Return first-order changes of the loss, and squared changes of the output, for each level of a unit."""
         unit, module = self._space.units[place], self._modules[place]
-        gradient_oi, gradient_o = delta_no.T @ input_ni, delta_no.sum(0)
-        every = -(-len(input_ni) // EXPANSION_POSITIONS)
-        some_ni = input_ni[every // 2 :: every]  # evenly spaced; not the first, on which attention may be sunk
         before = self._assembler.wide(unit.name, own)
         slopes, sizes = [], []
         for level in range(unit.num_levels):
             after = before if level == own else self._assembler.wide(unit.name, level)
             change_oi, change_o = (_change(before, after, f"{module}.{kind}") for kind in ("weight", "bias"))
             of_weight, of_bias = gradient_oi * change_oi, gradient_o * change_o
-            slopes.append(_rounded(of_weight.sum(dtype=torch.float64) + of_bias.sum(dtype=torch.float64)))
+            slopes.append(float(of_weight.sum(dtype=torch.float64) + of_bias.sum(dtype=torch.float64)))
             change_no = some_ni @ change_oi.T + change_o
-            sizes.append(_rounded(change_no.square().sum(-1).mean()))
+            sizes.append(float(change_no.square().sum(dtype=torch.float64)))
         return tuple(slopes), tuple(sizes)
 
 
@@ -104,7 +149,3 @@ def _change(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor
     """Return what changes in a tensor, which is all zeros where it is not there."""
     nothing = torch.zeros(())
     return after.get(key, nothing).float() - before.get(key, nothing).float()
-
-
-def _rounded(value: torch.Tensor) -> float:
-    return float(f"{float(value):.{_DIGITS}g}")

@@ -17,8 +17,9 @@ import torch
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from allocator.core.errors import UserError
-from allocator.core.protocols import Outcome, Request
-from allocator.evaluate.engine import Engine, EngineSpec, Execution
+from allocator.core.protocols import Key, Outcome, Request
+from allocator.evaluate.engine import Engine, EngineSpec, Execution, expanded
+from allocator.evaluate.expansion import Portion, num_portions
 from allocator.evaluate.states import States
 from allocator.prune.assemble import CompactLevels
 from allocator.prune.build import prune_on_dense_inputs
@@ -69,6 +70,10 @@ class Worker:
         """See :meth:`Engine.measure_batch`."""
         return list(self._engine.measure_batch(requests))
 
+    def expand(self, request: Request, index: int) -> Portion:
+        """See :meth:`Engine.expand`."""
+        return self._engine.expand(request, index)
+
     def execute(self, execution: Execution, tokens: int) -> tuple[dict[str, float], list[str]]:
         """See :meth:`Engine.execute`; with what a user should know."""
         said: list[str] = []
@@ -91,14 +96,24 @@ class RayPool:
     ) -> None:
         """Start ``workers`` actors on the cluster that this process is :func:`connected` to."""
         self._spec, self._notify = spec, notify
+        self._lengths = {split: ids.shape[1] for split, ids in tokens.items()}
         self._spec_ref, self._tokens_ref = ray.put(spec), ray.put(dict(tokens))
         self._workers = [self._start() for _ in range(workers)]
 
     def evaluate(self, requests: Sequence[Request]) -> Iterator[Outcome]:
-        """Yield outcomes as workers finish runs of neighbouring allocations."""
-        runs = _runs(requests, RUNS_PER_WORKER * len(self._workers))
-        for _, outcomes in self._run([("measure", (run,)) for run in runs]):
-            yield from outcomes
+        """Yield outcomes as workers finish runs of neighbouring allocations, and all portions of expansions."""
+        parts = [(r, index) for r in requests if r.also == "expansion" for index in range(self._num_portions(r))]
+        runs = _runs([r for r in requests if r.also != "expansion"], RUNS_PER_WORKER * len(self._workers))
+        portions: dict[Key, dict[int, Portion]] = {request.key: {} for request, _ in parts}
+        for place, found in self._run([*(("expand", part) for part in parts), *(("measure", (run,)) for run in runs)]):
+            if place >= len(parts):
+                yield from found
+                continue
+            request, index = parts[place]
+            own = portions[request.key]
+            own[index] = found
+            if len(own) == self._num_portions(request):
+                yield expanded(request, self._spec.loss, [own[index] for index in sorted(own)])
         if self._spec.training is not None:
             States(self._spec.training.folder).forget(requests)
 
@@ -132,6 +147,9 @@ class RayPool:
             with contextlib.suppress(RayActorError):
                 ray.kill(worker)
         self._workers = []
+
+    def _num_portions(self, request: Request) -> int:
+        return num_portions(request.tokens, self._lengths[request.split])
 
     def _start(self) -> Any:
         gpus = 1 if self._spec.device == "cuda" else 0

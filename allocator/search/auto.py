@@ -30,10 +30,14 @@ def model_based(
     near: TrustRegionSettings,
     far: GuidedSettings,
     seed: int,
+    brief: bool = False,
 ) -> Scripted:
-    """Return the searcher of a name, beginning at the best of ``start``, which are within the budget."""
+    """Return the searcher of a name, beginning at the best of ``start``, which are within the budget.
+
+    A ``brief`` search of ``auto`` is done after the trust region: enough to tell where finer ladders belong.
+    """
     memory = Memory(space, budget, start, tokens)
-    return Scripted(memory, _script(method, memory, start, near, far, seed))
+    return Scripted(memory, _script(method, memory, start, near, far, seed, brief))
 
 
 def _script(
@@ -43,13 +47,16 @@ def _script(
     near: TrustRegionSettings,
     far: GuidedSettings,
     seed: int,
+    brief: bool,
 ) -> Script:
     yield from memory.begin(start)
     yield from memory.expand()
     if method == "trust_region":
         return (yield from trust_region(memory, near))
     if method == "auto":
-        yield from trust_region(memory, replace(near, rounds=1) if memory.gradients else near)
+        ended = yield from trust_region(memory, replace(near, rounds=1) if memory.gradients else near)
+        if brief:
+            return ended
     elif not memory.gradients:
         yield from probe(memory, memory.tokens[0], 2 * len(memory.centre))
     return (yield from guided(memory, far, seed))

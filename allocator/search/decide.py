@@ -137,13 +137,18 @@ class Decision:
 
 
 def make_searcher(
-    space: SearchSpace, budget: Budget, start: Sequence[Allocation], settings: SearchSettings, seed: int
+    space: SearchSpace,
+    budget: Budget,
+    start: Sequence[Allocation],
+    settings: SearchSettings,
+    seed: int,
+    brief: bool = False,
 ) -> Searcher:
-    """Return the searcher that the settings name, beginning at ``start``."""
+    """Return the searcher that the settings name, beginning at ``start``; ``brief`` where another round follows."""
     own = settings.own
     if own is None:
-        near, far = settings.trust_region, settings.guided
-        return model_based(cast(ModelBased, settings.method), space, budget, start, settings.tokens, near, far, seed)
+        name, near, far = cast(ModelBased, settings.method), settings.trust_region, settings.guided
+        return model_based(name, space, budget, start, settings.tokens, near, far, seed, brief)
     if isinstance(own, EvolutionSettings):
         return ExchangeEvolution(space, budget, start, own, seed)
     if isinstance(own, Nsga2Settings):
@@ -195,7 +200,8 @@ def decide(
     best_two_rate = _best([o for o in scored if o.request.allocation in set(sweep)]).request.allocation
     phase("search")
     starts = [even] if settings.method in PRESETS else list(dict.fromkeys([even, best_two_rate]))
-    searcher = make_searcher(space, budget, incumbents or starts, settings, seed)
+    brief = (1 if begun is None else begun.number) < settings.rounds
+    searcher = make_searcher(space, budget, incumbents or starts, settings, seed, brief)
     ended = search(searcher, measurer, listen, settings.limit)
     phase("selection")
     finalists = dict.fromkeys([*incumbents, *searcher.finalists()[:FINALISTS]])
