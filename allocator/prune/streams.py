@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 
+from allocator.core.space import Unit
 from allocator.model.family import Site
 from allocator.prune.assemble import Assembler, CompactLevels, Switchboard
 from allocator.prune.factorise import Report, factorise
 from allocator.prune.problem import Calibration, Problem, Stage, Task
 from allocator.prune.statistics import Gram, Statistics, start
-from allocator.prune.structured import centred
+from allocator.prune.structured import centred, item_columns
 
 _ADDS_UP = 1e-2
 """Relative error up to which a block's output is its input plus what its sub-blocks add."""
@@ -65,6 +66,7 @@ class TwoStreams:
         # what sub-blocks add, by output projection, batch by batch: all of the dense block, and those that are settled
         self._given: list[dict[str, torch.Tensor]] = []
         self._added: list[dict[str, torch.Tensor]] = [{} for _ in pruned]
+        self._entered: list[torch.Tensor] = []  # the output projection of the sub-block at hand
         self._leaving: list[torch.Tensor] = []
         for batch in dense:
             with self._walker.listening(index, [*(s.name for s in sites), *(s.output for s in sites)]) as (_, heard):
@@ -81,6 +83,8 @@ class TwoStreams:
         gathered = start(self._walker.model, modules, pruner.need)
         for dense, given, pruned, added in zip(self._dense, self._given, self._pruned, self._added, strict=True):
             entering, _ = self._walker.hear(self._index, pruned, modules, instead=self._known(added))
+            if stage.writes:
+                self._entered.append(entering[stage.site.output])
             for module in modules:
                 gathered[module].add(entering[module].flatten(0, -2))
             if pruner.need != "gram":
@@ -104,13 +108,28 @@ class TwoStreams:
 
     def settle(self, stage: Stage) -> None:
         """Put what was pruned into the block, at its level of the path; know what a sub-block adds when it is done."""
+        site, units = stage.site, [task.unit for task in stage.tasks]
+        if stage.writes and not self._entered:  # no problem was asked for
+            self._entered = [
+                self._walker.hear(self._index, hidden, [site.output], instead=self._known(added))[0][site.output]
+                for hidden, added in zip(self._pruned, self._added, strict=True)
+            ]
         if self._levels is not None:
-            for task in stage.tasks:
-                self._switchboard.set(task.unit.name, self._levels[task.unit.name])
-        if stage.writes:
-            totals = self._adding(stage.site) if self._levels is not None else self._adding_on_average(stage.site)
-            for added, total in zip(self._added, totals, strict=True):
-                added[stage.site.output] = total
+            for unit in units:
+                if level := self._levels[unit.name]:
+                    self._switchboard.set(unit.name, level, wide=True)
+        if not stage.writes:
+            return
+        if self._levels is None and units[0].name != site.name:
+            totals = self._average_over_levels(site)
+        elif self._levels is None:
+            self._switchboard.blend(site.name, _shares(units[0]))
+            totals = self._projected(site, pruned=True)
+        else:
+            totals = self._projected(site, pruned=self._levels[units[0].name] > 0)
+        for added, total in zip(self._added, totals, strict=True):
+            added[site.output] = total
+        self._entered = []
 
     def leaving(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Return what leaves the block, dense and pruned, batch by batch."""
@@ -143,37 +162,29 @@ class TwoStreams:
             )
         return Problem(task, weight, statistics, levels, dense_weight.dtype)
 
-    def _adding(self, site: Site) -> list[torch.Tensor]:
-        """Return what a sub-block's output projection gives, as it is, batch by batch."""
-        heard = [
-            self._walker.hear(self._index, hidden, [site.output], instead=self._known(added))[1]
-            for hidden, added in zip(self._pruned, self._added, strict=True)
-        ]
-        gone = (torch.zeros_like(hidden) for hidden in self._pruned)
-        return [outputs.get(site.output, nothing) for outputs, nothing in zip(heard, gone, strict=True)]
+    def _projected(self, site: Site, pruned: bool) -> list[torch.Tensor]:
+        """Return what a sub-block's output projection makes of what entered it, batch by batch."""
+        project = self._walker.model.get_submodule(site.output)
+        if pruned and site.name in self.compact:  # its columns are in the order of removal
+            columns = item_columns(self.compact[site.name]["order"].long(), site.width)
+            return [project(entered[..., columns]) for entered in self._entered]
+        return [project(entered) for entered in self._entered]
 
-    def _adding_on_average(self, site: Site) -> list[torch.Tensor]:
-        """Return the average of what a sub-block's output projection gives over its levels, batch by batch.
+    def _average_over_levels(self, site: Site) -> list[torch.Tensor]:
+        """Return the average of what a sub-block of several units gives over its levels, batch by batch.
 
-        A level counts as much as it keeps. A structured unit is run once, at the mean of its levels. Where a sub-block
-        has several units, they are at the same level together, and it is run at each.
+        A level counts as much as it keeps. Units are at the same level together, and the sub-block is run at each.
         """
-        units = [unit for unit in self._calibration.space.units if unit.name == site.name or unit.name in site.modules]
-        ladder = max(units, key=lambda unit: unit.num_levels)
-        shares = [kept / sum(ladder.kept) for kept in ladder.kept]
-        if units[0].name == site.name:
-            self._switchboard.blend(site.name, shares)
-            totals = self._adding(site)
-        else:
-            totals = [torch.zeros_like(hidden, dtype=torch.float32) for hidden in self._pruned]
-            for level, share in enumerate(shares):
-                if share == 0:
-                    continue
-                for unit in units:
-                    self._switchboard.set(unit.name, min(level, unit.num_levels - 1))
-                totals = [total + own * share for total, own in zip(totals, self._adding(site), strict=True)]
-        for unit in units:
-            self._switchboard.set(unit.name, 0)
+        units = [unit for unit in self._calibration.space.units if unit.name in site.modules]
+        totals = [torch.zeros_like(hidden, dtype=torch.float32) for hidden in self._pruned]
+        for level, share in enumerate(_shares(max(units, key=lambda unit: unit.num_levels))):
+            if share == 0:
+                continue
+            for unit in units:
+                self._switchboard.set(unit.name, min(level, unit.num_levels - 1))
+            for batch, (hidden, added) in enumerate(zip(self._pruned, self._added, strict=True)):
+                _, given = self._walker.hear(self._index, hidden, [site.output], instead=self._known(added))
+                totals[batch] = totals[batch] + given[site.output] * share
         return [total.to(self._walker.dtype) for total in totals]
 
     def _check_sum(self, name: str) -> bool:
@@ -190,6 +201,11 @@ class TwoStreams:
             "cannot make up for what the residual stream lacks"
         )
         return False
+
+
+def _shares(unit: Unit) -> list[float]:
+    """Return how much each level counts in the average over a unit's levels: as much as it keeps."""
+    return [kept / sum(unit.kept) for kept in unit.kept]
 
 
 def _passed_over(site: Site, heard: Mapping[str, Any]) -> tuple[str, tuple[Any, ...] | None]:
