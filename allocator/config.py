@@ -74,8 +74,9 @@ class PrunerSettings(_Strict):
             pattern's default.
         damping: Share of the mean of the Hessian's diagonal that is added to it.
         inputs: What the level store's units are pruned on: the outputs of whole predecessors (``dense``), the average
-            over their levels (``expected``), or predecessors at the levels of one allocation (``path``). Rounds of a
-            search after the first have no ``dense`` inputs but ``expected`` ones, and the incumbent for the path.
+            over their levels (``expected``), or predecessors at the levels of one allocation (``path``; in rounds after
+            the first that of the incumbent). None for ``expected`` where the pruner chooses new values, but ``dense``
+            in rounds that another follows.
         along: A plan whose allocation is that path; None for uniform.
         execution: How the chosen plan becomes a checkpoint: pruned again along its own path (``recompute``), or put
             together from the store (``assemble``); None for ``recompute`` where the pruner chooses new values.

@@ -82,19 +82,19 @@ def run_search(config: RunConfig, resume: bool = False, reporter: Reporter | Non
         opened.enter_context(cluster(config))
         if not resume:
             journal = opened.enter_context(begun(job))
+        evaluator = opened.enter_context(evaluators(_spec(job), job.tokens, config, reporter))
         while True:
-            spec = job.engine_spec(LevelStore(store_place(job)))
-            with evaluators(spec, job.tokens, config, reporter) as evaluator:
-                decision = _round(job, evaluator, journal, found is None, wall, reporter)
-                if job.round_number == config.search.rounds:
-                    with _timed(wall, "execute"):
-                        measured = _execute(job, folder, decision, evaluator, reporter)
-                    break
+            decision = _round(job, evaluator, journal, found is None, wall, reporter)
+            if job.round_number == config.search.rounds:
+                break
             journal.close()
             shutil.rmtree(folder / TRAINING, ignore_errors=True)
             job = next_job(job, decision)
             journal = opened.enter_context(advanced(job))
             found = find_store(job)
+            evaluator.renew(_spec(job))
+        with _timed(wall, "execute"):
+            measured = _execute(job, folder, decision, evaluator, reporter)
         shutil.rmtree(folder / TRAINING, ignore_errors=True)
         wall["total"] = time.perf_counter() - started
         plan = _plan(job, decision, measured)
@@ -135,6 +135,11 @@ def evaluators(
         yield pool
     finally:
         pool.close()
+
+
+def _spec(job: Job) -> EngineSpec:
+    """Return what an engine of a round is made from."""
+    return job.engine_spec(LevelStore(store_place(job)))
 
 
 def _round(

@@ -308,6 +308,11 @@ class LocalEvaluator:
         """Take what an engine is made from; ``notify`` hears what a user should know."""
         self._spec, self._tokens, self._notify = spec, tokens, notify
 
+    def renew(self, spec: EngineSpec) -> None:
+        """Go on with another engine, on the same tokens."""
+        self._spec = spec
+        vars(self).pop("_engine", None)
+
     @cached_property
     def _engine(self) -> Engine:
         return Engine(self._spec, self._tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -63,10 +64,7 @@ def standard_library() -> list[Document]:
     """
     root = Path(sysconfig.get_path("stdlib"))
     documents = []
-    for path in root.rglob("*.py"):
-        relative = path.relative_to(root)
-        if any(part in _EXCLUDED_FOLDERS or part.startswith("config-") for part in relative.parts[:-1]):
-            continue
+    for path in _library_files(root):
         data = path.read_bytes()
         if len(data) < SHORTEST_LIBRARY_FILE:
             continue
@@ -74,8 +72,14 @@ def standard_library() -> list[Document]:
             text = data.decode("utf-8")
         except UnicodeDecodeError:
             continue
-        documents.append(Document(relative.as_posix(), next(_pieces(text, LONGEST_LIBRARY_DOCUMENT))))
+        documents.append(Document(path.relative_to(root).as_posix(), next(_pieces(text, LONGEST_LIBRARY_DOCUMENT))))
     return _in_hash_order(documents)
+
+
+def _library_files(root: Path) -> Iterator[Path]:
+    for folder, inside, names in os.walk(root):
+        inside[:] = [name for name in inside if name not in _EXCLUDED_FOLDERS and not name.startswith("config-")]
+        yield from (Path(folder, name) for name in names if name.endswith(".py"))
 
 
 def read_documents(path: Path | None) -> list[Document]:

@@ -115,28 +115,28 @@ class BlockWalker:
         modules: Sequence[str],
         block: nn.Module | None = None,
         instead: Mapping[str, Any] = MappingProxyType({}),
-    ) -> Heard:
-        """Run a block as far as some of its modules, and return their inputs and their outputs by name.
+        entering: bool = False,
+    ) -> dict[str, torch.Tensor]:
+        """Run a block as far as some of its modules, and return their outputs by name, or what is ``entering`` them.
 
-        Modules that were removed, or are not reached, are left out. Arguments are those of :meth:`run`.
+        Modules that were removed, or are not reached, are left out. Other arguments are those of :meth:`run`.
         """
         root = self.blocks[index] if block is None else block
-        inputs: dict[str, torch.Tensor] = {}
-        outputs: dict[str, Any] = {}
+        heard: dict[str, torch.Tensor] = {}
 
-        def listener(name: str) -> _Hook:
-            def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-                inputs.update({name: args[0]} if args else {})
-                outputs[name] = output
-                if len(outputs) == len(there):
+        def listener(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Any, ...], *output: torch.Tensor) -> None:
+                heard[name] = args[0] if entering else output[0]
+                if len(heard) == len(there):
                     raise _EverythingHeard
 
             return hook
 
         there = [name for name in dict.fromkeys(modules) if self._find(index, root, name) is not None]
-        with suppress(_EverythingHeard), self._hooked(index, root, {name: listener(name) for name in there}):
+        hooks = {name: listener(name) for name in there}
+        with suppress(_EverythingHeard), self._hooked(index, root, hooks, before=entering):
             self.run(index, hidden_btd, root, instead)
-        return inputs, outputs
+        return heard
 
     def run_all(self, hidden_btd: torch.Tensor) -> torch.Tensor:
         """Return the output of the last block."""
@@ -145,9 +145,15 @@ class BlockWalker:
         return hidden_btd
 
     @contextmanager
-    def _hooked(self, index: int, root: nn.Module, hooks: Mapping[str, _Hook]) -> Iterator[None]:
+    def _hooked(
+        self, index: int, root: nn.Module, hooks: Mapping[str, Callable[..., Any]], before: bool = False
+    ) -> Iterator[None]:
         found = {name: self._find(index, root, name) for name in hooks}
-        handles = [module.register_forward_hook(hooks[name]) for name, module in found.items() if module is not None]
+        handles = [
+            (module.register_forward_pre_hook if before else module.register_forward_hook)(hooks[name])
+            for name, module in found.items()
+            if module is not None
+        ]
         try:
             yield
         finally:

@@ -47,6 +47,11 @@ class Worker:
         torch.set_num_threads(spec.threads)
         self._spec, self._tokens = spec, tokens
 
+    def renew(self, spec: EngineSpec) -> None:
+        """Go on with another engine."""
+        self._spec = spec
+        vars(self).pop("_engine", None)
+
     @cached_property
     def _engine(self) -> Engine:
         # made by the first task and not by the constructor, for an actor that fails in there counts as dead
@@ -99,6 +104,12 @@ class RayPool:
         self._lengths = {split: ids.shape[1] for split, ids in tokens.items()}
         self._spec_ref, self._tokens_ref = ray.put(spec), ray.put(dict(tokens))
         self._workers = [self._start() for _ in range(workers)]
+
+    def renew(self, spec: EngineSpec) -> None:
+        """Go on with other engines, in the same workers and on the same tokens."""
+        self._spec, self._spec_ref = spec, ray.put(spec)
+        for worker in self._workers:
+            worker.renew.remote(self._spec_ref)  # before its next task; one that is dead is replaced then
 
     def evaluate(self, requests: Sequence[Request]) -> Iterator[Outcome]:
         """Yield outcomes as workers finish runs of neighbouring allocations, and all portions of expansions."""

@@ -82,7 +82,7 @@ class TwoStreams:
             return []
         gathered = start(self._walker.model, modules, pruner.need)
         for dense, given, pruned, added in zip(self._dense, self._given, self._pruned, self._added, strict=True):
-            entering, _ = self._walker.hear(self._index, pruned, modules, instead=self._known(added))
+            entering = self._entering(modules, pruned, added)
             if stage.writes:
                 self._entered.append(entering[stage.site.output])
             for module in modules:
@@ -92,7 +92,7 @@ class TwoStreams:
             whole = given
             if not stage.writes:
                 known = self._known({output: given[output] for output in added})
-                whole = self._walker.hear(self._index, dense, modules, self._whole, known)[1]
+                whole = self._walker.hear(self._index, dense, modules, self._whole, known)
             for module in modules:
                 bias = getattr(self._walker.model.get_submodule(module), "bias", None)
                 # in fp32, and differences first: what is lost is small beside the stream that it is lost from
@@ -111,7 +111,7 @@ class TwoStreams:
         site, units = stage.site, [task.unit for task in stage.tasks]
         if stage.writes and not self._entered:  # no problem was asked for
             self._entered = [
-                self._walker.hear(self._index, hidden, [site.output], instead=self._known(added))[0][site.output]
+                self._entering([site.output], hidden, added)[site.output]
                 for hidden, added in zip(self._pruned, self._added, strict=True)
             ]
         if self._levels is not None:
@@ -138,6 +138,12 @@ class TwoStreams:
             for batch, added in zip(self._pruned, self._added, strict=True)
         ]
         return self._leaving, pruned
+
+    def _entering(
+        self, modules: Sequence[str], pruned: torch.Tensor, added: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Return what enters modules in the pruned stream."""
+        return self._walker.hear(self._index, pruned, modules, instead=self._known(added), entering=True)
 
     def _known(self, added: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """Return what modules answer that need not run, for it is known what their sub-blocks add."""
@@ -183,7 +189,7 @@ class TwoStreams:
             for unit in units:
                 self._switchboard.set(unit.name, min(level, unit.num_levels - 1))
             for batch, (hidden, added) in enumerate(zip(self._pruned, self._added, strict=True)):
-                _, given = self._walker.hear(self._index, hidden, [site.output], instead=self._known(added))
+                given = self._walker.hear(self._index, hidden, [site.output], instead=self._known(added))
                 totals[batch] = totals[batch] + given[site.output] * share
         return [total.to(self._walker.dtype) for total in totals]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast
 
 from allocator.core.budget import Budget, denser_moves, fits
 from allocator.core.effort import Effort, Limit
@@ -48,7 +48,8 @@ class SearchSettings:
         budget: What the search may spend, such as ``300 evaluations``, ``2e6 tokens`` or ``20 minutes``; None for
             what its own settings ask for.
         rounds: How often the search is done, each time on ladders of half the step around what was found. Rounds
-            share the budget equally; without one, each asks for what the method's settings ask for.
+            share the budget, and what one leaves of evaluations or tokens is the next one's; without a budget, each
+            asks for what the method's settings ask for. All rounds of ``auto`` but the last are brief.
     """
 
     method: Method = "auto"
@@ -66,7 +67,7 @@ class SearchSettings:
     def __post_init__(self) -> None:
         if self.rounds < 1:
             raise UserError(f"search.rounds: expected at least 1, found {self.rounds}")
-        assert self.limit is None or self.limit.amount > 0
+        assert self.budget is None or Limit.parse(str(self.budget)).amount > 0
         if list(self.tokens) != sorted({*self.tokens}) or not self.tokens or self.tokens[0] < 1:
             raise UserError(f"search.tokens: expected increasing counts, found {list(self.tokens)}")
         if self.evolution.training and not isinstance(self.own, EvolutionSettings):
@@ -75,13 +76,15 @@ class SearchSettings:
                 f"{self.method}. Use search.method=evolution, or leave training out"
             )
 
-    @property
-    def limit(self) -> Limit | None:
-        """The budget of one round."""
+    def limit(self, earlier: Sequence[Mapping[str, Any]] = ()) -> Limit | None:
+        """Return the budget of the round that follows others: an equal share, and what these left of theirs."""
         if self.budget is None:
             return None
         whole = Limit.parse(str(self.budget))
-        return replace(whole, amount=whole.amount / self.rounds)
+        share = whole.amount / self.rounds
+        spent = {"evaluations": "evaluations", "tokens": "candidate_tokens"}.get(whole.kind)
+        left = whole.amount - sum(line[spent] for line in earlier) if spent else 0.0
+        return replace(whole, amount=max(share, left / (self.rounds - len(earlier))))
 
     @property
     def own(self) -> Own | None:
@@ -122,8 +125,8 @@ class Decision:
         uniform: The same sparsity everywhere.
         two_rate: The best of one sparsity for attention and one for the rest.
         searched: The chosen one.
-        losses: Of the chosen one, on the search split and on the selection split; in a round that follows another
-            also ``incumbent``, of what that chose, on the selection split.
+        losses: Of the chosen one, on the search split and, in the last round, on the selection split; there also
+            ``incumbent``, of what the round before chose, if there was one.
         ended: Why the search ended.
         spent: On measurements, selection included.
     """
@@ -175,7 +178,8 @@ def decide(
     Finalists of a search that trains are trained as in its last stage, for that is what they are finalists in. The
     baselines are compared with each other as they are.
 
-    In a round that follows another, the search begins at what that chose, which is also a finalist.
+    In a round that follows another, the search begins at what that chose, which is also a finalist. A round that
+    another follows tells where finer ladders belong, and nothing else: its choice is the best of the search.
 
     Args:
         space: What may be pruned.
@@ -189,6 +193,9 @@ def decide(
         phase: Called with the name of each phase.
         begun: What this round begins with, if it follows another.
     """
+    brief = (1 if begun is None else begun.number) < settings.rounds
+    if brief:
+        settings = replace(settings, tokens=settings.tokens[:-1] or settings.tokens)
     tokens, training = settings.fidelities[-1], settings.training
     phase("baselines")
     even = uniform(space, budget) if begun is None else begun.uniform
@@ -200,21 +207,22 @@ def decide(
     best_two_rate = _best([o for o in scored if o.request.allocation in set(sweep)]).request.allocation
     phase("search")
     starts = [even] if settings.method in PRESETS else list(dict.fromkeys([even, best_two_rate]))
-    brief = (1 if begun is None else begun.number) < settings.rounds
     searcher = make_searcher(space, budget, incumbents or starts, settings, seed, brief)
-    ended = search(searcher, measurer, listen, settings.limit)
-    phase("selection")
-    finalists = dict.fromkeys([*incumbents, *searcher.finalists()[:FINALISTS]])
-    selected = measurer.measure([Request(a, selection_tokens, "selection", training) for a in finalists])
-    chosen = _best(selected)
-    winner = chosen.request.allocation
+    ended = search(searcher, measurer, listen, settings.limit(() if begun is None else begun.earlier))
+    losses: dict[str, float] = {}
+    if brief:
+        winner = searcher.finalists()[0]
+    else:
+        phase("selection")
+        finalists = dict.fromkeys([*incumbents, *searcher.finalists()[:FINALISTS]])
+        selected = measurer.measure([Request(a, selection_tokens, "selection", training) for a in finalists])
+        chosen = _best(selected)
+        winner = chosen.request.allocation
+        losses = {"selection": chosen.loss, **({"incumbent": selected[0].loss} if incumbents else {})}
     searched = measurer.measure([Request(winner, tokens, training=training)])[0]
     assert fits(space, winner, budget), "every searcher keeps to the budget"
     assert not denser_moves(space, winner, budget), "every searcher fills the budget"
-    losses = {"search": searched.loss, "selection": chosen.loss}
-    if incumbents:
-        losses["incumbent"] = selected[0].loss
-    return Decision(even, best_two_rate, winner, losses, ended, measurer.spent)
+    return Decision(even, best_two_rate, winner, {"search": searched.loss, **losses}, ended, measurer.spent)
 
 
 def _best(outcomes: Sequence[Outcome]) -> Outcome:

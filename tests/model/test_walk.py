@@ -91,45 +91,57 @@ def test_what_is_heard_is_that_of_a_stock_forward_with_hooks(walker):
         handle.remove()
     hidden = walker.run(0, walker.embed(tokens))
     for modules in (PROJECTIONS, PROJECTIONS[::-1], PROJECTIONS[4:5], PROJECTIONS[:2] * 2):
-        heard = walker.hear(1, hidden, modules)
-        for found, expected in zip(heard, (inputs, outputs), strict=True):
+        for entering, expected in ((True, inputs), (False, outputs)):
+            found = walker.hear(1, hidden, modules, entering=entering)
             assert found.keys() == set(modules)
             assert all(torch.equal(found[name], expected[name]) for name in modules)
     assert not any(module._forward_hooks for module in walker.model.modules())
 
 
-def test_the_pass_stops_after_the_last_module_of_interest(walker):
+@pytest.mark.parametrize("entering", [True, False])
+def test_the_pass_stops_after_the_last_module_of_interest(walker, entering):
+    """And before it runs, where what enters it is all that is asked for."""
     hidden = walker.run(0, walker.embed(_tokens(1, 16)))
-    called = _calls(walker.model)
-    walker.hear(1, hidden, ["model.layers.1.self_attn.v_proj", "model.layers.1.self_attn.q_proj"])
-    assert called[-1] == "model.layers.1.self_attn.v_proj"
-    assert not any("o_proj" in name or "mlp" in name for name in called)
+    run = []
+    for module in walker.blocks[1].modules():
+        module.register_forward_hook(lambda owner, args, output: run.append(owner))
+    walker.hear(1, hidden, ["model.layers.1.self_attn.v_proj", "model.layers.1.self_attn.q_proj"], entering=entering)
+    attention = walker.blocks[1].self_attn
+    projections = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    assert [module for module in run if module in projections] == projections[: 2 if entering else 3]
+    assert walker.blocks[1].mlp not in run
 
 
 def test_modules_that_were_removed_are_left_out(walker):
     hidden = walker.run(0, walker.embed(_tokens(1, 16)))
     remove(walker.model, "model.layers.1.self_attn", "attention")
     called = _calls(walker.model)
-    inputs, outputs = walker.hear(1, hidden, [*PROJECTIONS[:5], "model.layers.1.gone"])
-    assert inputs.keys() == outputs.keys() == {"model.layers.1.mlp.gate_proj"}
+    for entering in (True, False):
+        found = walker.hear(1, hidden, [*PROJECTIONS[:5], "model.layers.1.gone"], entering=entering)
+        assert found.keys() == {"model.layers.1.mlp.gate_proj"}
     assert not any("up_proj" in name for name in called)
     remove(walker.model, "model.layers.1.mlp", "mlp")
-    assert walker.hear(1, hidden, PROJECTIONS) == ({}, {})
+    assert walker.hear(1, hidden, PROJECTIONS) == {}
     assert torch.equal(walker.run(1, hidden, instead={PROJECTIONS[3]: hidden}), hidden)
 
 
 @torch.inference_mode()
-def test_outputs_given_instead_take_the_place_of_a_modules_own(walker):
+def test_a_module_whose_answer_is_given_is_not_run(walker):
     hidden = walker.run(0, walker.embed(_tokens(2, 16)))
     attention, mlp = PROJECTIONS[3], PROJECTIONS[6]
     given = {name: torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1)) for name in (attention, mlp)}
     torch.testing.assert_close(walker.run(1, hidden, instead=given), hidden + given[attention] + given[mlp])
-    inputs, outputs = walker.hear(1, hidden, [attention, "model.layers.1.mlp.up_proj"], instead=given)
-    own, _ = walker.hear(1, hidden, [attention])
-    assert torch.equal(inputs[attention], own[attention])
-    assert torch.equal(outputs[attention], given[attention])
     normed = walker.blocks[1].post_attention_layernorm(hidden + given[attention])
+    called = _calls(walker.model)
+    answers = {"model.layers.1.self_attn": (given[attention], None), mlp: given[mlp]}
+    assert torch.equal(walker.run(1, hidden, instead=answers), hidden + given[attention] + given[mlp])
+    assert "model.layers.1.self_attn" in called
+    assert "model.layers.1.mlp.up_proj" in called
+    assert not any("self_attn." in name for name in called)
+    inputs = walker.hear(1, hidden, [attention, "model.layers.1.mlp.up_proj"], instead=answers, entering=True)
+    assert inputs.keys() == {"model.layers.1.mlp.up_proj"}
     assert torch.equal(inputs["model.layers.1.mlp.up_proj"], normed)
+    assert not any("forward" in vars(module) for module in walker.model.modules())
     assert not any(module._forward_hooks for module in walker.model.modules())
 
 
@@ -141,8 +153,8 @@ def test_a_stand_in_runs_in_the_place_of_a_block(walker):
     for parameter in walker.blocks[1].parameters():
         parameter.data = torch.full_like(parameter, torch.nan)
     assert torch.equal(walker.run(1, hidden, whole), expected)
-    for found, before in zip(walker.hear(1, hidden, PROJECTIONS, whole), heard, strict=True):
-        assert all(torch.equal(found[name], before[name]) for name in PROJECTIONS)
+    found = walker.hear(1, hidden, PROJECTIONS, whole)
+    assert all(torch.equal(found[name], heard[name]) for name in PROJECTIONS)
 
 
 # --- gradients -------------------------------------------------------------------------------------------------
@@ -168,7 +180,7 @@ def test_nothing_follows_gradients_of_weights_that_ask_for_them(walker):
     hidden = walker.embed(_tokens(2, 16))
     heard = walker.hear(1, hidden, PROJECTIONS)
     found = [hidden, walker.run(1, hidden), walker.run_all(hidden), walker.logits(hidden), walker.states(hidden)]
-    assert not any(tensor.requires_grad for tensor in (*found, *heard[0].values(), *heard[1].values()))
+    assert not any(tensor.requires_grad for tensor in (*found, *heard.values()))
 
 
 def test_gradients_block_by_block_are_those_of_the_whole_model(walker):
