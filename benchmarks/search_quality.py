@@ -170,7 +170,8 @@ def run_cell(store: str, method: str, seed: int, work: Path) -> str:
     from allocator.prune.store import StoreBuilder, open_store
 
     chosen, folder = STORES[store], work / store
-    settings = ["search.method=evolution", f"search.evolution.tokens=[1024,{TEXT}]", f"tokens.test={HELD_OUT}"]
+    settings = ["pruner.inputs=dense", "search.method=evolution"]
+    settings += [f"search.evolution.tokens=[1024,{TEXT}]", f"tokens.test={HELD_OUT}"]
     model = {"model": str(work / chosen.model)} if chosen.model else {}
     job = prepare(
         load_config(None, {"pattern": chosen.pattern, "target": chosen.target, "workers": 0, **model}, settings)

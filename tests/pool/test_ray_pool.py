@@ -20,6 +20,7 @@ from allocator.core.errors import UserError
 from allocator.core.protocols import Outcome, Request
 from allocator.core.space import SearchSpace
 from allocator.evaluate.engine import EngineSpec, Execution, LocalEvaluator
+from allocator.evaluate.expansion import num_portions
 from allocator.evaluate.training import Training
 from allocator.job import prepare
 from allocator.model.load import load_model
@@ -90,7 +91,7 @@ def pool(bench: Bench) -> Iterator[Callable[..., RayPool]]:
     pools: list[RayPool] = []
 
     def make(workers: int = 1, spec: EngineSpec | None = None, **more: Any) -> RayPool:
-        pools.append(RayPool(spec or bench.spec, bench.tokens, workers, **more))
+        pools.append(RayPool(spec or bench.spec, more.pop("tokens", bench.tokens), workers, **more))
         return pools[-1]
 
     yield make
@@ -134,6 +135,30 @@ def test_expansions_among_plain_requests_are_those_of_one_process(
         plain, _, expansion = found[request.key]
         assert (expansion is not None) == (request.also == "expansion")
         assert request.also or plain == expected[request.key]
+
+
+def test_portions_of_an_expansion_are_put_together_in_order(bench: Bench, pool: Callable[..., RayPool]) -> None:
+    """To the last bit, though workers have a part of the text each; and their sequences are those of one pass."""
+    tokens = {split: ids.reshape(-1, 16) for split, ids in bench.tokens.items()}
+    asked = [replace(request, also="expansion") for request in bench.requests[4:6]]
+    assert num_portions(asked[0].tokens, 16) > 1
+    local, found = (
+        {o.request.key: (o.measured, o.parts, o.expansion) for o in evaluator.evaluate([*asked, *bench.requests[4:6]])}
+        for evaluator in (LocalEvaluator(bench.spec, tokens), pool(2, tokens=tokens))
+    )
+    assert found == local
+    for request in asked:
+        plain = found[replace(request, also="").key]
+        assert found[request.key][1] == pytest.approx(plain[1], rel=1e-4)
+
+
+def test_workers_go_on_with_another_engine(bench: Bench, pool: Callable[..., RayPool]) -> None:
+    other = replace(bench.spec, loss="hidden")
+    wanted = measured(LocalEvaluator(other, bench.tokens).evaluate(bench.requests))
+    for evaluator in (pool(2), LocalEvaluator(bench.spec, bench.tokens)):
+        first = measured(evaluator.evaluate(bench.requests))
+        evaluator.renew(other)
+        assert measured(evaluator.evaluate(bench.requests)) == wanted != first
 
 
 def test_workers_train_as_one_process_does(bench: Bench, pool: Callable[..., RayPool], tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from allocator.core.budget import Budget, denser_moves, fits, repair
+from allocator.core.effort import Limit
 from allocator.core.errors import UserError
 from allocator.core.journal import Journal
 from allocator.core.space import SearchSpace, Unit
@@ -163,9 +164,28 @@ def test_what_a_round_begins_with_survives_the_file(begun):
     assert begun[2].number == 2
 
 
+def test_a_round_that_another_follows_is_brief(begun, landscape, tmp_path):
+    """It selects nothing, and `auto` ends with its trust region, on fewer tokens."""
+    space, budget, _ = begun
+    settings = SearchSettings(rounds=2, tokens=(64, 128, 256))
+    with Journal.create(tmp_path / "journal.jsonl", {"space": space.to_json()}) as journal:
+        decision = decide(space, budget, settings, 0, 256, landscape(space), journal)
+    assert {outcome.request.split for outcome in journal} == {"search"}
+    assert {outcome.request.tokens for outcome in journal} == {64, 128}
+    assert decision.losses.keys() == {"search"}
+    whole = [o for o in journal if o.request.tokens == 128 and fits(space, o.request.allocation, budget)]
+    assert decision.losses["search"] == min(
+        o.loss for o in whole if not denser_moves(space, o.request.allocation, budget)
+    )
+    assert "trust region" in decision.ended
+
+
 def test_rounds_share_the_budget():
     settings = SearchSettings(budget="300 evaluations", rounds=3)
-    assert (settings.limit.amount, settings.limit.kind) == (100, "evaluations")
-    assert SearchSettings(rounds=3).limit is None
+    assert settings.limit() == Limit(100, "evaluations")
+    assert settings.limit([{"evaluations": 40}]) == Limit(130, "evaluations")
+    assert settings.limit([{"evaluations": 40}, {"evaluations": 200}]) == Limit(100, "evaluations")
+    assert SearchSettings(budget="3 minutes", rounds=3).limit([{"evaluations": 40}]) == Limit(1, "minutes")
+    assert SearchSettings(rounds=3).limit() is None
     with pytest.raises(UserError, match=r"search\.rounds"):
         SearchSettings(rounds=0)

@@ -95,8 +95,8 @@ def test_guided(wrong):
 
 
 def test_a_budget_is_read_and_shared_by_rounds():
-    assert SearchSettings(budget=300).limit == Limit(300, "evaluations")
-    assert SearchSettings(budget="3e5 tokens", rounds=3).limit == Limit(1e5, "tokens")
+    assert SearchSettings(budget=300).limit() == Limit(300, "evaluations")
+    assert SearchSettings(budget="3e5 tokens", rounds=3).limit() == Limit(1e5, "tokens")
     with pytest.raises(UserError, match=r"budget: expected an amount such as .*found '5 apples'"):
         SearchSettings(budget="5 apples")
 
