@@ -34,7 +34,7 @@ def run(name: str, store: Store, runs_dir: Path) -> dict[str, Any]:
         "pattern": store.pattern,
         "target": store.target,
         "runs_dir": runs_dir,
-        "settings": [f"tokens.test={HELD_OUT}"],
+        "settings": [f"tokens.test={HELD_OUT}", f"store={runs_dir / name}-levels"],
     }
     with Live() as live:
         if not (runs_dir / name / "plan.json").exists():

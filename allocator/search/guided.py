@@ -17,9 +17,9 @@ import numpy as np
 from allocator.core.errors import UserError
 from allocator.core.space import Allocation
 from allocator.search.evolution import move_run
+from allocator.search.knapsack import knapsack_nearby
 from allocator.search.race import race
 from allocator.search.script import Memory, Script
-from allocator.search.trust_region import nearby
 
 _EXPLORATION = 0.25
 """Share of exchanged units that are drawn without regard to the model."""
@@ -29,6 +29,9 @@ _RUNS_EVERY = 8
 
 _RADII = 3
 """Allocations that the model likes best are looked for within so many levels of the centre."""
+
+_MISSED = 0.01
+"""What the best of a sample may miss of what there is to gain, if it is found sooner."""
 
 _SETTLED = 4
 """Proposals that are brought into the budget exactly, for each entrant."""
@@ -102,8 +105,8 @@ def _samples(memory: Memory, count: int, rng: np.random.Generator) -> list[Alloc
     surrogate = memory.surrogate
     found: dict[Allocation, None] = {}
     for index in range(count):
-        table_ul = surrogate.table_ul if index < _RADII else surrogate.draw(rng)
-        answer = nearby(memory, table_ul, 1 + index % _RADII)
+        table_ul, share = (surrogate.table_ul, 0.0) if index < _RADII else (surrogate.draw(rng), _MISSED)
+        answer = knapsack_nearby(memory.ladders, table_ul, memory.centre, 1 + index % _RADII, share)
         if not memory.seen(answer):
             found[answer] = None
     return list(found)

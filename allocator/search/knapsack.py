@@ -14,6 +14,7 @@ import numpy as np
 from allocator.core.budget import Budget
 from allocator.core.errors import UserError
 from allocator.core.space import Allocation, Cost, SearchSpace
+from allocator.search.ladders import Ladders
 from allocator.search.lagrange import Floats, Ints, cheapest, gains, improves, optimum
 
 Table: TypeAlias = Sequence[Sequence[float]]
@@ -30,14 +31,30 @@ def knapsack(
     return knapsack_multi(space, {budget.cost: budget.limit}, table, allowed)
 
 
-def knapsack_nearby(space: SearchSpace, budget: Budget, table: Table, centre: Allocation, radius: int) -> Allocation:
-    """Minimise the sum of ``table`` within so many levels of ``centre`` in every unit. See :func:`knapsack_multi`.
+def knapsack_nearby(
+    ladders: Ladders, table_ul: Floats, centre: Allocation, radius: int, share: float = 0.0
+) -> Allocation:
+    """Minimise the sum of a table within so many levels of ``centre``, which keeps the budget, in every unit.
 
-    Rows of the table may be longer than ladders.
+    As :func:`knapsack_multi`, on arrays.
+
+    Args:
+        ladders: The space and its budget; what the table says beyond a unit's last level is not looked at.
+        table_ul: What each level of each unit adds to the loss.
+        centre: One level per unit.
+        radius: Levels that a unit may move.
+        share: What may be missed of the best that could be gained over the centre. Where a table is no more than a
+            sample, to prove more takes longer than it is worth.
     """
-    allowed = [(max(0, at - radius), min(last, at + radius)) for at, last in zip(centre, space.sparsest, strict=True)]
-    rows = [row[: unit.num_levels] for row, unit in zip(table, space.units, strict=True)]
-    return knapsack(space, budget, rows, allowed)
+    level_l, centre_u = np.arange(table_ul.shape[1]), np.array(centre)
+    values_ul = np.where(level_l <= ladders.last_u[:, None], table_ul, np.inf)
+    inside_ul = np.where(np.abs(level_l - centre_u[:, None]) <= radius, values_ul, np.inf)
+    costs_kul, rooms_k = ladders.cost_ul[None], np.array([ladders.room])
+    levels_u = optimum(inside_ul, costs_kul, rooms_k, share, ladders.look_up(table_ul, centre_u))
+    assert levels_u is not None, "the centre keeps the budget"
+    for reach_ul in (inside_ul, values_ul):
+        levels_u = _fill(reach_ul, costs_kul, rooms_k, levels_u)
+    return tuple(levels_u.tolist())
 
 
 def knapsack_multi(

@@ -21,6 +21,7 @@ from allocator.core.protocols import Outcome, Request
 from allocator.core.space import Allocation, SearchSpace
 from allocator.search.additive import POWERS, AdditiveModel
 from allocator.search.knapsack import knapsack_nearby
+from allocator.search.ladders import Ladders
 
 MAX_TRIALS = 2000
 """The posterior factorises a matrix of trials squared."""
@@ -65,6 +66,7 @@ class Thompson:
     ) -> None:
         """Begin with ``start``, allocations within the budget, of which the best is the model's reference."""
         self._space, self._budget, self._settings, self._seed = space, budget, settings, seed
+        self._ladders = Ladders(space, budget)
         self._candidates = list(dict.fromkeys(start))[: settings.trials]
         self._scored: dict[Allocation, float] = {}
         self._models: list[AdditiveModel] = []
@@ -113,7 +115,7 @@ class Thompson:
             for _ in range(_ROUNDS):
                 for number, table in enumerate(model.draw(size - len(children), rng)):
                     radius = 1 + wider + number % self._settings.radius
-                    child = knapsack_nearby(self._space, self._budget, table.tolist(), best, radius)
+                    child = knapsack_nearby(self._ladders, table, best, radius)
                     if child not in self._scored:
                         children[child] = None
                 if len(children) == size:

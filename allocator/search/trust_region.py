@@ -82,17 +82,12 @@ def probe(memory: Memory, tokens: int, count: int) -> Steps:
     memory.surrogate.refresh(memory.centre)
 
 
-def nearby(memory: Memory, table_ul: np.ndarray, radius: int) -> Allocation:
-    """Return the best allocation by a table within so many levels of the centre."""
-    return knapsack_nearby(memory.space, memory.budget, table_ul.tolist(), memory.centre, radius)
-
-
 def _answers(memory: Memory, radius: int) -> dict[Allocation, int]:
     """Return new allocations, the best of the model within each radius, with the radius."""
     table_ul = memory.surrogate.cautious()
     found: dict[Allocation, int] = {}
     for each in sorted({radius, *(2**power for power in range(radius.bit_length()))}):
-        answer = nearby(memory, table_ul, each)
+        answer = knapsack_nearby(memory.ladders, table_ul, memory.centre, each)
         if not memory.seen(answer):
             found.setdefault(answer, each)
     return found
