@@ -100,6 +100,7 @@ class Tabular:
         self._weight_p = np.zeros(0)
         if self._observed:
             self._fit()
+        self._deviation_ul: np.ndarray | None = None
 
     def predict(self, levels_nu: np.ndarray) -> np.ndarray:
         """Return how much more allocations [N, U] lose than the centre."""
@@ -116,6 +117,11 @@ class Tabular:
 
     def deviation(self) -> np.ndarray:
         """Return the posterior deviation of each level's loss relative to the centre's, [U, L]."""
+        if self._deviation_ul is None:
+            self._deviation_ul = self._deviations()
+        return self._deviation_ul
+
+    def _deviations(self) -> np.ndarray:
         units, centre_u, covariance_ull = self._units, self._centre_u, self._covariance_ull
         own_ul = covariance_ull.diagonal(axis1=1, axis2=2)
         variance_ul = own_ul + own_ul[units, centre_u][:, None] - 2 * covariance_ull[units, centre_u]

@@ -12,7 +12,8 @@ from allocator.core.budget import Budget, denser_moves, fits
 from allocator.core.errors import UserError
 from allocator.search import knapsack as module
 from allocator.search import lagrange
-from allocator.search.knapsack import additive_front, knapsack, knapsack_multi
+from allocator.search.knapsack import additive_front, knapsack, knapsack_multi, knapsack_nearby
+from allocator.search.ladders import Ladders
 
 
 def _everything(space, table, allowed=None):
@@ -184,6 +185,39 @@ def test_a_large_knapsack_equals_an_independent_solver(make_space, share):
     assert fits(space, found, Budget(limit))
     assert _value(table, found) == pytest.approx(solved.fun, rel=1e-6)
     assert _value(table, found) <= solved.fun + 1e-5
+
+
+def _ragged(space, table, fill):
+    longest = max(unit.num_levels for unit in space.units)
+    return np.array([[*row, *[fill] * (longest - len(row))] for row in table])
+
+
+@given(data=st.data())
+def test_nearby_is_the_knapsack_within_a_radius(spaces, data):
+    space = data.draw(spaces)
+    table = _table(data, space, forbidden=False)
+    budget = Budget(data.draw(st.integers(space.cost(space.sparsest), space.cost(space.dense))))
+    radius, ladders = data.draw(st.integers(1, 3)), Ladders(space, budget)
+    centre = ladders.settle(
+        [data.draw(st.integers(0, last)) for last in ladders.last_u.tolist()], _ragged(space, table, 0)
+    )
+    allowed = [(max(0, at - radius), at + radius) for at in centre]
+    found = knapsack_nearby(ladders, _ragged(space, table, data.draw(st.sampled_from([-1.0, 9.0]))), centre, radius)
+    assert found == knapsack(space, budget, table, allowed)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_slack_misses_no_more_than_so_much_room_is_worth(make_space, seed):
+    space, table = _large(make_space, 60, 12, seed)
+    budget = Budget(space.limit_for(0.5))
+    ladders, table_ul = Ladders(space, budget), np.array(table)
+    centre = ladders.settle(space.sparsest, table_ul)
+    for slack in (0.25, 2.0):
+        found = knapsack_nearby(ladders, table_ul, centre, 12, slack)
+        poorer = knapsack(space, Budget(budget.limit - math.ceil(slack * ladders.step)), table)
+        assert fits(space, found, budget)
+        assert not denser_moves(space, found, budget)
+        assert _value(table, knapsack(space, budget, table)) <= _value(table, found) <= _value(table, poorer) + 1e-9
 
 
 def test_too_many_states_still_give_a_full_allocation_near_the_bound(make_space, monkeypatch):
