@@ -2,10 +2,13 @@
 
 After Týr-the-Pruner (NeurIPS 2025): nine levels around each unit's present sparsity, at a step that is halved from
 round to round, units pruned afresh from dense weights on what their predecessors produce in expectation over those
-levels, and another search among them. It departs from the paper in six ways:
+levels, and another search among them. It departs from the paper in seven ways:
 
-- The first round may be of units pruned on dense inputs, side by side. Later ones may follow the incumbent's path in
-  place of the expectation; then whatever differs from the incumbent has weights made for another, and seems worse.
+- All rounds but the last are of units pruned on dense inputs, side by side, unless that is set otherwise. Rounds may
+  follow the incumbent's path in place of the expectation; then whatever differs from the incumbent has weights made for
+  another, and seems worse.
+- All rounds but the last only tell where finer ladders belong: they select nothing on text of its own, and ``auto``
+  ends them with its trust region.
 - Every ladder keeps its dense and its sparsest level, so that a whole sub-block may go, or come back, in any round.
 - Ladders also keep the levels of the baselines, which so stay what they are and are measured in every round.
 - Costs are exact and trade across kinds. The incumbent is filled up to the budget where finer levels leave room.

@@ -619,7 +619,7 @@ def test_store_of_another_model(refused: Refused, search_args: Args, store: Path
         ("tokens.sequence_length=128", "calibration"),
         ("pruner.damping=0.1", "pruner"),
         ("pruner.bias=true", "pruner"),
-        ("pruner.inputs=expected", "pruner"),
+        ("pruner.inputs=dense", "pruner"),
         ("pruner.inputs=path", "pruner"),
         ("ladder.align=8", "space"),
     ],
