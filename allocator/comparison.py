@@ -98,6 +98,7 @@ def run_comparison(
         UserError: An input is wrong. Nothing was written.
     """
     reporter, folder = reporter or Silent(), config.folder
+    config = config.model_copy(update={"search": replace(config.search, rounds=1)})  # a comparison has one store
     check_folder(folder, resume)
     if resume and (folder / "front.json").exists():
         raise UserError(f"{folder}: holds a search, not a comparison. Choose another --name")
