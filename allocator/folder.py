@@ -104,13 +104,15 @@ def advanced(job: Job) -> Journal:
 def store_place(job: Job) -> Path:
     """Return where the level store of a job's round lies.
 
-    A place that the user named is that of the first round, for runs to share. Stores of later rounds lie beside it,
-    named after what they belong to.
+    A place that the user named is for runs of one round to share. Stores of several rounds lie beside it, named after
+    what they belong to, and are shared by runs whose rounds have the same.
     """
     named = job.config.store
     if named is None:
         return job.config.folder / _STORE
-    return named if job.round is None else named.with_name(f"{named.name}-{fingerprint(job.store_key)[7:19]}")
+    if job.config.search.rounds == 1:
+        return named
+    return named.with_name(f"{named.name}-{fingerprint(job.store_key)[7:19]}")
 
 
 def find_store(job: Job) -> LevelStore | None:
@@ -135,7 +137,7 @@ def _header(job: Job) -> dict[str, Any]:
         "method": job.config.search.method,
         "seed": job.config.seed,
         "loss": job.config.loss,
-        "tokens": list(job.config.search.fidelities),
+        "tokens": list(job.config.search.in_round(job.round_number).fidelities),
         **job.training_id,
         "budget": {"cost": job.budget.cost, "limit": job.budget.limit},
         "space": job.space.to_json(),

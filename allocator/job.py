@@ -247,7 +247,8 @@ def _along(config: RunConfig, files: ModelFiles, space: SearchSpace, budget: Bud
     """Return the allocation along which units are pruned, if it is to be one."""
     if config.pruner.inputs != "path":
         if config.pruner.along is not None:
-            raise UserError(f"pruner.along: it serves pruner.inputs=path, found {config.pruner.inputs}. Leave it out")
+            found = config.pruner.inputs or "the default"
+            raise UserError(f"pruner.along: it serves pruner.inputs=path, found {found}. Set that, or leave it out")
         return None
     if config.pruner.along is None:
         return uniform(space, budget)

@@ -132,7 +132,10 @@ ROLES = {
         build_dense, "building a store on dense inputs", "one block, its Hessians at work, and hidden states", "#0072b2"
     ),
     "build_path": Role(
-        build_path, "building a store along a path", "the block twice, and two streams of hidden states", "#56b4e9"
+        build_path,
+        "building a store along a path",
+        "the block twice, two streams, and what enters an output projection",
+        "#56b4e9",
     ),
     "build_dense_heap": Role(
         build_dense, "on dense inputs, glibc as it comes", "the same, and a heap in fragments", "#bbbbbb", maps=False

@@ -272,13 +272,15 @@ def test_killed_between_rounds_and_resumed(
 
 
 def test_stores_at_a_named_place(search: Search, finished: dict[str, Any], tmp_path: Path) -> None:
-    """The first round's is shared; the second's has a name of its own, and both stay."""
+    """Each has a name of its own, stays, and serves the same round of another run; one round takes the place itself."""
     result = search(tmp_path, name="one", more={"store": str(tmp_path / "store")})
     again = search(tmp_path, name="two", more={"store": str(tmp_path / "store")})
     assert not (result.folder / "levels").exists()
     stores = [path.name for path in tmp_path.iterdir() if path.name.startswith("store")]
     assert len(stores) == 2
-    assert "store" in stores
+    assert all(name.startswith("store-") for name in stores)
+    search(tmp_path, name="once", more={"store": str(tmp_path / "store"), "search.rounds": 1})
+    assert (tmp_path / "store").is_dir()
     reference = (finished["structured"].folder / "plan.json").read_bytes()
     assert (result.folder / "plan.json").read_bytes() == (again.folder / "plan.json").read_bytes() == reference
 

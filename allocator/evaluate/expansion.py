@@ -101,7 +101,8 @@ class Expander:
                 states.append(walker.run(index, states[-1]))
             leaving_btd = states.pop()
             between.append(states)
-            sums.append(teacher.judge(lesson, walker, leaving_btd))
+            total_b, size_b, nll_b = teacher.judge(lesson, walker, leaving_btd)
+            sums.append((total_b.cpu(), size_b.cpu(), nll_b.cpu()))  # for a process that may have no such device
             gradients.append(teacher.gradient(lesson, walker, leaving_btd))
         slope: list[tuple[float, ...]] = [()] * len(space.units)
         size: list[tuple[float, ...]] = [()] * len(space.units)

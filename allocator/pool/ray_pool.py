@@ -104,12 +104,12 @@ class RayPool:
         self._lengths = {split: ids.shape[1] for split, ids in tokens.items()}
         self._spec_ref, self._tokens_ref = ray.put(spec), ray.put(dict(tokens))
         self._workers = [self._start() for _ in range(workers)]
+        self._renewing: dict[Any, Any] = {}
 
     def renew(self, spec: EngineSpec) -> None:
         """Go on with other engines, in the same workers and on the same tokens."""
         self._spec, self._spec_ref = spec, ray.put(spec)
-        for worker in self._workers:
-            worker.renew.remote(self._spec_ref)  # before its next task; one that is dead is replaced then
+        self._renewing = {worker.renew.remote(self._spec_ref): worker for worker in self._workers}
 
     def evaluate(self, requests: Sequence[Request]) -> Iterator[Outcome]:
         """Yield outcomes as workers finish runs of neighbouring allocations, and all portions of expansions."""
@@ -182,10 +182,11 @@ class RayPool:
 
         Meanwhile ``look`` is called now and then; it returns a number that grows while there is no reason to worry.
         """
-        waiting = list(range(len(tasks)))[::-1]
-        idle, deaths = list(self._workers), [0] * len(tasks)
-        flying: dict[Any, tuple[Any, int]] = {}
-        while waiting or flying:
+        waiting, left = list(range(len(tasks)))[::-1], len(tasks)
+        idle = [worker for worker in self._workers if worker not in self._renewing.values()]
+        deaths = [0] * len(tasks)
+        flying: dict[Any, tuple[Any, int | None]] = {ref: (worker, None) for ref, worker in self._renewing.items()}
+        while left:
             while waiting and idle:
                 worker, index = idle.pop(), waiting.pop()
                 method, arguments = tasks[index]
@@ -204,7 +205,11 @@ class RayPool:
                     f"no worker has finished a task for {_SILENCE_S:.0f} s; {free:.0f} CPUs of the cluster are free"
                 )
                 continue
-            worker, index = flying.pop(done[0])
+            worker, task = flying.pop(done[0])
+            if task is None:
+                idle.append(self._renewed(done[0]))
+                continue
+            index = task
             try:
                 result = ray.get(done[0])
             except RayTaskError as error:
@@ -224,7 +229,21 @@ class RayPool:
                 waiting.append(index)
                 continue
             idle.append(worker)
+            left -= 1
             yield index, result
+
+    def _renewed(self, ref: Any) -> Any:
+        """Return a worker whose renewal is over, or another in its place if that failed."""
+        worker = self._renewing.pop(ref)
+        try:
+            ray.get(ref)
+        except RayError:
+            with contextlib.suppress(RayActorError):
+                ray.kill(worker)
+            replacement = self._start()
+            self._workers[self._workers.index(worker)] = replacement
+            return replacement
+        return worker
 
 
 def _runs(requests: Sequence[Request], count: int) -> list[list[Request]]:

@@ -83,7 +83,7 @@ class TwoStreams:
         gathered = start(self._walker.model, modules, pruner.need)
         for dense, given, pruned, added in zip(self._dense, self._given, self._pruned, self._added, strict=True):
             entering = self._entering(modules, pruned, added)
-            if stage.writes:
+            if self._projects(stage):
                 self._entered.append(entering[stage.site.output])
             for module in modules:
                 gathered[module].add(entering[module].flatten(0, -2))
@@ -109,7 +109,7 @@ class TwoStreams:
     def settle(self, stage: Stage) -> None:
         """Put what was pruned into the block, at its level of the path; know what a sub-block adds when it is done."""
         site, units = stage.site, [task.unit for task in stage.tasks]
-        if stage.writes and not self._entered:  # no problem was asked for
+        if self._projects(stage) and not self._entered:  # no problem was asked for
             self._entered = [
                 self._entering([site.output], hidden, added)[site.output]
                 for hidden, added in zip(self._pruned, self._added, strict=True)
@@ -120,7 +120,7 @@ class TwoStreams:
                     self._switchboard.set(unit.name, level, wide=True)
         if not stage.writes:
             return
-        if self._levels is None and units[0].name != site.name:
+        if not self._projects(stage):
             totals = self._average_over_levels(site)
         elif self._levels is None:
             self._switchboard.blend(site.name, _shares(units[0]))
@@ -130,6 +130,10 @@ class TwoStreams:
         for added, total in zip(self._added, totals, strict=True):
             added[site.output] = total
         self._entered = []
+
+    def _projects(self, stage: Stage) -> bool:
+        """Whether what a sub-block adds follows from what enters its output projection: all but averages of several."""
+        return stage.writes and (self._levels is not None or stage.tasks[0].unit.name == stage.site.name)
 
     def leaving(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Return what leaves the block, dense and pruned, batch by batch."""

@@ -46,10 +46,11 @@ class SearchSettings:
             ``darwinlm`` and ``tyr`` are evolution with published numbers.
         tokens: Fidelities of ``auto``, ``trust_region`` and ``guided``, increasing: the first is for profiles.
         budget: What the search may spend, such as ``300 evaluations``, ``2e6 tokens`` or ``20 minutes``; None for
-            what its own settings ask for.
+            what its own settings ask for. Baselines and selection come on top.
         rounds: How often the search is done, each time on ladders of half the step around what was found. Rounds
-            share the budget, and what one leaves of evaluations or tokens is the next one's; without a budget, each
-            asks for what the method's settings ask for. All rounds of ``auto`` but the last are brief.
+            share the budget, and what one and its baselines leave of evaluations or tokens is the next one's; without
+            a budget, each asks for what the method's settings ask for. All rounds but the last are brief: nothing is
+            selected, the last of ``tokens`` is left out, and ``auto`` ends after its trust region.
     """
 
     method: Method = "auto"
@@ -85,6 +86,14 @@ class SearchSettings:
         spent = {"evaluations": "evaluations", "tokens": "candidate_tokens"}.get(whole.kind)
         left = whole.amount - sum(line[spent] for line in earlier) if spent else 0.0
         return replace(whole, amount=max(share, left / (self.rounds - len(earlier))))
+
+    def in_round(self, number: int) -> SearchSettings:
+        """Return the settings of a round, the first being 1: those that another follows do without the last fidelity.
+
+        Methods with tokens of their own keep them.
+        """
+        brief = number < self.rounds and len(self.tokens) > 1
+        return replace(self, tokens=self.tokens[:-1]) if brief else self
 
     @property
     def own(self) -> Own | None:
@@ -193,9 +202,8 @@ def decide(
         phase: Called with the name of each phase.
         begun: What this round begins with, if it follows another.
     """
-    brief = (1 if begun is None else begun.number) < settings.rounds
-    if brief:
-        settings = replace(settings, tokens=settings.tokens[:-1] or settings.tokens)
+    number = 1 if begun is None else begun.number
+    brief, settings = number < settings.rounds, settings.in_round(number)
     tokens, training = settings.fidelities[-1], settings.training
     phase("baselines")
     even = uniform(space, budget) if begun is None else begun.uniform

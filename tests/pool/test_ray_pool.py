@@ -161,6 +161,30 @@ def test_workers_go_on_with_another_engine(bench: Bench, pool: Callable[..., Ray
         assert measured(evaluator.evaluate(bench.requests)) == wanted != first
 
 
+def test_a_worker_that_cannot_be_renewed_is_replaced(bench: Bench, pool: Callable[..., RayPool]) -> None:
+    """One is dead, one cannot read what it is sent; none answers for the engine that it had."""
+    other = replace(bench.spec, loss="hidden")
+    wanted = measured(LocalEvaluator(other, bench.tokens).evaluate(bench.requests))
+    evaluator = pool(2)
+    list(evaluator.evaluate(bench.requests[:2]))
+    dead, deaf = evaluator._workers
+    ray.kill(dead)
+    evaluator.renew(other)
+    evaluator._renewing = {ref: worker for ref, worker in evaluator._renewing.items() if worker == dead}
+    evaluator._renewing[deaf.renew.remote(Unreadable())] = deaf
+    assert measured(evaluator.evaluate(bench.requests)) == wanted
+    assert dead not in evaluator._workers
+    assert deaf not in evaluator._workers
+    assert measured(evaluator.evaluate(bench.requests)) == wanted
+
+
+class Unreadable:
+    """What arrives as an error."""
+
+    def __reduce__(self) -> Any:
+        return int, ("no number",)
+
+
 def test_workers_train_as_one_process_does(bench: Bench, pool: Callable[..., RayPool], tmp_path: Path) -> None:
     """To the last bit, and from states that another worker left."""
     tokens = {**bench.tokens, "training": bench.tokens["calibration"]}
