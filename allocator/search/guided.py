@@ -30,9 +30,6 @@ _RUNS_EVERY = 8
 _RADII = 3
 """Allocations that the model likes best are looked for within so many levels of the centre."""
 
-_SLACK = 0.25
-"""Levels of a typical unit whose worth the best of a sample may miss, if it is found sooner."""
-
 _SETTLED = 4
 """Proposals that are brought into the budget exactly, for each entrant."""
 
@@ -105,8 +102,8 @@ def _samples(memory: Memory, count: int, rng: np.random.Generator) -> list[Alloc
     surrogate = memory.surrogate
     found: dict[Allocation, None] = {}
     for index in range(count):
-        table_ul, slack = (surrogate.table_ul, 0.0) if index < _RADII else (surrogate.draw(rng), _SLACK)
-        answer = knapsack_nearby(memory.ladders, table_ul, memory.centre, 1 + index % _RADII, slack)
+        table_ul = surrogate.table_ul if index < _RADII else surrogate.draw(rng)
+        answer = knapsack_nearby(memory.ladders, table_ul, memory.centre, 1 + index % _RADII)
         if not memory.seen(answer):
             found[answer] = None
     return list(found)

@@ -31,9 +31,7 @@ def knapsack(
     return knapsack_multi(space, {budget.cost: budget.limit}, table, allowed)
 
 
-def knapsack_nearby(
-    ladders: Ladders, table_ul: Floats, centre: Allocation, radius: int, slack: float = 0.0
-) -> Allocation:
+def knapsack_nearby(ladders: Ladders, table_ul: Floats, centre: Allocation, radius: int) -> Allocation:
     """Minimise the sum of a table within so many levels of ``centre``, which keeps the budget, in every unit.
 
     As :func:`knapsack_multi`, on arrays.
@@ -43,14 +41,12 @@ def knapsack_nearby(
         table_ul: What each level of each unit adds to the loss.
         centre: One level per unit.
         radius: Levels that a unit may move.
-        slack: Room, in levels of a typical unit, whose worth may be missed. Where a table is no more than a sample,
-            to prove more takes longer than it is worth.
     """
     level_l, centre_u = np.arange(table_ul.shape[1]), np.array(centre)
     values_ul = np.where(level_l <= ladders.last_u[:, None], table_ul, np.inf)
     inside_ul = np.where(np.abs(level_l - centre_u[:, None]) <= radius, values_ul, np.inf)
     costs_kul, rooms_k = ladders.cost_ul[None], np.array([ladders.room])
-    levels_u = optimum(inside_ul, costs_kul, rooms_k, slack * ladders.step)
+    levels_u = optimum(inside_ul, costs_kul, rooms_k)
     assert levels_u is not None, "the centre keeps the budget"
     for reach_ul in (inside_ul, values_ul):
         levels_u = _fill(reach_ul, costs_kul, rooms_k, levels_u)

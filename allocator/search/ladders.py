@@ -21,7 +21,6 @@ class Ladders:
         sparsity_ul: Share of the unit that each level removes, likewise.
         last_u: Each unit's last level.
         room: The budget, less what no unit holds.
-        step: What one level costs, of the median unit.
     """
 
     def __init__(self, space: SearchSpace, budget: Budget) -> None:
@@ -33,7 +32,6 @@ class Ladders:
             [[unit.sparsity(min(level, unit.num_levels - 1)) for level in range(longest)] for unit in space.units]
         )
         self.room = budget.limit - space.fixed[budget.cost]
-        self.step = float(np.median((self.cost_ul[:, 0] - self.cost_ul[:, -1]) / np.maximum(self.last_u, 1)))
         self._units = np.arange(len(space.units))
 
     def cost(self, levels_nu: np.ndarray) -> np.ndarray:

@@ -26,13 +26,12 @@ _ROUNDS = 64  # of the search for a multiplier; any multiplier gives a valid bou
 _TOLERANCE = 1e-12  # of the sums behind a bound: nothing smaller is called an improvement
 
 
-def optimum(values_ul: Floats, costs_kul: Ints, rooms_k: Ints, slack: float = 0.0) -> Ints | None:
+def optimum(values_ul: Floats, costs_kul: Ints, rooms_k: Ints) -> Ints | None:
     """Return the levels of least value within the rooms; None where none was found.
 
     Lagrangian multipliers give a lower bound and a feasible choice. Where the two meet, it is the optimum.
     Otherwise every level that the bound excludes is dropped (Pisinger, "A minimal algorithm for the
-    multiple-choice knapsack problem", EJOR 83, 1995) and the rest is searched; with ``slack``, only if the choice
-    may miss more than so much of each room is worth.
+    multiple-choice knapsack problem", EJOR 83, 1995) and the rest is searched.
     """
     single = len(rooms_k) == 1
     price_k = _multiplier(values_ul, costs_kul[0], int(rooms_k[0])) if single else None
@@ -46,7 +45,7 @@ def optimum(values_ul: Floats, costs_kul: Ints, rooms_k: Ints, slack: float = 0.
         bound = fsum([*priced_ul.min(axis=1), *(-price_k * rooms_k)])
         rounding = _TOLERANCE * float(np.abs(priced_ul.min(axis=1)).sum() + price_k @ np.abs(rooms_k))
         gap = _total(values_ul, levels_u) - bound - rounding
-        if gap <= slack * float(price_k.sum()):
+        if gap <= 0:
             return levels_u
     if single:
         assert levels_u is not None, "with one room, the cheapest choice is feasible"
