@@ -760,13 +760,11 @@ def test_resume_with_a_damaged_store(refused: Refused, unfinished: Path) -> None
 
 
 def test_path_without_being_asked_for(refused: Refused, search_args: Args, own_run: Path) -> None:
+    along = ["--name", "other", "--set", f"pruner.along={own_run / 'plan.json'}"]
     for inputs in ("dense", "expected"):
-        message = refused(
-            *search_args,
-            *("--name", "other", "--set", f"pruner.along={own_run / 'plan.json'}", "--set", f"pruner.inputs={inputs}"),
-        )
-        assert f"pruner.along: it serves pruner.inputs=path, found {inputs}" in message
-        assert "Leave it out" in message
+        message = refused(*search_args, *along, "--set", f"pruner.inputs={inputs}")
+        assert f"pruner.along: it serves pruner.inputs=path, found {inputs}. Set that, or leave it out" in message
+    assert "found the default. Set that" in refused(*search_args, *along)
 
 
 @pytest.mark.parametrize("name", ["gone.json", "damaged.json", "run"])
