@@ -97,8 +97,8 @@ class Job:
     @property
     def inputs(self) -> str:
         """What units are pruned on: see :class:`~allocator.config.PrunerSettings`."""
-        last = self.round_number == self.config.search.rounds
-        return self.config.pruner.inputs or ("expected" if last and self.pruner.need == "gram" else "dense")
+        brief = self.config.search.brief(self.round_number)
+        return self.config.pruner.inputs or ("dense" if brief or self.pruner.need != "gram" else "expected")
 
     @property
     def recompute(self) -> bool:

@@ -85,7 +85,7 @@ def run_search(config: RunConfig, resume: bool = False, reporter: Reporter | Non
         evaluator = opened.enter_context(evaluators(_spec(job), job.tokens, config, reporter))
         while True:
             decision = _round(job, evaluator, journal, found is None, wall, reporter)
-            if job.round_number == config.search.rounds:
+            if not config.search.brief(job.round_number):
                 break
             journal.close()
             shutil.rmtree(folder / TRAINING, ignore_errors=True)

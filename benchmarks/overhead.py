@@ -1,6 +1,6 @@
 """What searchers themselves cost: CPU time of ask and tell per candidate, on 500 units of 16 levels.
 
-    python -m benchmarks.overhead
+    OMP_NUM_THREADS=1 python -m benchmarks.overhead
 
 Losses are computed from a formula, a quadratic form of low rank and a diagonal for each of eight sequences, which takes
 no time that is counted; batches are of 64. Prints a table and writes `results/overhead.json`.

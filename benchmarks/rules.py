@@ -20,11 +20,10 @@ from matplotlib.figure import Figure
 import allocator
 from allocator.comparison import rules_for
 from allocator.progress import Live
-from benchmarks.search_quality import STORES, Store
+from benchmarks.search_quality import HELD_OUT, STORES, Store
 
 RESULTS = Path(__file__).parent / "results"
 FILE = RESULTS / "rules.json"
-HELD_OUT = 16384
 
 
 def run(name: str, store: Store, runs_dir: Path) -> dict[str, Any]:

@@ -221,7 +221,7 @@ class Engine:
                     if index + 1 in kept:
                         kept[index + 1].append(hidden_btd)
                 sums.append(self._teacher.judge(lesson, walker, hidden_btd))
-            measured, parts = _means(sums, self._spec.loss, _positions(lessons))
+            measured, parts = _means(sums, self._spec.loss, sum(lesson.positions for lesson in lessons))
             if requests[0].also == "influence":
                 measured.update({f"influence.{i}": total / requests[0].tokens for i, total in enumerate(turned)})
             now_s = time.perf_counter()
@@ -245,7 +245,7 @@ class Engine:
         sums = [
             self._teacher.judge(lesson, walker, walker.run_all(walker.embed(lesson.tokens_bt))) for lesson in lessons
         ]
-        return _means(sums, lessons[0].loss, _positions(lessons))
+        return _means(sums, lessons[0].loss, sum(lesson.positions for lesson in lessons))
 
     def _path(self, allocation: Allocation) -> trie.Path:
         """Return the levels of each block."""
@@ -283,11 +283,6 @@ def expanded(request: Request, loss: Loss, portions: Sequence[Portion]) -> Outco
     sums = [each for portion in portions for each in portion.sums]
     measured, parts = _means(sums, loss, sum(portion.positions for portion in portions))
     return Outcome(request, measured, sum(portion.wall_s for portion in portions), loss, parts, expansion)
-
-
-def _positions(lessons: Sequence[Lesson]) -> int:
-    """Return how many tokens follow another."""
-    return sum(lesson.tokens_bt[:, 1:].numel() for lesson in lessons)
 
 
 def _means(sums: Sequence[Sums], loss: Loss, positions: int) -> tuple[dict[str, float], tuple[float, ...]]:

@@ -126,7 +126,7 @@ class Expander:
                 slope[place], size[place] = self._unit(
                     place, allocation[place], gradient_oi, gradient_o, input_ni[list(some)]
                 )
-        positions = sum(lesson.tokens_bt[:, 1:].numel() for lesson in lessons)
+        positions = sum(lesson.positions for lesson in lessons)
         return Portion(sums, positions, tuple(slope), tuple(size), len(some))
 
     def _unit(

@@ -33,6 +33,11 @@ class Lesson:
     hidden_btd: torch.Tensor | None
     kept: tuple[Targets, ...] | None
 
+    @property
+    def positions(self) -> int:
+        """How many tokens follow another."""
+        return self.tokens_bt[:, 1:].numel()
+
 
 class Teacher:
     """Lessons by split. The walker's model must be dense whenever a new lesson is computed."""

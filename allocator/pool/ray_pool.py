@@ -182,11 +182,11 @@ class RayPool:
 
         Meanwhile ``look`` is called now and then; it returns a number that grows while there is no reason to worry.
         """
-        waiting, left = list(range(len(tasks)))[::-1], len(tasks)
+        waiting = list(range(len(tasks)))[::-1]
         idle = [worker for worker in self._workers if worker not in self._renewing.values()]
         deaths = [0] * len(tasks)
-        flying: dict[Any, tuple[Any, int | None]] = {ref: (worker, None) for ref, worker in self._renewing.items()}
-        while left:
+        flying: dict[Any, tuple[Any, int]] = {}
+        while waiting or flying:
             while waiting and idle:
                 worker, index = idle.pop(), waiting.pop()
                 method, arguments = tasks[index]
@@ -195,7 +195,7 @@ class RayPool:
             silent_s, seen = 0.0, 0
             while not done and silent_s < _SILENCE_S:
                 pause_s = _SILENCE_S if look is None else _LOOK_S
-                done, _ = ray.wait(list(flying), num_returns=1, timeout=pause_s)
+                done, _ = ray.wait([*flying, *self._renewing], num_returns=1, timeout=pause_s)
                 silent_s += pause_s
                 if look is not None and (now := look()) > seen:
                     silent_s, seen = 0.0, now
@@ -205,11 +205,10 @@ class RayPool:
                     f"no worker has finished a task for {_SILENCE_S:.0f} s; {free:.0f} CPUs of the cluster are free"
                 )
                 continue
-            worker, task = flying.pop(done[0])
-            if task is None:
+            if done[0] in self._renewing:
                 idle.append(self._renewed(done[0]))
                 continue
-            index = task
+            worker, index = flying.pop(done[0])
             try:
                 result = ray.get(done[0])
             except RayTaskError as error:
@@ -229,7 +228,6 @@ class RayPool:
                 waiting.append(index)
                 continue
             idle.append(worker)
-            left -= 1
             yield index, result
 
     def _renewed(self, ref: Any) -> Any:

@@ -72,7 +72,7 @@ class TwoStreams:
             with self._walker.listening(index, [*(s.name for s in sites), *(s.output for s in sites)]) as (_, heard):
                 self._leaving.append(self._walker.run(index, batch))
             self._given.append({site.output: heard[site.output] for site in sites})
-            self._passed_over = {site.output: _passed_over(site, heard) for site in sites}
+        self._passed_over = {site.output: _passed_over(site, heard) for site in sites}  # of any batch
         self._adds_up = self._check_sum(layout.blocks[index])
 
     def problems(self, stage: Stage, wanted: Mapping[Task, tuple[int, ...]]) -> list[Problem]:

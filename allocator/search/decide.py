@@ -92,8 +92,11 @@ class SearchSettings:
 
         Methods with tokens of their own keep them.
         """
-        brief = number < self.rounds and len(self.tokens) > 1
-        return replace(self, tokens=self.tokens[:-1]) if brief else self
+        return replace(self, tokens=self.tokens[:-1] or self.tokens) if self.brief(number) else self
+
+    def brief(self, number: int) -> bool:
+        """Whether another round follows the one of a number."""
+        return number < self.rounds
 
     @property
     def own(self) -> Own | None:
@@ -203,7 +206,7 @@ def decide(
         begun: What this round begins with, if it follows another.
     """
     number = 1 if begun is None else begun.number
-    brief, settings = number < settings.rounds, settings.in_round(number)
+    brief, settings = settings.brief(number), settings.in_round(number)
     tokens, training = settings.fidelities[-1], settings.training
     phase("baselines")
     even = uniform(space, budget) if begun is None else begun.uniform

@@ -46,11 +46,9 @@ def knapsack_nearby(ladders: Ladders, table_ul: Floats, centre: Allocation, radi
     values_ul = np.where(level_l <= ladders.last_u[:, None], table_ul, np.inf)
     inside_ul = np.where(np.abs(level_l - centre_u[:, None]) <= radius, values_ul, np.inf)
     costs_kul, rooms_k = ladders.cost_ul[None], np.array([ladders.room])
-    levels_u = optimum(inside_ul, costs_kul, rooms_k)
-    assert levels_u is not None, "the centre keeps the budget"
-    for reach_ul in (inside_ul, values_ul):
-        levels_u = _fill(reach_ul, costs_kul, rooms_k, levels_u)
-    return tuple(levels_u.tolist())
+    found = _filled_optimum(inside_ul, values_ul, costs_kul, rooms_k)
+    assert found is not None, "the centre keeps the budget"
+    return found
 
 
 def knapsack_multi(
@@ -88,15 +86,13 @@ def knapsack_multi(
         level_l = np.arange(values_ul.shape[1])
         inside_ul = np.where((level_l >= low_u[:, None]) & (level_l <= high_u[:, None]), values_ul, np.inf)
     reach = _check_reach(space, limits, inside_ul, costs_kul)
-    levels_u = optimum(inside_ul, costs_kul, rooms_k)
-    if levels_u is None:
+    found = _filled_optimum(inside_ul, values_ul, costs_kul, rooms_k)
+    if found is None:
         raise UserError(
             f"{_named(limits)}: no allocation was found that keeps all, though the levels to choose from "
             f"reach {reach} one by one. Raise a limit, or allow sparser levels"
         )
-    for reach_ul in (inside_ul, values_ul):
-        levels_u = _fill(reach_ul, costs_kul, rooms_k, levels_u)
-    return tuple(levels_u.tolist())
+    return found
 
 
 def additive_front(space: SearchSpace, cost: Cost, table: Table) -> list[tuple[int, float, Allocation]]:
@@ -186,6 +182,16 @@ def _check_reach(space: SearchSpace, limits: Mapping[Cost, int], values_ul: Floa
 
 def _named(limits: Mapping[Cost, int]) -> str:
     return " and ".join(f"{cost} <= {limit}" for cost, limit in limits.items())
+
+
+def _filled_optimum(inside_ul: Floats, values_ul: Floats, costs_kul: Ints, rooms_k: Ints) -> Allocation | None:
+    """Return the optimum among the values inside ranges, filled, inside them first; None where none was found."""
+    levels_u = optimum(inside_ul, costs_kul, rooms_k)
+    if levels_u is None:
+        return None
+    for reach_ul in (inside_ul, values_ul):
+        levels_u = _fill(reach_ul, costs_kul, rooms_k, levels_u)
+    return tuple(levels_u.tolist())
 
 
 def _fill(values_ul: Floats, costs_kul: Ints, rooms_k: Ints, levels_u: Ints) -> Ints:

@@ -76,7 +76,7 @@ class Tabular:
 
     def __init__(self, ladders: Ladders, centre: Allocation, tokens: int) -> None:
         """Begin with nothing observed, around a centre; the loss to model is that on so many tokens."""
-        self._ladders, self._tokens = ladders, tokens
+        self._ladders = ladders
         self._observed: list[Difference] = []
         self._sampling = Sampling(tokens)
         self._units = np.arange(len(ladders.last_u))
@@ -111,9 +111,8 @@ class Tabular:
     def estimate(self, levels_nu: np.ndarray, value_n: np.ndarray, tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """Weigh what was measured on few tokens against what is expected. See :class:`Surrogate`."""
         size_n = np.sqrt(self._size(levels_nu, self._centre_u))
-        return weighed(
-            value_n, np.sqrt(self._sampling.beyond(tokens)) * size_n, self.predict(levels_nu), _MISFIT * size_n
-        )
+        blur_n = np.sqrt(self._sampling.beyond(tokens)) * size_n
+        return weighed(value_n, blur_n, self.predict(levels_nu), _MISFIT * size_n)
 
     def deviation(self) -> np.ndarray:
         """Return the posterior deviation of each level's loss relative to the centre's, [U, L]."""
