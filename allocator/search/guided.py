@@ -2,7 +2,7 @@
 
 Exchange evolution measures each offspring to learn whether it is good. Here proposals are cheap. Where the evaluator
 has gradients, the loss is expanded whenever the centre moves; the proposals are what the model thinks best nearby, and
-what samples of it do (Thompson, 1933), each found exactly by a knapsack: exchanges of several units at once. Without
+what samples of it do (Thompson, 1933), each found by a knapsack: exchanges of several units at once. Without
 gradients, thousands of exchanges are drawn from the best allocations so far, favouring units that have most to gain and
 least to lose, and the model ranks them. Only a few proposals are measured, in a race on growing token sets. Where
 blocks can be removed, some entrants remove or restore a contiguous run of them, which no model judges.
@@ -29,6 +29,9 @@ _RUNS_EVERY = 8
 
 _RADII = 3
 """Allocations that the model likes best are looked for within so many levels of the centre."""
+
+_CLOSE = 1e-4
+"""Share of the loss to which knapsacks of samples are solved; far less than any measurement tells apart."""
 
 _SETTLED = 4
 """Proposals that are brought into the budget exactly, for each entrant."""
@@ -103,7 +106,7 @@ def _samples(memory: Memory, count: int, rng: np.random.Generator) -> list[Alloc
     found: dict[Allocation, None] = {}
     for index in range(count):
         table_ul = surrogate.table_ul if index < _RADII else surrogate.draw(rng)
-        answer = knapsack_nearby(memory.ladders, table_ul, memory.centre, 1 + index % _RADII)
+        answer = knapsack_nearby(memory.ladders, table_ul, memory.centre, 1 + index % _RADII, _CLOSE)
         if not memory.seen(answer):
             found[answer] = None
     return list(found)

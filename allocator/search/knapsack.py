@@ -15,7 +15,7 @@ from allocator.core.budget import Budget
 from allocator.core.errors import UserError
 from allocator.core.space import Allocation, Cost, SearchSpace
 from allocator.search.ladders import Ladders
-from allocator.search.lagrange import Floats, Ints, cheapest, gains, improves, optimum
+from allocator.search.lagrange import Floats, Ints, cheapest, fill, improves, optimum
 
 Table: TypeAlias = Sequence[Sequence[float]]
 """What each level of each unit adds to the loss, in the order of the units; inf forbids the level."""
@@ -31,7 +31,9 @@ def knapsack(
     return knapsack_multi(space, {budget.cost: budget.limit}, table, allowed)
 
 
-def knapsack_nearby(ladders: Ladders, table_ul: Floats, centre: Allocation, radius: int) -> Allocation:
+def knapsack_nearby(
+    ladders: Ladders, table_ul: Floats, centre: Allocation, radius: int, slack: float = 0.0
+) -> Allocation:
     """Minimise the sum of a table within so many levels of ``centre``, which keeps the budget, in every unit.
 
     As :func:`knapsack_multi`, on arrays.
@@ -41,14 +43,19 @@ def knapsack_nearby(ladders: Ladders, table_ul: Floats, centre: Allocation, radi
         table_ul: What each level of each unit adds to the loss.
         centre: One level per unit.
         radius: Levels that a unit may move.
+        slack: By how much the sum may miss the least; where there are hundreds of units, a little spares most work.
     """
-    level_l, centre_u = np.arange(table_ul.shape[1]), np.array(centre)
-    values_ul = np.where(level_l <= ladders.last_u[:, None], table_ul, np.inf)
-    inside_ul = np.where(np.abs(level_l - centre_u[:, None]) <= radius, values_ul, np.inf)
-    costs_kul, rooms_k = ladders.cost_ul[None], np.array([ladders.room])
-    found = _filled_optimum(inside_ul, values_ul, costs_kul, rooms_k)
-    assert found is not None, "the centre keeps the budget"
-    return found
+    last_u1, unit_u1 = ladders.last_u[:, None], np.arange(len(centre))[:, None]
+    level_uw = np.array(centre)[:, None] + np.arange(-radius, radius + 1)  # the window of each unit
+    inside_uw = (level_uw >= 0) & (level_uw <= last_u1)
+    level_uw = np.clip(level_uw, 0, last_u1)
+    values_uw = np.where(inside_uw, table_ul[unit_u1, level_uw], np.inf)
+    costs_kuw, rooms_k = ladders.cost_ul[unit_u1, level_uw][None], np.array([ladders.room])
+    found_u = optimum(values_uw, costs_kuw, rooms_k, slack)
+    assert found_u is not None, "the centre keeps the budget"
+    found_u = fill(values_uw, costs_kuw, rooms_k, found_u)
+    levels_u = level_uw[unit_u1[:, 0], found_u]
+    return tuple(fill(table_ul, ladders.cost_ul[None], rooms_k, levels_u).tolist())
 
 
 def knapsack_multi(
@@ -86,13 +93,15 @@ def knapsack_multi(
         level_l = np.arange(values_ul.shape[1])
         inside_ul = np.where((level_l >= low_u[:, None]) & (level_l <= high_u[:, None]), values_ul, np.inf)
     reach = _check_reach(space, limits, inside_ul, costs_kul)
-    found = _filled_optimum(inside_ul, values_ul, costs_kul, rooms_k)
-    if found is None:
+    found_u = optimum(inside_ul, costs_kul, rooms_k)
+    if found_u is None:
         raise UserError(
             f"{_named(limits)}: no allocation was found that keeps all, though the levels to choose from "
             f"reach {reach} one by one. Raise a limit, or allow sparser levels"
         )
-    return found
+    for reach_ul in (inside_ul, values_ul):
+        found_u = fill(reach_ul, costs_kul, rooms_k, found_u)
+    return tuple(found_u.tolist())
 
 
 def additive_front(space: SearchSpace, cost: Cost, table: Table) -> list[tuple[int, float, Allocation]]:
@@ -182,25 +191,3 @@ def _check_reach(space: SearchSpace, limits: Mapping[Cost, int], values_ul: Floa
 
 def _named(limits: Mapping[Cost, int]) -> str:
     return " and ".join(f"{cost} <= {limit}" for cost, limit in limits.items())
-
-
-def _filled_optimum(inside_ul: Floats, values_ul: Floats, costs_kul: Ints, rooms_k: Ints) -> Allocation | None:
-    """Return the optimum among the values inside ranges, filled, inside them first; None where none was found."""
-    levels_u = optimum(inside_ul, costs_kul, rooms_k)
-    if levels_u is None:
-        return None
-    for reach_ul in (inside_ul, values_ul):
-        levels_u = _fill(reach_ul, costs_kul, rooms_k, levels_u)
-    return tuple(levels_u.tolist())
-
-
-def _fill(values_ul: Floats, costs_kul: Ints, rooms_k: Ints, levels_u: Ints) -> Ints:
-    """Move units one level denser while one fits, the largest gain first."""
-    levels_u = levels_u.copy()
-    while True:
-        gain_ul = gains(values_ul, costs_kul, rooms_k, levels_u)
-        unit_u = np.flatnonzero(levels_u > 0)
-        gain_u = gain_ul[unit_u, levels_u[unit_u] - 1]
-        if not len(gain_u) or gain_u.max() == -np.inf:
-            return levels_u
-        levels_u[unit_u[gain_u.argmax()]] -= 1

@@ -6,7 +6,6 @@ the longest ladder; a level that may not be taken has the value inf. A room is w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import fsum
 from typing import Any, TypeAlias
 
@@ -26,8 +25,8 @@ _ROUNDS = 64  # of the search for a multiplier; any multiplier gives a valid bou
 _TOLERANCE = 1e-12  # of the sums behind a bound: nothing smaller is called an improvement
 
 
-def optimum(values_ul: Floats, costs_kul: Ints, rooms_k: Ints) -> Ints | None:
-    """Return the levels of least value within the rooms; None where none was found.
+def optimum(values_ul: Floats, costs_kul: Ints, rooms_k: Ints, slack: float = 0.0) -> Ints | None:
+    """Return the levels of least value within the rooms, to within a slack; None where none was found.
 
     Lagrangian multipliers give a lower bound and a feasible choice. Where the two meet, it is the optimum.
     Otherwise every level that the bound excludes is dropped (Pisinger, "A minimal algorithm for the
@@ -45,7 +44,7 @@ def optimum(values_ul: Floats, costs_kul: Ints, rooms_k: Ints) -> Ints | None:
         bound = fsum([*priced_ul.min(axis=1), *(-price_k * rooms_k)])
         rounding = _TOLERANCE * float(np.abs(priced_ul.min(axis=1)).sum() + price_k @ np.abs(rooms_k))
         gap = _total(values_ul, levels_u) - bound - rounding
-        if gap <= 0:
+        if gap <= slack:
             return levels_u
     if single:
         assert levels_u is not None, "with one room, the cheapest choice is feasible"
@@ -57,24 +56,22 @@ def optimum(values_ul: Floats, costs_kul: Ints, rooms_k: Ints) -> Ints | None:
 
 def _multiplier(values_ul: Floats, costs_ul: Ints, room: int) -> Floats:
     """Return the multiplier of one resource that maximises the Lagrangian bound, by secants."""
-    rows_u = np.arange(len(values_ul))
+    rows_u, floats_ul = np.arange(len(values_ul)), costs_ul.astype(float)
 
-    def pick(keys: Sequence[NDArray[np.generic]]) -> tuple[int, float]:
-        level_u = np.lexsort(keys, axis=1)[:, 0]
-        return int(costs_ul[rows_u, level_u].sum()), _total(values_ul, level_u)
+    def point(level_u: Ints) -> tuple[int, float]:
+        return int(costs_ul[rows_u, level_u].sum()), float(values_ul[rows_u, level_u].sum())
 
-    rich = pick((costs_ul, values_ul))
+    rich = point(np.lexsort((costs_ul, values_ul), axis=1)[:, 0])
     if rich[0] <= room:
         return np.zeros(1)
-    cheap = pick((values_ul, np.where(np.isfinite(values_ul), costs_ul, np.iinfo(np.int64).max)))
+    finite_ul = np.where(np.isfinite(values_ul), floats_ul, np.inf)
+    cheap = point(np.lexsort((values_ul, finite_ul), axis=1)[:, 0])
     for _ in range(_ROUNDS):
         price = (cheap[1] - rich[1]) / (rich[0] - cheap[0])
-        priced_ul = values_ul + price * costs_ul
-        level_u = priced_ul.argmin(axis=1)
-        point = int(costs_ul[rows_u, level_u].sum()), _total(values_ul, level_u)
-        if point[1] + price * point[0] >= (rich[1] + price * rich[0]) - _TOLERANCE * abs(rich[1]):
+        at = point((values_ul + price * floats_ul).argmin(axis=1))
+        if at[1] + price * at[0] >= (rich[1] + price * rich[0]) - _TOLERANCE * abs(rich[1]):
             break
-        cheap, rich = (point, rich) if point[0] <= room else (cheap, point)
+        cheap, rich = (at, rich) if at[0] <= room else (cheap, at)
     return np.array([price])
 
 
@@ -148,55 +145,59 @@ def _program(values_ul: Floats, costs_kul: Ints, rooms_k: Ints) -> tuple[Ints, A
 def _states(values_ul: Floats, costs_ul: Ints, room: int, excess_ul: Floats, incumbent_u: Ints, gap: float) -> Ints:
     """Return the levels of least value within one room, by dynamic programming over (cost, value) states.
 
-    Unit after unit, of all choices so far only those are kept that can still fit, whose Lagrangian excess is
-    below the gap between incumbent and bound, and that no other dominates: never more than there are distinct
-    costs. Each is also completed with the levels of the incumbent, which it replaces if it is better. Units to which
-    the bound leaves a single level, which are most where there are many, come first, all at once. Where more than
-    :data:`MAX_STATES` are left, those of least excess are kept; tables that are linear in odd costs do that (subset
-    sums), and their answer is then the best of what was kept.
+    Begins where the bound does, with every unit at its level of no excess. Units that could change for the least excess
+    are opened first, one after the other; of all choices among them only those states are kept whose excess is below
+    the gap between incumbent and bound, that can still fit, and that no other dominates: never more than there are
+    distinct costs. Each is completed with what the bound chose for the rest, and a better one narrows the gap, until no
+    unit is left that could change for less. Where more than :data:`MAX_STATES` are left, those of least excess are
+    kept; tables that are linear in odd costs do that (subset sums), and their answer is then the best of what was kept.
     """
-    usable_ul = excess_ul < gap
-    closed_u = usable_ul.sum(axis=1) == 1
-    rows_u, single_u, single_l = np.flatnonzero(~closed_u), np.flatnonzero(closed_u), usable_ul[closed_u].argmax(axis=1)
-    least_u = cheapest(np.where(usable_ul, values_ul, np.inf), costs_ul[None])[0, rows_u]
-    rest_u = least_u[::-1].cumsum()[::-1] - least_u
-    tail_cost_u = costs_ul[rows_u, incumbent_u[rows_u]]
-    tail_cost_u = tail_cost_u[::-1].cumsum()[::-1] - tail_cost_u
-    tail_value_u = values_ul[rows_u, incumbent_u[rows_u]]
-    tail_value_u = tail_value_u[::-1].cumsum()[::-1] - tail_value_u
-    best = _total(values_ul, incumbent_u)
+    units = np.arange(len(values_ul))
+    bound_u = np.where(excess_ul[units, incumbent_u] > 0, excess_ul.argmin(axis=1), incumbent_u)
+    others_ul = excess_ul.copy()
+    others_ul[units, bound_u] = np.inf
+    least_u = others_ul.min(axis=1)
+    open_u = np.flatnonzero(least_u < gap)
+    open_u = open_u[least_u[open_u].argsort(kind="stable")]
+    usable_ul = excess_ul[open_u] < gap
+    spent_ul = costs_ul[open_u] - costs_ul[open_u, bound_u[open_u]][:, None]
+    worth_ul = values_ul[open_u] - values_ul[open_u, bound_u[open_u]][:, None]
+    freed_u = np.where(usable_ul, spent_ul, 0).min(axis=1)
+    freed_u = freed_u[::-1].cumsum()[::-1] - freed_u  # by units that are opened later, at most
+    room -= int(costs_ul[units, bound_u].sum())
+    best = _total(values_ul, incumbent_u) - _total(values_ul, bound_u)
     best_at: tuple[int, int] | None = None
-    cost_s, value_s = costs_ul[single_u, single_l].sum(keepdims=True), values_ul[single_u, single_l].sum(keepdims=True)
-    excess_s = np.zeros(1)
+    cost_s, value_s, excess_s = np.zeros(1, dtype=np.int64), np.zeros(1), np.zeros(1)
     steps: list[tuple[Ints, Ints]] = []
-    for index, unit in enumerate(rows_u.tolist()):
-        level_l = np.flatnonzero(usable_ul[unit])
-        next_cost_s = (costs_ul[unit, level_l, None] + cost_s).ravel()
-        next_value_s = (values_ul[unit, level_l, None] + value_s).ravel()
+    for index, unit in enumerate(open_u.tolist()):
+        if least_u[unit] >= gap:
+            break
+        level_l = np.flatnonzero(usable_ul[index])
+        next_cost_s = (spent_ul[index, level_l, None] + cost_s).ravel()
+        next_value_s = (worth_ul[index, level_l, None] + value_s).ravel()
         next_excess_s = (excess_ul[unit, level_l, None] + excess_s).ravel()
-        order_s = np.flatnonzero((next_cost_s <= room - rest_u[index]) & (next_excess_s < gap))
+        order_s = np.flatnonzero((next_cost_s <= room - freed_u[index]) & (next_excess_s < gap))
         order_s = order_s[next_cost_s[order_s].argsort(kind="stable")]  # merges the runs of the levels
         order_s = order_s[improves(next_value_s[order_s])]
-        order_s = order_s[np.diff(next_cost_s[order_s], append=room + 1) > 0]
+        order_s = order_s[np.diff(next_cost_s[order_s], append=room - freed_u[index] + 1) > 0]
         if len(order_s) > MAX_STATES:
             kept_s = next_excess_s[order_s].argpartition(MAX_STATES)[:MAX_STATES]
             order_s = order_s[np.sort(kept_s)]
         steps.append((level_l[order_s // len(cost_s)], order_s % len(cost_s)))
         cost_s, value_s, excess_s = next_cost_s[order_s], next_value_s[order_s], next_excess_s[order_s]
-        # the states that fit with the tail come first, and the last of them has the least value
-        state = int(np.searchsorted(cost_s, room - tail_cost_u[index], side="right")) - 1
-        if state >= 0 and value_s[state] + tail_value_u[index] < best:
-            better = float(value_s[state] + tail_value_u[index])
-            gap, best, best_at = gap - (best - better), better, (index, state)
-        if gap <= 0 or not len(cost_s):
+        # the states that fit come first, and the last of them has the least value
+        state = int(np.searchsorted(cost_s, room, side="right")) - 1
+        if state >= 0 and value_s[state] < best:
+            gap, best, best_at = gap - (best - float(value_s[state])), float(value_s[state]), (index, state)
+        if not len(cost_s):
             break
-    levels_u = incumbent_u.copy()
-    if best_at is not None:
-        last, state = best_at
-        levels_u[single_u] = single_l
-        for index in range(last, -1, -1):
-            level_s, parent_s = steps[index]
-            levels_u[rows_u[index]], state = level_s[state], parent_s[state]
+    if best_at is None:
+        return incumbent_u
+    levels_u = bound_u
+    last, state = best_at
+    for index in range(last, -1, -1):
+        level_s, parent_s = steps[index]
+        levels_u[open_u[index]], state = level_s[state], parent_s[state]
     return levels_u
 
 
@@ -205,7 +206,7 @@ def _feasible(values_ul: Floats, costs_kul: Ints, rooms_k: Ints, excess_ul: Floa
     levels_u: Ints = excess_ul.argmin(axis=1)
     scale_k = np.maximum(np.abs(rooms_k), 1)[:, None, None]
     while True:
-        over_k, over_kul = _spent(values_ul, costs_kul, rooms_k, levels_u)
+        over_k, over_kul = _spent(costs_kul, rooms_k, levels_u)
         if (over_k <= 0).all():
             break
         relief_ul = ((np.maximum(over_k, 0)[:, None, None] - np.maximum(over_kul, 0)) / scale_k).sum(axis=0)
@@ -217,25 +218,41 @@ def _feasible(values_ul: Floats, costs_kul: Ints, rooms_k: Ints, excess_ul: Floa
             return None
         levels_u[unit] = level
     while True:
-        gain_ul = gains(values_ul, costs_kul, rooms_k, levels_u)
+        gain_ul = _gains(values_ul, costs_kul, rooms_k, levels_u)
         unit, level = np.unravel_index(gain_ul.argmax(), gain_ul.shape)
         if gain_ul[unit, level] <= 0:
             return levels_u
         levels_u[unit] = level
 
 
-def _spent(values_ul: Floats, costs_kul: Ints, rooms_k: Ints, levels_u: Ints) -> tuple[Ints, Ints]:
+def _spent(costs_kul: Ints, rooms_k: Ints, levels_u: Ints) -> tuple[Ints, Ints]:
     """Return what exceeds each room now, (k,), and after each single change of one unit, (k, u, l)."""
-    now_ku1 = np.take_along_axis(costs_kul, levels_u[None, :, None], axis=2)
-    over_k = now_ku1.sum(axis=(1, 2)) - rooms_k
-    return over_k, over_k[:, None, None] + costs_kul - now_ku1
+    now_ku = costs_kul[:, np.arange(len(levels_u)), levels_u]
+    over_k = now_ku.sum(axis=1) - rooms_k
+    return over_k, costs_kul + (over_k[:, None] - now_ku)[:, :, None]
 
 
-def gains(values_ul: Floats, costs_kul: Ints, rooms_k: Ints, levels_u: Ints) -> Floats:
+def _gains(values_ul: Floats, costs_kul: Ints, rooms_k: Ints, levels_u: Ints) -> Floats:
     """Return by how much each single change lowers the value; -inf where it does not fit or is forbidden."""
-    _, over_kul = _spent(values_ul, costs_kul, rooms_k, levels_u)
-    current_u1 = np.take_along_axis(values_ul, levels_u[:, None], axis=1)
-    return np.where((over_kul <= 0).all(axis=0), current_u1 - values_ul, -np.inf)
+    _, over_kul = _spent(costs_kul, rooms_k, levels_u)
+    current_u = values_ul[np.arange(len(levels_u)), levels_u]
+    return np.where((over_kul <= 0).all(axis=0), current_u[:, None] - values_ul, -np.inf)
+
+
+def fill(values_ul: Floats, costs_kul: Ints, rooms_k: Ints, levels_u: Ints) -> Ints:
+    """Move units one level denser while one fits, the largest gain first, to levels that are not forbidden."""
+    levels_u, units = levels_u.copy(), np.arange(len(levels_u))
+    left_k1 = (rooms_k - costs_kul[:, units, levels_u].sum(axis=1))[:, None]
+    while True:
+        denser_u = np.maximum(levels_u - 1, 0)
+        needed_ku = costs_kul[:, units, denser_u] - costs_kul[:, units, levels_u]
+        can_u = (levels_u > 0) & (needed_ku <= left_k1).all(axis=0)
+        gain_u = np.where(can_u, values_ul[units, levels_u] - values_ul[units, denser_u], -np.inf)
+        unit = int(gain_u.argmax())
+        if gain_u[unit] == -np.inf:
+            return levels_u
+        left_k1 = left_k1 - needed_ku[:, unit, None]
+        levels_u[unit] -= 1
 
 
 def cheapest(values_ul: Floats, costs_kul: Ints) -> Ints:

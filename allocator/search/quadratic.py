@@ -149,9 +149,10 @@ class Quadratic:
         # of curvatures relative to what steps told; every observation's row is at most 1 / _MISFIT long
         precision_uu, bend_u = np.diag(doubt_u**-2.0), told_u
         if self._observed:
-            curve_nu = np.array([one.size_u for one in self._observed]) * told_u
+            curve_nu = np.array([one.size_u for one in self._observed])
+            curve_nu *= told_u
             left_n = np.array([one.left for one in self._observed]) - curve_nu.sum(1)
-            deviation_n = np.sqrt(self._variance(np.square(curve_nu).sum(1)))
+            deviation_n = np.sqrt(self._variance(np.einsum("nu,nu->n", curve_nu, curve_nu)))
             curve_nu /= deviation_n[:, None]
             precision_uu += curve_nu.T @ curve_nu
         self._factor_uu = cholesky(precision_uu, lower=True, check_finite=False)

@@ -33,7 +33,6 @@ def race(memory: Memory, entrants: Sequence[Allocation], keep: int) -> Steps:
         found = yield from memory.compare(alive, tokens)
         if place == len(rungs):
             return
-        memory.surrogate.refresh(memory.centre)
         value_n = np.array([one.value for one in found])
         mean_n, deviation_n = memory.surrogate.estimate(np.array(alive), value_n, tokens)
         ranked = sorted(

@@ -37,7 +37,6 @@ class Memory:
         ladders: The space as arrays.
         tokens: Fidelities, increasing; the last is that of finalists.
         centre: Where the search is: the best allocation at the last fidelity.
-        surrogate: The model, around the centre.
         gradients: Whether the evaluator has any, as far as is known.
     """
 
@@ -45,8 +44,9 @@ class Memory:
         self.space, self.budget, self.tokens = space, budget, tuple(tokens)
         self.ladders = Ladders(space, budget)
         self.centre = start[0]
-        self.surrogate: Surrogate = Tabular(self.ladders, self.centre, self.tokens[-1])
         self.gradients = True
+        self._model: Tabular | Quadratic = Tabular(self.ladders, self.centre, self.tokens[-1])
+        self._fitted = True
         self._known: dict[Key, Outcome] = {}
         self._filling: list[tuple[float, Allocation]] = []
 
@@ -73,7 +73,8 @@ class Memory:
         first, *others = yield from self.measure([self.centre, *allocations], tokens)
         found = [difference(other, first) for other in others]
         for one in found:
-            self.surrogate.observe(one)
+            self._model.observe(one)
+        self._fitted = False
         return found
 
     def expand(self, few: int | None = None) -> Steps:
@@ -82,16 +83,13 @@ class Memory:
         From then on the model is quadratic. A curvature that was not measured on ``few`` tokens (those of the first
         fidelity) takes one step of its unit, and an expansion on the same tokens.
         """
-        before = len(self._known)
         yield from self._expand(self.tokens[-1])
-        if not isinstance(self.surrogate, Quadratic):
+        if not isinstance(self._model, Quadratic):
             return
         few = few or self.tokens[0]
-        if len(units := self.surrogate.unbent(few)):
+        if len(units := self._model.unbent(few)):
             yield from self._expand(few)
             yield from self.compare([self._step(int(unit)) for unit in units], few)
-        if len(self._known) > before:
-            self.surrogate.refresh(self.centre)
 
     def _expand(self, tokens: int) -> Steps:
         request = Request(self.centre, tokens, also="expansion")
@@ -101,9 +99,10 @@ class Memory:
         self._known[request.key] = outcome
         self.gradients = outcome.expansion is not None
         if self.gradients:
-            if not isinstance(self.surrogate, Quadratic):
-                self.surrogate = Quadratic(self.ladders, self.tokens[-1])
-            self.surrogate.expand(outcome)
+            if not isinstance(self._model, Quadratic):
+                self._model = Quadratic(self.ladders, self.tokens[-1])
+            self._model.expand(outcome)
+            self._fitted = False
 
     def _step(self, unit: int) -> Allocation:
         """Return the centre with a unit one level sparser, or denser where there is none."""
@@ -120,6 +119,14 @@ class Memory:
         return any(self.knows(allocation, tokens) for tokens in self.tokens)
 
     @property
+    def surrogate(self) -> Surrogate:
+        """The model, fitted to all that was measured, around the centre."""
+        if not self._fitted:
+            self._model.refresh(self.centre)
+            self._fitted = True
+        return self._model
+
+    @property
     def loss(self) -> float:
         """The loss of the centre at the last fidelity."""
         return self._known[Request(self.centre, self.tokens[-1]).key].loss
@@ -129,10 +136,10 @@ class Memory:
         return [allocation for _, allocation in sorted(self._filling)]
 
     def advance(self) -> bool:
-        """Move the centre to the best allocation, and let the model learn; return whether the centre moved."""
+        """Move the centre to the best allocation, and return whether it moved."""
         best, before = self.ranked()[0], self.centre
         self.centre = best
-        self.surrogate.refresh(best)
+        self._fitted = self._fitted and best == before
         return best != before
 
 

@@ -77,9 +77,8 @@ def trust_region(memory: Memory, settings: TrustRegionSettings) -> Script:
 
 
 def probe(memory: Memory, tokens: int, count: int) -> Steps:
-    """Measure single steps from the centre, those that matter most, and let the model learn."""
+    """Measure single steps from the centre, those that matter most; the model sees them."""
     yield from memory.compare(_probes(memory, tokens, count), tokens)
-    memory.surrogate.refresh(memory.centre)
 
 
 def _answers(memory: Memory, radius: int) -> dict[Allocation, int]:

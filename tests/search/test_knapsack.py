@@ -202,8 +202,13 @@ def test_nearby_is_the_knapsack_within_a_radius(spaces, data):
         [data.draw(st.integers(0, last)) for last in ladders.last_u.tolist()], _ragged(space, table, 0)
     )
     allowed = [(max(0, at - radius), at + radius) for at in centre]
-    found = knapsack_nearby(ladders, _ragged(space, table, data.draw(st.sampled_from([-1.0, 9.0]))), centre, radius)
-    assert found == knapsack(space, budget, table, allowed)
+    table_ul = _ragged(space, table, data.draw(st.sampled_from([-1.0, 9.0])))
+    best = knapsack(space, budget, table, allowed)
+    assert knapsack_nearby(ladders, table_ul, centre, radius) == best
+    slack = data.draw(st.sampled_from([0.1, 1.0, 10.0]))
+    close = knapsack_nearby(ladders, table_ul, centre, radius, slack)
+    assert ladders.filled(close)
+    assert _value(table, close) <= _value(table, best) + slack + 1e-9
 
 
 def test_too_many_states_still_give_a_full_allocation_near_the_bound(make_space, monkeypatch):
