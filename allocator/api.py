@@ -150,7 +150,7 @@ def inspect(config: RunConfig) -> tuple[SearchSpace, dict[str, Any]]:
         UserError: The model cannot be used, or the target is out of reach.
     """
     files, _, space = read_model(config)
-    budget = budget_for(space, config.target)
+    budget = budget_for(space, config.target, config.bounds)
     even = uniform(space, budget)
     summary = {
         "model": str(files.folder),
@@ -158,8 +158,8 @@ def inspect(config: RunConfig) -> tuple[SearchSpace, dict[str, Any]]:
         "pattern": space.pattern,
         "params": {"dense": space.cost(space.dense), "in_units": space.unit_params, "fixed": space.fixed["params"]},
         "macs_per_token": {"dense": space.cost(space.dense, "macs"), "fixed": space.fixed["macs"]},
-        "target": config.target,
-        "budget": {"cost": budget.cost, "limit": budget.limit},
+        "asked": config.asked,
+        "budget": dict(budget.limits),
         "uniform": {"params": space.cost(even), "sparsity": round(space.sparsity(even), 6)},
         "units": space.to_json()["units"],
     }
@@ -196,7 +196,7 @@ def plan_from_run(folder: Path | str, target: float | None = None) -> Plan:
         model=header["model"],
         space=space,
         allocation=allocation,
-        budget=Budget(space.cost(allocation)),
+        budget=Budget(params=space.cost(allocation)),
         pruner=header["pruner"],
         measured={"search_split": dict(best.measured)},
         provenance={

@@ -56,12 +56,13 @@ def inspect(
     if json_:
         _emit(summary)
         return
+    from allocator.core.costs import shown
     from allocator.report.tables import space_table
 
     _print(space_table(space))
     _print(
-        f"target {summary['target']}: at most {summary['budget']['limit']:,} parameters; "
-        f"uniform reaches {summary['uniform']['params']:,}"
+        f"budget: {' and '.join(f'{cost} <= {shown(cost, limit)}' for cost, limit in summary['budget'].items())}; "
+        f"uniform has {summary['uniform']['params']:,} parameters"
     )
 
 

@@ -119,7 +119,7 @@ def run_comparison(
             journal = opened.enter_context(begun(job))
         signals = _signals(job, folder, {need for name in closed for need in RULES[name].needs}, reporter)
         for name in closed:
-            allocation = RULES[name].allocate(job.space, job.budget, config.target, signals)
+            allocation = RULES[name].allocate(job.space, job.budget, job.target, signals)
             entries[name] = Entry(job.space, allocation)
         spec = job.engine_spec(LevelStore(store_place(job)) if stored else None)
         with evaluators(spec, job.tokens, config, reporter) as evaluator:
@@ -148,8 +148,8 @@ class _Table:
             "kind": "allocator.comparison",
             "model": job.model_id,
             "pattern": job.space.pattern,
-            "target": job.config.target,
-            "budget": {"cost": job.budget.cost, "limit": job.budget.limit},
+            "asked": job.config.asked,
+            "budget": dict(job.budget.limits),
             "pruner": job.pruner_id,
             "measured": {},
             "allocations": {},
@@ -244,7 +244,7 @@ def _signals(job: Job, folder: Path, wanted: set[Signal], reporter: Reporter) ->
 def _measured_rule(job: Job, name: str, measurer: Measurer, reporter: Reporter) -> Allocation:
     reporter.phase(name)
     tokens = Fidelity(job.config.search.fidelities[0], job.config.search.fidelities[-1])
-    procedure = MEASURED_RULES[name].run(job.space, job.budget, job.config.target, tokens)
+    procedure = MEASURED_RULES[name].run(job.space, job.budget, job.target, tokens)
     searcher = Stepwise(procedure, (), tokens)
     batches = itertools.count(1)
     search(searcher, measurer, lambda o: reporter.step(next(batches), f"{measurer.spent.evaluations} evaluations"))

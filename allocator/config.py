@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from allocator.core.costs import COSTS, Bound
 from allocator.core.errors import UserError, did_you_mean
 from allocator.model.family import Attention
 from allocator.model.headers import PACKAGED
@@ -124,6 +125,27 @@ class TrainingSettings(_Strict):
     batch_sequences: int = Field(default=1, ge=1)
 
 
+class WorkloadSettings(_Strict):
+    """What the pruned model will serve at once; costs of serving are for it.
+
+    Attributes:
+        batch: Sequences at once.
+        prompt: Tokens of each that are there before.
+        generate: Tokens that are generated after them.
+        latency: A latency table, made by ``allocator latency`` for this workload on the device to serve with.
+    """
+
+    batch: int = Field(default=1, ge=1)
+    prompt: int = Field(default=512, ge=1)
+    generate: int = Field(default=128, ge=0)
+    latency: Path | None = None
+
+    @field_validator("latency")
+    @classmethod
+    def _anywhere(cls, value: Path | None) -> Path | None:
+        return value and value.absolute()  # a run may be resumed from another folder
+
+
 class RunConfig(_Strict):
     """Everything a run depends on. Every default is written into ``run.yaml``.
 
@@ -132,7 +154,9 @@ class RunConfig(_Strict):
         text: A .txt or .jsonl file or a folder of text; None for the Python standard library.
         family: A family file in place of those shipped.
         pattern: What is removed: whole channels and KV groups, or single weights, or those by the group.
-        target: Share of the parameters inside units to remove.
+        target: Share of the parameters inside units to remove; 0.5 where there are no constraints either.
+        constraints: Bounds on costs of the whole model, such as ``latency_ms <= 12``, ``kv_bytes <= 2GiB`` or
+            ``params <= 0.5x``, half of the dense model's. What can be bounded is in :mod:`allocator.core.costs`.
         seed: Of the search.
         name: Of the run; None for one made from model, pattern, target and seed.
         runs_dir: The folder of runs.
@@ -150,7 +174,8 @@ class RunConfig(_Strict):
     text: Path | None = None
     family: Path | None = None
     pattern: Pattern = "structured"
-    target: float = 0.5
+    target: float | None = None
+    constraints: tuple[str, ...] = ()
     seed: int = Field(default=0, ge=0)
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     runs_dir: Path = Path("runs")
@@ -164,14 +189,40 @@ class RunConfig(_Strict):
     ladder: LadderSettings = LadderSettings()
     pruner: PrunerSettings = PrunerSettings()
     tokens: TokenSettings = TokenSettings()
+    workload: WorkloadSettings = WorkloadSettings()
     search: SearchSettings = SearchSettings()
     training: TrainingSettings = TrainingSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _halved(cls, data: Any) -> Any:
+        bounded = isinstance(data, dict) and (data.get("target") is not None or data.get("constraints"))
+        return data if bounded or not isinstance(data, dict) else {**data, "target": 0.5}
+
+    @field_validator("constraints")
+    @classmethod
+    def _bounds(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for text in value:
+            Bound.parse(text, COSTS)
+        return value
+
+    @property
+    def bounds(self) -> tuple[Bound, ...]:
+        """The constraints."""
+        return tuple(Bound.parse(text, COSTS) for text in self.constraints)
+
+    @property
+    def asked(self) -> str:
+        """Target and constraints, in words."""
+        return ", ".join([*([] if self.target is None else [f"target {self.target:g}"]), *self.constraints])
 
     @property
     def run_name(self) -> str:
         """The name given, or one that says what is run."""
         pattern = self.pattern.replace(":", "")  # colons are no good in file names
-        return self.name or f"{Path(self.model).name}-{pattern}-{self.target:g}-seed{self.seed}"
+        share = "" if self.target is None else f"-{self.target:g}"
+        bounds = "".join(f"-{re.sub('[^A-Za-z0-9.]+', '-', text)}" for text in self.constraints)
+        return self.name or f"{Path(self.model).name}-{pattern}{share}{bounds}-seed{self.seed}"
 
     @property
     def folder(self) -> Path:
@@ -180,7 +231,8 @@ class RunConfig(_Strict):
 
     def identity(self) -> dict[str, Any]:
         """Return what two runs of one search have in common: everything but names, places and workers."""
-        return self.model_dump(mode="json", exclude={**dict.fromkeys(PLACES, True), "pruner": {"along"}})
+        places = {**dict.fromkeys(PLACES, True), "pruner": {"along"}, "workload": {"latency"}}
+        return self.model_dump(mode="json", exclude=places)
 
     def to_yaml(self) -> str:
         """Return the content of ``run.yaml``."""

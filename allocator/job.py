@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from allocator.config import RunConfig
 from allocator.core.budget import Budget, budget_for
 from allocator.core.errors import UserError
 from allocator.core.files import fingerprint
+from allocator.core.latency import LatencyTable
 from allocator.core.plan import Plan
 from allocator.core.space import Allocation, SearchSpace
 from allocator.evaluate.engine import EngineSpec, check_device
@@ -23,6 +24,7 @@ from allocator.model.family import Layout, build_space, find_family, resolve_lay
 from allocator.model.headers import ModelFiles, locate, read_model_files
 from allocator.model.load import load_tokenizer
 from allocator.model.text import pack, read_documents, split_of
+from allocator.model.workload import Workload, served
 from allocator.prune.pruners import PRUNERS, LocalPruner, make_pruner
 from allocator.prune.store import LevelStore
 from allocator.search.baselines import uniform
@@ -88,6 +90,11 @@ class Job:
             "threads": self.config.threads,
             "calibration": calibration,
         }
+
+    @property
+    def target(self) -> float:
+        """Share of the parameters in units to remove; what constraints come to for uniform, if none was named."""
+        return self.config.target or round(self.space.sparsity(uniform(self.space, self.budget)), 6)
 
     @property
     def round_number(self) -> int:
@@ -166,7 +173,7 @@ def read_model(config: RunConfig) -> tuple[ModelFiles, Layout, SearchSpace]:
     Raises:
         UserError: The model or the family cannot be used.
     """
-    if not 0.0 < config.target < 1.0:
+    if config.target is not None and not 0.0 < config.target < 1.0:
         raise UserError(f"target: expected a share in (0, 1), found {config.target}. 0.5 removes half of the units")
     files = read_model_files(locate(config.model))
     if "pruned" in files.config:
@@ -189,17 +196,29 @@ def read_model(config: RunConfig) -> tuple[ModelFiles, Layout, SearchSpace]:
             "Leave it out"
         )
     layout = resolve_layout(family, files, ladder.attention)
-    space = build_space(
+    build = partial(
+        build_space,
         layout,
         files,
         config.pattern,
-        config.target,
-        ladder.sparsities,
-        ladder.align,
-        ladder.patterns,
-        config.pruner.bias,
+        ladder=ladder.sparsities,
+        align=ladder.align,
+        patterns=ladder.patterns,
+        bias=config.pruner.bias,
     )
-    return files, layout, space
+    space = build(target=0.5 if config.target is None else config.target)
+    if config.target is None:  # ladders are centred on what the constraint on parameters comes to, if there is one
+        limits = [bound.limit(space) for bound in config.bounds if bound.name == "params"]
+        share = min([1 - (limit - space.fixed["params"]) / space.unit_params for limit in limits], default=0.5)
+        space = build(target=min(max(share, 0.0), 1.0))
+    return files, layout, serving(config, files, layout, space)
+
+
+def serving(config: RunConfig, files: ModelFiles, layout: Layout, space: SearchSpace) -> SearchSpace:
+    """Return a space with what its levels cost to serve."""
+    work = config.workload
+    table = None if work.latency is None else LatencyTable.load(work.latency)
+    return served(space, layout, files, Workload(work.batch, work.prompt, work.generate), table)
 
 
 def prepare(config: RunConfig) -> Job:
@@ -211,7 +230,7 @@ def prepare(config: RunConfig) -> Job:
     if config.workers == 0:
         check_device(config.device)
     files, layout, space = read_model(config)
-    budget = budget_for(space, config.target)
+    budget = budget_for(space, config.target, config.bounds)
     settings = config.pruner
     pruner = make_pruner(settings.name or PRUNERS[config.pattern][0], config.pattern, settings.damping, settings.bias)
     wanted = {

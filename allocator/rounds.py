@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from allocator.core.space import SearchSpace
-from allocator.job import Job
+from allocator.job import Job, serving
 from allocator.model.family import build_space
 from allocator.search.coarse_to_fine import Round, filled, recentre, translated
 from allocator.search.decide import Decision
@@ -20,11 +20,12 @@ def next_job(job: Job, decision: Decision) -> Job:
         job.layout,
         job.files,
         config.pattern,
-        config.target,
+        job.target,
         recentre(job.space, decision.searched, baselines),
         config.ladder.align,
         bias=config.pruner.bias,
     )
+    space = serving(config, job.files, job.layout, space)
     chosen, uniform, two_rate = (translated(a, job.space, space) for a in (decision.searched, *baselines))
     return _in_round(job, space, Round(filled(space, chosen, job.budget), uniform, two_rate, history(job, decision)))
 

@@ -74,7 +74,7 @@ class Case:
         """A random allocation that removes ``share`` of the units' parameters."""
         rng = np.random.default_rng([seed, int(100 * share)])
         levels = rng.integers([unit.num_levels for unit in self.space.units]).tolist()
-        limit = Budget(self.space.limit_for(share))
+        limit = Budget(params=self.space.limit_for(share))
         return repair(self.space, levels, limit, rng.permutation(len(levels)).tolist())
 
 
@@ -275,7 +275,7 @@ def batches(case: Case, scratch: Path) -> list[Row]:
     """A batch as a trie against one by one, beside the bound of the multiply-accumulates that are not computed."""
     engine, space = case.engine(), case.space
     parent = case.random(0.5, 0)
-    limit, rng = Budget(space.limit_for(0.5)), np.random.default_rng(0)
+    limit, rng = Budget(params=space.limit_for(0.5)), np.random.default_rng(0)
     offspring: dict[Allocation, None] = {}
     while len(offspring) < 32:
         offspring[exchange(space, parent, limit, rng, int(rng.integers(1, 4, size=2).min()))] = None

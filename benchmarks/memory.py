@@ -76,7 +76,7 @@ def tokens(split: str) -> np.ndarray:
 
 
 def half(one: EngineSpec) -> Allocation:
-    return uniform(one.space, Budget(one.space.limit_for(0.5)))
+    return uniform(one.space, Budget(params=one.space.limit_for(0.5)))
 
 
 def build_dense(folder: Path) -> None:
@@ -95,7 +95,7 @@ def build_path(folder: Path) -> None:
 def search(folder: Path) -> None:
     one, ids = spec(folder), tokens("search")
     engine, rng = Engine(one, {"search": ids}), np.random.default_rng(0)
-    limit = Budget(one.space.limit_for(0.5))
+    limit = Budget(params=one.space.limit_for(0.5))
     for _ in range(CANDIDATES):
         levels = rng.integers([unit.num_levels for unit in one.space.units]).tolist()
         allocation = repair(one.space, levels, limit, rng.permutation(len(levels)).tolist())

@@ -68,7 +68,7 @@ def made_space() -> SearchSpace:
 def measure(settings: SearchSettings, gradients: bool) -> dict[str, Any]:
     """Run a search, and return what asking and telling took for each candidate."""
     space = made_space()
-    budget, formula = Budget(space.limit_for(0.5)), Formula(space, gradients)
+    budget, formula = Budget(params=space.limit_for(0.5)), Formula(space, gradients)
     start: list[Allocation] = [uniform(space, budget)]
     seconds, candidates = 0.0, 0
 

@@ -182,7 +182,7 @@ def run_cell(store: str, method: str, seed: int, work: Path) -> str:
         LocalEvaluator(job.engine_spec(None), job.tokens).build(builder, builder.missing(job.space), lambda done: None)
         levels = builder.finish(unit.name for unit in job.space.units)
     path = folder / f"{method}-{seed}.jsonl"
-    header = {"space": job.space.to_json(), "budget": {"cost": job.budget.cost, "limit": job.budget.limit}}
+    header = {"space": job.space.to_json(), "budget": dict(job.budget.limits)}
     with Journal.resume(path) if path.exists() else Journal.create(path, header) as journal:
         evaluator = LocalEvaluator(job.engine_spec(levels), job.tokens)
         how, start = METHODS[method], [uniform(job.space, job.budget)]
@@ -199,7 +199,7 @@ def run_cell(store: str, method: str, seed: int, work: Path) -> str:
 
 def read_run(journal: Journal) -> Run:
     """Return where a search was, from what it measured: no searcher is needed for that."""
-    space, budget = journal.space, Budget(journal.header["budget"]["limit"], journal.header["budget"]["cost"])
+    space, budget = journal.space, Budget(**journal.header["budget"])
     tested = {o.request.allocation: o.loss for o in journal if o.request.split == "test"}
     points: list[Point] = []
     evaluations, tokens = 0, 0.0

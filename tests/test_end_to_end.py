@@ -530,7 +530,7 @@ def by_hand(plan: Plan, **gone: bool) -> Plan:
         for unit in plan.space.units
     ]  # fmt: skip
     allocation = tuple(levels)
-    return dataclasses.replace(plan, allocation=allocation, budget=Budget(plan.space.cost(allocation)))
+    return dataclasses.replace(plan, allocation=allocation, budget=Budget(params=plan.space.cost(allocation)))
 
 
 @pytest.fixture(scope="session")

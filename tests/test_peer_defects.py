@@ -204,7 +204,7 @@ class _Landscape:
 
 def _searched(space, limit, name, seed, path):
     with Journal.create(path, {"space": space.to_json()}) as journal:
-        decision = decide(space, Budget(limit), METHODS[name], seed, 64, _Landscape(space), journal)
+        decision = decide(space, Budget(params=limit), METHODS[name], seed, 64, _Landscape(space), journal)
         return decision.searched, [outcome.request for outcome in journal]
 
 

@@ -61,7 +61,7 @@ def test_front_is_the_journal_s(journal: Journal) -> None:
 
 
 def test_plan_is_within_its_budget_and_full(plan: Plan) -> None:
-    assert plan.measured["searched"]["params"] == plan.space.cost(plan.allocation) <= plan.budget.limit
+    assert plan.measured["searched"]["params"] == plan.space.cost(plan.allocation) <= plan.budget.limits["params"]
     assert denser_moves(plan.space, plan.allocation, plan.budget) == []
 
 

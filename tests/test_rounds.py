@@ -175,7 +175,7 @@ def test_the_plan_is_exact_and_no_worse_than_the_incumbent(finished: dict[str, A
     search, measured = result.summary["search"], result.summary["measured"]
     assert search["losses"]["selection"] <= search["losses"]["incumbent"]
     for name in ("uniform", "two_rate", "searched"):
-        assert measured[name]["params"] <= plan.budget.limit
+        assert measured[name]["params"] <= plan.budget.limits["params"]
     assert measured["searched"]["params"] == plan.space.cost(plan.allocation)
     assert search["evaluations"] == sum(line["evaluations"] for line in search["rounds"])
     assert search["candidate_tokens"] == sum(line["candidate_tokens"] for line in search["rounds"])

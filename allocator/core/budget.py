@@ -2,55 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from allocator.core.costs import Bound, shown
 from allocator.core.errors import UserError
 from allocator.core.space import Allocation, Cost, SearchSpace
 
+_NAMED = 3
+"""Units that a message names."""
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, init=False)
 class Budget:
-    """An upper bound on one exact cost of the whole model."""
+    """Upper bounds on exact costs of the whole model, one or several: ``Budget(params=1000, kv_bytes=500)``."""
 
-    limit: int
-    cost: Cost = "params"
+    limits: Mapping[Cost, int]
+
+    def __init__(self, **limits: int) -> None:
+        assert limits, "something must be bounded"
+        object.__setattr__(self, "limits", limits)
 
 
-def budget_for(space: SearchSpace, target: float) -> Budget:
-    """Return the budget that removes the share ``target`` of the parameters inside units.
+def budget_for(space: SearchSpace, target: float | None, bounds: Iterable[Bound] = ()) -> Budget:
+    """Return the budget that removes the share ``target`` of the parameters inside units, if any, and keeps bounds.
 
     Raises:
-        UserError: ``target`` is not in (0, 1), or no allocation of the ladders reaches it.
+        UserError: ``target`` is not in (0, 1), or no allocation of the ladders keeps the budget. The message says what
+            each cost that is bounded too low can reach, and what still holds it there.
     """
-    if not 0.0 < target < 1.0:
-        raise UserError(
-            f"target: expected a share in (0, 1), found {target}. 0.5 removes half of the units' parameters"
+    limits: dict[Cost, int] = {}
+    if target is not None:
+        if not 0.0 < target < 1.0:
+            raise UserError(
+                f"target: expected a share in (0, 1), found {target}. 0.5 removes half of the units' parameters"
+            )
+        limits["params"] = space.limit_for(target)
+        if space.cost(space.sparsest) > limits["params"]:
+            raise UserError(
+                f"target: {target} is out of reach of the ladders, which remove 0 to "
+                f"{space.sparsity(space.sparsest):.4f} of the parameters in units{_holders(space, 'params')}. "
+                "Ask for less, or give the ladders sparser levels"
+            )
+    for bound in bounds:
+        limits[bound.name] = min(bound.limit(space), limits.get(bound.name, bound.limit(space)))
+    missed = [cost for cost, limit in limits.items() if space.cost(space.sparsest, cost) > limit]
+    if missed:
+        reach = "; ".join(
+            f"{cost} <= {shown(cost, limits[cost])} is out of reach of the ladders, which span "
+            f"{shown(cost, space.cost(space.sparsest, cost))} to {shown(cost, space.cost(space.dense, cost))}"
+            f"{_holders(space, cost)}"
+            for cost in missed
         )
-    budget = Budget(space.limit_for(target))
-    if space.cost(space.sparsest) > budget.limit:
-        raise UserError(
-            f"target: {target} is out of reach of the ladders, which remove 0 to "
-            f"{space.sparsity(space.sparsest):.4f} of the parameters in units. "
-            "Ask for less, or give the ladders sparser levels"
-        )
-    return budget
+        raise UserError(f"constraints: {reach}. Allow more, or give the ladders sparser levels")
+    return Budget(**limits)
+
+
+def _holders(space: SearchSpace, cost: Cost) -> str:
+    """Return what still holds a cost at the sparsest levels, most first."""
+    last = {unit.name: unit.costs(cost)[-1] for unit in space.units}
+    held = {"what no unit holds": space.fixed[cost], **last}
+    most = sorted((name for name in held if held[name]), key=lambda name: -held[name])
+    named = ", ".join(f"{name} {shown(cost, held[name])}" for name in most[:_NAMED])
+    more = f", and {len(most) - _NAMED} more units" if len(most) > _NAMED else ""
+    return f" (held by {named}{more})" if most else ""
 
 
 def fits(space: SearchSpace, allocation: Sequence[int], budget: Budget) -> bool:
     """Whether the allocation is within the budget."""
-    return space.cost(allocation, budget.cost) <= budget.limit
+    return all(space.cost(allocation, cost) <= limit for cost, limit in budget.limits.items())
 
 
 def denser_moves(space: SearchSpace, allocation: Sequence[int], budget: Budget) -> list[int]:
     """Return the units that could go one level denser and still fit; empty for a full budget."""
-    room = budget.limit - space.cost(allocation, budget.cost)
-    moves = []
-    for index, (unit, level) in enumerate(zip(space.units, allocation, strict=True)):
-        ladder = unit.costs(budget.cost)
-        if level > 0 and ladder[level - 1] - ladder[level] <= room:
-            moves.append(index)
-    return moves
+    ledger = _Ledger(space, allocation, budget)
+    return [index for index in range(len(space.units)) if ledger.can_densify(index)]
 
 
 def repair(
@@ -60,7 +86,7 @@ def repair(
 
     Units go one level sparser, round after round in ``order``, until the budget holds; then units go one
     level denser in ``order`` while they fit, until none can. Only costs are looked at, so unequal steps
-    are exact.
+    are exact. No cost rises with sparsity, so that a budget that the sparsest allocation keeps can be met.
 
     Args:
         space: The search space.
@@ -70,24 +96,53 @@ def repair(
         spared: The other unit indices, if any: they move only when those in ``order`` no longer can.
     """
     assert sorted([*order, *spared]) == list(range(len(space.units)))
-    levels = list(allocation)
-    ladders = [unit.costs(budget.cost) for unit in space.units]
-    room = budget.limit - space.cost(levels, budget.cost)
+    ledger = _Ledger(space, allocation, budget)
     for group in (order, spared):
-        while room < 0 and (movable := [i for i in group if levels[i] + 1 < len(ladders[i])]):
+        while ledger.short and (movable := [i for i in group if ledger.can_sparsify(i)]):
             for i in movable:
-                room += ladders[i][levels[i]] - ladders[i][levels[i] + 1]
-                levels[i] += 1
-                if room >= 0:
+                ledger.move(i, 1)
+                if not ledger.short:
                     break
-    assert room >= 0, "the budget was checked to be reachable"
+    assert not ledger.short, "the budget was checked to be reachable"
     for group in (order, spared):
         moved = True
         while moved:
             moved = False
             for i in group:
-                if levels[i] > 0 and (step := ladders[i][levels[i] - 1] - ladders[i][levels[i]]) <= room:
-                    levels[i] -= 1
-                    room -= step
+                if ledger.can_densify(i):
+                    ledger.move(i, -1)
                     moved = True
-    return tuple(levels)
+    return tuple(ledger.levels)
+
+
+class _Ledger:
+    """Levels that move one at a time, and what each limit still leaves."""
+
+    def __init__(self, space: SearchSpace, allocation: Sequence[int], budget: Budget) -> None:
+        self.levels = list(allocation)
+        self._ladders = [tuple(unit.costs(cost) for unit in space.units) for cost in budget.limits]
+        self._rooms = [limit - space.cost(allocation, cost) for cost, limit in budget.limits.items()]
+
+    @property
+    def short(self) -> bool:
+        """Whether a limit is exceeded."""
+        return min(self._rooms) < 0
+
+    def can_sparsify(self, unit: int) -> bool:
+        """Whether a unit has a sparser level."""
+        return self.levels[unit] + 1 < len(self._ladders[0][unit])
+
+    def can_densify(self, unit: int) -> bool:
+        """Whether a unit has a denser level that the limits allow."""
+        level = self.levels[unit]
+        return level > 0 and all(
+            ladders[unit][level - 1] - ladders[unit][level] <= room
+            for ladders, room in zip(self._ladders, self._rooms, strict=True)
+        )
+
+    def move(self, unit: int, by: int) -> None:
+        """Move a unit by so many levels."""
+        level = self.levels[unit]
+        for index, ladders in enumerate(self._ladders):
+            self._rooms[index] += ladders[unit][level] - ladders[unit][level + by]
+        self.levels[unit] += by

@@ -13,9 +13,9 @@ from typing import Any
 from allocator.core.budget import Budget
 from allocator.core.errors import UserError
 from allocator.core.files import read_json, write_json
-from allocator.core.space import COSTS, Allocation, SearchSpace
+from allocator.core.space import Allocation, SearchSpace
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @cache
@@ -61,7 +61,7 @@ class Plan:
                 "sparsity": round(unit.sparsity(level), 6),
                 "kept": unit.kept[level],
                 "total": unit.total,
-                "ladder": {"kept": list(unit.kept), "params": list(unit.params), "macs": list(unit.macs)},
+                "ladder": {"kept": list(unit.kept), **{cost: list(unit.costs(cost)) for cost in space.fixed}},
             }
             for unit, level in zip(space.units, allocation, strict=True)
         }
@@ -71,9 +71,8 @@ class Plan:
             "model": dict(self.model),
             "pattern": space.pattern,
             "budget": {
-                "cost": self.budget.cost,
-                "limit": self.budget.limit,
-                "achieved": space.cost(allocation, self.budget.cost),
+                cost: {"limit": limit, "achieved": space.cost(allocation, cost)}
+                for cost, limit in self.budget.limits.items()
             },
             "costs": {
                 cost: {
@@ -81,7 +80,7 @@ class Plan:
                     "dense": space.cost(space.dense, cost),
                     "fixed": space.fixed[cost],
                 }
-                for cost in COSTS
+                for cost in space.fixed
             },
             "sparsity": round(space.sparsity(allocation), 6),
             "units": units,
@@ -116,18 +115,21 @@ class Plan:
             kept, level = unit["ladder"]["kept"], unit["level"]
             if kept != sorted({*kept, unit["total"]}, reverse=True) or len({*map(len, unit["ladder"].values())}) != 1:
                 raise UserError(f"{path}: unit {name!r}: its ladder does not fall from {unit['total']} level by level")
+            if unit["ladder"].keys() != {"kept", *data["costs"]}:
+                raise UserError(f"{path}: unit {name!r}: its ladder does not have the costs {', '.join(data['costs'])}")
             group = unit["group"] or unit["total"]
             if unit["total"] % group or any(count % (unit["total"] // group) for count in kept):
                 raise UserError(f"{path}: unit {name!r}: its ladder does not take the same from every {group} items")
             if level >= len(kept) or kept[level] != unit["kept"]:
                 raise UserError(f"{path}: unit {name!r}: level {level} does not keep {unit['kept']} items")
         plan = cls._from_json(data)
-        achieved = plan.space.cost(plan.allocation, plan.budget.cost)
-        if achieved != data["budget"]["achieved"] or achieved > plan.budget.limit:
-            raise UserError(
-                f"{path}: the units cost {achieved} {plan.budget.cost}, and the plan says {data['budget']['achieved']} "
-                f"within a limit of {plan.budget.limit}. The file was edited by hand: search again, or restore it"
-            )
+        for cost, figures in data["budget"].items():
+            achieved = plan.space.cost(plan.allocation, cost)
+            if achieved != figures["achieved"] or achieved > figures["limit"]:
+                raise UserError(
+                    f"{path}: the units cost {achieved} {cost}, and the plan says {figures['achieved']} within a limit "
+                    f"of {figures['limit']}. The file was edited by hand: search again, or restore it"
+                )
         if (again := plan.to_json()) != data:
             wrong = ", ".join(key for key in again if again[key] != data[key])
             raise UserError(
@@ -138,20 +140,21 @@ class Plan:
 
     @classmethod
     def _from_json(cls, data: Mapping[str, Any]) -> Plan:
+        fixed = {cost: figures["fixed"] for cost, figures in data["costs"].items()}
         units = [
             {
                 "name": name,
                 **{key: unit[key] for key in ("kind", "part", "block", "group", "total")},
-                **unit["ladder"],
+                **{key: unit["ladder"][key] for key in ("kept", "params", "macs")},
+                "others": {cost: unit["ladder"][cost] for cost in fixed if cost not in ("params", "macs")},
             }
             for name, unit in data["units"].items()
         ]
-        fixed = {cost: figures["fixed"] for cost, figures in data["costs"].items()}
         return cls(
             model=data["model"],
             space=SearchSpace.from_json({"pattern": data["pattern"], "units": units, "fixed": fixed}),
             allocation=tuple(unit["level"] for unit in data["units"].values()),
-            budget=Budget(data["budget"]["limit"], data["budget"]["cost"]),
+            budget=Budget(**{cost: figures["limit"] for cost, figures in data["budget"].items()}),
             pruner=data["pruner"],
             measured=data["measured"],
             provenance=data["provenance"],

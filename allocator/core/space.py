@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from functools import cached_property
 from math import floor
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 Allocation: TypeAlias = tuple[int, ...]
 """One level per unit, in the order of :attr:`SearchSpace.units`. The genome."""
 
-Cost = Literal["params", "macs"]
-COSTS: tuple[Cost, ...] = ("params", "macs")
+Cost: TypeAlias = str
+"""Name of what is known exactly without running the model; :mod:`allocator.core.costs` has them all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +28,10 @@ class Unit:
         total: Channels, KV groups, query heads or weights in the dense unit.
         kept: How many of them each level keeps, strictly decreasing; ``kept[0] == total``.
         params: Parameters left at each level.
-        macs: Multiply-accumulates per token at each level, as executed.
+        macs: Multiply-accumulates of matrices per token at each level, as executed.
         group: Every run of so many consecutive items loses the same number of them (the M weights of an N:M
             pattern, in row-major order; the query heads of one KV group); None where items go freely.
+        others: Further costs of each level by name, none of which rises with sparsity.
     """
 
     name: str
@@ -42,9 +43,10 @@ class Unit:
     params: tuple[int, ...]
     macs: tuple[int, ...]
     group: int | None = None
+    others: Mapping[Cost, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        assert len(self.kept) == len(self.params) == len(self.macs) > 0
+        assert {len(self.kept)} == {len(ladder) for ladder in (self.params, self.macs, *self.others.values())} != {0}
         assert self.kept[0] == self.total, f"{self.name}: level 0 must be dense"
         assert all(a > b for a, b in zip(self.kept, self.kept[1:], strict=False)), f"{self.name}: {self.kept}"
         if self.group is not None:
@@ -63,7 +65,7 @@ class Unit:
 
     def costs(self, cost: Cost) -> tuple[int, ...]:
         """Return one cost of every level."""
-        return self.params if cost == "params" else self.macs
+        return {"params": self.params, "macs": self.macs, **self.others}[cost]
 
     def sparsity(self, level: int) -> float:
         """Share of the unit that ``level`` removes, in [0, 1]."""
@@ -77,7 +79,7 @@ class SearchSpace:
     Attributes:
         pattern: ``structured``, ``unstructured`` or ``n:m``.
         units: In model order.
-        fixed: Cost of what no unit holds (embeddings, norms, head), for each of :data:`COSTS`.
+        fixed: Cost of what no unit holds (embeddings, norms, head), for every cost that is known.
     """
 
     pattern: str
@@ -135,6 +137,7 @@ class SearchSpace:
                 params=tuple(unit["params"]),
                 macs=tuple(unit["macs"]),
                 group=unit["group"],
+                others={cost: tuple(ladder) for cost, ladder in unit.get("others", {}).items()},
             )
             for unit in data["units"]
         )

@@ -104,7 +104,7 @@ def convergence(journal: Journal) -> list[tuple[float, float]]:
         Pairs of candidate-tokens spent and lowest loss, in journal order.
     """
     space = journal.space
-    budget = Budget(journal.header["budget"]["limit"], journal.header["budget"]["cost"])
+    budget = Budget(**journal.header["budget"])
     eligible = {outcome.request.key for outcome in comparable(journal)}
     spent, best = 0.0, float("inf")
     curve: list[tuple[float, float]] = []

@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from allocator.core.costs import COSTS, shown
 from allocator.core.errors import UserError
 from allocator.core.files import read_json, write_atomic
 from allocator.core.journal import Journal
@@ -73,6 +74,7 @@ def write_report(folder: Path) -> Path:
         keep_trailing_newline=True,
     )
     environment.filters.update(count=tables.count, number=tables.number, share=tables.share, change=tables.change)
+    environment.filters.update(cost=lambda value, name: shown(name, value), label=lambda name: COSTS[name].label)
     template = (resources.files("allocator.report") / "page.html.j2").read_text(encoding="utf-8")
     page = environment.from_string(template).render(
         run=folder.resolve().name,
@@ -124,8 +126,7 @@ def _draw(journal: Journal, named: Mapping[str, Allocation], result: Mapping[str
     budget = journal.header["budget"]
     drawn = {}
     if front["points"]:
-        limit = budget["limit"] if budget["cost"] == "params" else None
-        drawn["front"] = figures.front_figure(front, marks, curves.cloud(journal), limit)
+        drawn["front"] = figures.front_figure(front, marks, curves.cloud(journal), budget.get("params"))
     if curve:
         drawn["convergence"] = figures.convergence_figure(curve, marks, journal.loss)
     if result and {"uniform", "searched"} <= set(named):

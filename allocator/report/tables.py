@@ -11,6 +11,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from allocator.core.costs import shown
 from allocator.core.plan import Plan
 from allocator.core.space import SearchSpace, Unit
 from allocator.report.curves import LOSSES
@@ -86,7 +87,7 @@ def result_rows(result: Mapping[str, Any]) -> list[Row]:
 
 def result_table(result: Mapping[str, Any]) -> Table:
     """Return what was measured on held-out text: dense, the baselines and the searched plan."""
-    table = _table(f"{result['model']['id']}, {result['pattern']}, target {share(result['target'], 0)}")
+    table = _table(f"{result['model']['id']}, {result['pattern']}, {result['asked']}")
     table.add_column("")
     for heading in ("parameters", "removed", "perplexity", "KL", "vs uniform"):
         table.add_column(heading, justify="right")
@@ -167,11 +168,15 @@ def plan_table(plan: Plan) -> Table:
         removed = share(unit.sparsity(level), 1)
         table.add_row(escape(unit.name), unit.kind, count(unit.kept[level]), count(unit.total), removed)
     table.add_section()
-    space, budget = plan.space, plan.budget
+    space = plan.space
     achieved, dense = space.cost(plan.allocation), space.cost(space.dense)
     removed = share(space.sparsity(plan.allocation))
     table.add_row("whole model", "parameters", count(achieved), count(dense), removed, style="bold")
-    table.caption = f"Limit: {count(budget.limit)} {budget.cost}. Removed, last line: share of the units."
+    kept = "; ".join(
+        f"{cost} {shown(cost, space.cost(plan.allocation, cost))} of at most {shown(cost, limit)}"
+        for cost, limit in plan.budget.limits.items()
+    )
+    table.caption = f"Budget: {kept}. Removed, last line: share of the units."
     return table
 
 
@@ -179,7 +184,7 @@ def comparison_table(data: Mapping[str, Any]) -> Table:
     """Return what a comparison measured: dense, then rules and plans from the nearest to dense to the furthest."""
     measured: Mapping[str, Mapping[str, Any]] = data["measured"]
     base = measured["uniform"]["kl"]
-    table = _table(f"{data['model']['id']}, {data['pattern']}, target {share(data['target'], 0)}")
+    table = _table(f"{data['model']['id']}, {data['pattern']}, {data['asked']}")
     table.add_column("")
     for heading in ("parameters", "removed", "perplexity", "KL", "vs uniform"):
         table.add_column(heading, justify="right")
@@ -197,7 +202,8 @@ def comparison_table(data: Mapping[str, Any]) -> Table:
         )
     table.caption = "Held-out text. KL: from dense, nats per token. Removed: share of the units."
     if not all(figures["within_budget"] for figures in measured.values()):
-        table.caption += f"\n*: above the budget of {count(data['budget']['limit'])} {data['budget']['cost']}."
+        limits = " and ".join(f"{cost} <= {shown(cost, limit)}" for cost, limit in data["budget"].items())
+        table.caption += f"\n*: above the budget of {limits}."
     return table
 
 

@@ -4,14 +4,14 @@ Near an allocation the loss is nearly additive over units (RD and SPDY rest on t
 away, errors on top of errors multiply, and the logarithm still holds. Measured on a network of 56 matrices at 60 %,
 learning from 150 allocations: the rank correlation with 200 others is 0.92 for the logarithm and 0.77 for the loss.
 The term of a unit at a level is the sum of the increments of the levels up to it, of which the prior speaks. With x
-the share of its cost that a level saves a unit, size the cost of the dense unit, and s a scale,
+the share of its parameters that a level saves a unit, size those of the dense unit, and s a scale,
 
     c(u, j) = size(u) * (x(u, j)^p - x(u, j - 1)^p),  in means of all steps
     increment(u, j) ~ N(s c, s^2 c^2),  correlation(j, j') = 0.8^|j - j'| within a unit, 0 between units
 
 so that every increment is positive in the mean, dear steps matter more, and a unit that turns out to be sensitive at
-one level is believed to be so at the next. With p = 1 an increment is in proportion to the cost that its step saves;
-with more, what is already sparse is dearer to make sparser, as it is in networks. Outcomes enter as differences from
+one level is believed to be so at the next. With p = 1 an increment is in proportion to the parameters that its step
+saves; with more, what is already sparse is dearer to make sparser, as it is in networks. Outcomes enter as differences from
 a reference allocation; each has an error of its own, N(0, s^2 v^2), the reference's too, which stands for what does
 not add up. s is the most likely one, in closed form; p and v are the most likely of a few.
 
@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_solve, cholesky
 
-from allocator.core.space import Allocation, Cost, SearchSpace
+from allocator.core.space import Allocation, SearchSpace
 
 Floats = NDArray[np.float64]
 
@@ -54,12 +54,11 @@ class AdditiveModel:
         likelihood: Logarithm of the likelihood of what was learnt, but for a constant: it compares powers.
     """
 
-    def __init__(self, space: SearchSpace, cost: Cost, reference: Allocation, loss: float, power: int) -> None:
+    def __init__(self, space: SearchSpace, reference: Allocation, loss: float, power: int) -> None:
         """Begin with the prior.
 
         Args:
             space: The units and their ladders.
-            cost: Which cost the prior's increments are proportional to.
             reference: The allocation from which outcomes are told as differences.
             loss: Its loss.
             power: p.
@@ -69,7 +68,7 @@ class AdditiveModel:
         num_levels = max(unit.num_levels for unit in space.units)
         step_uj = np.zeros((len(space.units), num_levels - 1))
         for unit, step_j in zip(space.units, step_uj, strict=True):
-            cost_l = np.array(unit.costs(cost), dtype=float)
+            cost_l = np.array(unit.params, dtype=float)
             step_j[: unit.num_levels - 1] = cost_l[0] * np.diff((1.0 - cost_l / max(cost_l[0], 1.0)) ** power)
         step_uj /= step_uj[step_uj > 0].mean() if step_uj.any() else 1.0
         lag_jj = np.abs(np.subtract.outer(range(num_levels - 1), range(num_levels - 1)))

@@ -36,21 +36,23 @@ def on_budget(space: SearchSpace, budget: Budget, curve: Curve, low: float, high
         low: Where it is densest.
         high: Where it is sparsest.
     """
-    ladders = [(_sparsities(space, index), unit.costs(budget.cost)) for index, unit in enumerate(space.units)]
-    most = np.array([sparsities[-1] for sparsities, _ in ladders])
-    room = budget.limit - space.fixed[budget.cost]
+    places = [_sparsities(space, index) for index in range(len(space.units))]
+    most = np.array([sparsities[-1] for sparsities in places])
+    rooms = {cost: limit - space.fixed[cost] for cost, limit in budget.limits.items()}
+    ladders = {cost: [unit.costs(cost) for unit in space.units] for cost in rooms}
 
     def member(x: float) -> np.ndarray:
         return np.clip(curve(x), 0.0, most)
 
-    def cost(x: float) -> float:
-        return float(sum(np.interp(s, *ladder) for s, ladder in zip(member(x), ladders, strict=True)))
+    def keeps(x: float) -> bool:
+        spent = {cost: sum(map(np.interp, member(x), places, ladders[cost])) for cost in rooms}
+        return all(spent[cost] <= rooms[cost] for cost in rooms)
 
-    if cost(low) <= room:
+    if keeps(low):
         return member(low)
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        if cost(middle) <= room:
+        if keeps(middle):
             high = middle
         else:
             low = middle

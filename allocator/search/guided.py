@@ -30,8 +30,8 @@ _RUNS_EVERY = 8
 _RADII = 3
 """Allocations that the model likes best are looked for within so many levels of the centre."""
 
-_CLOSE = 1e-4
-"""Share of the loss to which knapsacks of samples are solved; far less than any measurement tells apart."""
+_CLOSE = 2e-7
+"""Share of the loss, for each unit, by which a knapsack of a sample may miss: exact, but for hundreds of units."""
 
 _SETTLED = 4
 """Proposals that are brought into the budget exactly, for each entrant."""
@@ -103,10 +103,11 @@ def propose(memory: Memory, settings: GuidedSettings, rng: np.random.Generator) 
 def _samples(memory: Memory, count: int, rng: np.random.Generator) -> list[Allocation]:
     """Return what is best by the model, and by samples of it, within one, two and three levels of the centre."""
     surrogate = memory.surrogate
+    slack = _CLOSE * len(memory.centre)
     found: dict[Allocation, None] = {}
     for index in range(count):
         table_ul = surrogate.table_ul if index < _RADII else surrogate.draw(rng)
-        answer = knapsack_nearby(memory.ladders, table_ul, memory.centre, 1 + index % _RADII, _CLOSE)
+        answer = knapsack_nearby(memory.ladders, table_ul, memory.centre, 1 + index % _RADII, slack)
         if not memory.seen(answer):
             found[answer] = None
     return list(found)
@@ -121,8 +122,7 @@ def _exchanged(memory: Memory, settings: GuidedSettings, rng: np.random.Generato
     levels_nu = np.unique(np.concatenate(drawn), axis=0)
     if not len(levels_nu):
         return []
-    short_n = np.maximum(ladders.cost(levels_nu) - ladders.room, 0)
-    promise_n = surrogate.predict(levels_nu) + _rate(memory) * short_n
+    promise_n = surrogate.predict(levels_nu) + _rate(memory) * ladders.short(levels_nu)
     best = np.argsort(promise_n, kind="stable")[: _SETTLED * settings.entrants]
     children = [ladders.settle(levels_nu[row], surrogate.table_ul) for row in best]
     return [child for child in children if not memory.seen(child)]
@@ -165,9 +165,10 @@ def _preference(gain_u: np.ndarray, can_u: np.ndarray) -> np.ndarray:
 
 
 def _rate(memory: Memory) -> float:
-    """Return what a unit of cost is worth: the median over units of what the last step lost for its cost."""
+    """Return what cost is worth: the median over units of what the last step lost for its price."""
     ladders, table_ul, level_u = memory.ladders, memory.surrogate.table_ul, np.array(memory.centre)
     units = np.flatnonzero(level_u > 0)
-    cost_u = ladders.cost_ul[units, level_u[units] - 1] - ladders.cost_ul[units, level_u[units]]
+    price_u = ladders.price_ul[units, level_u[units] - 1] - ladders.price_ul[units, level_u[units]]
     loss_u = table_ul[units, level_u[units]] - table_ul[units, level_u[units] - 1]
-    return max(0.0, float(np.median(loss_u / np.maximum(cost_u, 1)))) if len(units) else 0.0
+    dear = price_u > 0
+    return max(0.0, float(np.median(loss_u[dear] / price_u[dear]))) if dear.any() else 0.0

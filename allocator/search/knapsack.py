@@ -27,8 +27,8 @@ MAX_BUCKETS = 2**15
 def knapsack(
     space: SearchSpace, budget: Budget, table: Table, allowed: Sequence[tuple[int, int]] | None = None
 ) -> Allocation:
-    """Minimise the sum of ``table`` within one budget, exactly. See :func:`knapsack_multi`."""
-    return knapsack_multi(space, {budget.cost: budget.limit}, table, allowed)
+    """Minimise the sum of ``table`` within a budget, exactly. See :func:`knapsack_multi`."""
+    return knapsack_multi(space, budget.limits, table, allowed)
 
 
 def knapsack_nearby(
@@ -50,12 +50,12 @@ def knapsack_nearby(
     inside_uw = (level_uw >= 0) & (level_uw <= last_u1)
     level_uw = np.clip(level_uw, 0, last_u1)
     values_uw = np.where(inside_uw, table_ul[unit_u1, level_uw], np.inf)
-    costs_kuw, rooms_k = ladders.cost_ul[unit_u1, level_uw][None], np.array([ladders.room])
+    costs_kuw, rooms_k = ladders.cost_kul[:, unit_u1, level_uw], ladders.room_k
     found_u = optimum(values_uw, costs_kuw, rooms_k, slack)
     assert found_u is not None, "the centre keeps the budget"
     found_u = fill(values_uw, costs_kuw, rooms_k, found_u)
     levels_u = level_uw[unit_u1[:, 0], found_u]
-    return tuple(fill(table_ul, ladders.cost_ul[None], rooms_k, levels_u).tolist())
+    return tuple(fill(table_ul, ladders.cost_kul, rooms_k, levels_u).tolist())
 
 
 def knapsack_multi(

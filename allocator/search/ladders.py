@@ -1,42 +1,52 @@
 """A search space as arrays, for searchers that look at many allocations at once.
 
-Shapes: U units, L levels of the longest ladder, N allocations.
+Shapes: K limited costs, U units, L levels of the longest ladder, N allocations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from allocator.core.budget import Budget
 from allocator.core.space import Allocation, SearchSpace
 
+_NOTHING = 1e-18
+"""A step that costs nothing costs this."""
+
 
 class Ladders:
     """Costs of all levels within one budget, and repair of allocations by what a table says they lose.
 
     Attributes:
-        cost_ul: What each level costs, int64; beyond a unit's last level, that level again.
+        cost_kul: What each level costs, int64; beyond a unit's last level, that level again.
+        price_ul: All costs of each level in one, each as a share of what the budget leaves to units.
         sparsity_ul: Share of the unit that each level removes, likewise.
         last_u: Each unit's last level.
-        room: The budget, less what no unit holds.
+        room_k: The budget, less what no unit holds.
     """
 
     def __init__(self, space: SearchSpace, budget: Budget) -> None:
         longest = max(unit.num_levels for unit in space.units)
-        costs = [unit.costs(budget.cost) for unit in space.units]
-        self.cost_ul = np.array([[*c, *[c[-1]] * (longest - len(c))] for c in costs], dtype=np.int64)
+
+        def padded(rows: Iterable[Sequence[float]]) -> list[list[float]]:
+            return [[*row, *[row[-1]] * (longest - len(row))] for row in rows]
+
+        costs = [padded(unit.costs(cost) for unit in space.units) for cost in budget.limits]
+        self.cost_kul = np.array(costs, dtype=np.int64)
+        self.room_k = np.array([limit - space.fixed[cost] for cost, limit in budget.limits.items()])
+        self.price_ul = np.tensordot(1.0 / np.maximum(self.room_k, 1), self.cost_kul, axes=1)
         self.last_u = np.array([unit.num_levels - 1 for unit in space.units])
         self.sparsity_ul = np.array(
-            [[unit.sparsity(min(level, unit.num_levels - 1)) for level in range(longest)] for unit in space.units]
+            padded([unit.sparsity(level) for level in range(unit.num_levels)] for unit in space.units)
         )
-        self.room = budget.limit - space.fixed[budget.cost]
         self._units = np.arange(len(space.units))
 
-    def cost(self, levels_nu: np.ndarray) -> np.ndarray:
-        """Return the cost inside units of allocations [..., U]."""
-        return np.asarray(self.cost_ul[self._units, levels_nu].sum(-1))
+    def short(self, levels_nu: np.ndarray) -> np.ndarray:
+        """Return by how much allocations [..., U] exceed the budget, as a share of each limit, added up."""
+        over_nk = self._cost(levels_nu) - self.room_k
+        return np.asarray((np.maximum(over_nk, 0) / np.maximum(self.room_k, 1)).sum(-1))
 
     def look_up(self, table_ul: np.ndarray, levels_nu: np.ndarray) -> np.ndarray:
         """Return the sum of a table's entries for allocations [..., U]."""
@@ -45,9 +55,10 @@ class Ladders:
     def filled(self, allocation: Allocation) -> bool:
         """Whether an allocation keeps the budget, and no unit could go one level denser and still keep it."""
         levels_u, units = np.array(allocation), self._units
-        room = self.room - int(self.cost(levels_u))
-        step_u = self.cost_ul[units, np.maximum(levels_u - 1, 0)] - self.cost_ul[units, levels_u]
-        return room >= 0 and not bool(((levels_u > 0) & (step_u <= room)).any())
+        room_k = self.room_k - self._cost(levels_u)
+        step_ku = self.cost_kul[:, units, np.maximum(levels_u - 1, 0)] - self.cost_kul[:, units, levels_u]
+        fits_u = (step_ku <= room_k[:, None]).all(0)
+        return bool((room_k >= 0).all()) and not bool(((levels_u > 0) & fits_u).any())
 
     def settle(self, levels: Sequence[int] | np.ndarray, table_ul: np.ndarray) -> Allocation:
         """Move an allocation into the budget and fill the budget, one level at a time, by least loss per cost.
@@ -60,25 +71,31 @@ class Ladders:
             An allocation that keeps the budget, and in which no unit could go one level denser and still keep it.
         """
         levels_u, units = np.array(levels), self._units
-        room = self.room - int(self.cost(levels_u))
-        while room < 0:
+        scale_k1 = np.maximum(self.room_k, 1)[:, None]
+        room_k1 = (self.room_k - self._cost(levels_u))[:, None]
+        while (room_k1 < 0).any():
             next_u = np.minimum(levels_u + 1, self.last_u)
-            freed_u = self.cost_ul[units, levels_u] - self.cost_ul[units, next_u]
+            freed_ku = self.cost_kul[:, units, levels_u] - self.cost_kul[:, units, next_u]
             lost_u = table_ul[units, next_u] - table_ul[units, levels_u]
             can_u = levels_u < self.last_u
             assert can_u.any(), "the budget was checked to be reachable"
             # steps that free nothing come last; beyond what is needed, freed room counts for nothing
-            useful_u = np.clip(freed_u, 1e-9, -room)
-            unit = int(np.where(can_u, lost_u / useful_u, np.inf).argmin())
+            useful_u = (np.minimum(freed_ku, np.maximum(-room_k1, 0)) / scale_k1).sum(0)
+            unit = int(np.where(can_u, lost_u / np.maximum(useful_u, _NOTHING), np.inf).argmin())
             levels_u[unit] += 1
-            room += int(freed_u[unit])
+            room_k1 = room_k1 + freed_ku[:, unit, None]
         while True:
             before_u = np.maximum(levels_u - 1, 0)
-            needed_u = self.cost_ul[units, before_u] - self.cost_ul[units, levels_u]
-            can_u = (levels_u > 0) & (needed_u <= room)
+            needed_ku = self.cost_kul[:, units, before_u] - self.cost_kul[:, units, levels_u]
+            can_u = (levels_u > 0) & (needed_ku <= room_k1).all(0)
             if not can_u.any():
                 return tuple(levels_u.tolist())
             gain_u = table_ul[units, levels_u] - table_ul[units, before_u]
-            unit = int(np.where(can_u, gain_u / np.maximum(needed_u, 1e-9), -np.inf).argmax())
+            rate_u = gain_u / np.maximum((needed_ku / scale_k1).sum(0), _NOTHING)
+            unit = int(np.where(can_u, rate_u, -np.inf).argmax())
             levels_u[unit] -= 1
-            room -= int(needed_u[unit])
+            room_k1 = room_k1 - needed_ku[:, unit, None]
+
+    def _cost(self, levels_nu: np.ndarray) -> np.ndarray:
+        """Return the costs inside units of allocations [..., U], [..., K]."""
+        return np.asarray(np.moveaxis(self.cost_kul[:, self._units, levels_nu].sum(-1), 0, -1))

@@ -52,6 +52,7 @@ class Nsga2:
     ) -> None:
         """Begin with ``start``, equal levels at every sparsity, and random levels."""
         self._space, self._budget, self._settings, self._seed = space, budget, settings, seed
+        self._cost = next(iter(budget.limits))
         self._generation = 0
         self._scored: dict[Allocation, float] = {}
         self._asked: Population | None = None
@@ -84,7 +85,7 @@ class Nsga2:
         if self._asked is None:
             self._done = True
             return
-        objectives = [[o.loss, self._space.cost(o.request.allocation, self._budget.cost)] for o in outcomes]
+        objectives = [[o.loss, self._space.cost(o.request.allocation, self._cost)] for o in outcomes]
         self._asked.set("F", np.array(objectives, dtype=float))
         self._algorithm.tell(infills=self._asked)
         self._asked = None
@@ -112,7 +113,8 @@ class Nsga2:
 
     def _at_budget(self) -> list[Allocation]:
         def distance(allocation: Allocation) -> tuple[int, float]:
-            return abs(self._space.cost(allocation, self._budget.cost) - self._budget.limit), self._scored[allocation]
+            away = abs(self._space.cost(allocation, self._cost) - self._budget.limits[self._cost])
+            return away, self._scored[allocation]
 
         members = [tuple(int(level) for level in row) for row in self._algorithm.opt.get("X")]
         return list(dict.fromkeys(self._repaired(member) for member in sorted(set(members), key=distance)))[:8]

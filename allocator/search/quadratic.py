@@ -110,7 +110,7 @@ class Quadratic:
 
     def expand(self, outcome: Outcome) -> None:
         """Take an expansion; the table is around the last one on all tokens, from the next :meth:`refresh` on."""
-        found = Expanded.of(outcome, self._ladders.cost_ul.shape[1])
+        found = Expanded.of(outcome, self._ladders.price_ul.shape[1])
         self._expanded[found.allocation, found.tokens] = found
         if found.tokens == self._tokens:
             self._base = found

@@ -42,7 +42,9 @@ class Shapes:
         self.names = list(basis)
         self._basis_uc = np.array(list(basis.values())).reshape(len(basis), len(space.units)).T
         self._kept = [np.array(unit.kept[::-1]) / unit.total for unit in space.units]  # increasing, as interp wants
-        self._costs = [np.array(unit.costs(budget.cost)[::-1], dtype=float) for unit in space.units]
+        self._costs = {
+            cost: [np.array(unit.costs(cost)[::-1], dtype=float) for unit in space.units] for cost in budget.limits
+        }
         even = self._offset(np.zeros(len(space.units)))
         self._span = min(even, 1.0 - even)
 
@@ -68,15 +70,14 @@ class Shapes:
 
     def _offset(self, preference_u: np.ndarray) -> float:
         """Return the largest offset, to rounding, at which interpolated costs are within the budget."""
-        room = self._budget.limit - self._space.fixed[self._budget.cost]
+        rooms = {cost: limit - self._space.fixed[cost] for cost, limit in self._budget.limits.items()}
         low, high = -1.0 - float(preference_u.max()), 1.0 - float(preference_u.min())
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
-            spent = sum(
-                float(np.interp(middle + preference, kept, costs))
-                for preference, kept, costs in zip(preference_u, self._kept, self._costs, strict=True)
-            )
-            low, high = (middle, high) if spent <= room else (low, middle)
+            keep_u = preference_u + middle
+            spent = {cost: sum(map(np.interp, keep_u, self._kept, self._costs[cost])) for cost in rooms}
+            fits = all(spent[cost] <= rooms[cost] for cost in rooms)
+            low, high = (middle, high) if fits else (low, middle)
         return low
 
 

@@ -97,7 +97,7 @@ def adapt_pruner(space: SearchSpace, budget: Budget, target: float, tokens: Fide
     may train between steps, which is not done here.
     """
     steps = max(1, round(target / _STEP))
-    dense = space.cost(space.dense, budget.cost)
+    whole = {cost: space.cost(space.dense, cost) for cost in budget.limits}
     blocks = np.array([unit.block for unit in space.units])
     sparsities, allocation = np.zeros(len(blocks)), space.dense
     for step in range(1, steps + 1):
@@ -106,7 +106,7 @@ def adapt_pruner(space: SearchSpace, budget: Budget, target: float, tokens: Fide
         centred = influence - influence.mean()
         scale = float(np.abs(centred).max()) or 1.0
         base = sparsities - _AMPLITUDE * centred[blocks] / scale
-        due = Budget(dense - (dense - budget.limit) * step // steps, budget.cost)
+        due = Budget(**{cost: whole[cost] - (whole[cost] - budget.limits[cost]) * step // steps for cost in whole})
         sparsities = on_budget(space, due, partial(np.add, base), -1.0, 2.0)
         allocation = to_levels(space, due, sparsities)
     return allocation

@@ -80,9 +80,9 @@ class Tabular:
         self._observed: list[Difference] = []
         self._sampling = Sampling(tokens)
         self._units = np.arange(len(ladders.last_u))
-        self._shape = ladders.cost_ul.shape
+        self._shape = ladders.price_ul.shape
         self._mid_ul = (ladders.sparsity_ul[:, 1:] + ladders.sparsity_ul[:, :-1]) / 2
-        self._removed_ul = (ladders.cost_ul[:, :-1] - ladders.cost_ul[:, 1:]).astype(float)
+        self._removed_ul = ladders.price_ul[:, :-1] - ladders.price_ul[:, 1:]
         self.refresh(centre)
 
     def observe(self, difference: Difference) -> None:

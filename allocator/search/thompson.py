@@ -65,7 +65,7 @@ class Thompson:
         self, space: SearchSpace, budget: Budget, start: Sequence[Allocation], settings: ThompsonSettings, seed: int
     ) -> None:
         """Begin with ``start``, allocations within the budget, of which the best is the model's reference."""
-        self._space, self._budget, self._settings, self._seed = space, budget, settings, seed
+        self._space, self._settings, self._seed = space, settings, seed
         self._ladders = Ladders(space, budget)
         self._candidates = list(dict.fromkeys(start))[: settings.trials]
         self._scored: dict[Allocation, float] = {}
@@ -85,7 +85,7 @@ class Thompson:
         self._stale = 0 if self._scored[best] < before else self._stale + 1
         if not self._models:
             reference = best, self._scored[best]
-            self._models = [AdditiveModel(self._space, self._budget.cost, *reference, power) for power in POWERS]
+            self._models = [AdditiveModel(self._space, *reference, power) for power in POWERS]
         for model in self._models:
             model.learn([outcome.request.allocation for outcome in outcomes], [outcome.loss for outcome in outcomes])
         self._candidates = []

@@ -104,12 +104,12 @@ def _probes(memory: Memory, tokens: int, count: int) -> list[Allocation]:
             step = (*memory.centre[:unit], other, *memory.centre[unit + 1 :])
             if not memory.knows(step, tokens):
                 loss = float(surrogate.table_ul[unit, other] - surrogate.table_ul[unit, level])
-                cost = int(ladders.cost_ul[unit, level] - ladders.cost_ul[unit, other])
-                steps.append((step, loss, cost, float(deviation_ul[unit, other])))
-    rate = float(np.median([loss / cost for _, loss, cost, _ in steps if cost] or [0.0]))
+                price = float(ladders.price_ul[unit, level] - ladders.price_ul[unit, other])
+                steps.append((step, loss, price, float(deviation_ul[unit, other])))
+    rate = float(np.median([loss / price for _, loss, price, _ in steps if price] or [0.0]))
 
-    def worth(step: tuple[Allocation, float, int, float]) -> float:
-        _, loss, cost, deviation = step
-        return deviation * float(np.exp(-(((loss - rate * cost) / max(deviation, 1e-300)) ** 2) / 2))
+    def worth(step: tuple[Allocation, float, float, float]) -> float:
+        _, loss, price, deviation = step
+        return deviation * float(np.exp(-(((loss - rate * price) / max(deviation, 1e-300)) ** 2) / 2))
 
     return [step for step, *_ in sorted(steps, key=worth, reverse=True)[:count]]

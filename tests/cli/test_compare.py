@@ -49,8 +49,8 @@ def test_every_rule_that_serves_is_measured_at_the_budget(
         assert figures["kl"] >= -1e-9
         assert figures["within_budget"]
         if name != "dense":
-            assert fits(space, levels, Budget(limit))
-            assert not denser_moves(space, levels, Budget(limit))
+            assert fits(space, levels, Budget(params=limit))
+            assert not denser_moves(space, levels, Budget(params=limit))
     assert data["measured"]["dense"]["kl"] == pytest.approx(0.0, abs=1e-9)
     assert not [path for path in (here / "runs" / "run").iterdir() if path.name.startswith(".")]
     assert json.loads((here / "runs" / "run" / "compare.json").read_text())["measured"] == data["measured"]

@@ -43,7 +43,7 @@ def test_round_trip(spaces, data, tmp_path_factory):
     cost = data.draw(st.sampled_from(["params", "macs"]))
     if space.unit_params == 0:
         return
-    plan = _plan(space, allocation, Budget(space.cost(allocation, cost) + data.draw(st.integers(0, 9)), cost))
+    plan = _plan(space, allocation, Budget(**{cost: space.cost(allocation, cost) + data.draw(st.integers(0, 9))}))
     path = tmp_path_factory.mktemp("plan") / "plan.json"
     plan.save(path)
     assert Plan.load(path) == plan
@@ -91,15 +91,15 @@ def _set_level_beyond_the_ladder(data):
 
 
 def _set_achieved(data):
-    data["budget"]["achieved"] -= 1
+    data["budget"]["params"]["achieved"] -= 1
 
 
 def _set_limit(data):
-    data["budget"]["limit"] = data["budget"]["achieved"] - 1
+    data["budget"]["params"]["limit"] = data["budget"]["params"]["achieved"] - 1
 
 
 def _set_cost(data):
-    data["budget"]["cost"] = "macs"
+    data["budget"]["macs"] = data["budget"].pop("params")
 
 
 def _set_sparsity(data):
@@ -156,19 +156,19 @@ def test_an_edited_plan_is_refused(path, edit):
     ("edit", "where"),
     [
         (lambda data: data.pop("budget"), "budget"),
-        (lambda data: data.update(schema=2), "schema"),
+        (lambda data: data.update(schema=1), "schema"),
         (lambda data: data.update(kind="allocator.front"), "kind"),
         (lambda data: data.update(extra=1), "extra"),
         (lambda data: data.update(units={}), "units"),
         (lambda data: data["model"].update(fingerprint="sha256:12"), "model.fingerprint"),
-        (lambda data: data["budget"].update(limit="many"), "budget.limit"),
+        (lambda data: data["budget"]["params"].update(limit="many"), "budget.params.limit"),
     ],
 )
 def test_a_plan_against_the_schema_is_refused_where_it_is_wrong(path, edit, where):
     data = json.loads(path.read_text())
     edit(data)
     path.write_text(json.dumps(data))
-    with pytest.raises(UserError, match=f"not a plan of schema 1.*{where}"):
+    with pytest.raises(UserError, match=f"not a plan of schema 2.*{where}"):
         Plan.load(path)
 
 

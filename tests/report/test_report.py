@@ -144,7 +144,7 @@ def finished(tmp_path: Path) -> Path:
     (folder / "result.json").write_text(json.dumps(result_of(space, NAMED)))
     pruner = {"name": "obs", "damping": 0.01, "calibration": "sha256:" + "3" * 64}
     provenance = {"run": "sha256:" + "4" * 64, "searcher": "evolution", "seed": 3, "target": 0.5, "versions": VERSIONS}
-    plan = Plan(MODEL, space, SEARCHED, Budget(LIMIT), pruner, measured(), provenance)
+    plan = Plan(MODEL, space, SEARCHED, Budget(params=LIMIT), pruner, measured(), provenance)
     (folder / "plan.json").write_text(json.dumps(plan.to_json()))
     return folder
 

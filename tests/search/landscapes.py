@@ -108,14 +108,14 @@ class Landscape:
                     equal.append(0.0)
         sums = coo_array((values, (rows, columns)), shape=(len(equal), len(cost)))
         spent = np.zeros((1, len(cost)))
-        spent[0, : offsets[-1]] = np.concatenate([unit.costs(budget.cost) for unit in units])
+        spent[0, : offsets[-1]] = np.concatenate([unit.costs("params") for unit in units])
         integer = np.zeros(len(cost))
         integer[: offsets[-1]] = 1
         found = milp(
             np.array(cost),
             constraints=[
                 LinearConstraint(sums.tocsr(), equal, equal),
-                LinearConstraint(spent, -np.inf, budget.limit - self.space.fixed[budget.cost]),
+                LinearConstraint(spent, -np.inf, budget.limits["params"] - self.space.fixed["params"]),
             ],
             bounds=Bounds(0, 1),
             integrality=integer,
@@ -226,9 +226,9 @@ class Bowl:
         form, count = self.forms.mean(0), len(self.positions)
         assert not np.triu(form, 2).any(), "units interact beyond their neighbours"
         pull = (self.forms @ self.lowest[:, :, None])[:, :, 0].mean(0)
-        costs = [np.array(unit.costs(budget.cost)) for unit in self.space.units]
+        costs = [np.array(unit.costs("params")) for unit in self.space.units]
         grain = int(np.gcd.reduce(np.concatenate(costs)))
-        room = (budget.limit - self.space.fixed[budget.cost]) // grain
+        room = (budget.limits["params"] - self.space.fixed["params"]) // grain
         best, before, chosen = np.zeros((1, room + 1)), np.zeros(1), []
         for index, (position, cost) in enumerate(zip(self.positions, costs, strict=True)):
             joint = form[index, index - 1] * position[:, None] * before if index else np.zeros((len(position), 1))

@@ -70,7 +70,7 @@ def _told(spread):
 @pytest.mark.parametrize("spread", [0.0, 0.02, 0.3])
 def test_draws_are_of_the_posterior(small, power, spread):
     told, losses, base = _told(spread)
-    model = AdditiveModel(small, "params", REFERENCE, base, power)
+    model = AdditiveModel(small, REFERENCE, base, power)
     model.learn([REFERENCE, *told[:4]], [base, *losses[:4]])
     model.learn(told[4:], losses[4:])
     drawn = model.draw(40_000, np.random.default_rng(0))
@@ -85,7 +85,7 @@ def test_likelihoods_compare_powers(small):
     told, losses, base = _told(0.02)
     found, expected = [], []
     for power in POWERS:
-        model = AdditiveModel(small, "params", REFERENCE, base, power)
+        model = AdditiveModel(small, REFERENCE, base, power)
         model.learn(told, losses)
         found.append(model.likelihood)
         expected.append(_posterior(small, power, told, np.log(losses) - np.log(base))[0])
@@ -94,7 +94,7 @@ def test_likelihoods_compare_powers(small):
 
 @pytest.mark.parametrize("power", POWERS)
 def test_before_any_outcome_draws_are_of_the_prior(small, power):
-    model = AdditiveModel(small, "params", REFERENCE, 1.0, power)
+    model = AdditiveModel(small, REFERENCE, 1.0, power)
     drawn = model.draw(40_000, np.random.default_rng(0))
     terms, mean, covariance = _prior(small, power)
     table = np.stack([drawn[:, u, level] for u, level in terms], axis=1)
@@ -104,6 +104,6 @@ def test_before_any_outcome_draws_are_of_the_prior(small, power):
 
 @pytest.mark.parametrize("loss", [0.0, 1.0])
 def test_outcomes_that_are_all_alike_are_no_error(small, loss):
-    model = AdditiveModel(small, "params", REFERENCE, loss, POWERS[0])
+    model = AdditiveModel(small, REFERENCE, loss, POWERS[0])
     model.learn([(0, 0, 0), (3, 1, 2)], [loss, loss])
     assert np.isfinite(model.draw(3, np.random.default_rng(0))).all()

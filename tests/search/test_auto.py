@@ -84,10 +84,10 @@ def test_each_part_alone_goes_most_of_the_way(method, tmp_path):
 @given(data=st.data())
 def test_settled_allocations_keep_and_fill_the_budget(spaces, data):
     space = data.draw(spaces)
-    budget = Budget(data.draw(st.integers(space.cost(space.sparsest), space.cost(space.dense))))
+    budget = Budget(params=data.draw(st.integers(space.cost(space.sparsest), space.cost(space.dense))))
     ladders = Ladders(space, budget)
     levels = [data.draw(st.integers(0, unit.num_levels - 1)) for unit in space.units]
-    table = np.random.default_rng(data.draw(st.integers(0, 99))).normal(size=ladders.cost_ul.shape)
+    table = np.random.default_rng(data.draw(st.integers(0, 99))).normal(size=ladders.price_ul.shape)
     settled = ladders.settle(levels, table)
     assert fits(space, settled, budget)
     assert denser_moves(space, settled, budget) == []

@@ -13,13 +13,13 @@ def test_uniform_is_exact_at_a_level_equal_to_the_target(make_space, sizes, eigh
     budget = budget_for(space, eighths / 8)
     even = uniform(space, budget)
     assert even == (eighths,) * len(sizes)
-    assert space.cost(even) == budget.limit
+    assert space.cost(even) == budget.limits["params"]
 
 
 def test_uniform_between_levels_gives_what_is_left_over_to_the_first_units(make_space):
     space = make_space([[40, 30, 20, 10, 0]] * 4, fixed=0)
     budget = budget_for(space, 0.35)
-    assert budget.limit == 104
+    assert budget.limits["params"] == 104
     assert uniform(space, budget) == (1, 1, 2, 2)
 
 
@@ -44,7 +44,7 @@ def test_uniform_keeps_and_fills_every_budget(spaces, data, target):
 @given(data=st.data())
 def test_two_rate_keeps_and_fills_every_budget(spaces, data):
     space = data.draw(spaces.filter(lambda space: len(space.units) > 1))
-    budget = Budget(data.draw(st.integers(space.cost(space.sparsest), space.cost(space.dense))))
+    budget = Budget(params=data.draw(st.integers(space.cost(space.sparsest), space.cost(space.dense))))
     sweep = two_rate(space, budget)
     assert sweep
     assert len(set(sweep)) == len(sweep)

@@ -75,7 +75,7 @@ def test_ladders_hold_what_is_named_and_both_ends(data):
 @given(data=st.data())
 def test_what_an_incumbent_leaves_over_is_filled(data):
     space = data.draw(_spaces())
-    budget = Budget(data.draw(st.integers(space.cost(space.sparsest), space.cost(space.dense))))
+    budget = Budget(params=data.draw(st.integers(space.cost(space.sparsest), space.cost(space.dense))))
     incumbent = repair(space, space.dense, budget, range(len(space.units)))
     finer = _finer(space, recentre(space, incumbent, []))
     start = filled(finer, same := translated(incumbent, space, finer), budget)
@@ -118,7 +118,7 @@ SETTINGS = SearchSettings(evolution=EvolutionSettings(4, 4, 6, (64, 128), (2, 1)
 def begun():
     """A finer space, and what the second round begins with."""
     space = _eighths(960, 96, 960, 96, 960, 96)
-    budget = Budget(space.limit_for(0.47))
+    budget = Budget(params=space.limit_for(0.47))
     incumbent = repair(space, (1, 7, 3, 2, 5, 4), budget, range(6))
     even = repair(space, (3,) * 6, budget, range(6))
     uneven = repair(space, (8, 3) * 3, budget, range(6))

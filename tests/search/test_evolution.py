@@ -159,7 +159,7 @@ def test_blocks_that_only_help_when_they_go_together_are_found(run, make_space):
 @given(data=st.data(), seed=st.integers(0, 99), times=st.integers(1, 4))
 def test_exchanges_keep_and_fill_the_budget(spaces, data, seed, times):
     space = data.draw(spaces)
-    budget = Budget(data.draw(st.integers(space.cost(space.sparsest), space.cost(space.dense))))
+    budget = Budget(params=data.draw(st.integers(space.cost(space.sparsest), space.cost(space.dense))))
     parent = repair(space, space.dense, budget, range(len(space.units)))
     child = exchange(space, parent, budget, np.random.default_rng(seed), times)
     assert fits(space, child, budget)

@@ -40,7 +40,7 @@ def _table(data, space, falling=True, forbidden=True):
 
 def _full(space, allocation, limits, table):
     moves = set.intersection(
-        *(set(denser_moves(space, allocation, Budget(limit, cost))) for cost, limit in limits.items())
+        *(set(denser_moves(space, allocation, Budget(**{cost: limit}))) for cost, limit in limits.items())
     )
     return all(math.isinf(table[i][allocation[i] - 1]) for i in moves)
 
@@ -58,11 +58,11 @@ def test_one_limit_is_solved_exactly(spaces, data):
     table = [row if any(map(math.isfinite, row)) else [0.0] * len(row) for row in table]
     everything = _everything(space, table)
     costs = [space.cost(a) for a in everything]
-    budget = Budget(data.draw(st.sampled_from([min(costs), max(costs), (min(costs) + max(costs)) // 2])))
+    budget = Budget(params=data.draw(st.sampled_from([min(costs), max(costs), (min(costs) + max(costs)) // 2])))
     found = knapsack(space, budget, table)
     best = min(_value(table, a) for a in everything if fits(space, a, budget))
     assert fits(space, found, budget)
-    assert _full(space, found, {"params": budget.limit}, table)
+    assert _full(space, found, {"params": budget.limits["params"]}, table)
     assert _value(table, found) == pytest.approx(best, rel=1e-9, abs=1e-9)
 
 
@@ -87,7 +87,7 @@ def test_ranges_are_kept_unless_only_units_outside_theirs_can_fill_the_budget(sp
         low = data.draw(st.integers(0, unit.num_levels - 1))
         allowed.append((low, data.draw(st.integers(low, unit.num_levels + 1))))
     everything = _everything(space, table, allowed)
-    budget = Budget(data.draw(st.integers(min(map(space.cost, everything)), space.cost(space.dense))))
+    budget = Budget(params=data.draw(st.integers(min(map(space.cost, everything)), space.cost(space.dense))))
     found = knapsack(space, budget, table, allowed)
     best = min(_value(table, a) for a in everything if fits(space, a, budget))
     assert fits(space, found, budget)
@@ -160,7 +160,7 @@ def test_a_front_in_buckets_holds_real_points_near_the_exact_front(make_space, m
 def test_the_front_and_the_knapsack_agree(space, landscape):
     table = [row.tolist() for row in landscape(space).terms]
     for cost, value, _ in additive_front(space, "params", table):
-        assert _value(table, knapsack(space, Budget(cost), table)) == pytest.approx(value)
+        assert _value(table, knapsack(space, Budget(params=cost), table)) == pytest.approx(value)
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
@@ -181,8 +181,8 @@ def test_a_large_knapsack_equals_an_independent_solver(make_space, share):
         ],
         options={"mip_rel_gap": 0},
     )
-    found = knapsack(space, Budget(limit), table)
-    assert fits(space, found, Budget(limit))
+    found = knapsack(space, Budget(params=limit), table)
+    assert fits(space, found, Budget(params=limit))
     assert _value(table, found) == pytest.approx(solved.fun, rel=1e-6)
     assert _value(table, found) <= solved.fun + 1e-5
 
@@ -196,7 +196,7 @@ def _ragged(space, table, fill):
 def test_nearby_is_the_knapsack_within_a_radius(spaces, data):
     space = data.draw(spaces)
     table = _table(data, space, forbidden=False)
-    budget = Budget(data.draw(st.integers(space.cost(space.sparsest), space.cost(space.dense))))
+    budget = Budget(params=data.draw(st.integers(space.cost(space.sparsest), space.cost(space.dense))))
     radius, ladders = data.draw(st.integers(1, 3)), Ladders(space, budget)
     centre = ladders.settle(
         [data.draw(st.integers(0, last)) for last in ladders.last_u.tolist()], _ragged(space, table, 0)
@@ -215,38 +215,38 @@ def test_too_many_states_still_give_a_full_allocation_near_the_bound(make_space,
     monkeypatch.setattr(lagrange, "MAX_STATES", 50)
     space, _ = _large(make_space, 12, 6, seed=2)
     table = [[unit.params[0] - count for count in unit.params] for unit in space.units]
-    budget = Budget(space.cost(space.dense) // 2)
+    budget = Budget(params=space.cost(space.dense) // 2)
     found = knapsack(space, budget, table)
     assert not denser_moves(space, found, budget)
-    assert 0 <= budget.limit - space.cost(found) < 0.001 * budget.limit
+    assert 0 <= budget.limits["params"] - space.cost(found) < 0.001 * budget.limits["params"]
 
 
 def test_equal_inputs_give_equal_allocations(space):
     table = [[0.0] * unit.num_levels for unit in space.units]
-    budget = Budget((space.cost(space.dense) + space.cost(space.sparsest)) // 2)
+    budget = Budget(params=(space.cost(space.dense) + space.cost(space.sparsest)) // 2)
     assert len({knapsack(space, budget, table) for _ in range(3)}) == 1
-    limits = {"params": budget.limit, "macs": 3 * budget.limit}
+    limits = {"params": budget.limits["params"], "macs": 3 * budget.limits["params"]}
     assert len({knapsack_multi(space, limits, table) for _ in range(3)}) == 1
 
 
 def test_a_full_budget_is_worth_more_than_the_sum(make_space):
     space = make_space([[10, 0], [10, 0]])
-    assert knapsack(space, Budget(space.fixed["params"] + 10), [[5.0, 0.0], [7.0, 0.0]]) == (0, 1)
+    assert knapsack(space, Budget(params=space.fixed["params"] + 10), [[5.0, 0.0], [7.0, 0.0]]) == (0, 1)
 
 
 def test_a_level_without_a_value_is_never_taken(make_space):
     space = make_space([[20, 10, 0]])
-    assert knapsack(space, Budget(space.cost((0,))), [[math.inf, math.inf, 0.0]]) == (2,)
+    assert knapsack(space, Budget(params=space.cost((0,))), [[math.inf, math.inf, 0.0]]) == (2,)
 
 
 def test_a_limit_out_of_reach_names_the_range(make_space):
     space = make_space([[30, 20, 5], [40, 10]], fixed=100)
     table = [[0.0, 1.0, 2.0], [0.0, 1.0]]
     with pytest.raises(UserError, match=r"params <= 114: out of reach .* params 115 to 170"):
-        knapsack(space, Budget(114), table)
+        knapsack(space, Budget(params=114), table)
     with pytest.raises(UserError, match=r"params <= 125: .* params 130 to 170"):
-        knapsack(space, Budget(125), table, allowed=[(0, 1), (0, 1)])
+        knapsack(space, Budget(params=125), table, allowed=[(0, 1), (0, 1)])
     with pytest.raises(UserError, match=r"^macs <= 144: .* params 115 to 170, macs 145 to 310"):
         knapsack_multi(space, {"params": 130, "macs": 144}, table)
     with pytest.raises(UserError, match=space.units[1].name):
-        knapsack(space, Budget(170), [[0.0, 1.0, 2.0], [math.inf, math.inf]])
+        knapsack(space, Budget(params=170), [[0.0, 1.0, 2.0], [math.inf, math.inf]])

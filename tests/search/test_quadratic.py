@@ -29,7 +29,7 @@ def _bowl(seed=0, reach=3):
 
 
 def _model(bowl):
-    return Quadratic(Ladders(bowl.space, Budget(bowl.space.cost(bowl.space.dense))), ALL)
+    return Quadratic(Ladders(bowl.space, Budget(params=bowl.space.cost(bowl.space.dense))), ALL)
 
 
 def _expand(model, bowl, centre, *fidelities):
@@ -90,7 +90,7 @@ def test_the_landscape_s_expansion_and_optimum_are_exact(seed):
             change = whole.slope[unit][level] + curvature_u[unit] * whole.size[unit][level]
             assert bowl.loss(_moved(centre, unit, level)) - bowl.loss(centre) == pytest.approx(change, abs=1e-12)
     every = np.stack(np.meshgrid(*(np.arange(unit.num_levels) for unit in bowl.space.units)), -1).reshape(-1, 5)
-    within = [a for a in map(tuple, every.tolist()) if bowl.space.cost(a, budget.cost) <= budget.limit]
+    within = [a for a in map(tuple, every.tolist()) if bowl.space.cost(a, "params") <= budget.limits["params"]]
     assert bowl.optimum(budget)[0] == pytest.approx(min(map(bowl.loss, within)), rel=1e-12)
 
 

@@ -182,7 +182,7 @@ def test_flap_removes_the_items_of_smallest_score_whatever_their_unit():
 def test_shortgpt_drops_blocks_by_influence_and_the_last_one_takes_back_what_fits():
     space = structured(*[(40, 30, 20, 10, 0)] * 8, blocks=[0, 0, 1, 1, 2, 2, 3, 3])
     influence = np.array([0.4, 0.1, 0.3, 0.2])
-    allocation = RULES["shortgpt"].allocate(space, Budget(207), 0.375, Signals({"influence": influence}))
+    allocation = RULES["shortgpt"].allocate(space, Budget(params=207), 0.375, Signals({"influence": influence}))
     assert allocation[2:4] == (4, 4)  # block 1 goes first, then block 3, of which the half returns
     assert sum(allocation[6:8]) == 4
     assert allocation[:2] == allocation[4:6] == (0, 0)
@@ -191,7 +191,7 @@ def test_shortgpt_drops_blocks_by_influence_and_the_last_one_takes_back_what_fit
 @given(data=st.data(), seed=st.integers(0, 999), equal=st.booleans(), rule=st.sampled_from(sorted(RULES)))
 def test_every_rule_keeps_and_fills_every_budget(spaces, data, seed, equal, rule):
     space = data.draw(spaces)
-    budget = Budget(data.draw(st.integers(space.cost(space.sparsest), space.cost(space.dense))))
+    budget = Budget(params=data.draw(st.integers(space.cost(space.sparsest), space.cost(space.dense))))
     signals, target = signals_of(space, seed, equal), data.draw(st.floats(0.05, 0.95))
     allocation = RULES[rule].allocate(space, budget, target, signals)
     assert fits(space, allocation, budget)
@@ -203,10 +203,10 @@ def test_every_rule_keeps_and_fills_every_budget(spaces, data, seed, equal, rule
 def test_sparsities_of_an_allocation_at_the_budget_become_that_allocation(spaces, data):
     space = data.draw(spaces)
     levels = tuple(data.draw(st.integers(0, unit.num_levels - 1)) for unit in space.units)
-    budget = Budget(space.cost(levels))
+    budget = Budget(params=space.cost(levels))
     sparsities = [unit.sparsity(level) for unit, level in zip(space.units, levels, strict=True)]
     found = to_levels(space, budget, sparsities)
-    assert space.cost(found) <= budget.limit
+    assert space.cost(found) <= budget.limits["params"]
     if not denser_moves(space, levels, budget):
         assert found == levels
 
@@ -214,7 +214,7 @@ def test_sparsities_of_an_allocation_at_the_budget_become_that_allocation(spaces
 def test_the_largest_remainders_are_rounded_up():
     space = structured(*[(40, 30, 20, 10, 0)] * 4, blocks=[0] * 4)
     sparsities = [0.3, 0.45, 0.5, 0.55]  # of 160 parameters 72 go, so 90 of what is kept fits eight tens
-    assert to_levels(space, Budget(7 + 88), sparsities) == (1, 2, 2, 3)
+    assert to_levels(space, Budget(params=7 + 88), sparsities) == (1, 2, 2, 3)
 
 
 def test_the_member_at_the_budget_is_clamped_and_the_rest_bears_what_is_left(fine):

@@ -9,6 +9,7 @@ import pytest
 
 from allocator.core.budget import Budget, budget_for, denser_moves, fits, repair
 from allocator.core.journal import Journal
+from allocator.search.baselines import uniform
 from allocator.search.bayesian import GpSettings, TpeSettings
 from allocator.search.decide import SearchSettings, make_searcher
 from allocator.search.evolution import EvolutionSettings
@@ -85,8 +86,8 @@ def _rule(name):
     tokens = Fidelity(64, 128)
 
     def make(space, budget, start, seed):
-        target = min(0.99, 1.0 - (budget.limit - space.fixed[budget.cost]) / max(1, space.unit_params))
-        return Stepwise(MEASURED_RULES[name].run(space, budget, abs(target), tokens), start, tokens)
+        target = min(0.99, max(0.01, space.sparsity(uniform(space, budget))))
+        return Stepwise(MEASURED_RULES[name].run(space, budget, target, tokens), start, tokens)
 
     return make
 
@@ -110,9 +111,10 @@ def test_finalists_keep_and_fill_the_budget_and_are_sorted(make, run, space, tar
     _check_finalists(run(make, space, target), space, budget_for(space, target), landscape(space))
 
 
+@pytest.mark.parametrize("costs", [("macs",), ("params", "macs")])
 @pytest.mark.parametrize("seed", [1, 2])
-def test_finalists_keep_a_budget_of_macs(make, space, landscape, tmp_path, seed):
-    budget = Budget((space.cost(space.dense, "macs") + space.cost(space.sparsest, "macs")) // 2, "macs")
+def test_finalists_keep_and_fill_other_budgets(make, space, landscape, tmp_path, seed, costs):
+    budget = Budget(**{c: (space.cost(space.dense, c) + space.cost(space.sparsest, c)) // 2 for c in costs})
     searcher = make(space, budget, [repair(space, space.sparsest, budget, range(len(space.units)))], seed)
     with Journal.create(tmp_path / "journal.jsonl", {"space": space.to_json()}) as journal:
         search(searcher, Measurer(landscape(space), journal))
@@ -227,7 +229,7 @@ def test_where_one_allocation_alone_fills_the_budget_it_is_found(name, ladders, 
     if name.endswith(TOLD):  # as the divergence of the dense model from itself
         evaluator = replace(evaluator, lowest=np.zeros_like(evaluator.lowest))
         assert evaluator.loss(space.dense) == 0.0
-    searcher = make(space, Budget(space.cost(space.dense)), [space.dense], 0)
+    searcher = make(space, Budget(params=space.cost(space.dense)), [space.dense], 0)
     while requests := searcher.ask():
         searcher.tell(list(evaluator.evaluate(requests)))
     assert list(searcher.finalists()) == [space.dense]

@@ -28,13 +28,13 @@ def test_every_point_of_the_box_keeps_and_fills_the_budget(spaces, data):
     space = data.draw(spaces)
     cost = data.draw(st.sampled_from(["params", "macs"]))
     limit = data.draw(st.integers(space.cost(space.sparsest, cost), space.cost(space.dense, cost)))
-    shapes = Shapes(space, Budget(limit, cost))
+    shapes = Shapes(space, Budget(**{cost: limit}))
     assert len(shapes.names) <= MAX_COEFFICIENTS
     box = st.lists(st.floats(-1.0, 1.0), min_size=len(shapes.names), max_size=len(shapes.names))
     allocation = shapes.allocation(data.draw(box))
     assert all(0 <= level < unit.num_levels for level, unit in zip(allocation, space.units, strict=True))
-    assert fits(space, allocation, Budget(limit, cost))
-    assert denser_moves(space, allocation, Budget(limit, cost)) == []
+    assert fits(space, allocation, Budget(**{cost: limit}))
+    assert denser_moves(space, allocation, Budget(**{cost: limit})) == []
 
 
 @given(data=st.data(), target=st.floats(0.02, 0.98))

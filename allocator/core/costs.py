@@ -1,0 +1,109 @@
+"""Costs: what is known of an allocation without running the model, and how a limit on one is written.
+
+All are integers. Times are nanoseconds, from a latency table.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from math import floor
+
+from allocator.core.errors import UserError, did_you_mean
+from allocator.core.space import Allocation, Cost, SearchSpace
+
+
+@dataclass(frozen=True, slots=True)
+class Quantity:
+    """What a cost counts.
+
+    Attributes:
+        label: In words.
+        scale: Integers in one of what is written and shown, such as nanoseconds in a millisecond.
+    """
+
+    label: str
+    scale: int = 1
+
+
+COSTS: Mapping[Cost, Quantity] = {
+    "params": Quantity("parameters"),
+    "macs": Quantity("multiply-accumulates of matrices per token"),
+    "prefill_macs": Quantity("multiply-accumulates of the prompt"),
+    "decode_macs": Quantity("multiply-accumulates of the last decoded token"),
+    "weight_bytes": Quantity("bytes of weights"),
+    "kv_bytes": Quantity("bytes of the KV cache"),
+    "prefill_ms": Quantity("milliseconds of the prompt", 10**6),
+    "decode_ms": Quantity("milliseconds of a decoded token", 10**6),
+    "latency_ms": Quantity("milliseconds of the prompt and all decoded tokens", 10**6),
+}
+
+_SUFFIXES = {
+    "": 1,
+    **{suffix: 10 ** (3 * power) for power, suffix in enumerate("KMGT", start=1)},
+    **{f"{suffix}B": 10 ** (3 * power) for power, suffix in enumerate("KMGT", start=1)},
+    **{f"{suffix}iB": 2 ** (10 * power) for power, suffix in enumerate("KMGT", start=1)},
+}
+_SHAPE = re.compile(r"\s*([a-z_]+)\s*<=\s*([0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)\s*")
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """An upper bound on a named figure, as it is written: ``params <= 0.5x``.
+
+    Attributes:
+        name: Of the figure.
+        amount: The bound.
+        relative: Whether the amount is a share of the dense model's figure.
+    """
+
+    name: str
+    amount: Fraction
+    relative: bool
+
+    @classmethod
+    def parse(cls, text: str, known: Iterable[str]) -> Bound:
+        """Read ``latency_ms <= 12``, ``kv_bytes <= 2GiB`` or ``params <= 0.5x``.
+
+        Args:
+            text: What was written.
+            known: Names that may be bounded.
+
+        Raises:
+            UserError: It is none of these.
+        """
+        match = _SHAPE.fullmatch(text)
+        if match is None or (match[3] != "x" and match[3] not in _SUFFIXES):
+            raise UserError(
+                f"expected a bound such as 'params <= 0.5x', 'kv_bytes <= 2GiB' or 'latency_ms <= 12', found {text!r}"
+            )
+        if match[1] not in known:
+            raise UserError(f"{text!r}: unknown figure {match[1]!r}{did_you_mean(match[1], known)}")
+        return cls(match[1], Fraction(match[2]) * _SUFFIXES.get(match[3], 1), match[3] == "x")
+
+    def limit(self, space: SearchSpace) -> int:
+        """Return the largest cost of the whole model that keeps the bound.
+
+        Raises:
+            UserError: The space does not know the cost.
+        """
+        if self.name not in space.fixed:
+            raise UserError(
+                f"{self.name}: not known without a latency table. Make one with 'allocator latency --out table.json' "
+                "and name it with --set workload.latency=table.json"
+            )
+        whole = space.cost(space.dense, self.name) if self.relative else COSTS[self.name].scale
+        return floor(self.amount * whole)
+
+
+def shown(cost: Cost, value: int) -> str:
+    """Return a cost as people read it."""
+    scale = COSTS[cost].scale
+    return f"{value:,}" if scale == 1 else f"{value / scale:,.3f}"
+
+
+def costs_of(space: SearchSpace, allocation: Allocation) -> dict[Cost, int]:
+    """Return every cost of the whole model that is known."""
+    return {cost: space.cost(allocation, cost) for cost in space.fixed}

@@ -1,0 +1,215 @@
+"""What a model costs to serve: multiply-accumulates, bytes of weights and of the KV cache, and looked-up times.
+
+For one workload: a batch of prompts, and how many tokens are generated after each. Per layer and kept item, with n the
+tokens of the prompt and c = n + generated those of the whole context:
+
+    prefill_macs  batch * n * (matrices + n * (query rows + value columns))   stock attention computes all n * n scores
+    decode_macs   batch * (matrices + c * (query rows + value columns))       of the last token, the dearest
+    kv_bytes      batch * c * (key rows + value rows) * bytes per number
+    weight_bytes  parameters * bytes per number
+
+The head runs on the last token of every prompt only, as generation does. A layer with a sliding window of w keeps w - 1
+tokens. Attention that is removed holds its place in the cache with one number for keys and one for values. Masked
+weights are stored and computed as others are: of all these, single weights and N:M change none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+from allocator.core.errors import UserError
+from allocator.core.latency import LatencyTable
+from allocator.core.space import Cost, SearchSpace, Unit
+from allocator.model.family import Layout, Site
+from allocator.model.headers import ModelFiles
+
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What is served at once.
+
+    Attributes:
+        batch: Sequences.
+        prompt: Tokens of each that are there before.
+        generate: Tokens that are generated after them.
+    """
+
+    batch: int
+    prompt: int
+    generate: int
+
+    @property
+    def context(self) -> int:
+        """Tokens of each sequence in the end."""
+        return self.prompt + self.generate
+
+
+def served(
+    space: SearchSpace, layout: Layout, files: ModelFiles, work: Workload, table: LatencyTable | None = None
+) -> SearchSpace:
+    """Return a space with the costs of serving, and with times where there is a table of them.
+
+    Raises:
+        UserError: The table is for other shapes or another workload.
+    """
+    if table is not None:
+        _check(table, files, layout, work)
+    serving = {site.name: _Serving(site, files, work, table) for site in layout.sites}
+    if space.pattern == "structured":
+        others = [serving[unit.name].costs(unit) for unit in space.units]
+        beside: dict[Cost, int] = dict.fromkeys(others[0], 0)
+    else:  # what masks leave is computed and stored as before
+        others = [_masked(unit, files, work) for unit in space.units]
+        dense = [serving[site.name].dense() for site in layout.sites]
+        beside = {cost: sum(each[cost] for each in dense) for cost in dense[0]}
+    bytes_ = sum(prod(shape) * width_of(files, name) for name, shape in files.shapes.items())
+    fixed: dict[Cost, int] = {**space.fixed, **beside}
+    for cost in ("prefill_macs", "decode_macs"):
+        fixed[cost] += work.batch * space.fixed["macs"]
+    fixed["weight_bytes"] = bytes_ - sum(each["weight_bytes"][0] for each in others)
+    if table is not None:
+        fixed["prefill_ms"] += table.fixed.prefill_ns
+        fixed["decode_ms"] += table.fixed.decode_ns
+        fixed["latency_ms"] += table.fixed.prefill_ns + work.generate * table.fixed.decode_ns
+    units = tuple(replace(unit, others=each) for unit, each in zip(space.units, others, strict=True))
+    return replace(space, units=units, fixed=fixed)
+
+
+def shape_of(site: Site, files: ModelFiles) -> str:
+    """Return what two sub-blocks have in common that take the same time: kind, items, and the rows that one item owns.
+
+    Such as ``channels of 704: 1+1 in, 1 out, hidden 192``.
+    """
+    rows = "+".join(str(rows) for _, rows in site.inputs)
+    staying = "".join(f", {rows} rows stay" for rows in [_staying_rows(site, files)] if rows)
+    window = _window(files.config, site.block) if site.part == "attention" else None
+    seen = "" if window is None else f", window {window}"
+    hidden = files.shapes[f"{site.output}.weight"][0]
+    return f"{site.kind} of {site.total}: {rows} in, {site.width} out, hidden {hidden}{staying}{seen}"
+
+
+class _Serving:
+    """What one sub-block costs to serve."""
+
+    def __init__(self, site: Site, files: ModelFiles, work: Workload, table: LatencyTable | None) -> None:
+        self._site, self._files, self._work, self._table = site, files, work, table
+        self._bytes = width_of(files, f"{site.output}.weight")
+
+    def costs(self, unit: Unit) -> dict[Cost, tuple[int, ...]]:
+        """Return the costs of every level."""
+        site, work = self._site, self._work
+        scores = self._score_macs
+        prefill = work.batch * work.prompt * work.prompt * scores
+        decode = work.batch * self._seen(work.context) * scores
+        levels = range(unit.num_levels)
+        found: dict[Cost, tuple[int, ...]] = {
+            "prefill_macs": tuple(work.batch * work.prompt * unit.macs[lv] + prefill * unit.kept[lv] for lv in levels),
+            "decode_macs": tuple(work.batch * unit.macs[lv] + decode * unit.kept[lv] for lv in levels),
+            "weight_bytes": tuple(self._bytes * count for count in unit.params),
+            "kv_bytes": tuple(self._kv_bytes(count) for count in unit.kept),
+        }
+        if self._table is not None:
+            first, next_ = self._table.ladder(shape_of(site, self._files), unit.kept)
+            whole = tuple(a + work.generate * b for a, b in zip(first, next_, strict=True))
+            found |= {"prefill_ms": first, "decode_ms": next_, "latency_ms": whole}
+        return found
+
+    def dense(self) -> dict[Cost, int]:
+        """Return what attention costs beside its matrices, and the time of the whole, when nothing is removed."""
+        site, work = self._site, self._work
+        macs = work.batch * site.total * self._score_macs
+        found = {
+            "prefill_macs": macs * work.prompt * work.prompt,
+            "decode_macs": macs * self._seen(work.context),
+            "weight_bytes": 0,
+            "kv_bytes": self._kv_bytes(site.total),
+        }
+        if self._table is not None:
+            ((first,), (next_,)) = self._table.ladder(shape_of(site, self._files), (site.total,))
+            found |= {"prefill_ms": first, "decode_ms": next_, "latency_ms": first + work.generate * next_}
+        return found
+
+    @property
+    def _score_macs(self) -> int:
+        """For each item, query position and key position: its scores, and the mix of its values."""
+        if self._site.part != "attention":
+            return 0
+        return self._site.inputs[0][1] + self._site.width
+
+    def _kv_bytes(self, kept: int) -> int:
+        site, work = self._site, self._work
+        if site.part != "attention":
+            return 0
+        rows = sum(rows for _, rows in site.inputs[1:]) * kept or _staying_rows(site, self._files)
+        if not kept:
+            return work.batch * work.context * self._bytes * 2  # the placeholder has no window
+        return work.batch * self._held(work.context) * self._bytes * rows
+
+    def _held(self, context: int) -> int:
+        window = _window(self._files.config, self._site.block)
+        return context if window is None else min(context, window - 1)
+
+    def _seen(self, context: int) -> int:
+        """Keys that the last token of a context attends to, its own among them."""
+        return min(context, self._held(context) + 1)
+
+
+def _masked(unit: Unit, files: ModelFiles, work: Workload) -> dict[Cost, tuple[int, ...]]:
+    num = unit.num_levels
+    stored = unit.total * width_of(files, f"{unit.name}.weight")
+    return {
+        "prefill_macs": (work.batch * work.prompt * unit.macs[0],) * num,
+        "decode_macs": (work.batch * unit.macs[0],) * num,
+        "weight_bytes": (stored,) * num,
+        "kv_bytes": (0,) * num,
+    }
+
+
+def _check(table: LatencyTable, files: ModelFiles, layout: Layout, work: Workload) -> None:
+    """Check that a table was made for a workload and for a model of this size."""
+    settings = table.settings
+    measured = Workload(settings.batch, settings.prompt, settings.generate)
+    if measured != work:
+        raise UserError(
+            f"workload.latency: the table is for {measured}, and the run asks for {work}. Make one for this workload "
+            "with 'allocator latency', or set workload.batch, workload.prompt and workload.generate as in the table"
+        )
+    if table.model != (own := size_of(files, layout)):
+        raise UserError(
+            f"workload.latency: the table is for a model of {table.model}, and this one has {own}. "
+            "Make one of this model with 'allocator latency'"
+        )
+
+
+def size_of(files: ModelFiles, layout: Layout) -> dict[str, int]:
+    """Return what the time beside sub-blocks depends on."""
+    hidden = files.shapes[f"{layout.sites[0].output}.weight"][0]
+    return {"hidden": hidden, "vocabulary": int(files.config["vocab_size"]), "blocks": len(layout.blocks)}
+
+
+def width_of(files: ModelFiles, name: str) -> int:
+    """Return the bytes of one number of a tensor."""
+    return _BYTES[files.dtypes[name]]
+
+
+def _staying_rows(site: Site, files: ModelFiles) -> int:
+    """Return the rows of matrices that stay as long as any item does: key and value beside query heads."""
+    own = {f"{module}.weight" for module in site.modules}
+    inside = {name: shape for name, shape in files.shapes.items() if name.startswith(f"{site.name}.")}
+    return sum(shape[0] for name, shape in inside.items() if len(shape) == 2 and name not in own)
+
+
+def _window(config: Mapping[str, Any], block: int) -> int | None:
+    """Return how many tokens a layer sees, where it does not see all."""
+    window = config.get("sliding_window")
+    if window is None or config.get("use_sliding_window") is False:
+        return None
+    kinds = config.get("layer_types")
+    if kinds is not None:
+        return int(window) if kinds[block] == "sliding_attention" else None
+    return int(window) if block >= int(config.get("max_window_layers") or 0) else None
