@@ -353,7 +353,7 @@ def _check_units(plan: Plan, layout: Layout, files: ModelFiles) -> None:
     expected = build_space(layout, files, pattern, target=0.5)
     there = {(u.name, u.kind, u.total, u.params[0], u.macs[0]) for u in expected.units}
     named = {(u.name, u.kind, u.total, u.params[0], u.macs[0]) for u in plan.space.units}
-    if there != named or expected.fixed != plan.space.fixed:
+    if there != named or not expected.fixed.items() <= plan.space.fixed.items():
         odd = min(there ^ named)[0] if there != named else "what is outside units"
         raise UserError(f"plan: it and the model {files.folder} disagree on {odd}. Make the plan again with a search")
 

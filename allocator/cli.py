@@ -61,7 +61,7 @@ def inspect(
 
     _print(space_table(space))
     _print(
-        f"budget: {' and '.join(f'{cost} <= {shown(cost, limit)}' for cost, limit in summary['budget'].items())}; "
+        f"{summary['asked']}: {' and '.join(f'{cost} <= {shown(cost, limit)}' for cost, limit in summary['budget'].items())}; "
         f"uniform has {summary['uniform']['params']:,} parameters"
     )
 

@@ -231,7 +231,7 @@ class RunConfig(_Strict):
 
     def identity(self) -> dict[str, Any]:
         """Return what two runs of one search have in common: everything but names, places and workers."""
-        places = {**dict.fromkeys(PLACES, True), "pruner": {"along"}, "workload": {"latency"}}
+        places: dict[str, Any] = {**dict.fromkeys(PLACES, True), "pruner": {"along"}, "workload": {"latency"}}
         return self.model_dump(mode="json", exclude=places)
 
     def to_yaml(self) -> str:

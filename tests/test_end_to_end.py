@@ -464,7 +464,7 @@ def test_the_budget_is_exact(
     limit = whole - held + int((1000 - round(1000 * target)) * held // 1000)
     reached = whole - held + sum(counted.values())
     assert reached <= limit
-    assert json.loads(plan_bytes(result.folder))["budget"] == {"cost": "params", "limit": limit, "achieved": reached}
+    assert json.loads(plan_bytes(result.folder))["budget"] == {"params": {"limit": limit, "achieved": reached}}
     for unit in units.values():
         ladder, level = unit["ladder"]["params"], unit["level"]
         assert level == 0 or reached - ladder[level] + ladder[level - 1] > limit
@@ -637,7 +637,7 @@ def test_result_has_every_figure(finished: dict[str, Any], pattern: str) -> None
     assert rows["dense"]["kl"] == pytest.approx(0.0, abs=1e-6)
     assert rows["dense"]["sparsity"] == 0.0
     for name in ("uniform", "two_rate", "searched"):
-        assert rows[name]["params"] <= data["budget"]["limit"]
+        assert rows[name]["params"] <= data["budget"]["params"]
         assert rows[name]["sparsity"] >= 0.5
         assert rows[name]["kl"] > 0.0
     space = result.plan.space

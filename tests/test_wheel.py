@@ -29,7 +29,7 @@ def test_wheel_searches_without_the_checkout(tmp_path: Path) -> None:
     settings += [f"--set=tokens.{split}=2048" for split in ("calibration", "selection", "test")]
     done = subprocess.run([*command, *settings], cwd=tmp_path, check=True, capture_output=True, text=True)
     result = json.loads(done.stdout)
-    assert result["measured"]["searched"]["params"] <= result["budget"]["limit"]
+    assert result["measured"]["searched"]["params"] <= result["budget"]["params"]["limit"]
     where = subprocess.run(
         [python, "-c", "import allocator; print(allocator.__file__)"], cwd=tmp_path, capture_output=True, text=True
     )

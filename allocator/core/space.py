@@ -43,7 +43,7 @@ class Unit:
     params: tuple[int, ...]
     macs: tuple[int, ...]
     group: int | None = None
-    others: Mapping[Cost, tuple[int, ...]] = field(default_factory=dict)
+    others: Mapping[Cost, tuple[int, ...]] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         assert {len(self.kept)} == {len(ladder) for ladder in (self.params, self.macs, *self.others.values())} != {0}

@@ -11,9 +11,9 @@ the share of its parameters that a level saves a unit, size those of the dense u
 
 so that every increment is positive in the mean, dear steps matter more, and a unit that turns out to be sensitive at
 one level is believed to be so at the next. With p = 1 an increment is in proportion to the parameters that its step
-saves; with more, what is already sparse is dearer to make sparser, as it is in networks. Outcomes enter as differences from
-a reference allocation; each has an error of its own, N(0, s^2 v^2), the reference's too, which stands for what does
-not add up. s is the most likely one, in closed form; p and v are the most likely of a few.
+saves; with more, what is already sparse is dearer to make sparser, as it is in networks. Outcomes enter as differences
+from a reference allocation; each has an error of its own, N(0, s^2 v^2), the reference's too, which stands for what
+does not add up. s is the most likely one, in closed form; p and v are the most likely of a few.
 
 Axes: u units, l levels (padded), j steps, d = u * j standard normal weights, n outcomes.
 """

@@ -799,12 +799,12 @@ PLAN_DAMAGES: dict[str, Callable[[Any], object]] = {
     "foreign": lambda plan: (plan.clear(), plan.update(epochs=3)),
     "no units": lambda plan: plan.pop("units"),
     "unknown key": lambda plan: plan.update(note="mine"),
-    "another schema": lambda plan: plan.update(schema=2),
+    "another schema": lambda plan: plan.update(schema=1),
     "level beyond its ladder": lambda plan: plan["units"]["model.layers.0.mlp"].update(level=99),
     "another level": lambda plan: plan["units"]["model.layers.0.mlp"].update(level=8, kept=0, sparsity=1.0),
     "ladders of unequal length": lambda plan: plan["units"]["model.layers.0.mlp"]["ladder"]["params"].pop(),
     "a ladder that rises": lambda plan: plan["units"]["model.layers.0.mlp"]["ladder"]["kept"].reverse(),
-    "a larger limit": lambda plan: plan["budget"].update(achieved=10**9, limit=10**9),
+    "a larger limit": lambda plan: plan["budget"]["params"].update(achieved=10**9, limit=10**9),
     "a unit missing": lambda plan: plan["units"].pop("model.layers.0.mlp"),
 }
 

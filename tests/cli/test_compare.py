@@ -42,7 +42,7 @@ def test_every_rule_that_serves_is_measured_at_the_budget(
     data = answer.json
     assert set(data["measured"]) == {"dense"} | serving(pattern)
     journal = Journal.read(here / "runs" / "run" / "journal.jsonl")
-    space, limit = journal.space, data["budget"]["limit"]
+    space, limit = journal.space, data["budget"]["params"]
     for name, figures in data["measured"].items():
         levels = tuple(data["allocations"][name]["levels"])
         assert figures["params"] == space.cost(levels)

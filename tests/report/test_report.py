@@ -76,11 +76,11 @@ def write_journal(folder: Path, outcomes: Sequence[Outcome], space: SearchSpace,
     header = {
         "identity": {"text": {"test": "sha256:" + "1" * 64}, "space": "sha256:" + "2" * 64},
         "model": MODEL,
-        "target": 0.5,
+        "asked": "target 0.5",
         "method": "evolution",
         "seed": 3,
         "tokens": [LOW, HIGH],
-        "budget": {"cost": "params", "limit": limit},
+        "budget": {"params": limit},
         "space": space.to_json(),
         "device": "cpu",
         "versions": VERSIONS,
@@ -121,10 +121,10 @@ def result_of(space: SearchSpace, named: Mapping[str, Allocation]) -> dict[str, 
         "kind": "allocator.result",
         "model": MODEL,
         "pattern": space.pattern,
-        "target": 0.5,
+        "asked": "target 0.5",
         "method": "evolution",
         "seed": 3,
-        "budget": {"cost": "params", "limit": LIMIT, "achieved": space.cost(named["searched"])},
+        "budget": {"params": {"limit": LIMIT, "achieved": space.cost(named["searched"])}},
         "measured": measured(),
         "units": units,
         "search": {"evaluations": 7, "candidate_tokens": 1, "store_tokens": 4096},
@@ -217,7 +217,7 @@ def test_front_table_shortens_a_long_front() -> None:
 
 @pytest.mark.parametrize(("loss", "heading"), [("kl", "KL"), ("topk_kl", "top-k KL")])
 def test_a_front_names_the_loss_of_its_run(tmp_path: Path, space: SearchSpace, loss: str, heading: str) -> None:
-    header = {"tokens": [HIGH], "budget": {"cost": "params", "limit": 9999}, "space": space.to_json(), "loss": loss}
+    header = {"tokens": [HIGH], "budget": {"params": 9999}, "space": space.to_json(), "loss": loss}
     request = Request(space.dense, HIGH)
     journal = Journal(tmp_path, header, {0: [Outcome(request, {loss: 0.25, "nll": 1.0}, 0.5, loss)]}, None)
     front = curves.front(journal)
@@ -261,7 +261,7 @@ def test_convergence_against_hand(tmp_path: Path) -> None:
 )
 def test_convergence_is_monotone(drawn: list[tuple[Allocation, float, int, str]]) -> None:
     space = structured()
-    header = {"tokens": [LOW, HIGH], "budget": {"cost": "params", "limit": LIMIT}, "space": space.to_json()}
+    header = {"tokens": [LOW, HIGH], "budget": {"params": LIMIT}, "space": space.to_json()}
     journal = Journal(Path("unused"), header, {batch: [outcome(*item)] for batch, item in enumerate(drawn)}, None)
     curve = curves.convergence(journal)
     assert all(a[0] < b[0] and a[1] >= b[1] for a, b in pairwise(curve))
@@ -295,7 +295,7 @@ def test_what_training_changed(tmp_path: Path) -> None:
         2: [trained((level, 3, 1, 3), 2 + level / 10, 0.1 + level / 10) for level in range(3)],
     }
     space = structured()
-    header = {"tokens": [HIGH], "budget": {"cost": "params", "limit": LIMIT}, "space": space.to_json()}
+    header = {"tokens": [HIGH], "budget": {"params": LIMIT}, "space": space.to_json()}
     journal = Journal(tmp_path, {**header, "training": {"tokens": [64]}}, batches, None)
     (line,) = curves.training(journal)
     assert (line["split"], line["tokens"], line["training"], line["evaluations"]) == ("search", HIGH, 64, 6)
