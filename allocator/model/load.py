@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -11,6 +12,7 @@ from torch import nn
 
 from allocator.core.errors import UserError
 from allocator.model import modeling_pruned
+from allocator.model.family import Layout
 from allocator.model.headers import ModelFiles
 
 
@@ -25,9 +27,7 @@ def load_model(files: ModelFiles, dtype: torch.dtype = torch.float32) -> nn.Modu
     """
     pruned = files.config.get("pruned")
     name = pruned["architecture"] if pruned else files.architecture
-    architecture = getattr(transformers, name, None)
-    if architecture is None:
-        raise UserError(f"model: {files.folder}: transformers {transformers.__version__} has no {name}")
+    architecture = _architecture(files, name)
     if pruned:
         architecture = modeling_pruned.pruned_class(architecture)
     transformers.utils.logging.disable_progress_bar()
@@ -40,6 +40,47 @@ def load_model(files: ModelFiles, dtype: torch.dtype = torch.float32) -> nn.Modu
         )
     loaded: nn.Module = model.eval().requires_grad_(False)
     return loaded
+
+
+def shaped_model(files: ModelFiles, layout: Layout, kept: Mapping[str, int], dtype: torch.dtype) -> nn.Module:
+    """Return a model of random weights whose sub-blocks keep so many items, on the default device.
+
+    Args:
+        files: The dense model; none of its weights is read.
+        layout: Where its sub-blocks are.
+        kept: Items by sub-block; those that are not named are dense.
+        dtype: Of the weights.
+
+    Raises:
+        UserError: transformers has no such architecture.
+    """
+    architecture = _architecture(files, files.architecture)
+    config = transformers.AutoConfig.from_pretrained(files.folder, local_files_only=True)
+    shapes: dict[str, list[int]] = {}
+    removed: dict[str, str] = {}
+    for site in layout.sites:
+        count = kept.get(site.name, site.total)
+        if count == 0:
+            removed[site.name] = site.part
+        elif count < site.total:
+            columns = {module: files.shapes[f"{module}.weight"][1] for module, _ in site.inputs}
+            shapes |= {module: [rows * count, columns[module]] for module, rows in site.inputs}
+            shapes[site.output] = [files.shapes[f"{site.output}.weight"][0], site.width * count]
+    config.pruned = {"shapes": shapes, "removed": removed}
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        model: nn.Module = modeling_pruned.pruned_class(architecture)(config)
+    finally:
+        torch.set_default_dtype(before)
+    return model.eval().requires_grad_(False)
+
+
+def _architecture(files: ModelFiles, name: str) -> Any:
+    found = getattr(transformers, name, None)
+    if found is None:
+        raise UserError(f"model: {files.folder}: transformers {transformers.__version__} has no {name}")
+    return found
 
 
 def load_tokenizer(folder: Path) -> tuple[Callable[[str], list[int]], int]:

@@ -64,8 +64,12 @@ def served(
         others = [serving[unit.name].costs(unit) for unit in space.units]
         beside: dict[Cost, int] = dict.fromkeys(others[0], 0)
     else:  # what masks leave is computed and stored as before
-        others = [_masked(unit, files, work) for unit in space.units]
         dense = [serving[site.name].dense() for site in layout.sites]
+        nothing = dict.fromkeys(dense[0], 0)
+        others = [
+            {cost: (value,) * unit.num_levels for cost, value in {**nothing, **_masked(unit, files, work)}.items()}
+            for unit in space.units
+        ]
         beside = {cost: sum(each[cost] for each in dense) for cost in dense[0]}
     bytes_ = sum(prod(shape) * width_of(files, name) for name, shape in files.shapes.items())
     fixed: dict[Cost, int] = {**space.fixed, **beside}
@@ -146,8 +150,7 @@ class _Serving:
         if site.part != "attention":
             return 0
         rows = sum(rows for _, rows in site.inputs[1:]) * kept or _staying_rows(site, self._files)
-        if not kept:
-            return work.batch * work.context * self._bytes * 2  # the placeholder has no window
+        rows = rows if kept else 2  # what holds the place
         return work.batch * self._held(work.context) * self._bytes * rows
 
     def _held(self, context: int) -> int:
@@ -159,14 +162,12 @@ class _Serving:
         return min(context, self._held(context) + 1)
 
 
-def _masked(unit: Unit, files: ModelFiles, work: Workload) -> dict[Cost, tuple[int, ...]]:
-    num = unit.num_levels
-    stored = unit.total * width_of(files, f"{unit.name}.weight")
+def _masked(unit: Unit, files: ModelFiles, work: Workload) -> dict[Cost, int]:
+    """Return what a matrix costs at any level."""
     return {
-        "prefill_macs": (work.batch * work.prompt * unit.macs[0],) * num,
-        "decode_macs": (work.batch * unit.macs[0],) * num,
-        "weight_bytes": (stored,) * num,
-        "kv_bytes": (0,) * num,
+        "prefill_macs": work.batch * work.prompt * unit.macs[0],
+        "decode_macs": work.batch * unit.macs[0],
+        "weight_bytes": unit.total * width_of(files, f"{unit.name}.weight"),
     }
 
 

@@ -1,0 +1,192 @@
+"""How long a model takes to answer: a table of its sub-blocks at every shape, and whole models end to end.
+
+Sub-blocks are timed where they stand, in a whole model of random weights whose sub-blocks all have one level: between
+others that push their weights out of the caches, with the cost of calling them. What no sub-block takes is the rest of
+the same passes. Adding up is then right by construction where all have one level, and is checked where they do not.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from torch import nn
+
+from allocator.core.latency import LatencySettings, LatencyTable, Timing
+from allocator.core.space import SearchSpace
+from allocator.model.family import Layout
+from allocator.model.headers import ModelFiles
+from allocator.model.load import shaped_model
+from allocator.model.workload import shape_of, size_of
+
+_WARM_UP = 2
+
+_PHASES = ("prefill", "decode")
+
+
+def make_table(
+    files: ModelFiles,
+    layout: Layout,
+    space: SearchSpace,
+    settings: LatencySettings,
+    device: str,
+    versions: Mapping[str, str],
+    step: Callable[[int, str], None] = lambda done, note: None,
+) -> LatencyTable:
+    """Measure every sub-block at every level of its ladder.
+
+    Args:
+        files: The dense model, of which shapes alone matter.
+        layout: Where its sub-blocks are.
+        space: Their ladders, those of structured pruning.
+        settings: The workload, and how to measure it.
+        device: ``cpu`` or ``cuda``.
+        versions: Of what was measured with.
+        step: Called with the number of levels done, after each.
+    """
+    ladders = {unit.name: unit.kept for unit in space.units}
+    shapes = {site.name: shape_of(site, files) for site in layout.sites}
+    found: dict[tuple[str, int], dict[str, list[float]]] = {}
+    rest: dict[str, list[float]] = {phase: [] for phase in _PHASES}
+    spread: dict[tuple[str, int], list[float]] = {}
+    deepest = max(len(ladder) for ladder in ladders.values())
+    for level in range(deepest):
+        kept = {name: ladder[min(level, len(ladder) - 1)] for name, ladder in ladders.items()}
+        with _placed(device, settings.threads):
+            model = shaped_model(files, layout, kept, getattr(torch, settings.dtype))
+            measured = _timed(model, list(ladders), settings, device)
+        for phase, (total, own) in measured.items():
+            rest[phase].append(median(t - sum(each) for t, each in zip(total, zip(*own.values()), strict=True)))
+            for name, times in own.items():
+                key = shapes[name], kept[name]
+                found.setdefault(key, {p: [] for p in _PHASES})[phase].append(median(times))
+                spread.setdefault(key, []).append(_spread(times))
+        step(level + 1, "")
+    units: dict[str, list[Timing]] = {}
+    for (shape, count), times in found.items():
+        units.setdefault(shape, []).append(_timing(count, times, max(spread[shape, count])))
+    return LatencyTable(
+        device=describe(device),
+        versions=dict(versions),
+        settings=settings,
+        model=size_of(files, layout),
+        fixed=_timing(0, rest, max(map(_spread, rest.values()))),
+        units={shape: tuple(sorted(timings, key=lambda t: -t.kept)) for shape, timings in units.items()},
+    )
+
+
+def measure(model: nn.Module, settings: LatencySettings, device: str) -> dict[str, float]:
+    """Return the milliseconds that a model takes end to end: ``prefill_ms``, ``decode_ms`` and ``latency_ms``."""
+    with _placed(device, settings.threads):
+        timed = _timed(model, [], settings, device)
+    prefill, decode = (median(timed[phase][0]) / 1e6 for phase in _PHASES)
+    return {"prefill_ms": prefill, "decode_ms": decode, "latency_ms": prefill + settings.generate * decode}
+
+
+def describe(device: str) -> dict[str, str]:
+    """Return what tells one device from another."""
+    if device == "cuda":
+        return {"type": "cuda", "name": torch.cuda.get_device_name()}
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {"type": "cpu", "name": names[0] if names else platform.processor() or platform.machine()}
+
+
+Times = dict[str, tuple[list[float], dict[str, list[float]]]]
+"""By phase: nanoseconds of whole passes, and of each sub-block in each of them."""
+
+
+@torch.no_grad()
+def _timed(model: nn.Module, names: Sequence[str], settings: LatencySettings, device: str) -> Times:
+    clock = _Clock(device)
+    handles = []
+    for name in names:
+        module = model.get_submodule(name)
+        handles += [
+            module.register_forward_pre_hook(lambda *_, name=name: clock.note(name)),
+            module.register_forward_hook(lambda *_, name=name: clock.note(name)),
+        ]
+    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    generator = torch.Generator().manual_seed(0)
+    length = settings.prompt + settings.generate // 2
+    ids = torch.randint(0, vocabulary, (settings.batch, length + 1), generator=generator).to(device)
+    times: Times = {phase: ([], {name: [] for name in names}) for phase in _PHASES}
+
+    def run(phase: str, call: Callable[[], Any]) -> Any:
+        for attempt in range(_WARM_UP + settings.repeats):
+            clock.note("")
+            answer = call()
+            clock.note("")
+            passed = clock.read()
+            if attempt >= _WARM_UP:
+                times[phase][0].append(passed.pop(""))
+                for name in names:
+                    times[phase][1][name].append(passed.get(name, 0.0))
+        return answer
+
+    run("prefill", lambda: model(ids[:, : settings.prompt], use_cache=True, logits_to_keep=1))
+    cache = model(ids[:, :length], use_cache=True, logits_to_keep=1).past_key_values
+    clock.read()
+    run("decode", lambda: model(ids[:, -1:], past_key_values=cache, use_cache=True))
+    for handle in handles:
+        handle.remove()
+    return times
+
+
+class _Clock:
+    """Notes when things begin and end, and reads how long they took."""
+
+    def __init__(self, device: str) -> None:
+        self._cuda = device == "cuda"
+        self._marks: dict[str, list[Any]] = {}
+
+    def note(self, name: str) -> None:
+        """Mark the beginning of something, or its end."""
+        if self._cuda:
+            mark: Any = torch.cuda.Event(enable_timing=True)
+            mark.record()
+        else:
+            mark = time.perf_counter_ns()
+        self._marks.setdefault(name, []).append(mark)
+
+    def read(self) -> dict[str, float]:
+        """Return the nanoseconds of everything since the last reading."""
+        if self._cuda:
+            torch.cuda.synchronize()
+        marks, self._marks = self._marks, {}
+        pairs = {name: each for name, each in marks.items() if len(each) == 2}
+        return {name: a.elapsed_time(b) * 1e6 if self._cuda else b - a for name, (a, b) in pairs.items()}
+
+
+class _placed:  # noqa: N801 - a context manager
+    """On a device, with so many threads."""
+
+    def __init__(self, device: str, threads: int) -> None:
+        self._device, self._threads = torch.device(device), threads
+
+    def __enter__(self) -> None:
+        self._before = torch.get_num_threads()
+        torch.set_num_threads(self._threads)
+        self._device.__enter__()
+
+    def __exit__(self, *reason: Any) -> None:
+        self._device.__exit__(*reason)
+        torch.set_num_threads(self._before)
+
+
+def _timing(kept: int, times: Mapping[str, Sequence[float]], spread: float) -> Timing:
+    prefill, decode = (max(0, round(median(times[phase]))) for phase in _PHASES)
+    return Timing(kept=kept, prefill_ns=prefill, decode_ns=decode, spread=round(spread, 4))
+
+
+def _spread(times: Sequence[float]) -> float:
+    if len(times) < 2 or median(times) <= 0:
+        return 0.0
+    low, _, high = quantiles(times, n=4)
+    return (high - low) / 2 / median(times)
