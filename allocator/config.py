@@ -287,6 +287,7 @@ def _load(file: Path | None, flags: Mapping[str, Any], assignments: Iterable[str
     for assignment in assignments:
         _assign(data, assignment)
     _publish(data)
+    _refine(data)
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
@@ -328,6 +329,15 @@ def _publish(data: dict[str, Any]) -> None:
     if isinstance(search, dict) and search.get("method") in PRESETS:
         published = preset(search["method"], data.get("pattern", RunConfig.model_fields["pattern"].default))
         search["evolution"] = {**published, **(search.get("evolution") or {})}
+
+
+def _refine(data: dict[str, Any]) -> None:
+    """Have ``auto`` search twice, the second time on finer ladders, where it may choose ladders and nothing is said."""
+    search, ladder = data.setdefault("search", {}), data.get("ladder") or {}
+    if not isinstance(search, dict) or not isinstance(ladder, dict) or search.get("method", "auto") != "auto":
+        return
+    if data.get("pattern") != "n:m" and ladder.get("sparsities") is None:
+        search.setdefault("rounds", 2)
 
 
 def _explain(error: ValidationError) -> str:

@@ -47,10 +47,11 @@ class SearchSettings:
         tokens: Fidelities of ``auto``, ``trust_region`` and ``guided``, increasing: the first is for profiles.
         budget: What the search may spend, such as ``300 evaluations``, ``2e6 tokens`` or ``20 minutes``; None for
             what its own settings ask for. Baselines and selection come on top.
-        rounds: How often the search is done, each time on ladders of half the step around what was found. Rounds
-            share the budget, and what one and its baselines leave of evaluations or tokens is the next one's; without
-            a budget, each asks for what the method's settings ask for. All rounds but the last are brief: nothing is
-            selected, the last of ``tokens`` is left out, and ``auto`` ends after its trust region.
+        rounds: How often the search is done, each time on ladders of half the step around what was found; a run has
+            two by ``auto`` unless its ladders were given. Rounds share the budget, and what one and its baselines
+            leave of evaluations or tokens is the next one's; without a budget, each asks for what the method's settings
+            ask for. All rounds but the last are brief: nothing is selected, the last of ``tokens`` is left out, and
+            ``auto`` ends after its trust region.
     """
 
     method: Method = "auto"

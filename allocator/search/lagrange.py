@@ -37,12 +37,13 @@ def optimum(values_ul: Floats, costs_kul: Ints, rooms_k: Ints, slack: float = 0.
     if price_k is None and (price_k := _multipliers(values_ul, costs_kul, rooms_k)) is None:
         return None
     priced_ul = values_ul + np.tensordot(price_k, costs_kul, axes=1)
-    excess_ul = priced_ul - priced_ul.min(axis=1, keepdims=True)
+    least_u = priced_ul.min(axis=1)
+    excess_ul = priced_ul - least_u[:, None]
     levels_u = _feasible(values_ul, costs_kul, rooms_k, excess_ul)
     gap = np.inf
     if levels_u is not None:
-        bound = fsum([*priced_ul.min(axis=1), *(-price_k * rooms_k)])
-        rounding = _TOLERANCE * float(np.abs(priced_ul.min(axis=1)).sum() + price_k @ np.abs(rooms_k))
+        bound = fsum([*least_u.tolist(), *(-price_k * rooms_k).tolist()])
+        rounding = _TOLERANCE * float(np.abs(least_u).sum() + price_k @ np.abs(rooms_k))
         gap = _total(values_ul, levels_u) - bound - rounding
         if gap <= slack:
             return levels_u
@@ -61,11 +62,13 @@ def _multiplier(values_ul: Floats, costs_ul: Ints, room: int) -> Floats:
     def point(level_u: Ints) -> tuple[int, float]:
         return int(costs_ul[rows_u, level_u].sum()), float(values_ul[rows_u, level_u].sum())
 
-    rich = point(np.lexsort((costs_ul, values_ul), axis=1)[:, 0])
+    def first(key_ul: Floats, tie_ul: Floats) -> tuple[int, float]:
+        return point(np.where(key_ul == key_ul.min(axis=1, keepdims=True), tie_ul, np.inf).argmin(axis=1))
+
+    rich = first(values_ul, floats_ul)
     if rich[0] <= room:
         return np.zeros(1)
-    finite_ul = np.where(np.isfinite(values_ul), floats_ul, np.inf)
-    cheap = point(np.lexsort((values_ul, finite_ul), axis=1)[:, 0])
+    cheap = first(np.where(np.isfinite(values_ul), floats_ul, np.inf), values_ul)
     for _ in range(_ROUNDS):
         price = (cheap[1] - rich[1]) / (rich[0] - cheap[0])
         at = point((values_ul + price * floats_ul).argmin(axis=1))
@@ -268,4 +271,4 @@ def improves(values_s: Floats) -> NDArray[np.bool_]:
 
 
 def _total(values_ul: Floats, levels_u: Ints) -> float:
-    return fsum(values_ul[np.arange(len(levels_u)), levels_u])
+    return fsum(values_ul[np.arange(len(levels_u)), levels_u].tolist())

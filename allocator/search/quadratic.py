@@ -14,6 +14,7 @@ Shapes: U units, L levels of the longest ladder, n observations, N allocations.
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from math import isnan
 
@@ -42,6 +43,9 @@ _DRIFT = 20.0
 
 _ROUGHNESS = 0.1
 """Deviation of a level's loss from slope and curvature, relative to the latter."""
+
+_REMEMBERED = 512
+"""Differences that are learned from, the newest: older ones lie ever further from where the search is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +109,7 @@ class Quadratic:
         self._units = np.arange(len(ladders.last_u))
         self._expanded: dict[tuple[Allocation, int], Expanded] = {}
         self._steps: list[tuple[int, int, float]] = []
-        self._observed: list[_Observed] = []
+        self._observed: deque[_Observed] = deque(maxlen=_REMEMBERED)
         self._sampling = Sampling(tokens)
 
     def expand(self, outcome: Outcome) -> None:
@@ -149,8 +153,7 @@ class Quadratic:
         # of curvatures relative to what steps told; every observation's row is at most 1 / _MISFIT long
         precision_uu, bend_u = np.diag(doubt_u**-2.0), told_u
         if self._observed:
-            curve_nu = np.array([one.size_u for one in self._observed])
-            curve_nu *= told_u
+            curve_nu = np.multiply([one.size_u for one in self._observed], told_u)
             left_n = np.array([one.left for one in self._observed]) - curve_nu.sum(1)
             deviation_n = np.sqrt(self._variance(np.einsum("nu,nu->n", curve_nu, curve_nu)))
             curve_nu /= deviation_n[:, None]

@@ -1,5 +1,6 @@
 import pytest
 
+from allocator.config import load_config
 from allocator.core.effort import Limit
 from allocator.core.errors import UserError
 from allocator.search.bayesian import GpSettings, TpeSettings
@@ -115,3 +116,18 @@ def test_presets_hold_published_numbers_and_no_others():
         preset("darwinlm", "n:m")
     with pytest.raises(UserError, match=r"tyr publishes .* none for unstructured\. Use evopress, evolution"):
         preset("tyr", "unstructured")
+
+
+@pytest.mark.parametrize(
+    ("assignments", "rounds"),
+    [
+        ([], 2),
+        (["pattern=unstructured"], 2),
+        (["search.rounds=1"], 1),
+        (["pattern=n:m"], 1),
+        (["search.method=evolution"], 1),
+        (["ladder.sparsities=[1.0]"], 1),
+    ],
+)
+def test_auto_searches_twice_where_it_may_choose_ladders(assignments, rounds):
+    assert load_config(assignments=assignments).search.rounds == rounds
