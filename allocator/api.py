@@ -12,10 +12,12 @@ from allocator.core.budget import Budget, budget_for, fits
 from allocator.core.errors import UserError
 from allocator.core.files import check_place, fingerprint
 from allocator.core.journal import Journal
+from allocator.core.latency import LatencySettings, LatencyTable
 from allocator.core.plan import Plan
 from allocator.core.space import SearchSpace
-from allocator.evaluate.engine import Engine, EngineSpec
-from allocator.job import read_model, read_tokens, text_fingerprint
+from allocator.evaluate.engine import Engine, EngineSpec, check_device
+from allocator.evaluate.latency import make_table
+from allocator.job import read_model, read_tokens, text_fingerprint, versions
 from allocator.model.checkpoint import count_params
 from allocator.model.family import Attention, Layout, build_space, find_family, resolve_layout
 from allocator.model.headers import ModelFiles, locate, read_model_files
@@ -36,6 +38,7 @@ def search(
     model: str | Path | None = None,
     *,
     target: float | None = None,
+    constraints: Sequence[str] | None = None,
     pattern: str | None = None,
     workers: int | None = None,
     method: str | None = None,
@@ -55,6 +58,7 @@ def search(
     Args:
         model: A Hugging Face folder or hub id; None for the packaged model.
         target: Share of the parameters inside units to remove, in (0, 1).
+        constraints: Bounds on costs of the whole model, such as ``"latency_ms <= 12"`` or ``"kv_bytes <= 0.5x"``.
         pattern: ``structured``, ``unstructured`` or ``n:m``.
         workers: Ray workers; 0 runs in this process.
         method: How to search; None for ``auto``. See :class:`~allocator.search.decide.SearchSettings`.
@@ -75,6 +79,7 @@ def search(
     flags = {
         "model": None if model is None else str(model),
         "target": target,
+        "constraints": constraints,
         "pattern": pattern,
         "workers": workers,
         "seed": seed,
@@ -91,6 +96,7 @@ def compare(
     model: str | Path | None = None,
     *,
     target: float | None = None,
+    constraints: Sequence[str] | None = None,
     pattern: str | None = None,
     rules: Sequence[str] = (),
     plans: Sequence[Path | str] = (),
@@ -109,6 +115,7 @@ def compare(
     Args:
         model: A Hugging Face folder or hub id; None for the packaged model.
         target: Share of the parameters inside units to remove, in (0, 1).
+        constraints: Bounds on costs of the whole model, such as ``"latency_ms <= 12"`` or ``"kv_bytes <= 0.5x"``.
         pattern: ``structured``, ``unstructured`` or ``n:m``.
         rules: Names of rules; none for all that serve the pattern, or for none if there are plans.
         plans: Files of plans for the same model and pattern.
@@ -132,6 +139,7 @@ def compare(
     flags = {
         "model": None if model is None else str(model),
         "target": target,
+        "constraints": constraints,
         "pattern": pattern,
         "workers": workers,
         "name": name,
@@ -164,6 +172,40 @@ def inspect(config: RunConfig) -> tuple[SearchSpace, dict[str, Any]]:
         "units": space.to_json()["units"],
     }
     return space, summary
+
+
+def latency(config: RunConfig, out: Path | str, repeats: int = 20, reporter: Reporter | None = None) -> LatencyTable:
+    """Measure how long a model's sub-blocks take at every shape on this device, and write the table.
+
+    Args:
+        config: The model, its ladders, and under ``workload`` what it is to serve; ``dtype``, ``device`` and
+            ``threads`` are those of the measurement.
+        out: The table's file.
+        repeats: Measurements of each figure.
+        reporter: Hears about progress.
+
+    Raises:
+        UserError: The model cannot be used, or the file cannot be written.
+    """
+    out, work = Path(out), config.workload
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise UserError(f"{out}: no file can be written there. Name a file in a folder that exists with --out")
+    check_device(config.device)
+    dense = config.model_copy(update={"pattern": "structured", "workload": work.model_copy(update={"latency": None})})
+    files, layout, space = read_model(dense)
+    reporter = reporter or Silent()
+    reporter.phase("measuring", max(unit.num_levels for unit in space.units))
+    settings = LatencySettings(
+        batch=work.batch,
+        prompt=work.prompt,
+        generate=work.generate,
+        dtype=config.dtype,
+        threads=config.threads,
+        repeats=repeats,
+    )
+    table = make_table(files, layout, space, settings, config.device, versions(), reporter.step)
+    table.save(out)
+    return table
 
 
 def plan_from_run(folder: Path | str, target: float | None = None) -> Plan:

@@ -32,6 +32,10 @@ Model = Annotated[str | None, typer.Option(help="Hugging Face folder or hub id. 
 Text = Annotated[Path | None, typer.Option(help=".txt or .jsonl file or folder. [default: Python's library]")]
 Pattern = Annotated[str | None, typer.Option(help="structured, unstructured or n:m. [default: structured]")]
 Target = Annotated[float | None, typer.Option(help="Share of the units' parameters to remove. [default: 0.5]")]
+Constraints = Annotated[
+    list[str] | None,
+    typer.Option("--constraint", metavar="BOUND", help="Such as 'latency_ms <= 12' or 'kv_bytes <= 0.5x'."),
+]
 Workers = Annotated[int | None, typer.Option(help="Ray workers; 0 for none. [default: one per core, at most 4]")]
 RunsDir = Annotated[Path | None, typer.Option(help="Folder of runs. [default: runs]")]
 Address = Annotated[str | None, typer.Option(help="Running Ray cluster. [default: a local one]")]
@@ -45,6 +49,7 @@ def inspect(
     model: Annotated[str | None, typer.Argument(help="Folder or hub id. [default: the packaged model]")] = None,
     pattern: Pattern = None,
     target: Target = None,
+    constraint: Constraints = None,
     set_: Sets = None,
     json_: Json = False,
 ) -> None:
@@ -52,18 +57,40 @@ def inspect(
     from allocator import api
     from allocator.config import load_config
 
-    space, summary = api.inspect(load_config(None, {"model": model, "pattern": pattern, "target": target}, set_ or ()))
+    flags = {"model": model, "pattern": pattern, "target": target, "constraints": constraint or None}
+    space, summary = api.inspect(load_config(None, flags, set_ or ()))
     if json_:
         _emit(summary)
         return
-    from allocator.core.costs import shown
-    from allocator.report.tables import space_table
+    from allocator.report.tables import bounds, space_table
 
     _print(space_table(space))
-    _print(
-        f"{summary['asked']}: {' and '.join(f'{cost} <= {shown(cost, limit)}' for cost, limit in summary['budget'].items())}; "
-        f"uniform has {summary['uniform']['params']:,} parameters"
-    )
+    _print(f"{summary['asked']}: {bounds(summary['budget'])}; uniform has {summary['uniform']['params']:,} parameters")
+
+
+@app.command()
+def latency(
+    out: Annotated[Path, typer.Option(help="The table's file.")],
+    model: Model = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Measurements of each figure.")] = 20,
+    set_: Sets = None,
+    json_: Json = False,
+) -> None:
+    """Measure a table of latencies on this device: every sub-block at every shape, for one workload."""
+    from allocator import api
+    from allocator.config import load_config
+    from allocator.progress import Live
+
+    config = load_config(None, {"model": model}, set_ or ())
+    with Live() as live:
+        table = api.latency(config, out, repeats, live)
+    if json_:
+        _emit(table.model_dump(mode="json", by_alias=True))
+        return
+    from allocator.report.tables import latency_table
+
+    _print(latency_table(table))
+    _print(f"table  {out}\nnext   allocator search --constraint 'latency_ms <= 0.5x' --set workload.latency={out}")
 
 
 @app.command()
@@ -71,6 +98,7 @@ def search(
     file: Annotated[Path | None, typer.Argument(help="Run file in YAML.")] = None,
     model: Model = None,
     target: Target = None,
+    constraint: Constraints = None,
     pattern: Pattern = None,
     workers: Workers = None,
     method: Annotated[str | None, typer.Option(help="How to search. [default: auto]")] = None,
@@ -92,6 +120,7 @@ def search(
     flags: dict[str, Any] = {
         "model": model,
         "target": target,
+        "constraints": constraint or None,
         "pattern": pattern,
         "workers": workers,
         "seed": seed,
@@ -127,6 +156,7 @@ def compare(
     plan: Annotated[list[Path] | None, typer.Option(help="plan.json of this model; repeat.")] = None,
     model: Model = None,
     target: Target = None,
+    constraint: Constraints = None,
     pattern: Pattern = None,
     workers: Workers = None,
     name: Annotated[str | None, typer.Option(help="Name of the comparison.")] = None,
@@ -144,6 +174,7 @@ def compare(
     flags: dict[str, Any] = {
         "model": model,
         "target": target,
+        "constraints": constraint or None,
         "pattern": pattern,
         "workers": workers,
         "name": name,

@@ -17,11 +17,14 @@ import numpy as np
 
 from allocator.config import RunConfig
 from allocator.core.budget import fits
+from allocator.core.costs import COSTS
 from allocator.core.files import fingerprint, write_json
 from allocator.core.journal import Journal
+from allocator.core.latency import LatencyTable
 from allocator.core.plan import Plan
 from allocator.core.protocols import BEFORE, Outcome, Request
 from allocator.evaluate.engine import EngineSpec, Execution, LocalEvaluator
+from allocator.evaluate.latency import describe, measure
 from allocator.folder import advanced, begun, check_folder, find_store, resumed, store_place
 from allocator.job import TRAINING, Job, prepare, versions
 from allocator.progress import Reporter, Silent
@@ -96,10 +99,12 @@ def run_search(config: RunConfig, resume: bool = False, reporter: Reporter | Non
         with _timed(wall, "execute"):
             measured = _execute(job, folder, decision, evaluator, reporter)
         shutil.rmtree(folder / TRAINING, ignore_errors=True)
+        with _timed(wall, "latency"):
+            latency = _latency(job, decision, reporter)
         wall["total"] = time.perf_counter() - started
         plan = _plan(job, decision, measured)
         plan.save(folder / "plan.json")
-        summary = _summary(job, journal, decision, plan, measured, wall)
+        summary = {**_summary(job, journal, decision, plan, measured, wall), **latency}
         write_json(folder / "result.json", summary)
     from allocator.report.page import write_report
 
@@ -247,6 +252,39 @@ def _trained(job: Job, decision: Decision, evaluator: Any) -> dict[str, Figures]
         }
         for name, request in requests.items()
     }
+
+
+def _latency(job: Job, decision: Decision, reporter: Reporter) -> dict[str, Any]:
+    """Measure what was looked up: whole models of the shapes of the dense one, uniform and the plan, end to end.
+
+    Returns:
+        Under ``latency``, for each of them and each figure, ``predicted`` and ``measured`` milliseconds; nothing where
+        there is no table, or it is of another device.
+    """
+    if job.config.workload.latency is None or job.space.pattern != "structured":
+        return {}
+    table, device = LatencyTable.load(job.config.workload.latency), job.config.device
+    if table.device != describe(device):
+        there, here = (", ".join(each.values()) for each in (table.device, describe(device)))
+        reporter.say(f"notice: latency is predicted for {there}, and was not measured here, on {here}")
+        return {}
+    reporter.phase("latency")
+    found = {}
+    for name, allocation in {
+        "dense": job.space.dense,
+        "uniform": decision.uniform,
+        "searched": decision.searched,
+    }.items():
+        kept = {unit.name: unit.kept[level] for unit, level in zip(job.space.units, allocation, strict=True)}
+        figures = measure(job.files, job.layout, kept, table.settings, device)
+        found[name] = {
+            figure: {
+                "predicted": round(job.space.cost(allocation, figure) / COSTS[figure].scale, 6),
+                "measured": round(milliseconds, 6),
+            }
+            for figure, milliseconds in figures.items()
+        }
+    return {"latency": found}
 
 
 def _plan(job: Job, decision: Decision, measured: Mapping[str, Figures]) -> Plan:

@@ -36,7 +36,7 @@ def make_table(
     settings: LatencySettings,
     device: str,
     versions: Mapping[str, str],
-    step: Callable[[int, str], None] = lambda done, note: None,
+    step: Callable[[int], None] = lambda done: None,
 ) -> LatencyTable:
     """Measure every sub-block at every level of its ladder.
 
@@ -61,15 +61,16 @@ def make_table(
             model = shaped_model(files, layout, kept, getattr(torch, settings.dtype))
             measured = _timed(model, list(ladders), settings, device)
         for phase, (total, own) in measured.items():
-            rest[phase].append(median(t - sum(each) for t, each in zip(total, zip(*own.values()), strict=True)))
+            beside = [whole - sum(each) for whole, *each in zip(total, *own.values(), strict=True)]
+            rest[phase].append(median(beside))
             for name, times in own.items():
                 key = shapes[name], kept[name]
                 found.setdefault(key, {p: [] for p in _PHASES})[phase].append(median(times))
                 spread.setdefault(key, []).append(_spread(times))
-        step(level + 1, "")
+        step(level + 1)
     units: dict[str, list[Timing]] = {}
-    for (shape, count), times in found.items():
-        units.setdefault(shape, []).append(_timing(count, times, max(spread[shape, count])))
+    for (shape, count), medians in found.items():
+        units.setdefault(shape, []).append(_timing(count, medians, median(spread[shape, count])))
     return LatencyTable(
         device=describe(device),
         versions=dict(versions),
@@ -80,9 +81,12 @@ def make_table(
     )
 
 
-def measure(model: nn.Module, settings: LatencySettings, device: str) -> dict[str, float]:
-    """Return the milliseconds that a model takes end to end: ``prefill_ms``, ``decode_ms`` and ``latency_ms``."""
+def measure(
+    files: ModelFiles, layout: Layout, kept: Mapping[str, int], settings: LatencySettings, device: str
+) -> dict[str, float]:
+    """Return the milliseconds that a model of some shapes takes end to end, under the names of the costs."""
     with _placed(device, settings.threads):
+        model = shaped_model(files, layout, kept, getattr(torch, settings.dtype))
         timed = _timed(model, [], settings, device)
     prefill, decode = (median(timed[phase][0]) / 1e6 for phase in _PHASES)
     return {"prefill_ms": prefill, "decode_ms": decode, "latency_ms": prefill + settings.generate * decode}

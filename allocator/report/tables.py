@@ -12,8 +12,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from allocator.core.costs import shown
+from allocator.core.latency import LatencyTable, Timing
 from allocator.core.plan import Plan
-from allocator.core.space import SearchSpace, Unit
+from allocator.core.space import Cost, SearchSpace, Unit
 from allocator.report.curves import LOSSES
 
 LABELS = {
@@ -180,6 +181,29 @@ def plan_table(plan: Plan) -> Table:
     return table
 
 
+def latency_table(table: LatencyTable) -> Table:
+    """Return what a sub-block of each shape takes, by the items that it keeps."""
+    made = _table(f"{', '.join(table.device.values())}: milliseconds, batch {table.settings.batch}")
+    made.add_column("sub-block")
+    for heading in ("kept", f"prefill of {table.settings.prompt}", "decoded token", "spread"):
+        made.add_column(heading, justify="right", no_wrap=True)
+
+    def row(name: str, kept: str, timing: Timing) -> None:
+        times = (shown("latency_ms", timing.prefill_ns), shown("latency_ms", timing.decode_ns))
+        made.add_row(name, kept, *times, share(timing.spread, 0))
+
+    row("what no sub-block takes", "", table.fixed)
+    for shape, timings in table.units.items():
+        for index, timing in enumerate(timings):
+            row("" if index else escape(shape), count(timing.kept), timing)
+    return made
+
+
+def bounds(limits: Mapping[Cost, int]) -> str:
+    """Return a budget in words."""
+    return " and ".join(f"{cost} <= {shown(cost, limit)}" for cost, limit in limits.items())
+
+
 def comparison_table(data: Mapping[str, Any]) -> Table:
     """Return what a comparison measured: dense, then rules and plans from the nearest to dense to the furthest."""
     measured: Mapping[str, Mapping[str, Any]] = data["measured"]
@@ -202,8 +226,7 @@ def comparison_table(data: Mapping[str, Any]) -> Table:
         )
     table.caption = "Held-out text. KL: from dense, nats per token. Removed: share of the units."
     if not all(figures["within_budget"] for figures in measured.values()):
-        limits = " and ".join(f"{cost} <= {shown(cost, limit)}" for cost, limit in data["budget"].items())
-        table.caption += f"\n*: above the budget of {limits}."
+        table.caption += f"\n*: above the budget of {bounds(data['budget'])}."
     return table
 
 

@@ -201,7 +201,12 @@ def test_search_by_the_group(
         kept = np.count_nonzero(saved[f"{module}.weight"].reshape(-1, 4), axis=1)
         assert (kept == (4, 2, 1)[unit["level"]]).all()
     counted = sum(unit["kept"] for unit in plan["units"].values()) + plan["costs"]["params"]["fixed"]
-    assert counted == data["measured"]["searched"]["params"] == plan["budget"]["params"]["achieved"] <= plan["budget"]["params"]["limit"]
+    assert (
+        counted
+        == data["measured"]["searched"]["params"]
+        == plan["budget"]["params"]["achieved"]
+        <= plan["budget"]["params"]["limit"]
+    )
     run, where = here / "runs" / "run", ("--model", tiny_model, "--text", text_folder)
     for execution in ("assemble", "recompute"):
         out = here / execution

@@ -175,5 +175,5 @@ def test_a_table_for_another_workload_or_model_is_refused(table, make_model):
         served(space, layout, files, Workload(1, 12, 5), own)
     deeper = read_model_files(make_model(num_hidden_layers=3))
     other = resolve_layout(find_family("llama"), deeper)
-    with pytest.raises(UserError, match="the table is for a model of .*'blocks': 2.* and this one has .*'blocks': 3"):
+    with pytest.raises(UserError, match=r"the table is for a model of .*'blocks': 2.* and this one has .*'blocks': 3"):
         served(build_space(other, deeper, "structured", 0.5), other, deeper, WORK, own)
