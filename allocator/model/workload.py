@@ -43,6 +43,9 @@ class Workload:
     prompt: int
     generate: int
 
+    def __str__(self) -> str:
+        return f"batch {self.batch}, {self.prompt} tokens and {self.generate} generated"
+
     @property
     def context(self) -> int:
         """Tokens of each sequence in the end."""

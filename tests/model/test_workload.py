@@ -171,7 +171,9 @@ def test_what_is_no_table_is_refused(tmp_path, content, message):
 def test_a_table_for_another_workload_or_model_is_refused(table, make_model):
     files, layout, own = table
     space = build_space(layout, files, "structured", 0.5)
-    with pytest.raises(UserError, match=r"workload\.latency: the table is for Workload\(batch=2.* and the run asks"):
+    with pytest.raises(
+        UserError, match=r"workload\.latency: the table is for batch 2, .* and the run asks for batch 1, 12"
+    ):
         served(space, layout, files, Workload(1, 12, 5), own)
     deeper = read_model_files(make_model(num_hidden_layers=3))
     other = resolve_layout(find_family("llama"), deeper)
