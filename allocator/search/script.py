@@ -13,6 +13,7 @@ import numpy as np
 from allocator.core.budget import Budget
 from allocator.core.protocols import Key, Outcome, Request
 from allocator.core.space import Allocation, SearchSpace
+from allocator.search.knapsack import knapsack_nearby
 from allocator.search.ladders import Ladders
 from allocator.search.quadratic import Quadratic
 from allocator.search.surrogate import Difference, Surrogate
@@ -64,6 +65,21 @@ class Memory:
     def begin(self, start: Sequence[Allocation]) -> Steps:
         """Measure allocations at the last fidelity, and make the best of them the centre."""
         yield from self.measure(start, self.tokens[-1])
+        self.advance()
+
+    def move(self, budget: Budget) -> Steps:
+        """Go on within another budget, from the best that is known there, and what the model thinks best."""
+        table_ul = self.surrogate.table_ul
+        self.budget, self.ladders = budget, Ladders(self.space, budget)
+        full = [outcome for outcome in self._known.values() if outcome.request.fidelity == ("search", self.tokens[-1], 0)]
+        self._filling = [
+            (outcome.loss, outcome.request.allocation)
+            for outcome in full
+            if not outcome.request.also and self.ladders.filled(outcome.request.allocation)
+        ]
+        settled = self.ladders.settle(self.centre, table_ul)
+        drawn = knapsack_nearby(self.ladders, table_ul, settled, max(self.space.sparsest))
+        yield from self.measure([settled, drawn], self.tokens[-1])
         self.advance()
 
     def compare(
