@@ -6,14 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from allocator.comparison import comparison_config, run_comparison
 from allocator.config import RunConfig, load_config, search_assignments
-from allocator.core.budget import Budget, budget_for, fits
-from allocator.core.errors import UserError
+from allocator.core.budget import Budget, budget_for
+from allocator.core.costs import Bound, shown
+from allocator.core.errors import UserError, did_you_mean
 from allocator.core.files import check_place, fingerprint
+from allocator.core.front import figure, pareto_front
+from allocator.core.front import knee as find_knee
 from allocator.core.journal import Journal
 from allocator.core.latency import LatencySettings, LatencyTable
 from allocator.core.plan import Plan
+from allocator.core.protocols import Outcome
 from allocator.core.space import SearchSpace
 from allocator.evaluate.engine import Engine, EngineSpec, check_device
 from allocator.evaluate.latency import make_table
@@ -39,6 +45,7 @@ def search(
     *,
     target: float | None = None,
     constraints: Sequence[str] | None = None,
+    objectives: Sequence[str] | None = None,
     pattern: str | None = None,
     workers: int | None = None,
     method: str | None = None,
@@ -59,6 +66,7 @@ def search(
         model: A Hugging Face folder or hub id; None for the packaged model.
         target: Share of the parameters inside units to remove, in (0, 1).
         constraints: Bounds on costs of the whole model, such as ``"latency_ms <= 12"`` or ``"kv_bytes <= 0.5x"``.
+        objectives: Costs that shall be small beside the loss, such as ``["params"]``: the answer is then a front.
         pattern: ``structured``, ``unstructured`` or ``n:m``.
         workers: Ray workers; 0 runs in this process.
         method: How to search; None for ``auto``. See :class:`~allocator.search.decide.SearchSettings`.
@@ -80,6 +88,7 @@ def search(
         "model": None if model is None else str(model),
         "target": target,
         "constraints": constraints,
+        "objectives": objectives,
         "pattern": pattern,
         "workers": workers,
         "seed": seed,
@@ -208,48 +217,89 @@ def latency(config: RunConfig, out: Path | str, repeats: int = 20, reporter: Rep
     return table
 
 
-def plan_from_run(folder: Path | str, target: float | None = None) -> Plan:
-    """Return the plan of a finished run, or another point of a run's front.
+def plan_from_run(
+    folder: Path | str,
+    target: float | None = None,
+    *,
+    where: Sequence[str] = (),
+    best: str | None = None,
+    knee: bool = False,
+    index: int | None = None,
+) -> Plan:
+    """Return the plan of a finished run, or another point of what a run measured.
 
     Args:
-        folder: The run.
-        target: Share to remove; the point of lowest loss among those that remove at least as much. None for the
-            plan that the run chose.
+        folder: The run, finished or not.
+        target: Share to remove; the point of lowest loss among those that remove at least as much.
+        where: Bounds on costs or measured figures that the point keeps, such as ``"latency_ms <= 12"``.
+        best: The figure of which the point has least; None for the loss.
+        knee: The knee of those members of the front that keep the bounds, instead.
+        index: The member of the front of this number, instead.
 
     Raises:
         UserError: The run has no such plan.
     """
     folder = Path(folder)
-    if target is None:
+    if target is None and not where and best is None and not knee and index is None:
         return Plan.load(folder / "plan.json")
     journal = Journal.read(folder / "journal.jsonl")
     header, space = journal.header, journal.space
-    budget, measured = budget_for(space, target), curves.comparable(journal)
-    within = [outcome for outcome in measured if fits(space, outcome.request.allocation, budget)]
-    if not within:
-        most = max((space.sparsity(outcome.request.allocation) for outcome in measured), default=0.0)
-        raise UserError(
-            f"{folder}: nothing that was measured removes {target} of the units; the most is {most:.4f}. "
-            f"Search with --target {target}, or for the whole front with --set search.method=nsga2"
-        )
-    best = min(within, key=lambda outcome: (outcome.loss, outcome.request.allocation))
-    allocation = best.request.allocation
+    if index is not None:
+        members = curves.members(journal)
+        if not 0 <= index < len(members):
+            raise UserError(f"{folder}: the front has members 0 to {len(members) - 1}, and {index} was asked for")
+        chosen = members[index]
+    else:
+        chosen = _choose(folder, journal, target, where, best, knee)
+    allocation = chosen.request.allocation
     return Plan(
         model=header["model"],
         space=space,
         allocation=allocation,
-        budget=Budget(params=space.cost(allocation)),
+        budget=Budget(**{cost: space.cost(allocation, cost) for cost in curves.objectives(journal)[1:]}),
         pruner=header["pruner"],
-        measured={"search_split": dict(best.measured)},
+        measured={"search_split": dict(chosen.measured)},
         provenance={
             "run": fingerprint(header["identity"]),
             "searcher": header["method"],
             "seed": header["seed"],
-            "target": target,
+            **({} if target is None else {"target": target}),
             **({"training": header["training"]} if "training" in header else {}),
             "versions": header["versions"],
         },
     )
+
+
+def _choose(
+    folder: Path, journal: Journal, target: float | None, where: Sequence[str], best: str | None, at_knee: bool
+) -> Outcome:
+    """Return what a run measured within bounds that has least of a figure, or is the knee of their front."""
+    space, within = journal.space, curves.comparable(journal)
+    known = {*space.fixed, *(name for outcome in within[:1] for name in outcome.measured)}
+    if best is not None and best not in known:
+        raise UserError(f"--best: unknown figure {best!r}{did_you_mean(best, known)}")
+    bounds = [(text, Bound.parse(text, known)) for text in where]
+    limits: list[tuple[str, str, Any]] = [
+        (text, bound.name, bound.limit(space) if bound.name in space.fixed else bound.amount) for text, bound in bounds
+    ]
+    if target is not None:
+        limits.append((f"target {target}", "params", budget_for(space, target).limits["params"]))
+    for text, name, limit in limits:
+        kept = [outcome for outcome in within if figure(space, outcome, name) <= limit]
+        if not kept:
+            least = min((figure(space, outcome, name) for outcome in within), default=0.0)
+            least_shown = shown(name, int(least)) if name in space.fixed else f"{least:.4f}"
+            raise UserError(
+                f"{folder}: nothing that was measured keeps {text}; the least {name} is {least_shown}. "
+                "Allow more, or search with that constraint"
+            )
+        within = kept
+    names = curves.objectives(journal)
+    front = pareto_front(space, within, names)
+    if at_knee:
+        return front[find_knee(np.array([[figure(space, outcome, name) for name in names] for outcome in front]))]
+    name = best or journal.loss
+    return min(within, key=lambda outcome: (figure(space, outcome, name), outcome.loss, outcome.request.allocation))
 
 
 def prune(

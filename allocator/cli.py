@@ -36,6 +36,10 @@ Constraints = Annotated[
     list[str] | None,
     typer.Option("--constraint", metavar="BOUND", help="Such as 'latency_ms <= 12' or 'kv_bytes <= 0.5x'."),
 ]
+Objectives = Annotated[
+    list[str] | None,
+    typer.Option("--objective", metavar="COST", help="A cost that shall be small beside the loss: find a front."),
+]
 Workers = Annotated[int | None, typer.Option(help="Ray workers; 0 for none. [default: one per core, at most 4]")]
 RunsDir = Annotated[Path | None, typer.Option(help="Folder of runs. [default: runs]")]
 Address = Annotated[str | None, typer.Option(help="Running Ray cluster. [default: a local one]")]
@@ -99,6 +103,7 @@ def search(
     model: Model = None,
     target: Target = None,
     constraint: Constraints = None,
+    objective: Objectives = None,
     pattern: Pattern = None,
     workers: Workers = None,
     method: Annotated[str | None, typer.Option(help="How to search. [default: auto]")] = None,
@@ -121,6 +126,7 @@ def search(
         "model": model,
         "target": target,
         "constraints": constraint or None,
+        "objectives": objective or None,
         "pattern": pattern,
         "workers": workers,
         "seed": seed,
@@ -196,36 +202,59 @@ def compare(
 
 
 @app.command()
-def front(run: Run, json_: Json = False) -> None:
+def front(
+    run: Run,
+    csv: Annotated[bool, typer.Option("--csv", help="Print every member, one per line, with every figure.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the front into this SVG file.")] = None,
+    json_: Json = False,
+) -> None:
     """Show the Pareto front of a run, finished or not."""
     from allocator.core.files import read_json
 
     data = read_json(run / "front.json", "front")
-    if data.get("kind") != "allocator.front" or "points" not in data:
+    if data.get("kind") != "allocator.front" or data.get("schema") != 2:
         raise UserError(f"{run / 'front.json'}: not the front of a run. Restore it, or resume the run to have it again")
-    if json_:
-        _emit(data)
+    if plot is not None:
+        from allocator.core.files import write_atomic
+        from allocator.report.figures import front_figure, to_svg
+
+        _check_out(plot, "--plot")
+        write_atomic(plot, to_svg(front_figure(data, {}, cost=data["objectives"][1]), "front"))
+    if json_ or csv:
+        if json_:
+            _emit(data)
+        else:
+            from allocator.report.tables import front_csv
+
+            print(front_csv(data), end="")
         return
     from allocator.report.tables import front_table
 
     _print(front_table(data))
-    _print(f"next  allocator plan {run} --target SHARE --out plan.json")
+    _print(f"next  allocator plan {run} --index NUMBER --out plan.json")
 
 
 @app.command()
 def plan(
     run: Run,
-    target: Annotated[float | None, typer.Option(help="Choose from the front: remove at least this share.")] = None,
+    target: Annotated[float | None, typer.Option(help="Of what removes at least this share, the least loss.")] = None,
+    where: Annotated[
+        list[str] | None, typer.Option(metavar="BOUND", help="Of what keeps this, the least loss: 'latency_ms <= 12'.")
+    ] = None,
+    best: Annotated[str | None, typer.Option(help="The least of this figure instead, such as kv_bytes.")] = None,
+    knee: Annotated[bool, typer.Option("--knee", help="The knee of the front.")] = False,
+    index: Annotated[int | None, typer.Option(help="The member of the front of this number.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the plan here.")] = None,
     json_: Json = False,
 ) -> None:
-    """Show the plan of a run, or choose another point of its front."""
+    """Show the plan of a run, or choose another point of what it measured."""
     from allocator import api
 
-    chosen = api.plan_from_run(run, target)
+    if (index is not None) + knee + (best is not None) > 1 or (index is not None and (where or target is not None)):
+        raise UserError("plan: --index, --knee and --best exclude each other, and --index any bound. Name one")
+    chosen = api.plan_from_run(run, target, where=where or (), best=best, knee=knee, index=index)
     if out is not None:
-        if out.is_dir() or not out.parent.is_dir():
-            raise UserError(f"{out}: no file can be written there. Name a file in a folder that exists with --out")
+        _check_out(out, "--out")
         chosen.save(out)
     if json_:
         _emit(chosen.to_json())
@@ -324,6 +353,12 @@ def _stoppable(config: RunConfig, verb: str, asked: str = "") -> Iterator[None]:
         begun = (config.folder / "journal.jsonl").exists()
         print(f"\nstopped; {f'nothing measured is lost. {again}' if begun else 'nothing was begun'}", file=sys.stderr)
         raise typer.Exit(130) from None
+
+
+def _check_out(path: Path, flag: str) -> None:
+    """Raise if no file can be written at a path."""
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UserError(f"{path}: no file can be written there. Name a file in a folder that exists with {flag}")
 
 
 def _emit(value: Any) -> None:

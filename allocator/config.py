@@ -155,6 +155,8 @@ class RunConfig(_Strict):
         family: A family file in place of those shipped.
         pattern: What is removed: whole channels and KV groups, or single weights, or those by the group.
         target: Share of the parameters inside units to remove; 0.5 where there are no constraints either.
+        objectives: Costs that shall be small beside the loss. With any, the answer is a front, and the plan its knee,
+            or with a target the member of least loss that keeps it.
         constraints: Bounds on costs of the whole model, such as ``latency_ms <= 12``, ``kv_bytes <= 2GiB`` or
             ``params <= 0.5x``, half of the dense model's. What can be bounded is in :mod:`allocator.core.costs`.
         seed: Of the search.
@@ -175,6 +177,7 @@ class RunConfig(_Strict):
     family: Path | None = None
     pattern: Pattern = "structured"
     target: float | None = None
+    objectives: tuple[str, ...] = ()
     constraints: tuple[str, ...] = ()
     seed: int = Field(default=0, ge=0)
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -196,8 +199,24 @@ class RunConfig(_Strict):
     @model_validator(mode="before")
     @classmethod
     def _halved(cls, data: Any) -> Any:
-        bounded = isinstance(data, dict) and (data.get("target") is not None or data.get("constraints"))
-        return data if bounded or not isinstance(data, dict) else {**data, "target": 0.5}
+        if not isinstance(data, dict) or data.get("target") is not None:
+            return data
+        return data if data.get("constraints") or data.get("objectives") else {**data, "target": 0.5}
+
+    @field_validator("objectives")
+    @classmethod
+    def _costs(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name not in COSTS:
+                raise ValueError(f"unknown cost {name!r}{did_you_mean(name, COSTS)}")
+        if len(set(value)) < len(value):
+            raise ValueError("expected every cost once")
+        return value
+
+    @model_validator(mode="after")
+    def _served(self) -> RunConfig:
+        self.search.serve(len(self.objectives))
+        return self
 
     @field_validator("constraints")
     @classmethod
@@ -213,14 +232,15 @@ class RunConfig(_Strict):
 
     @property
     def asked(self) -> str:
-        """Target and constraints, in words."""
-        return ", ".join([*([] if self.target is None else [f"target {self.target:g}"]), *self.constraints])
+        """Objectives, target and constraints, in words."""
+        front = [f"front of {' and '.join(self.objectives)}"] if self.objectives else []
+        return ", ".join([*front, *([] if self.target is None else [f"target {self.target:g}"]), *self.constraints])
 
     @property
     def run_name(self) -> str:
         """The name given, or one that says what is run."""
         pattern = self.pattern.replace(":", "")  # colons are no good in file names
-        share = "" if self.target is None else f"-{self.target:g}"
+        share = "".join(f"-{name}" for name in self.objectives) + ("" if self.target is None else f"-{self.target:g}")
         bounds = "".join(f"-{re.sub('[^A-Za-z0-9.]+', '-', text)}" for text in self.constraints)
         return self.name or f"{Path(self.model).name}-{pattern}{share}{bounds}-seed{self.seed}"
 
@@ -336,7 +356,7 @@ def _refine(data: dict[str, Any]) -> None:
     search, ladder = data.setdefault("search", {}), data.get("ladder") or {}
     if not isinstance(search, dict) or not isinstance(ladder, dict) or search.get("method", "auto") != "auto":
         return
-    if data.get("pattern") != "n:m" and ladder.get("sparsities") is None:
+    if data.get("pattern") != "n:m" and ladder.get("sparsities") is None and not data.get("objectives"):
         search.setdefault("rounds", 2)
 
 

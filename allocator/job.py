@@ -13,6 +13,7 @@ import numpy as np
 
 from allocator.config import RunConfig
 from allocator.core.budget import Budget, budget_for
+from allocator.core.costs import check_known
 from allocator.core.errors import UserError
 from allocator.core.files import fingerprint
 from allocator.core.latency import LatencyTable
@@ -230,6 +231,8 @@ def prepare(config: RunConfig) -> Job:
     if config.workers == 0:
         check_device(config.device)
     files, layout, space = read_model(config)
+    for cost in config.objectives:
+        check_known(space, cost)
     budget = budget_for(space, config.target, config.bounds)
     settings = config.pruner
     pruner = make_pruner(settings.name or PRUNERS[config.pattern][0], config.pattern, settings.damping, settings.bias)

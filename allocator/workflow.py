@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from allocator.config import RunConfig
-from allocator.core.budget import fits
+from allocator.core.budget import Budget, fits
 from allocator.core.costs import COSTS
 from allocator.core.files import fingerprint, write_json
 from allocator.core.journal import Journal
@@ -33,6 +33,7 @@ from allocator.prune.store import LevelStore, StoreBuilder, open_store
 from allocator.report import curves
 from allocator.rounds import history, next_job
 from allocator.search.decide import Decision, decide
+from allocator.search.fronts import decide_front
 
 Figures = dict[str, float]
 
@@ -191,18 +192,38 @@ def _decide(job: Job, evaluator: Any, journal: Journal, reporter: Reporter) -> D
         best = f"best {curves.LOSSES[job.config.loss].split(',')[0]} {min(within):.4f}" if within else ""
         reporter.step(next(batches), f"{len(journal)} evaluations, {best}")
 
-    return decide(
-        job.space,
-        job.budget,
-        settings,
-        job.config.seed,
-        job.config.tokens.selection,
-        evaluator,
-        journal,
-        listen,
-        lambda name: reporter.phase(f"{name}{_of_rounds(job)}", settings.num_batches if name == "search" else None),
-        job.round,
-    )
+    def phase(name: str) -> None:
+        reporter.phase(f"{name}{_of_rounds(job)}", settings.num_batches if name == "search" else None)
+
+    if job.config.objectives:
+        decision = decide_front(
+            job.space,
+            job.budget,
+            job.config.objectives,
+            settings,
+            job.config.seed,
+            job.config.tokens.selection,
+            evaluator,
+            journal,
+            job.config.target is None,
+            listen,
+            phase,
+        )
+    else:
+        decision = decide(
+            job.space,
+            job.budget,
+            settings,
+            job.config.seed,
+            job.config.tokens.selection,
+            evaluator,
+            journal,
+            listen,
+            phase,
+            job.round,
+        )
+    write_json(folder / "front.json", curves.front(journal))
+    return decision
 
 
 def _execute(job: Job, folder: Path, decision: Decision, evaluator: Any, reporter: Reporter) -> dict[str, Figures]:
@@ -288,11 +309,12 @@ def _latency(job: Job, decision: Decision, reporter: Reporter) -> dict[str, Any]
 
 
 def _plan(job: Job, decision: Decision, measured: Mapping[str, Figures]) -> Plan:
+    reached = {cost: job.space.cost(decision.searched, cost) for cost in job.config.objectives}
     return Plan(
         model=job.model_id,
         space=job.space,
         allocation=decision.searched,
-        budget=job.budget,
+        budget=Budget(**{**job.budget.limits, **reached}),
         pruner=job.pruner_id,
         measured=measured,
         provenance={

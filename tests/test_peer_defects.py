@@ -36,7 +36,6 @@ from allocator.prune.store import LevelStore, create_store
 from allocator.search.bayesian import GpSettings, TpeSettings
 from allocator.search.decide import SearchSettings, decide
 from allocator.search.evolution import EvolutionSettings
-from allocator.search.nsga2 import Nsga2Settings
 from allocator.search.thompson import ThompsonSettings
 
 HEAD_DIM, HEADS, KV_HEADS, HIDDEN = 16, 4, 2, 32
@@ -181,7 +180,6 @@ def test_blocks_in_shares_are_pruned_as_they_are_together(case, shares):
 
 METHODS = {
     "evolution": SearchSettings("evolution", evolution=EvolutionSettings(6, 6, 8, (64,), (1,))),
-    "nsga2": SearchSettings("nsga2", nsga2=Nsga2Settings(generations=4, population=8, tokens=64)),
     "tpe": SearchSettings("tpe", tpe=TpeSettings(trials=16, batch=4, tokens=64)),
     "gp": SearchSettings("gp", gp=GpSettings(trials=16, batch=4, tokens=64)),
     "thompson": SearchSettings("thompson", thompson=ThompsonSettings(trials=16, batch=4, tokens=64)),

@@ -27,6 +27,8 @@ class Budget:
 def budget_for(space: SearchSpace, target: float | None, bounds: Iterable[Bound] = ()) -> Budget:
     """Return the budget that removes the share ``target`` of the parameters inside units, if any, and keeps bounds.
 
+    Where nothing is asked for, the dense model is within it, and what it costs is the limit.
+
     Raises:
         UserError: ``target`` is not in (0, 1), or no allocation of the ladders keeps the budget. The message says what
             each cost that is bounded too low can reach, and what still holds it there.
@@ -55,7 +57,7 @@ def budget_for(space: SearchSpace, target: float | None, bounds: Iterable[Bound]
             for cost in missed
         )
         raise UserError(f"constraints: {reach}. Allow more, or give the ladders sparser levels")
-    return Budget(**limits)
+    return Budget(**limits) if limits else Budget(params=space.cost(space.dense))
 
 
 def _holders(space: SearchSpace, cost: Cost) -> str:
@@ -97,13 +99,7 @@ def repair(
     """
     assert sorted([*order, *spared]) == list(range(len(space.units)))
     ledger = _Ledger(space, allocation, budget)
-    for group in (order, spared):
-        while ledger.short and (movable := [i for i in group if ledger.can_sparsify(i)]):
-            for i in movable:
-                ledger.move(i, 1)
-                if not ledger.short:
-                    break
-    assert not ledger.short, "the budget was checked to be reachable"
+    ledger.trim(order, spared)
     for group in (order, spared):
         moved = True
         while moved:
@@ -112,6 +108,13 @@ def repair(
                 if ledger.can_densify(i):
                     ledger.move(i, -1)
                     moved = True
+    return tuple(ledger.levels)
+
+
+def trimmed(space: SearchSpace, allocation: Sequence[int], budget: Budget, order: Sequence[int]) -> Allocation:
+    """Move an allocation into the budget, as :func:`repair` does, and leave it there."""
+    ledger = _Ledger(space, allocation, budget)
+    ledger.trim(order)
     return tuple(ledger.levels)
 
 
@@ -127,6 +130,16 @@ class _Ledger:
     def short(self) -> bool:
         """Whether a limit is exceeded."""
         return min(self._rooms) < 0
+
+    def trim(self, *groups: Sequence[int]) -> None:
+        """Move units one level sparser, round after round, until the limits hold: a group once those before cannot."""
+        for group in groups:
+            while self.short and (movable := [i for i in group if self.can_sparsify(i)]):
+                for i in movable:
+                    self.move(i, 1)
+                    if not self.short:
+                        break
+        assert not self.short, "the budget was checked to be reachable"
 
     def can_sparsify(self, unit: int) -> bool:
         """Whether a unit has a sparser level."""

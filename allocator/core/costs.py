@@ -89,13 +89,18 @@ class Bound:
         Raises:
             UserError: The space does not know the cost.
         """
-        if self.name not in space.fixed:
-            raise UserError(
-                f"{self.name}: not known without a latency table. Make one with 'allocator latency --out table.json' "
-                "and name it with --set workload.latency=table.json"
-            )
+        check_known(space, self.name)
         whole = space.cost(space.dense, self.name) if self.relative else COSTS[self.name].scale
         return floor(self.amount * whole)
+
+
+def check_known(space: SearchSpace, cost: Cost) -> None:
+    """Raise if a space does not know a cost: there is no latency table."""
+    if cost not in space.fixed:
+        raise UserError(
+            f"{cost}: not known without a latency table. Make one with 'allocator latency --out table.json' "
+            "and name it with --set workload.latency=table.json"
+        )
 
 
 def shown(cost: Cost, value: int) -> str:

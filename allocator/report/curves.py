@@ -8,12 +8,13 @@ from statistics import fmean
 from typing import Any
 
 from allocator.core.budget import Budget, fits
+from allocator.core.costs import costs_of
 from allocator.core.effort import Trained, candidate_tokens
 from allocator.core.errors import UserError
 from allocator.core.front import pareto_front
 from allocator.core.journal import Journal
 from allocator.core.protocols import Outcome, Request
-from allocator.core.space import Allocation, SearchSpace, Unit
+from allocator.core.space import Allocation, Cost, SearchSpace, Unit
 
 NAMED = ("uniform", "two_rate", "searched")
 """Allocations that ``result.json`` records unit by unit."""
@@ -29,9 +30,9 @@ LOSSES = {
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A measured allocation: parameters of the whole model, and the loss that the run minimises."""
+    """A measured allocation: a cost of the whole model, and the loss that the run minimises."""
 
-    params: int
+    cost: int
     loss: float
 
 
@@ -72,26 +73,46 @@ def costs(journal: Journal) -> list[tuple[Outcome, float]]:
     return priced
 
 
+def objectives(journal: Journal) -> list[str]:
+    """Return what a run minimises: its loss, then costs; parameters, where it names none."""
+    return [journal.loss, *(journal.header.get("objectives") or ["params"])]
+
+
+def members(journal: Journal) -> list[Outcome]:
+    """Return the front of a run, from the least loss to the least cost."""
+    return pareto_front(journal.space, comparable(journal), objectives(journal))
+
+
 def front(journal: Journal) -> dict[str, Any]:
     """Return the front of a run as ``front.json`` holds it; the journal may be ahead of that file."""
     space = journal.space
-    points = [
-        {
-            "params": space.cost(outcome.request.allocation),
-            "sparsity": round(space.sparsity(outcome.request.allocation), 6),
-            journal.loss: outcome.loss,
-            "allocation": list(outcome.request.allocation),
-        }
-        for outcome in pareto_front(space, comparable(journal))
-    ]
-    tokens = journal.header["tokens"][-1]
-    return {"schema": 1, "kind": "allocator.front", "tokens": tokens, "loss": journal.loss, "points": points}
+    points = []
+    for outcome in members(journal):
+        allocation = outcome.request.allocation
+        again = journal.get(Request(allocation, journal.header.get("selection", 0), "selection"))
+        points.append(
+            {
+                **costs_of(space, allocation),
+                "sparsity": round(space.sparsity(allocation), 6),
+                journal.loss: outcome.loss,
+                **({} if again is None else {"selection": again.loss}),
+                "allocation": list(allocation),
+            }
+        )
+    return {
+        "schema": 2,
+        "kind": "allocator.front",
+        "tokens": journal.header["tokens"][-1],
+        "loss": journal.loss,
+        "objectives": objectives(journal),
+        "points": points,
+    }
 
 
-def cloud(journal: Journal) -> list[Point]:
+def cloud(journal: Journal, cost: Cost) -> list[Point]:
     """Return all that the front was chosen from."""
     space = journal.space
-    return [Point(space.cost(outcome.request.allocation), outcome.loss) for outcome in comparable(journal)]
+    return [Point(space.cost(outcome.request.allocation, cost), outcome.loss) for outcome in comparable(journal)]
 
 
 def convergence(journal: Journal) -> list[tuple[float, float]]:
@@ -190,11 +211,11 @@ def allocations(space: SearchSpace, units: Iterable[Mapping[str, Any]]) -> dict[
     return {name: tuple(_level(unit, recorded[unit.name][name]) for unit in space.units) for name in named}
 
 
-def marks(journal: Journal, named: Mapping[str, Allocation]) -> dict[str, Point]:
-    """Return where named allocations lie on the front's axes, for those measured on the same text."""
+def marks(journal: Journal, named: Mapping[str, Allocation], cost: Cost) -> dict[str, Point]:
+    """Return the cost and the loss of named allocations, for those measured on the same text."""
     space = journal.space
     found = {name: journal.get(_last(journal, allocation)) for name, allocation in named.items()}
-    return {name: Point(space.cost(o.request.allocation), o.loss) for name, o in found.items() if o is not None}
+    return {name: Point(space.cost(o.request.allocation, cost), o.loss) for name, o in found.items() if o is not None}
 
 
 def _last(journal: Journal, allocation: Allocation) -> Request:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
+from allocator.core.costs import COSTS
+from allocator.core.space import Cost
 from allocator.report.curves import LOSSES, Point
 from allocator.report.tables import LABELS
 
@@ -38,34 +40,40 @@ def front_figure(
     marks: Mapping[str, Point],
     cloud: Sequence[Point] = (),
     limit: int | None = None,
+    cost: Cost = "params",
 ) -> Figure:
-    """Draw the front: the lowest loss that was found for at most so many parameters.
+    """Draw the front: the lowest loss that was found for at most so much of a cost.
+
+    Where there are more objectives, the other members of the front are dots above the steps.
 
     Args:
         front: The content of ``front.json``.
         marks: Allocations to mark, measured on the same text: ``uniform``, ``two_rate``, ``searched``.
         cloud: Everything that the front was chosen from.
-        limit: The budget, in parameters.
+        limit: The budget, in that cost.
+        cost: Which cost.
     """
     figure, axes = _figure()
-    points = sorted((point["params"], point[front["loss"]]) for point in front["points"])
-    params = [p for p, _ in points] + [mark.params for mark in marks.values()] + ([limit] if limit else [])
-    middle = (min(params) + max(params)) / 2
-    reach = max(0.56 * (max(params) - min(params)), 0.01 * middle)
+    scale = COSTS[cost].scale
+    points = sorted((point[cost] / scale, point[front["loss"]]) for point in front["points"])
+    best = list(accumulate((loss for _, loss in points), min))
+    xs = [x for x, _ in points] + [mark.cost / scale for mark in marks.values()] + ([limit / scale] if limit else [])
+    middle = (min(xs) + max(xs)) / 2
+    reach = max(0.56 * (max(xs) - min(xs)), 0.01 * middle)
     left, right = middle - reach, middle + reach
     _scale_loss(axes, [loss for _, loss in points] + [mark.loss for mark in marks.values()])
-    axes.plot([p.params for p in cloud], [p.loss for p in cloud], ".", color=MUTED, alpha=0.35, ms=4, mew=0, zorder=1)
-    xs, ys = [*(p for p, _ in points), right], [*(loss for _, loss in points), points[-1][1]]
-    axes.step(xs, ys, where="post", color=SEARCHED, lw=1.6, label="front", zorder=2)
-    axes.plot(xs[:-1], ys[:-1], "o", color=SEARCHED, ms=3, mew=0, zorder=3)
+    drawn = [(point.cost / scale, point.loss) for point in cloud]
+    axes.plot([x for x, _ in drawn], [y for _, y in drawn], ".", color=MUTED, alpha=0.35, ms=4, mew=0, zorder=1)
+    axes.step([*(x for x, _ in points), right], [*best, best[-1]], where="post", color=SEARCHED, lw=1.6, label="front")
+    axes.plot([x for x, _ in points], [y for _, y in points], "o", color=SEARCHED, ms=3, mew=0, zorder=3)
     if limit:
-        axes.axvline(limit, color=MUTED, lw=1, ls=(0, (4, 2)), label="budget", zorder=0)
+        axes.axvline(limit / scale, color=MUTED, lw=1, ls=(0, (4, 2)), label="budget", zorder=0)
     for name, mark in marks.items():
-        _mark(axes, name, mark.params, mark.loss)
+        _mark(axes, name, mark.cost / scale, mark.loss)
     axes.set_xlim(left, right)
     axes.xaxis.set_major_formatter(_si)
     axes.locator_params(axis="x", nbins=6)
-    axes.set_xlabel("parameters of the whole model")
+    axes.set_xlabel(f"{COSTS[cost].label} of the whole model" if scale == 1 else COSTS[cost].label)
     axes.set_ylabel(f"{LOSSES[front['loss']]}\n({front['tokens']:,} tokens, search split)")
     _legend(figure)
     return figure

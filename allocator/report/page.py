@@ -122,11 +122,11 @@ def _gains(measured: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 
 def _draw(journal: Journal, named: Mapping[str, Allocation], result: Mapping[str, Any] | None) -> dict[str, str]:
     """Return the figures that the run has data for, as SVG by name."""
-    front, curve, marks = curves.front(journal), curves.convergence(journal), curves.marks(journal, named)
-    budget = journal.header["budget"]
+    front, curve, cost = curves.front(journal), curves.convergence(journal), curves.objectives(journal)[1]
+    marks, limit = curves.marks(journal, named, cost), journal.header["budget"].get(cost)
     drawn = {}
     if front["points"]:
-        drawn["front"] = figures.front_figure(front, marks, curves.cloud(journal), budget.get("params"))
+        drawn["front"] = figures.front_figure(front, marks, curves.cloud(journal, cost), limit, cost)
     if curve:
         drawn["convergence"] = figures.convergence_figure(curve, marks, journal.loss)
     if result and {"uniform", "searched"} <= set(named):

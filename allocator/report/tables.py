@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -125,21 +127,39 @@ def result_table(result: Mapping[str, Any]) -> Table:
 def front_table(front: Mapping[str, Any]) -> Table:
     """Return the front, from large to small; of a long one, points evenly spaced along it."""
     points: Sequence[Mapping[str, Any]] = front["points"]
-    shown = points
+    places = list(range(len(points)))
     if len(points) > _MOST_POINTS:
         last = len(points) - 1
-        shown = [points[round(step * last / (_MOST_POINTS - 1))] for step in range(_MOST_POINTS)]
+        places = [round(step * last / (_MOST_POINTS - 1)) for step in range(_MOST_POINTS)]
     table = _table(f"Pareto front: {_plural(len(points), 'point')}")
     loss = front["loss"]
     name = LOSSES[loss].split(",")[0]
-    for heading in ("parameters", "removed", name):
+    costs = list(dict.fromkeys([*front["objectives"][1:], "params"]))
+    selected = any("selection" in point for point in points)
+    for heading in ("", *(cost if cost != "params" else "parameters" for cost in costs), "removed", name):
         table.add_column(heading, justify="right")
-    for point in shown:
-        table.add_row(count(point["params"]), share(point["sparsity"]), number(point[loss], 4))
+    if selected:
+        table.add_column("selection", justify="right")
+    for place in places:
+        point = points[place]
+        again = [number(point.get("selection"), 4)] if selected else []
+        figures = (shown(cost, point[cost]) for cost in costs)
+        table.add_row(str(place), *figures, share(point["sparsity"]), number(point[loss], 4), *again)
     table.caption = f"{name}: {count(front['tokens'])} search tokens"
-    if len(shown) < len(points):
-        table.caption += f"\n{len(shown)} shown; front.json has all"
+    if len(places) < len(points):
+        table.caption += f"\n{len(places)} shown; front.json has all"
     return table
+
+
+def front_csv(front: Mapping[str, Any]) -> str:
+    """Return the front as comma-separated values: the number of each member, and every figure of it."""
+    points: Sequence[Mapping[str, Any]] = front["points"]
+    names = list(dict.fromkeys(name for point in points for name in point if name != "allocation"))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["index", *names])
+    writer.writerows([place, *(point.get(name, "") for name in names)] for place, point in enumerate(points))
+    return text.getvalue()
 
 
 def space_table(space: SearchSpace) -> Table:

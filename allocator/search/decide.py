@@ -22,16 +22,35 @@ from allocator.search.coarse_to_fine import Round
 from allocator.search.evolution import EvolutionSettings, ExchangeEvolution
 from allocator.search.guided import GuidedSettings
 from allocator.search.loop import Listener, Measurer, search
-from allocator.search.nsga2 import Nsga2, Nsga2Settings
+from allocator.search.nsga import NsgaSettings
 from allocator.search.presets import PRESETS
+from allocator.search.sweep import SweepSettings
 from allocator.search.thompson import Thompson, ThompsonSettings
 from allocator.search.trust_region import TrustRegionSettings
 
 Method = Literal[
-    "auto", "trust_region", "guided", "evolution", "evopress", "darwinlm", "tyr", "nsga2", "tpe", "gp", "thompson"
+    "auto",
+    "trust_region",
+    "guided",
+    "evolution",
+    "evopress",
+    "darwinlm",
+    "tyr",
+    "sweep",
+    "nsga2",
+    "nsga3",
+    "tpe",
+    "gp",
+    "thompson",
 ]
 
-Own: TypeAlias = EvolutionSettings | Nsga2Settings | TpeSettings | GpSettings | ThompsonSettings
+FRONTS = ("auto", "sweep", "nsga2", "nsga3")
+"""Methods that serve objectives beside the loss; ``auto`` is then ``sweep``."""
+
+ONLY_FRONTS = FRONTS[1:]
+"""Those of them that serve nothing else."""
+
+Own: TypeAlias = EvolutionSettings | NsgaSettings | TpeSettings | GpSettings | ThompsonSettings
 
 FINALISTS = 4
 """Allocations that are measured again on the selection split, of which the best is the plan."""
@@ -47,6 +66,8 @@ class SearchSettings:
         tokens: Fidelities of ``auto``, ``trust_region`` and ``guided``, increasing: the first is for profiles.
         budget: What the search may spend, such as ``300 evaluations``, ``2e6 tokens`` or ``20 minutes``; None for
             what its own settings ask for. Baselines and selection come on top.
+        sweep: Of a front by budgets that go on from each other.
+        nsga: Of NSGA-II and NSGA-III.
         rounds: How often the search is done, each time on ladders of half the step around what was found; a run has
             two by ``auto`` unless its ladders were given. Rounds share the budget, and what one and its baselines
             leave of evaluations or tokens is the next one's; without a budget, each asks for what the method's settings
@@ -61,7 +82,8 @@ class SearchSettings:
     trust_region: TrustRegionSettings = field(default_factory=TrustRegionSettings)
     guided: GuidedSettings = field(default_factory=GuidedSettings)
     evolution: EvolutionSettings = field(default_factory=EvolutionSettings)
-    nsga2: Nsga2Settings = field(default_factory=Nsga2Settings)
+    sweep: SweepSettings = field(default_factory=SweepSettings)
+    nsga: NsgaSettings = field(default_factory=NsgaSettings)
     tpe: TpeSettings = field(default_factory=TpeSettings)
     gp: GpSettings = field(default_factory=GpSettings)
     thompson: ThompsonSettings = field(default_factory=ThompsonSettings)
@@ -77,6 +99,22 @@ class SearchSettings:
                 "search.evolution.training: evolution alone trains its candidates, and search.method is "
                 f"{self.method}. Use search.method=evolution, or leave training out"
             )
+
+    def serve(self, objectives: int) -> None:
+        """Check that the method serves so many objectives beside the loss.
+
+        Raises:
+            UserError: It does not, or the search has several rounds.
+        """
+        if objectives and self.method not in FRONTS:
+            raise UserError(f"objectives: {self.method} serves the loss alone. Use --method {' or '.join(FRONTS)}")
+        if not objectives and self.method in ONLY_FRONTS:
+            raise UserError(
+                f"search.method: {self.method} finds a front, and no cost is an objective. Name one, such as "
+                "--objective params, or use another method"
+            )
+        if objectives and self.rounds > 1:
+            raise UserError("search.rounds: a front is searched in one round. Leave search.rounds out")
 
     def limit(self, earlier: Sequence[Mapping[str, Any]] = ()) -> Limit | None:
         """Return the budget of the round that follows others: an equal share, and what these left of theirs."""
@@ -104,12 +142,20 @@ class SearchSettings:
         """Settings of a method that does not learn a model from races; None for one that does."""
         if self.method in ("evolution", *PRESETS):
             return self.evolution
-        others: dict[str, Own] = {"nsga2": self.nsga2, "thompson": self.thompson, "gp": self.gp, "tpe": self.tpe}
+        others: dict[str, Own] = {
+            "nsga2": self.nsga,
+            "nsga3": self.nsga,
+            "thompson": self.thompson,
+            "gp": self.gp,
+            "tpe": self.tpe,
+        }
         return others.get(self.method)
 
     @property
     def fidelities(self) -> tuple[int, ...]:
         """Tokens of the method's measurements, increasing."""
+        if isinstance(self.own, NsgaSettings):
+            return tuple(sorted({self.own.profile, self.own.tokens}))
         tokens = self.tokens if self.own is None else self.own.tokens
         return (tokens,) if isinstance(tokens, int) else tokens
 
@@ -125,8 +171,8 @@ class SearchSettings:
             return None
         if isinstance(self.own, EvolutionSettings):
             return 2 + self.own.generations * len(self.own.tokens)
-        if isinstance(self.own, Nsga2Settings):
-            return 3 + self.own.generations
+        if isinstance(self.own, NsgaSettings):
+            return 2 + self.own.generations
         return 2 + -(-self.own.trials // self.own.batch)
 
 
@@ -167,10 +213,9 @@ def make_searcher(
         return model_based(name, space, budget, start, settings.tokens, near, far, seed, brief)
     if isinstance(own, EvolutionSettings):
         return ExchangeEvolution(space, budget, start, own, seed)
-    if isinstance(own, Nsga2Settings):
-        return Nsga2(space, budget, start, own, seed)
     if isinstance(own, ThompsonSettings):
         return Thompson(space, budget, start, own, seed)
+    assert isinstance(own, TpeSettings | GpSettings), "fronts are searched by allocator.search.fronts"
     return Bayesian(space, budget, start, own, seed)
 
 

@@ -71,7 +71,9 @@ class Memory:
         """Go on within another budget, from the best that is known there, and what the model thinks best."""
         table_ul = self.surrogate.table_ul
         self.budget, self.ladders = budget, Ladders(self.space, budget)
-        full = [outcome for outcome in self._known.values() if outcome.request.fidelity == ("search", self.tokens[-1], 0)]
+        full = [
+            outcome for outcome in self._known.values() if outcome.request.fidelity == ("search", self.tokens[-1], 0)
+        ]
         self._filling = [
             (outcome.loss, outcome.request.allocation)
             for outcome in full

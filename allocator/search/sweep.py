@@ -17,10 +17,11 @@ import numpy as np
 
 from allocator.core.budget import Budget
 from allocator.core.errors import UserError
-from allocator.core.space import Cost, SearchSpace
+from allocator.core.space import Allocation, Cost, SearchSpace
 from allocator.search.guided import GuidedSettings, propose
 from allocator.search.race import race
 from allocator.search.script import Memory, Script
+from allocator.search.trust_region import probe
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class SweepSettings:
     """
 
     points: int = 12
-    passes: int = 2
+    passes: int = 1
     entrants: int = 8
     survivors: int = 2
 
@@ -69,14 +70,19 @@ def budgets(space: SearchSpace, within: Budget, objectives: Sequence[Cost], poin
     return found
 
 
-def sweep(memory: Memory, limits: Sequence[Budget], settings: SweepSettings, seed: int) -> Script:
-    """Search within one budget after the other. See the module's text."""
+def sweep(
+    memory: Memory, start: Sequence[Allocation], limits: Sequence[Budget], settings: SweepSettings, seed: int
+) -> Script:
+    """Search within one budget after the other, beginning at ``start``. See the module's text."""
+    yield from memory.measure(start, memory.tokens[-1])
     guided = GuidedSettings(entrants=settings.entrants, survivors=settings.survivors)
     for number in range(settings.passes):
         moved = False
         for place, budget in enumerate(limits if number % 2 == 0 else limits[::-1]):
             yield from memory.move(budget)
             yield from memory.expand()
+            if not memory.gradients:
+                yield from probe(memory, memory.tokens[0], len(memory.centre))
             rng = np.random.default_rng([seed, number, place])
             yield from race(memory, propose(memory, guided, rng), settings.survivors)
             moved = memory.advance() or moved

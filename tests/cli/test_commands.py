@@ -171,7 +171,6 @@ def test_json_is_alone_on_standard_output(cli: Cli, search_args: list[object], m
 @pytest.mark.parametrize(
     ("method", "settings"),
     [
-        ("nsga2", ["search.nsga2.generations=2", "search.nsga2.population=6", "search.nsga2.tokens=128"]),
         ("tpe", ["search.tpe.trials=6", "search.tpe.batch=3", "search.tpe.tokens=128"]),
         ("gp", ["search.gp.trials=6", "search.gp.batch=3", "search.gp.tokens=128"]),
         ("thompson", ["search.thompson.trials=9", "search.thompson.batch=3", "search.thompson.tokens=128"]),

@@ -208,7 +208,8 @@ def test_ladder(kind: str, kept: tuple[int, ...], text: str) -> None:
 
 def test_front_table_shortens_a_long_front() -> None:
     points = [{"params": 1000 - i, "sparsity": i / 1000, "kl": i / 10, "allocation": []} for i in range(200)]
-    text = shown(tables.front_table({"tokens": HIGH, "loss": "kl", "points": points}))
+    front = {"tokens": HIGH, "loss": "kl", "objectives": ["kl", "params"], "points": points}
+    text = shown(tables.front_table(front))
     assert "200 points" in text
     assert "1,000" in text
     assert "801" in text, "both ends are shown"
@@ -224,7 +225,7 @@ def test_a_front_names_the_loss_of_its_run(tmp_path: Path, space: SearchSpace, l
     assert [point[loss] for point in front["points"]] == [0.25]
     assert re.search(rf"removed +.? *{heading}\b", shown(tables.front_table(front)))
     drawn = [
-        figures.front_figure(front, {}, curves.cloud(journal)),
+        figures.front_figure(front, {}, curves.cloud(journal, "params")),
         figures.convergence_figure(curves.convergence(journal), {}, journal.loss),
     ]
     assert all(curves.LOSSES[loss] in figure.axes[0].get_ylabel() for figure in drawn)
@@ -276,7 +277,7 @@ def test_front_marks_and_spending(tmp_path: Path) -> None:
     assert [(point["params"], point["kl"]) for point in front["points"]] == [(980, 0.0), (380, 0.4), (360, 0.7)]
     named = curves.allocations(journal.space, result_of(structured(), NAMED)["units"])
     assert named == NAMED
-    assert curves.marks(journal, named)["uniform"] == curves.Point(540, 0.8)
+    assert curves.marks(journal, named, "params")["uniform"] == curves.Point(540, 0.8)
     spending = {(line.split, line.tokens): line for line in curves.spending(journal)}
     assert spending["search", HIGH].evaluations == 5
     assert spending["selection", 2 * HIGH].candidate_tokens == pytest.approx(2000 * 300 / 900)
@@ -304,7 +305,7 @@ def test_what_training_changed(tmp_path: Path) -> None:
     assert line["rank_correlation"] == pytest.approx(1 - 6 * 54 / 210)
     assert line["rank_correlation_in_batch"] == pytest.approx(1.0)
     assert len(curves.comparable(journal)) == 6, "what was not trained is not compared with what was"
-    assert curves.marks(journal, {"uniform": UNIFORM, "searched": (0, 3, 0, 3)}) == {
+    assert curves.marks(journal, {"uniform": UNIFORM, "searched": (0, 3, 0, 3)}, "params") == {
         "searched": curves.Point(100 + 40 + 40 + 200, 0.5)
     }
     assert [(line.training, line.evaluations) for line in curves.spending(journal)] == [(0, 1), (64, 6)]
@@ -429,7 +430,7 @@ def test_sparsity_figure_takes_bars_or_a_heat_map() -> None:
 
 def test_front_figure_steps_where_the_budget_buys_more(tmp_path: Path) -> None:
     journal = write_journal(tmp_path, OUTCOMES, structured())
-    figure = figures.front_figure(curves.front(journal), {}, curves.cloud(journal))
+    figure = figures.front_figure(curves.front(journal), {}, curves.cloud(journal, "params"))
     step = next(line for line in figure.axes[0].lines if line.get_label() == "front")
     assert step.get_drawstyle() == "steps-post"
     assert np.asarray(step.get_xdata()).tolist()[:3] == [360, 380, 980]

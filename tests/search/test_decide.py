@@ -7,7 +7,6 @@ from allocator.core.journal import Journal
 from allocator.search.bayesian import GpSettings, TpeSettings
 from allocator.search.decide import FINALISTS, SearchSettings, decide
 from allocator.search.evolution import EvolutionSettings
-from allocator.search.nsga2 import Nsga2Settings
 from allocator.search.thompson import ThompsonSettings
 
 EVOLUTION = EvolutionSettings(generations=6, offspring=6, tokens=(64, 128), survivors=(2, 1))
@@ -15,7 +14,6 @@ SETTINGS = {
     "evolution": SearchSettings("evolution", evolution=EVOLUTION),
     "evolution with training": SearchSettings("evolution", evolution=replace(EVOLUTION, training=(32, 256))),
     "auto": SearchSettings("auto", tokens=(64, 128)),
-    "nsga2": SearchSettings("nsga2", nsga2=Nsga2Settings(generations=4, population=8, tokens=128)),
     "tpe": SearchSettings("tpe", tpe=TpeSettings(trials=20, batch=4, tokens=128)),
     "gp": SearchSettings("gp", gp=GpSettings(trials=18, batch=4, tokens=128)),
     "thompson": SearchSettings("thompson", thompson=ThompsonSettings(trials=30, batch=4, tokens=128)),

@@ -15,7 +15,6 @@ from allocator.search.decide import SearchSettings, make_searcher
 from allocator.search.evolution import EvolutionSettings
 from allocator.search.guided import GuidedSettings
 from allocator.search.loop import Measurer, search
-from allocator.search.nsga2 import Nsga2Settings
 from allocator.search.stepwise import MEASURED_RULES, Fidelity, Stepwise
 from allocator.search.thompson import ThompsonSettings
 from allocator.search.trust_region import TrustRegionSettings
@@ -45,7 +44,6 @@ SEARCHERS = {
     "auto, one fidelity": SearchSettings("auto", tokens=(128,), trust_region=NEAR, guided=FAR),
     "trust_region": SearchSettings("trust_region", tokens=(64, 128), trust_region=NEAR),
     "guided": SearchSettings("guided", tokens=(64, 128), guided=FAR),
-    "nsga2": SearchSettings("nsga2", nsga2=Nsga2Settings(generations=4, population=8, tokens=128)),
     "tpe": SearchSettings("tpe", tpe=TpeSettings(trials=26, batch=4, tokens=128)),
     "gp": SearchSettings("gp", gp=GpSettings(trials=18, batch=4, tokens=128)),
     "thompson": SearchSettings("thompson", thompson=ThompsonSettings(trials=30, batch=4, tokens=128)),

@@ -7,16 +7,29 @@ from allocator.search.bayesian import GpSettings, TpeSettings
 from allocator.search.decide import SearchSettings
 from allocator.search.evolution import EvolutionSettings
 from allocator.search.guided import GuidedSettings
-from allocator.search.nsga2 import Nsga2Settings
+from allocator.search.nsga import NsgaSettings
 from allocator.search.presets import PRESETS, preset
 from allocator.search.thompson import ThompsonSettings
 from allocator.search.trust_region import TrustRegionSettings
 
 
-@pytest.mark.parametrize("wrong", [{"generations": 0}, {"population": 3}, {"tokens": 0}])
-def test_nsga2(wrong):
-    with pytest.raises(UserError, match=r"search\.nsga2"):
-        Nsga2Settings(**wrong)
+@pytest.mark.parametrize("wrong", [{"generations": 0}, {"population": 3}, {"tokens": 0}, {"profile": 9000}])
+def test_nsga(wrong):
+    with pytest.raises(UserError, match=r"search\.nsga"):
+        NsgaSettings(**wrong)
+
+
+def test_methods_serve_a_front_or_the_loss_alone():
+    for method in ("auto", "sweep", "nsga2", "nsga3"):
+        SearchSettings(method).serve(2)
+    for method in ("auto", "evolution", "tpe"):
+        SearchSettings(method).serve(0)
+    with pytest.raises(UserError, match=r"gp serves the loss alone. Use --method auto or sweep or nsga2 or nsga3"):
+        SearchSettings("gp").serve(1)
+    with pytest.raises(UserError, match=r"nsga3 finds a front, and no cost is an objective"):
+        SearchSettings("nsga3").serve(0)
+    with pytest.raises(UserError, match=r"search\.rounds: a front is searched in one round"):
+        SearchSettings(rounds=2).serve(1)
 
 
 @pytest.mark.parametrize("wrong", [{"trials": 0}, {"batch": 0}, {"tokens": 0}])
@@ -61,13 +74,13 @@ def test_thompson_sampling_takes_few_trials():
 def test_tokens_are_those_of_the_method():
     own = {
         "evolution": EvolutionSettings(tokens=(8, 16), survivors=(2, 1)),
-        "nsga2": Nsga2Settings(tokens=32),
+        "nsga": NsgaSettings(profile=16, tokens=32),
         "tpe": TpeSettings(tokens=64),
         "gp": GpSettings(tokens=128),
         "thompson": ThompsonSettings(tokens=256),
     }
     assert SearchSettings("evolution", **own).fidelities == (8, 16)
-    assert SearchSettings("nsga2", **own).fidelities == (32,)
+    assert SearchSettings("nsga2", **own).fidelities == (16, 32)
     assert SearchSettings("tpe", **own).fidelities == (64,)
     assert SearchSettings("gp", **own).fidelities == (128,)
     for method in ("auto", "trust_region", "guided"):

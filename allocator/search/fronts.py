@@ -1,0 +1,110 @@
+"""From objectives to a front and a decision: the search, its members on text of their own, and which is the plan.
+
+Everything here asks the journal first, so a finished run can be replayed without a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from allocator.core.budget import Budget, fits
+from allocator.core.front import figure, knee, pareto_front
+from allocator.core.journal import Journal
+from allocator.core.protocols import Evaluator, Outcome, Request, Searcher
+from allocator.core.space import Allocation, Cost, SearchSpace
+from allocator.search.baselines import two_rate, uniform
+from allocator.search.decide import Decision, SearchSettings
+from allocator.search.loop import Listener, Measurer, search
+from allocator.search.nsga import Nsga
+from allocator.search.script import Memory, Scripted
+from allocator.search.sweep import budgets, sweep
+
+MEMBERS = 24
+"""Members of a front that are measured again on the selection split, at most: evenly spaced ones."""
+
+_STARTS = 3
+"""Uniform allocations with which every search of a front begins."""
+
+
+def make_front_searcher(
+    space: SearchSpace,
+    budget: Budget,
+    objectives: Sequence[Cost],
+    start: Sequence[Allocation],
+    settings: SearchSettings,
+    seed: int,
+) -> Searcher:
+    """Return the searcher that the settings name, beginning at ``start``, allocations within the budget."""
+    if settings.method == "nsga2" or settings.method == "nsga3":
+        return Nsga(settings.method, space, budget, objectives, start, settings.nsga, seed)
+    limits = budgets(space, budget, objectives, settings.sweep.points)
+    memory = Memory(space, limits[0], start, settings.tokens)
+    return Scripted(memory, sweep(memory, start, limits, settings.sweep, seed))
+
+
+def decide_front(
+    space: SearchSpace,
+    budget: Budget,
+    objectives: Sequence[Cost],
+    settings: SearchSettings,
+    seed: int,
+    selection_tokens: int,
+    evaluator: Evaluator,
+    journal: Journal,
+    knee_: bool = True,
+    listen: Listener = lambda outcomes: None,
+    phase: Callable[[str], None] = lambda name: None,
+) -> Decision:
+    """Search a front, measure its members on the selection split, and choose one.
+
+    Args:
+        space: What may be pruned.
+        budget: What every member keeps to.
+        objectives: Costs that shall be small beside the loss.
+        settings: The method and its settings.
+        seed: Of the search.
+        selection_tokens: Tokens of the selection split.
+        evaluator: Measures what the journal does not know.
+        journal: Answers first, and records.
+        knee_: Whether the plan is the knee of the front, and not its member of least loss.
+        listen: Called with the outcomes of every batch of the search.
+        phase: Called with the name of each phase.
+    """
+    tokens, names = settings.fidelities[-1], [journal.loss, *objectives]
+    phase("baselines")
+    starts = list(dict.fromkeys(uniform(space, each) for each in budgets(space, budget, objectives[:1], _STARTS)))
+    measurer, known = Measurer(evaluator, journal), dict[Allocation, Outcome]()
+
+    def heard(outcomes: Sequence[Outcome]) -> None:
+        full = (outcome for outcome in outcomes if outcome.request == Request(outcome.request.allocation, tokens))
+        known.update({o.request.allocation: o for o in full if fits(space, o.request.allocation, budget)})
+        listen(outcomes)
+
+    heard(measurer.measure([Request(allocation, tokens) for allocation in starts]))
+    phase("search")
+    searcher = make_front_searcher(space, budget, objectives, starts, settings, seed)
+    ended = search(searcher, measurer, heard, settings.limit())
+    phase("selection")
+    front = pareto_front(space, known.values(), names)
+    places = dict.fromkeys(round(place) for place in np.linspace(0, len(front) - 1, min(MEMBERS, len(front))))
+    members = [front[place].request.allocation for place in places]
+    again = measurer.measure([Request(allocation, selection_tokens, "selection") for allocation in members])
+    best = pareto_front(space, again, names)
+    figures = np.array([[figure(space, outcome, name) for name in names] for outcome in best])
+    winner = best[knee(figures) if knee_ else 0].request.allocation
+    own = Budget(**{cost: space.cost(winner, cost) for cost in objectives})
+    even, sweep_ = uniform(space, own), two_rate(space, own)
+    scored = measurer.measure([Request(allocation, tokens) for allocation in dict.fromkeys([even, *sweep_, winner])])
+    losses = {outcome.request.allocation: outcome.loss for outcome in scored}
+    chosen = next(outcome for outcome in again if outcome.request.allocation == winner)
+    assert fits(space, winner, budget), "every searcher keeps to the budget"
+    return Decision(
+        uniform=even,
+        two_rate=min(sweep_, key=lambda allocation: (losses[allocation], allocation)),
+        searched=winner,
+        losses={"search": losses[winner], "selection": chosen.loss},
+        ended=ended,
+        spent=measurer.spent,
+    )
