@@ -1,0 +1,180 @@
+"""Hypervolume of fronts against candidate-tokens, of every method that serves several objectives.
+
+    allocator latency --out /tmp/fronts/latency.json
+    python -m benchmarks.fronts --work /tmp/fronts [--cells params.sweep.0 ...] [--workers 2]
+    python -m benchmarks.fronts
+
+A cell is a set of objectives, a method and a seed, on the packaged model with dense inputs. Cells are resumed and
+cached under `--work`; what the second command needs, the hypervolume after every batch, goes to `results/fronts.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+from matplotlib.figure import Figure
+from pymoo.indicators.hv import HV
+
+from allocator.core.budget import Budget
+from allocator.core.effort import Limit, candidate_tokens
+from allocator.core.front import figure, pareto_front
+from allocator.core.journal import Journal
+from allocator.core.protocols import Outcome, Request
+from allocator.core.space import SearchSpace
+from allocator.search.baselines import uniform
+from allocator.search.decide import SearchSettings
+from allocator.search.fronts import make_front_searcher
+from allocator.search.loop import Measurer, search
+from allocator.search.nsga import NsgaSettings
+from allocator.search.sweep import budgets
+
+RESULTS = Path(__file__).parent / "results"
+FILE = RESULTS / "fronts.json"
+
+TEXT = 4096
+"""Tokens of the search split on which every method knows an allocation in full."""
+
+SETS = {"params": ("params",), "latency": ("latency_ms",), "latency and cache": ("latency_ms", "kv_bytes")}
+_NSGA = NsgaSettings(generations=40, population=24, profile=512, tokens=TEXT)
+_BASE = SearchSettings(tokens=(512, 1024, TEXT), nsga=_NSGA)
+METHODS = {name: replace(_BASE, method=name) for name in ("sweep", "nsga2", "nsga3")}  # type: ignore[arg-type]
+CELLS = [f"{objectives}.{method}.{seed}" for objectives in SETS for method in METHODS for seed in range(3)]
+_COLOURS = {"sweep": "#0072b2", "nsga2": "#d55e00", "nsga3": "#e69f00"}
+
+
+def run_cell(cell: str, work: Path) -> str:
+    """Search, and return the cell with its curve as JSON."""
+    # imported here: table and figure need no model
+    from allocator.config import load_config
+    from allocator.evaluate.engine import LocalEvaluator
+    from allocator.job import prepare
+    from allocator.prune.store import StoreBuilder, open_store
+
+    chosen, method, seed = cell.rsplit(".", 2)
+    objectives = SETS[chosen]
+    settings = ["pruner.inputs=dense", "search.method=evolution", f"search.evolution.tokens=[1024,{TEXT}]"]
+    table = [f"workload.latency={work / 'latency.json'}"] if "latency" in chosen else []
+    job = prepare(load_config(None, {"workers": 0}, [*settings, *table]))
+    levels = open_store(work / "levels", job.store_key)
+    if levels is None:
+        builder = StoreBuilder(work / "levels", job.store_key)
+        LocalEvaluator(job.engine_spec(None), job.tokens).build(builder, builder.missing(job.space), lambda done: None)
+        levels = builder.finish(unit.name for unit in job.space.units)
+    space, path = job.space, work / f"{cell.replace(' ', '-')}.jsonl"
+    whole = Budget(params=space.cost(space.dense))
+    start = [uniform(space, budget) for budget in budgets(space, whole, objectives[:1], 3)]
+    with Journal.resume(path) if path.exists() else Journal.create(path, {"space": space.to_json()}) as journal:
+        measurer = Measurer(LocalEvaluator(job.engine_spec(levels), job.tokens), journal)
+        measurer.measure([Request(allocation, TEXT) for allocation in start])
+        searcher = make_front_searcher(space, whole, objectives, start, METHODS[method], int(seed))
+        search(searcher, measurer, limit=Limit(3e6, "tokens"))
+        return json.dumps({"cell": cell, "curve": curve(journal, objectives)})
+
+
+def curve(journal: Journal, objectives: Sequence[str]) -> list[tuple[int, int, float]]:
+    """Return evaluations and candidate-tokens spent, and the hypervolume, after every batch.
+
+    Figures are scaled to [0, 1]: costs from the sparsest to the dense model, the loss to that of the sparsest of the
+    three uniform allocations that every search begins with. The reference point is at 1.
+    """
+    space = journal.space
+    batches = list(journal.batches)
+    worst = max(outcome.loss for outcome in batches[0])
+    indicator, names = HV(ref_point=np.ones(1 + len(objectives))), ["kl", *objectives]
+    spent, count, full, found = 0.0, 0, list[Outcome](), []
+    for batch in batches:
+        count += len(batch)
+        spent += sum(candidate_tokens(space, [outcome.request for outcome in batch]))
+        full += [o for o in batch if o.request.tokens == TEXT and not o.request.also]
+        front = pareto_front(space, full, names)
+        points = [[_scaled(space, outcome, name, worst) for name in names] for outcome in front]
+        found.append((count, round(spent), round(float(indicator(np.array(points))), 6)))
+    return found
+
+
+def _scaled(space: SearchSpace, outcome: Outcome, name: str, worst: float) -> float:
+    value = figure(space, outcome, name)
+    if name == "kl":
+        return value / worst
+    low, high = space.cost(space.sparsest, name), space.cost(space.dense, name)
+    return (value - low) / (high - low)
+
+
+def _reaches(points: Sequence[Sequence[float]], aim: float) -> float:
+    return next((tokens for _, tokens, volume in points if volume >= aim), float("nan"))
+
+
+def table(curves: dict[str, list[list[float]]]) -> str:
+    """Return, for each set of objectives and method, where it ends and how soon it is where NSGA-II ends."""
+    lines = [
+        "| objectives beside KL | method | seeds | hypervolume | evaluations | candidate-tokens "
+        "| is where NSGA-II ends after | of its tokens |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for objectives in SETS:
+        ends = [points[-1] for cell, points in curves.items() if cell.startswith(f"{objectives}.nsga2.")]
+        for method in METHODS:
+            runs = [points for cell, points in curves.items() if cell.startswith(f"{objectives}.{method}.")]
+            if not runs:
+                continue
+            volumes = sorted(points[-1][2] for points in runs)
+            spread = f"{median(volumes):.4f}" + (f" ({volumes[0]:.4f}–{volumes[-1]:.4f})" if len(runs) > 1 else "")
+            there = "–"
+            part = "–"
+            if ends and method != "nsga2":
+                aim, whole = median(end[2] for end in ends), median(end[1] for end in ends)
+                reached = median(_reaches(points, aim) for points in runs)
+                there, part = ("never", "–") if np.isnan(reached) else (f"{reached:,.0f}", f"1/{whole / reached:.1f}")
+            lines.append(
+                f"| {objectives} | {method} | {len(runs)} | {spread} | {median(p[-1][0] for p in runs):,.0f} "
+                f"| {median(p[-1][1] for p in runs):,.0f} | {there} | {part} |"
+            )
+    return "\n".join(lines)
+
+
+def figure_of(curves: dict[str, list[list[float]]]) -> Figure:
+    """Draw hypervolume against candidate-tokens."""
+    shown = [objectives for objectives in SETS if any(cell.startswith(f"{objectives}.") for cell in curves)]
+    picture = Figure(figsize=(3.6 * len(shown), 3.2), layout="constrained")
+    for axes, objectives in zip(np.atleast_1d(picture.subplots(1, len(shown))), shown, strict=True):
+        for cell, points in curves.items():
+            chosen, method, seed = cell.rsplit(".", 2)
+            if chosen == objectives:
+                spent, volumes = [point[1] for point in points], [point[2] for point in points]
+                label = method if seed == "0" else None
+                axes.step(spent, volumes, where="post", color=_COLOURS[method], lw=1.2, label=label)
+        axes.set(title=objectives, xlabel="candidate-tokens", ylabel="hypervolume", xscale="log")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8)
+    return picture
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, help="where cells are kept; without it nothing is run")
+    parser.add_argument("--cells", nargs="+", choices=CELLS, default=CELLS)
+    parser.add_argument("--workers", type=int, default=1)
+    arguments = parser.parse_args()
+    curves = json.loads(FILE.read_text()) if FILE.exists() else {}
+    if arguments.work is not None:
+        arguments.work.mkdir(parents=True, exist_ok=True)
+        with ProcessPoolExecutor(arguments.workers) as pool:
+            for done in as_completed([pool.submit(run_cell, cell, arguments.work) for cell in arguments.cells]):
+                found = json.loads(done.result())
+                curves[found["cell"]] = found["curve"]
+                curves = {cell: curves[cell] for cell in CELLS if cell in curves}
+                FILE.write_text(json.dumps(curves) + "\n")
+                print(found["cell"], *found["curve"][-1], flush=True)
+    print(table(curves))
+    figure_of(curves).savefig(RESULTS / "fronts.svg", metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
