@@ -13,7 +13,7 @@ from allocator.config import RunConfig, load_config, search_assignments
 from allocator.core.budget import Budget, budget_for
 from allocator.core.costs import Bound, shown
 from allocator.core.errors import UserError, did_you_mean
-from allocator.core.files import check_place, fingerprint
+from allocator.core.files import check_place, fingerprint, read_json
 from allocator.core.front import figure, pareto_front
 from allocator.core.front import knee as find_knee
 from allocator.core.journal import Journal
@@ -23,7 +23,7 @@ from allocator.core.protocols import Outcome
 from allocator.core.space import SearchSpace
 from allocator.evaluate.engine import Engine, EngineSpec, check_device
 from allocator.evaluate.latency import make_table
-from allocator.job import read_model, read_tokens, text_fingerprint, versions
+from allocator.job import ladders_id, read_model, read_tokens, text_fingerprint, versions
 from allocator.model.checkpoint import count_params
 from allocator.model.family import Attention, Layout, build_space, find_family, resolve_layout
 from allocator.model.headers import ModelFiles, locate, read_model_files
@@ -240,12 +240,16 @@ def plan_from_run(
         UserError: The run has no such plan.
     """
     folder = Path(folder)
+    if (index is not None) + knee + (best is not None) > 1 or (index is not None and (where or target is not None)):
+        raise UserError("plan: --index, --knee and --best exclude each other, and --index any bound. Name one")
     if target is None and not where and best is None and not knee and index is None:
         return Plan.load(folder / "plan.json")
     journal = Journal.read(folder / "journal.jsonl")
     header, space = journal.header, journal.space
     if index is not None:
-        members = curves.members(journal)
+        listed = read_json(folder / "front.json", "front")["points"]
+        of = {outcome.request.allocation: outcome for outcome in curves.comparable(journal)}
+        members = [of[tuple(point["allocation"])] for point in listed]
         if not 0 <= index < len(members):
             raise UserError(f"{folder}: the front has members 0 to {len(members) - 1}, and {index} was asked for")
         chosen = members[index]
@@ -264,6 +268,7 @@ def plan_from_run(
             "searcher": header["method"],
             "seed": header["seed"],
             **({} if target is None else {"target": target}),
+            "workload": header["workload"],
             **({"training": header["training"]} if "training" in header else {}),
             "versions": header["versions"],
         },
@@ -275,10 +280,17 @@ def _choose(
 ) -> Outcome:
     """Return what a run measured within bounds that has least of a figure, or is the knee of their front."""
     space, within = journal.space, curves.comparable(journal)
-    known = {*space.fixed, *(name for outcome in within[:1] for name in outcome.measured)}
+    if not within:
+        raise UserError(f"{folder}: nothing is measured on all tokens yet. Resume the search")
+    known = {*space.fixed, *within[0].measured}
     if best is not None and best not in known:
         raise UserError(f"--best: unknown figure {best!r}{did_you_mean(best, known)}")
     bounds = [(text, Bound.parse(text, known)) for text in where]
+    for text, bound in bounds:
+        if bound.relative and bound.name not in space.fixed:
+            raise UserError(
+                f"--where {text!r}: {bound.name} is measured, and has no share of the dense model's. Give a number"
+            )
     limits: list[tuple[str, str, Any]] = [
         (text, bound.name, bound.limit(space) if bound.name in space.fixed else bound.amount) for text, bound in bounds
     ]
@@ -362,7 +374,7 @@ def prune(
             "model": files.fingerprint,
             "calibration": settings["calibration"],
             "pruner": fingerprint(settings),
-            "space": fingerprint(plan.space.to_json()),
+            "space": ladders_id(plan.space),
         }
         opened = open_store(Path(store), key)
         if opened is None:

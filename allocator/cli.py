@@ -250,8 +250,6 @@ def plan(
     """Show the plan of a run, or choose another point of what it measured."""
     from allocator import api
 
-    if (index is not None) + knee + (best is not None) > 1 or (index is not None and (where or target is not None)):
-        raise UserError("plan: --index, --knee and --best exclude each other, and --index any bound. Name one")
     chosen = api.plan_from_run(run, target, where=where or (), best=best, knee=knee, index=index)
     if out is not None:
         _check_out(out, "--out")

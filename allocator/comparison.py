@@ -20,7 +20,7 @@ from allocator.core.space import Allocation, SearchSpace
 from allocator.evaluate.engine import Execution
 from allocator.evaluate.sensitivity import zeroth_order
 from allocator.folder import begun, check_folder, find_store, resumed, store_place
-from allocator.job import Job, prepare
+from allocator.job import Job, prepare, serving
 from allocator.progress import Reporter, Silent
 from allocator.prune.signals import collect
 from allocator.prune.store import LevelStore
@@ -52,6 +52,8 @@ def comparison_config(
         UserError: As :func:`~allocator.config.load_config`.
     """
     given = load_config(file, flags, assignments)
+    if given.objectives:
+        raise UserError("objectives: a comparison is at one budget. Leave them out, and give a target or constraints")
     return load_config(file, {**flags, "name": given.name or f"{given.run_name}-compare"}, assignments, resume)
 
 
@@ -144,7 +146,7 @@ class _Table:
     def __init__(self, job: Job, folder: Path) -> None:
         self._job, self._folder, self._path = job, folder, folder / "compare.json"
         self.data: dict[str, Any] = {
-            "schema": 1,
+            "schema": 2,
             "kind": "allocator.comparison",
             "model": job.model_id,
             "pattern": job.space.pattern,
@@ -206,12 +208,13 @@ def _plan_entries(job: Job, plans: Sequence[Path]) -> dict[str, Entry]:
                 f"{job.space.pattern}. Compare with --pattern {plan.space.pattern}"
             )
         own, ours = ([(u.name, u.kind, u.params[0], u.group) for u in s.units] for s in (plan.space, job.space))
-        if own != ours or plan.space.fixed != job.space.fixed:
+        served = serving(job.config, job.files, job.layout, plan.space) if own == ours else plan.space
+        if own != ours or any(served.fixed[cost] != job.space.fixed[cost] for cost in ("params", "macs")):
             raise UserError(
                 f"{path}: its units are others than this comparison's. Use the plan's settings of ladder.attention, "
                 "ladder.patterns and pruner.bias"
             )
-        if plan.space != job.space and not job.recompute:
+        if served != job.space and not job.recompute:
             raise UserError(
                 f"{path}: its ladders are others than this comparison's, and {job.pruner.name} takes weights from a "
                 "store of one ladder. Use the plan's target or ladder.sparsities, or --set pruner.execution=recompute"
@@ -220,7 +223,7 @@ def _plan_entries(job: Job, plans: Sequence[Path]) -> dict[str, Entry]:
         name = f"plan {name}"
         if name in entries:
             raise UserError(f"{path}: two plans are called {name!r}. Copy one to a file with a name of its own")
-        entries[name] = Entry(plan.space, plan.allocation)
+        entries[name] = Entry(served, plan.allocation)
     return entries
 
 

@@ -71,6 +71,12 @@ def resumed(job: Job, reporter: Reporter) -> tuple[Job, Journal]:
                 f"{folder}: holds another search: its {key} is {journal.header['identity'].get(key)}, and this one's "
                 f"is {value}. Resume it with its own settings ({folder / 'run.yaml'}), or choose another --name"
             )
+    if journal.header["budget"] != dict(job.budget.limits):
+        journal.close()
+        raise UserError(
+            f"{folder}: holds another search: its budget is {journal.header['budget']}, and this one's is "
+            f"{dict(job.budget.limits)}. Restore the latency table that it was begun with, or choose another --name"
+        )
     now = _header(job)
     for key in ("versions", "device", "micro_batch"):
         if journal.header[key] != now[key]:
@@ -140,6 +146,7 @@ def _header(job: Job) -> dict[str, Any]:
         **({"objectives": list(job.config.objectives)} if job.config.objectives else {}),
         "tokens": list(job.config.search.in_round(job.round_number).fidelities),
         "selection": job.config.tokens.selection,
+        "workload": job.workload_id,
         **job.training_id,
         "budget": dict(job.budget.limits),
         "space": job.space.to_json(),

@@ -15,7 +15,7 @@ from allocator.config import RunConfig
 from allocator.core.budget import Budget, budget_for
 from allocator.core.costs import check_known
 from allocator.core.errors import UserError
-from allocator.core.files import fingerprint
+from allocator.core.files import file_fingerprint, fingerprint
 from allocator.core.latency import LatencyTable
 from allocator.core.plan import Plan
 from allocator.core.space import Allocation, SearchSpace
@@ -121,8 +121,15 @@ class Job:
             "model": self.files.fingerprint,
             "calibration": self.text_fingerprints["calibration"],
             "pruner": fingerprint({key: value for key, value in self.pruner_id.items() if key != "execution"}),
-            "space": fingerprint(self.space.to_json()),
+            "space": ladders_id(self.space),
         }
+
+    @property
+    def workload_id(self) -> dict[str, Any]:
+        """What the plan's costs of serving are for, and the latency table that times are from."""
+        work = self.config.workload
+        table = {} if work.latency is None else {"latency": file_fingerprint(work.latency)}
+        return {"batch": work.batch, "prompt": work.prompt, "generate": work.generate, **table}
 
     def identity(self) -> dict[str, Any]:
         """Return what makes two runs the same search, wherever they run."""
@@ -166,6 +173,11 @@ class Job:
         return {
             "training": {"tokens": list(self.config.search.evolution.training), **self.config.training.model_dump()}
         }
+
+
+def ladders_id(space: SearchSpace) -> str:
+    """Return the hash of what pruned weights depend on: units and what their levels keep."""
+    return fingerprint([space.pattern, *([u.name, u.kind, u.total, u.kept, u.group] for u in space.units)])
 
 
 def read_model(config: RunConfig) -> tuple[ModelFiles, Layout, SearchSpace]:
@@ -233,6 +245,11 @@ def prepare(config: RunConfig) -> Job:
     files, layout, space = read_model(config)
     for cost in config.objectives:
         check_known(space, cost)
+        if space.cost(space.sparsest, cost) == space.cost(space.dense, cost):
+            raise UserError(
+                f"objectives: no level of {config.pattern} pruning changes {cost}. Leave it out, "
+                "or use --pattern structured"
+            )
     budget = budget_for(space, config.target, config.bounds)
     settings = config.pruner
     pruner = make_pruner(settings.name or PRUNERS[config.pattern][0], config.pattern, settings.damping, settings.bias)
@@ -275,7 +292,7 @@ def _along(config: RunConfig, files: ModelFiles, space: SearchSpace, budget: Bud
     if config.pruner.along is None:
         return uniform(space, budget)
     plan = Plan.load(config.pruner.along)
-    if plan.model["fingerprint"] != files.fingerprint or plan.space != space:
+    if plan.model["fingerprint"] != files.fingerprint or ladders_id(plan.space) != ladders_id(space):
         raise UserError(
             f"pruner.along: {config.pruner.along} is a plan for another model or other ladders. "
             "Name a plan of this model with this pattern and these ladders, or leave it out for uniform"

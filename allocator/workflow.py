@@ -100,11 +100,11 @@ def run_search(config: RunConfig, resume: bool = False, reporter: Reporter | Non
         with _timed(wall, "execute"):
             measured = _execute(job, folder, decision, evaluator, reporter)
         shutil.rmtree(folder / TRAINING, ignore_errors=True)
+        plan = _plan(job, decision, measured)
+        plan.save(folder / "plan.json")
         with _timed(wall, "latency"):
             latency = _latency(job, decision, reporter)
         wall["total"] = time.perf_counter() - started
-        plan = _plan(job, decision, measured)
-        plan.save(folder / "plan.json")
         summary = {**_summary(job, journal, decision, plan, measured, wall), **latency}
         write_json(folder / "result.json", summary)
     from allocator.report.page import write_report
@@ -321,7 +321,8 @@ def _plan(job: Job, decision: Decision, measured: Mapping[str, Figures]) -> Plan
             "run": fingerprint(job.identity()),
             "searcher": job.config.search.method,
             "seed": job.config.seed,
-            "target": job.target,
+            **({} if job.config.target is None else {"target": job.config.target}),
+            "workload": job.workload_id,
             **job.training_id,
             "versions": versions(),
         },
@@ -349,7 +350,7 @@ def _summary(
         for index, unit in enumerate(space.units)
     ]
     return {
-        "schema": 1,
+        "schema": 2,
         "kind": "allocator.result",
         "model": dict(plan.model),
         "pattern": space.pattern,

@@ -637,7 +637,7 @@ def test_result_has_every_figure(finished: dict[str, Any], pattern: str) -> None
     assert rows["dense"]["kl"] == pytest.approx(0.0, abs=1e-6)
     assert rows["dense"]["sparsity"] == 0.0
     for name in ("uniform", "two_rate", "searched"):
-        assert rows[name]["params"] <= data["budget"]["params"]
+        assert rows[name]["params"] <= data["budget"]["params"]["limit"]
         assert rows[name]["sparsity"] >= 0.5
         assert rows[name]["kl"] > 0.0
     space = result.plan.space

@@ -109,6 +109,17 @@ def shown(cost: Cost, value: int) -> str:
     return f"{value:,}" if scale == 1 else f"{value / scale:,.3f}"
 
 
-def costs_of(space: SearchSpace, allocation: Allocation) -> dict[Cost, int]:
-    """Return every cost of the whole model that is known."""
-    return {cost: space.cost(allocation, cost) for cost in space.fixed}
+def known(space: SearchSpace) -> list[Cost]:
+    """Return the costs that a space knows, in the order in which they are listed here."""
+    return [cost for cost in COSTS if cost in space.fixed]
+
+
+def costs_of(space: SearchSpace, allocation: Allocation) -> dict[Cost, float]:
+    """Return every cost of the whole model that is known, as it is written and shown: times in milliseconds."""
+    return {cost: scaled(cost, space.cost(allocation, cost)) for cost in known(space)}
+
+
+def scaled(cost: Cost, value: int) -> float:
+    """Return a cost as it is written: an integer, or milliseconds."""
+    scale = COSTS[cost].scale
+    return value if scale == 1 else value / scale

@@ -35,7 +35,7 @@ def pareto_front(space: SearchSpace, outcomes: Iterable[Outcome], objectives: Se
 
 
 def knee(figures: np.ndarray) -> int:
-    """Return the member of a front that is furthest below the plane through its extremes.
+    """Return the member of a front where it bends.
 
     Args:
         figures: Of each member, [members, objectives], all minimised.

@@ -21,7 +21,7 @@ from allocator.core.files import canonical_json
 from allocator.core.protocols import BEFORE, Expansion, Extra, Key, Outcome, Request
 from allocator.core.space import SearchSpace
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 class Journal:

@@ -57,7 +57,7 @@ class LatencyTable(_Strict):
     """The table.
 
     Attributes:
-        device: Name of the processor and number of its threads, as the system tells it.
+        device: Its type, and the name of the processor as the system tells it.
         versions: Of Python, torch and transformers.
         settings: What was measured.
         model: Hidden size, vocabulary and number of blocks of the model that it was measured on.

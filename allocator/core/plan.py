@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from allocator.core.budget import Budget
+from allocator.core.costs import known
 from allocator.core.errors import UserError
 from allocator.core.files import read_json, write_json
 from allocator.core.space import Allocation, SearchSpace
@@ -61,7 +62,7 @@ class Plan:
                 "sparsity": round(unit.sparsity(level), 6),
                 "kept": unit.kept[level],
                 "total": unit.total,
-                "ladder": {"kept": list(unit.kept), **{cost: list(unit.costs(cost)) for cost in space.fixed}},
+                "ladder": {"kept": list(unit.kept), **{cost: list(unit.costs(cost)) for cost in known(space)}},
             }
             for unit, level in zip(space.units, allocation, strict=True)
         }
@@ -80,7 +81,7 @@ class Plan:
                     "dense": space.cost(space.dense, cost),
                     "fixed": space.fixed[cost],
                 }
-                for cost in space.fixed
+                for cost in known(space)
             },
             "sparsity": round(space.sparsity(allocation), 6),
             "units": units,
@@ -122,6 +123,8 @@ class Plan:
                 raise UserError(f"{path}: unit {name!r}: its ladder does not take the same from every {group} items")
             if level >= len(kept) or kept[level] != unit["kept"]:
                 raise UserError(f"{path}: unit {name!r}: level {level} does not keep {unit['kept']} items")
+        if unknown := data["budget"].keys() - data["costs"].keys():
+            raise UserError(f"{path}: its budget is on {', '.join(sorted(unknown))}, which its units say nothing of")
         plan = cls._from_json(data)
         for cost, figures in data["budget"].items():
             achieved = plan.space.cost(plan.allocation, cost)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -95,7 +96,7 @@ def measure(
 def describe(device: str) -> dict[str, str]:
     """Return what tells one device from another."""
     if device == "cuda":
-        return {"type": "cuda", "name": torch.cuda.get_device_name()}
+        return {"type": "cuda", "name": torch.cuda.get_device_name() if torch.cuda.is_available() else "none"}
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -122,22 +123,21 @@ def _timed(model: nn.Module, names: Sequence[str], settings: LatencySettings, de
     ids = torch.randint(0, vocabulary, (settings.batch, length + 1), generator=generator).to(device)
     times: Times = {phase: ([], {name: [] for name in names}) for phase in _PHASES}
 
-    def run(phase: str, call: Callable[[], Any]) -> Any:
+    def run(phase: str, tokens: torch.Tensor, before: Any = None) -> None:
         for attempt in range(_WARM_UP + settings.repeats):
+            cache = deepcopy(before)  # a call appends to it
+            clock.read()
             clock.note("")
-            answer = call()
+            model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
             clock.note("")
             passed = clock.read()
             if attempt >= _WARM_UP:
                 times[phase][0].append(passed.pop(""))
                 for name in names:
                     times[phase][1][name].append(passed.get(name, 0.0))
-        return answer
 
-    run("prefill", lambda: model(ids[:, : settings.prompt], use_cache=True, logits_to_keep=1))
-    cache = model(ids[:, :length], use_cache=True, logits_to_keep=1).past_key_values
-    clock.read()
-    run("decode", lambda: model(ids[:, -1:], past_key_values=cache, use_cache=True))
+    run("prefill", ids[:, : settings.prompt])
+    run("decode", ids[:, -1:], model(ids[:, :length], use_cache=True, logits_to_keep=1).past_key_values)
     for handle in handles:
         handle.remove()
     return times

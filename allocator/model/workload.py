@@ -26,7 +26,12 @@ from allocator.core.space import Cost, SearchSpace, Unit
 from allocator.model.family import Layout, Site
 from allocator.model.headers import ModelFiles
 
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1}
+_BYTES = {
+    **dict.fromkeys(("F64", "I64", "U64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "BOOL"), 1),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +203,10 @@ def size_of(files: ModelFiles, layout: Layout) -> dict[str, int]:
 
 def width_of(files: ModelFiles, name: str) -> int:
     """Return the bytes of one number of a tensor."""
-    return _BYTES[files.dtypes[name]]
+    kind = files.dtypes[name]
+    if kind not in _BYTES:
+        raise UserError(f"model: {files.folder}: {name} is of type {kind}, whose size is not known. Convert it to BF16")
+    return _BYTES[kind]
 
 
 def _staying_rows(site: Site, files: ModelFiles) -> int:

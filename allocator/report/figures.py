@@ -55,7 +55,7 @@ def front_figure(
     """
     figure, axes = _figure()
     scale = COSTS[cost].scale
-    points = sorted((point[cost] / scale, point[front["loss"]]) for point in front["points"])
+    points = sorted((point[cost], point[front["loss"]]) for point in front["points"])
     best = list(accumulate((loss for _, loss in points), min))
     xs = [x for x, _ in points] + [mark.cost / scale for mark in marks.values()] + ([limit / scale] if limit else [])
     middle = (min(xs) + max(xs)) / 2

@@ -107,7 +107,7 @@ def _result(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     result: dict[str, Any] = read_json(path, "result")
-    if (result.get("kind"), result.get("schema")) != ("allocator.result", 1):
+    if (result.get("kind"), result.get("schema")) != ("allocator.result", 2):
         raise UserError(f"{path}: not the result of a run of this version. Restore it, or run the search again")
     return result
 

@@ -13,7 +13,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from allocator.core.costs import shown
+from allocator.core.costs import COSTS, shown
 from allocator.core.latency import LatencyTable, Timing
 from allocator.core.plan import Plan
 from allocator.core.space import Cost, SearchSpace, Unit
@@ -143,7 +143,7 @@ def front_table(front: Mapping[str, Any]) -> Table:
     for place in places:
         point = points[place]
         again = [number(point.get("selection"), 4)] if selected else []
-        figures = (shown(cost, point[cost]) for cost in costs)
+        figures = (count(point[cost]) if COSTS[cost].scale == 1 else number(point[cost], 3) for cost in costs)
         table.add_row(str(place), *figures, share(point["sparsity"]), number(point[loss], 4), *again)
     table.caption = f"{name}: {count(front['tokens'])} search tokens"
     if len(places) < len(points):

@@ -113,6 +113,11 @@ class SearchSettings:
                 f"search.method: {self.method} finds a front, and no cost is an objective. Name one, such as "
                 "--objective params, or use another method"
             )
+        if self.method == "nsga3" and self.nsga.population < 2 * (1 + objectives):
+            raise UserError(
+                f"search.nsga.population: {1 + objectives} objectives take at least {2 * (1 + objectives)} members, "
+                f"found {self.nsga.population}"
+            )
         if objectives and self.rounds > 1:
             raise UserError("search.rounds: a front is searched in one round. Leave search.rounds out")
 
@@ -172,7 +177,7 @@ class SearchSettings:
         if isinstance(self.own, EvolutionSettings):
             return 2 + self.own.generations * len(self.own.tokens)
         if isinstance(self.own, NsgaSettings):
-            return 2 + self.own.generations
+            return 3 + self.own.generations
         return 2 + -(-self.own.trials // self.own.batch)
 
 

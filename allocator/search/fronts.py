@@ -94,7 +94,7 @@ def decide_front(
     best = pareto_front(space, again, names)
     figures = np.array([[figure(space, outcome, name) for name in names] for outcome in best])
     winner = best[knee(figures) if knee_ else 0].request.allocation
-    own = Budget(**{cost: space.cost(winner, cost) for cost in objectives})
+    own = Budget(**{**budget.limits, **{cost: space.cost(winner, cost) for cost in objectives}})
     even, sweep_ = uniform(space, own), two_rate(space, own)
     scored = measurer.measure([Request(allocation, tokens) for allocation in dict.fromkeys([even, *sweep_, winner])])
     losses = {outcome.request.allocation: outcome.loss for outcome in scored}

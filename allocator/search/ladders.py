@@ -12,6 +12,9 @@ import numpy as np
 from allocator.core.budget import Budget
 from allocator.core.space import Allocation, SearchSpace
 
+_LAST = 1e300
+"""The rate of a step that frees nothing."""
+
 _NOTHING = 1e-18
 """A step that costs nothing costs this."""
 
@@ -81,7 +84,8 @@ class Ladders:
             assert can_u.any(), "the budget was checked to be reachable"
             # steps that free nothing come last; beyond what is needed, freed room counts for nothing
             useful_u = (np.minimum(freed_ku, np.maximum(-room_k1, 0)) / scale_k1).sum(0)
-            unit = int(np.where(can_u, lost_u / np.maximum(useful_u, _NOTHING), np.inf).argmin())
+            rate_u = np.divide(lost_u, useful_u, out=np.full(len(units), _LAST), where=useful_u > 0)
+            unit = int(np.where(can_u, rate_u, np.inf).argmin())
             levels_u[unit] += 1
             room_k1 = room_k1 + freed_ku[:, unit, None]
         while True:

@@ -119,6 +119,11 @@ class Quadratic:
         if found.tokens == self._tokens:
             self._base = found
 
+    @property
+    def around(self) -> Allocation:
+        """What was last expanded on all tokens."""
+        return self._base.allocation
+
     def observe(self, difference: Difference) -> None:
         """Take a measured difference from an allocation that was expanded on as many tokens, or on all.
 

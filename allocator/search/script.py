@@ -111,10 +111,13 @@ class Memory:
 
     def _expand(self, tokens: int) -> Steps:
         request = Request(self.centre, tokens, also="expansion")
-        if not self.gradients or request.key in self._known:
+        if not self.gradients:
             return
-        (outcome,) = yield [request]
-        self._known[request.key] = outcome
+        if (outcome := self._known.get(request.key)) is None:
+            (outcome,) = yield [request]
+            self._known[request.key] = outcome
+        elif tokens < self.tokens[-1] or (isinstance(self._model, Quadratic) and self._model.around == self.centre):
+            return
         self.gradients = outcome.expansion is not None
         if self.gradients:
             if not isinstance(self._model, Quadratic):

@@ -3,7 +3,7 @@
 What a unit loses hardly depends on how much the others have lost. So one model of the loss serves every budget: its
 curvatures are measured once, every outcome at one budget teaches it for all, and the best allocation of a budget,
 settled into the next one, is a better start than any rule. What is left for each budget is one expansion of the loss
-where it is, knapsacks, and a race of their answers. Budgets go from the loosest to the tightest and, while it gains,
+where it is, knapsacks, and a race of their answers. Budgets go from the loosest to the tightest and, in a further pass,
 back again. Budgets on several costs at once form a grid.
 """
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from allocator.core.budget import Budget
+from allocator.core.budget import Budget, fits
 from allocator.core.errors import UserError
 from allocator.core.space import Allocation, Cost, SearchSpace
 from allocator.search.guided import GuidedSettings, propose
@@ -48,6 +48,8 @@ class SweepSettings:
 def budgets(space: SearchSpace, within: Budget, objectives: Sequence[Cost], points: int) -> list[Budget]:
     """Return budgets that span the front of some costs, evenly, from the loosest to the tightest.
 
+    Where the dense model is not within ``within``, the loosest is that itself, and there is one more.
+
     Args:
         space: The search space.
         within: What all of them keep.
@@ -65,8 +67,9 @@ def budgets(space: SearchSpace, within: Budget, objectives: Sequence[Cost], poin
             cost: high - (high - low) * step // (steps + 1)
             for step, (cost, (low, high)) in zip(down, spans.items(), strict=True)
         }
-        if any(down):
-            found.append(Budget(**{**within.limits, **limits}))
+        budget = Budget(**{**within.limits, **limits})
+        if not fits(space, space.dense, budget):  # else there is nothing to search
+            found.append(budget)
     return found
 
 
