@@ -176,8 +176,8 @@ class Job:
 
 
 def ladders_id(space: SearchSpace) -> str:
-    """Return the hash of what pruned weights depend on: units and what their levels keep."""
-    return fingerprint([space.pattern, *([u.name, u.kind, u.total, u.kept, u.group] for u in space.units)])
+    """Return the hash of what pruned weights depend on: units and what their levels keep, whatever they serve."""
+    return fingerprint([space.pattern, *([u.name, u.kind, u.total, u.kept, u.params, u.group] for u in space.units)])
 
 
 def read_model(config: RunConfig) -> tuple[ModelFiles, Layout, SearchSpace]:

@@ -47,8 +47,9 @@ def budget_for(space: SearchSpace, target: float | None, bounds: Iterable[Bound]
                 "Ask for less, or give the ladders sparser levels"
             )
     for bound in bounds:
+        limit = bound.limit(space)
         dense = space.cost(space.dense, bound.name)  # more than that bounds nothing, and may be more than numbers hold
-        limits[bound.name] = min(bound.limit(space), limits.get(bound.name, dense), dense)
+        limits[bound.name] = min(limit, limits.get(bound.name, dense), dense)
     missed = [cost for cost, limit in limits.items() if space.cost(space.sparsest, cost) > limit]
     if missed:
         reach = "; ".join(

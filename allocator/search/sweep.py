@@ -70,7 +70,7 @@ def budgets(space: SearchSpace, within: Budget, objectives: Sequence[Cost], poin
         budget = Budget(**{**within.limits, **limits})
         if not fits(space, space.dense, budget):  # else there is nothing to search
             found.append(budget)
-    return found
+    return found or [within]
 
 
 def sweep(

@@ -117,7 +117,7 @@ def result_of(space: SearchSpace, named: Mapping[str, Allocation]) -> dict[str, 
         for index, unit in enumerate(space.units)
     ]
     return {
-        "schema": 1,
+        "schema": 2,
         "kind": "allocator.result",
         "model": MODEL,
         "pattern": space.pattern,
