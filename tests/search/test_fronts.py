@@ -141,7 +141,7 @@ def test_budgets_are_reachable_different_and_inside(spaces, data):
     for budget in found:
         assert fits(space, space.sparsest, budget)
         assert budget.limits["params"] <= within.limits["params"]
-        assert budget.limits.keys() == {"params", *objectives}
+        assert budget.limits.keys() in ({"params"}, {"params", *objectives})
 
 
 def test_budgets_go_from_loose_to_tight(space):
