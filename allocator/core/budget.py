@@ -150,10 +150,13 @@ class _Ledger:
     def can_densify(self, unit: int) -> bool:
         """Whether a unit has a denser level that the limits allow."""
         level = self.levels[unit]
-        return level > 0 and all(
-            ladders[unit][level - 1] - ladders[unit][level] <= room
-            for ladders, room in zip(self._ladders, self._rooms, strict=True)
-        )
+        if level == 0:
+            return False
+        for ladders, room in zip(self._ladders, self._rooms, strict=True):
+            ladder = ladders[unit]
+            if ladder[level - 1] - ladder[level] > room:
+                return False
+        return True
 
     def move(self, unit: int, by: int) -> None:
         """Move a unit by so many levels."""

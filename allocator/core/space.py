@@ -65,7 +65,9 @@ class Unit:
 
     def costs(self, cost: Cost) -> tuple[int, ...]:
         """Return one cost of every level."""
-        return {"params": self.params, "macs": self.macs, **self.others}[cost]
+        if cost == "params":
+            return self.params
+        return self.macs if cost == "macs" else self.others[cost]
 
     def sparsity(self, level: int) -> float:
         """Share of the unit that ``level`` removes, in [0, 1]."""
