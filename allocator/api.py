@@ -13,7 +13,7 @@ from allocator.config import RunConfig, load_config, search_assignments
 from allocator.core.budget import Budget, budget_for
 from allocator.core.costs import Bound, shown
 from allocator.core.errors import UserError, did_you_mean
-from allocator.core.files import check_place, fingerprint, read_json
+from allocator.core.files import check_file, check_place, fingerprint, read_json
 from allocator.core.front import figure, pareto_front
 from allocator.core.front import knee as find_knee
 from allocator.core.journal import Journal
@@ -197,8 +197,7 @@ def latency(config: RunConfig, out: Path | str, repeats: int = 20, reporter: Rep
         UserError: The model cannot be used, or the file cannot be written.
     """
     out, work = Path(out), config.workload
-    if out.is_dir() or not out.absolute().parent.is_dir():
-        raise UserError(f"{out}: no file can be written there. Name a file in a folder that exists with --out")
+    check_file(out, "--out")
     check_device(config.device)
     dense = config.model_copy(update={"pattern": "structured", "workload": work.model_copy(update={"latency": None})})
     files, layout, space = read_model(dense)
@@ -248,11 +247,10 @@ def plan_from_run(
     header, space = journal.header, journal.space
     if index is not None:
         listed = read_json(folder / "front.json", "front")["points"]
-        of = {outcome.request.allocation: outcome for outcome in curves.comparable(journal)}
-        members = [of[tuple(point["allocation"])] for point in listed]
-        if not 0 <= index < len(members):
-            raise UserError(f"{folder}: the front has members 0 to {len(members) - 1}, and {index} was asked for")
-        chosen = members[index]
+        if not 0 <= index < len(listed):
+            raise UserError(f"{folder}: the front has members 0 to {len(listed) - 1}, and {index} was asked for")
+        member = tuple(listed[index]["allocation"])
+        chosen = next(outcome for outcome in curves.comparable(journal) if outcome.request.allocation == member)
     else:
         chosen = _choose(folder, journal, target, where, best, knee)
     allocation = chosen.request.allocation
@@ -306,9 +304,9 @@ def _choose(
                 "Allow more, or search with that constraint"
             )
         within = kept
-    names = curves.objectives(journal)
-    front = pareto_front(space, within, names)
     if at_knee:
+        names = curves.objectives(journal)
+        front = pareto_front(space, within, names)
         return front[find_knee(np.array([[figure(space, outcome, name) for name in names] for outcome in front]))]
     name = best or journal.loss
     return min(within, key=lambda outcome: (figure(space, outcome, name), outcome.loss, outcome.request.allocation))

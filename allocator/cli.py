@@ -215,10 +215,10 @@ def front(
     if data.get("kind") != "allocator.front" or data.get("schema") != 2:
         raise UserError(f"{run / 'front.json'}: not the front of a run. Restore it, or resume the run to have it again")
     if plot is not None:
-        from allocator.core.files import write_atomic
+        from allocator.core.files import check_file, write_atomic
         from allocator.report.figures import front_figure, to_svg
 
-        _check_out(plot, "--plot")
+        check_file(plot, "--plot")
         write_atomic(plot, to_svg(front_figure(data, {}, cost=data["objectives"][1]), "front"))
     if json_ or csv:
         if json_:
@@ -249,10 +249,11 @@ def plan(
 ) -> None:
     """Show the plan of a run, or choose another point of what it measured."""
     from allocator import api
+    from allocator.core.files import check_file
 
     chosen = api.plan_from_run(run, target, where=where or (), best=best, knee=knee, index=index)
     if out is not None:
-        _check_out(out, "--out")
+        check_file(out, "--out")
         chosen.save(out)
     if json_:
         _emit(chosen.to_json())
@@ -351,12 +352,6 @@ def _stoppable(config: RunConfig, verb: str, asked: str = "") -> Iterator[None]:
         begun = (config.folder / "journal.jsonl").exists()
         print(f"\nstopped; {f'nothing measured is lost. {again}' if begun else 'nothing was begun'}", file=sys.stderr)
         raise typer.Exit(130) from None
-
-
-def _check_out(path: Path, flag: str) -> None:
-    """Raise if no file can be written at a path."""
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise UserError(f"{path}: no file can be written there. Name a file in a folder that exists with {flag}")
 
 
 def _emit(value: Any) -> None:

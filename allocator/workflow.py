@@ -17,7 +17,7 @@ import numpy as np
 
 from allocator.config import RunConfig
 from allocator.core.budget import Budget, fits
-from allocator.core.costs import COSTS
+from allocator.core.costs import scaled
 from allocator.core.files import fingerprint, write_json
 from allocator.core.journal import Journal
 from allocator.core.latency import LatencyTable
@@ -300,7 +300,7 @@ def _latency(job: Job, decision: Decision, reporter: Reporter) -> dict[str, Any]
         figures = measure(job.files, job.layout, kept, table.settings, device)
         found[name] = {
             figure: {
-                "predicted": round(job.space.cost(allocation, figure) / COSTS[figure].scale, 6),
+                "predicted": round(scaled(figure, job.space.cost(allocation, figure)), 6),
                 "measured": round(milliseconds, 6),
             }
             for figure, milliseconds in figures.items()

@@ -45,6 +45,16 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
+def check_file(path: Path, flag: str) -> None:
+    """Check that a file can be written at a path, which was named by a flag.
+
+    Raises:
+        UserError: It is a folder, or in no folder.
+    """
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UserError(f"{path}: no file can be written there. Name a file in a folder that exists with {flag}")
+
+
 def check_place(path: Path, remedy: str) -> None:
     """Check that a folder could be made at ``path``, or is there and can be written to.
 

@@ -53,7 +53,7 @@ def decide_front(
     selection_tokens: int,
     evaluator: Evaluator,
     journal: Journal,
-    knee_: bool = True,
+    at_knee: bool = True,
     listen: Listener = lambda outcomes: None,
     phase: Callable[[str], None] = lambda name: None,
 ) -> Decision:
@@ -68,7 +68,7 @@ def decide_front(
         selection_tokens: Tokens of the selection split.
         evaluator: Measures what the journal does not know.
         journal: Answers first, and records.
-        knee_: Whether the plan is the knee of the front, and not its member of least loss.
+        at_knee: Whether the plan is the knee of the front, and not its member of least loss.
         listen: Called with the outcomes of every batch of the search.
         phase: Called with the name of each phase.
     """
@@ -93,7 +93,7 @@ def decide_front(
     again = measurer.measure([Request(allocation, selection_tokens, "selection") for allocation in members])
     best = pareto_front(space, again, names)
     figures = np.array([[figure(space, outcome, name) for name in names] for outcome in best])
-    winner = best[knee(figures) if knee_ else 0].request.allocation
+    winner = best[knee(figures) if at_knee else 0].request.allocation
     own = Budget(**{**budget.limits, **{cost: space.cost(winner, cost) for cost in objectives}})
     even, sweep_ = uniform(space, own), two_rate(space, own)
     scored = measurer.measure([Request(allocation, tokens) for allocation in dict.fromkeys([even, *sweep_, winner])])

@@ -166,11 +166,11 @@ class Nsga:
 
 def _alone(space: SearchSpace) -> list[Allocation]:
     """Return allocations with one unit at the middle of its ladder and all others dense."""
-    return [
-        tuple(_middle(space, index) if other == index else 0 for other in range(len(space.units)))
-        for index, unit in enumerate(space.units)
-        if unit.num_levels > 1
-    ]
+    return [_only(space, index) for index, unit in enumerate(space.units) if unit.num_levels > 1]
+
+
+def _only(space: SearchSpace, index: int) -> Allocation:
+    return tuple(_middle(space, index) if other == index else 0 for other in range(len(space.units)))
 
 
 def _middle(space: SearchSpace, index: int) -> int:
@@ -182,9 +182,7 @@ def _grown(space: SearchSpace, losses: dict[Allocation, float], index: int) -> l
     unit = space.units[index]
     if unit.num_levels == 1:
         return [0.0]
-    level = _middle(space, index)
-    alone = tuple(level if other == index else 0 for other in range(len(space.units)))
-    rate = max(losses[alone], 0.0) / max(unit.sparsity(level), 1e-9) ** 2
+    rate = max(losses[_only(space, index)], 0.0) / max(unit.sparsity(_middle(space, index)), 1e-9) ** 2
     return [rate * unit.sparsity(each) ** 2 for each in range(unit.num_levels)]
 
 
