@@ -289,15 +289,13 @@ def _latency(job: Job, decision: Decision, reporter: Reporter) -> dict[str, Any]
         there, here = (", ".join(each.values()) for each in (table.device, describe(device)))
         reporter.say(f"notice: latency is predicted for {there}, and was not measured here, on {here}")
         return {}
-    reporter.phase("latency")
+    named = {"dense": job.space.dense, "uniform": decision.uniform, "searched": decision.searched}
+    reporter.phase("latency", len(named))
+    shapes = [{u.name: u.kept[level] for u, level in zip(job.space.units, a, strict=True)} for a in named.values()]
     found = {}
-    for name, allocation in {
-        "dense": job.space.dense,
-        "uniform": decision.uniform,
-        "searched": decision.searched,
-    }.items():
-        kept = {unit.name: unit.kept[level] for unit, level in zip(job.space.units, allocation, strict=True)}
-        figures = measure(job.files, job.layout, kept, table.settings, device)
+    for (name, allocation), figures in zip(
+        named.items(), measure(job.files, job.layout, shapes, table.settings, device, reporter.step), strict=True
+    ):
         found[name] = {
             figure: {
                 "predicted": round(scaled(figure, job.space.cost(allocation, figure)), 6),

@@ -27,6 +27,9 @@ from allocator.model.workload import shape_of, size_of
 
 _WARM_UP = 2
 
+_TURNS = 5
+"""Repeats are spread over so many turns: a machine that others use too has slow seconds."""
+
 _PHASES = ("prefill", "decode")
 
 
@@ -52,23 +55,18 @@ def make_table(
     """
     ladders = {unit.name: unit.kept for unit in space.units}
     shapes = {site.name: shape_of(site, files) for site in layout.sites}
+    deepest = max(len(ladder) for ladder in ladders.values())
+    at = [{name: ladder[min(level, len(ladder) - 1)] for name, ladder in ladders.items()} for level in range(deepest)]
     found: dict[tuple[str, int], dict[str, list[float]]] = {}
     rest: dict[str, list[float]] = {phase: [] for phase in _PHASES}
     spread: dict[tuple[str, int], list[float]] = {}
-    deepest = max(len(ladder) for ladder in ladders.values())
-    for level in range(deepest):
-        kept = {name: ladder[min(level, len(ladder) - 1)] for name, ladder in ladders.items()}
-        with _placed(device, settings.threads):
-            model = shaped_model(files, layout, kept, getattr(torch, settings.dtype))
-            measured = _timed(model, list(ladders), settings, device)
+    for kept, measured in zip(at, _in_turns(files, layout, at, list(ladders), settings, device, step), strict=True):
         for phase, (total, own) in measured.items():
-            beside = [whole - sum(each) for whole, *each in zip(total, *own.values(), strict=True)]
-            rest[phase].append(median(beside))
+            rest[phase].append(median(whole - sum(each) for whole, *each in zip(total, *own.values(), strict=True)))
             for name, times in own.items():
                 key = shapes[name], kept[name]
                 found.setdefault(key, {p: [] for p in _PHASES})[phase].append(median(times))
                 spread.setdefault(key, []).append(_spread(times))
-        step(level + 1)
     units: dict[str, list[Timing]] = {}
     for (shape, count), medians in found.items():
         units.setdefault(shape, []).append(_timing(count, medians, median(spread[shape, count])))
@@ -83,14 +81,28 @@ def make_table(
 
 
 def measure(
-    files: ModelFiles, layout: Layout, kept: Mapping[str, int], settings: LatencySettings, device: str
-) -> dict[str, float]:
-    """Return the milliseconds that a model of some shapes takes end to end, under the names of the costs."""
-    with _placed(device, settings.threads):
-        model = shaped_model(files, layout, kept, getattr(torch, settings.dtype))
-        timed = _timed(model, [], settings, device)
-    prefill, decode = (median(timed[phase][0]) / 1e6 for phase in _PHASES)
-    return {"prefill_ms": prefill, "decode_ms": decode, "latency_ms": prefill + settings.generate * decode}
+    files: ModelFiles,
+    layout: Layout,
+    shapes: Sequence[Mapping[str, int]],
+    settings: LatencySettings,
+    device: str,
+    step: Callable[[int], None] = lambda done: None,
+) -> list[dict[str, float]]:
+    """Return the milliseconds that models of some shapes take end to end, under the names of the costs.
+
+    Args:
+        files: The dense model.
+        layout: Where its sub-blocks are.
+        shapes: Of each model, the items that every sub-block keeps.
+        settings: The workload, and how to measure it.
+        device: ``cpu`` or ``cuda``.
+        step: Called with the number of models done, after each.
+    """
+    found = []
+    for timed in _in_turns(files, layout, shapes, [], settings, device, step):
+        prefill, decode = (median(timed[phase][0]) / 1e6 for phase in _PHASES)
+        found.append({"prefill_ms": prefill, "decode_ms": decode, "latency_ms": prefill + settings.generate * decode})
+    return found
 
 
 def describe(device: str) -> dict[str, str]:
@@ -107,10 +119,34 @@ Times = dict[str, tuple[list[float], dict[str, list[float]]]]
 """By phase: nanoseconds of whole passes, and of each sub-block in each of them."""
 
 
+def _in_turns(
+    files: ModelFiles,
+    layout: Layout,
+    shapes: Sequence[Mapping[str, int]],
+    names: Sequence[str],
+    settings: LatencySettings,
+    device: str,
+    step: Callable[[int], None],
+) -> list[Times]:
+    """Time several models and their sub-blocks, a few repeats of each in turn: a slow moment is shared by all."""
+    found: list[Times] = [{phase: ([], {name: [] for name in names}) for phase in _PHASES} for _ in shapes]
+    turns = min(_TURNS, settings.repeats)
+    for turn in range(turns):
+        repeats = settings.repeats * (turn + 1) // turns - settings.repeats * turn // turns
+        for place, kept in enumerate(shapes):
+            with _placed(device, settings.threads):
+                model = shaped_model(files, layout, kept, getattr(torch, settings.dtype))
+                _timed(model, settings, repeats, device, found[place])
+            step((turn * len(shapes) + place + 1) // turns)
+    return found
+
+
 @torch.no_grad()
-def _timed(model: nn.Module, names: Sequence[str], settings: LatencySettings, device: str) -> Times:
+def _timed(model: nn.Module, settings: LatencySettings, repeats: int, device: str, times: Times) -> None:
+    """Append the times of some repeats."""
     clock = _Clock(device)
     handles = []
+    names = list(times[_PHASES[0]][1])
     for name in names:
         module = model.get_submodule(name)
         handles += [
@@ -121,10 +157,9 @@ def _timed(model: nn.Module, names: Sequence[str], settings: LatencySettings, de
     generator = torch.Generator().manual_seed(0)
     length = settings.prompt + settings.generate // 2
     ids = torch.randint(0, vocabulary, (settings.batch, length + 1), generator=generator).to(device)
-    times: Times = {phase: ([], {name: [] for name in names}) for phase in _PHASES}
 
     def run(phase: str, tokens: torch.Tensor, before: Any = None) -> None:
-        for attempt in range(_WARM_UP + settings.repeats):
+        for attempt in range(_WARM_UP + repeats):
             cache = deepcopy(before)  # a call appends to it
             clock.read()
             clock.note("")
@@ -140,7 +175,6 @@ def _timed(model: nn.Module, names: Sequence[str], settings: LatencySettings, de
     run("decode", ids[:, -1:], model(ids[:, :length], use_cache=True, logits_to_keep=1).past_key_values)
     for handle in handles:
         handle.remove()
-    return times
 
 
 class _Clock:
