@@ -120,7 +120,7 @@ def floor(case: Case, scratch: Path) -> list[Row]:
 
     def plain(model: torch.nn.Module) -> None:
         for lesson in lessons:
-            taught = lesson.kept or engine._teacher.targets(lesson)
+            taught = lesson.kept or engine._teacher._taught(lesson)
             logits_btv = model(lesson.tokens_bt, use_cache=False).logits
             divergence(taught, logits_btv, lambda logits_nv: logits_nv, lesson.tokens_bt)
 
@@ -324,7 +324,7 @@ def _bound(case: Case, engine: Engine, allocations: Sequence[Allocation]) -> flo
     always = case.space.fixed["macs"] * median(judging) / median(heading)
     blocks = range(len(walker.blocks))
     alone = sum(always + sum(_block_macs(case, a, block) for block in blocks) for a in allocations)
-    steps = trie.plan([engine._path(a) for a in allocations], len(blocks))
+    steps = trie.plan([engine._path(case.request(a)) for a in allocations], len(blocks))
     together = sum(
         always + sum(_block_macs(case, allocations[step.index], block) for block in blocks[step.start :])
         for step in steps

@@ -109,6 +109,8 @@ def candidate_tokens(space: SearchSpace, requests: Sequence[Request], trained: T
     with others. Tokens that it is newly trained on count three times: backward takes twice what forward takes. The
     gradient of what the model no longer has, or has masked, is counted as not computed, as is the forward.
 
+    What runs some of the blocks is charged with these, and without the head.
+
     An expansion shares nothing either: it runs in dense shapes, forward and backward, and every level once on a few
     tokens.
 
@@ -129,18 +131,22 @@ def candidate_tokens(space: SearchSpace, requests: Sequence[Request], trained: T
         else:
             groups.setdefault((request.split, request.tokens, request.also), []).append(index)
     for (_, tokens, _), members in groups.items():
-        before: np.ndarray | None = None
-        for index in sorted(members, key=lambda member: requests[member].allocation):
-            levels = np.array(requests[index].allocation)
-            new = np.ones(len(levels), dtype=bool)
-            if before is not None:
-                changed = np.flatnonzero(levels != before)
-                new = blocks >= (blocks[changed[0]] if len(changed) else np.inf)
-            computed = sum(macs[unit][levels[unit]] for unit in np.flatnonzero(new))
-            costs[index] = tokens * (space.fixed["macs"] + float(computed)) / dense
-            before = levels
+        before, known = np.full(len(blocks), -1), 0.0
+        for index in sorted(members, key=lambda member: (requests[member].allocation, _end(requests[member]))):
+            levels, end = np.array(requests[index].allocation), _end(requests[index])
+            changed = np.flatnonzero(levels != before)
+            start = min(known, blocks[changed[0]] if len(changed) else np.inf)
+            computed = sum(macs[unit][levels[unit]] for unit in np.flatnonzero((blocks >= start) & (blocks < end)))
+            head = space.fixed["macs"] if end == np.inf else 0
+            costs[index] = tokens * (head + float(computed)) / dense
+            before, known = levels, end
     for index, request in enumerate(requests):
         if request.training:
             fresh = request.training - (0 if trained is None else trained.before(request))
             costs[index] += space.compute_share(request.allocation) * (request.tokens + _TRAINING_COST * fresh)
     return costs
+
+
+def _end(request: Request) -> float:
+    """Return how many blocks a request runs."""
+    return request.blocks or np.inf

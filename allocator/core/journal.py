@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, get_args
 
 from allocator.core.errors import UserError
 from allocator.core.files import canonical_json
-from allocator.core.protocols import BEFORE, Expansion, Extra, Key, Outcome, Request
+from allocator.core.protocols import BEFORE, FEATURES, Expansion, Extra, Key, Outcome, Request
 from allocator.core.space import SearchSpace
 
 SCHEMA = 3
@@ -119,6 +119,7 @@ class Journal:
                 "tokens": request.tokens,
                 **({"training": request.training} if request.training else {}),
                 **({"also": request.also} if request.also else {}),
+                **({"blocks": request.blocks} if request.blocks else {}),
                 "measured": dict(outcome.measured),
                 "parts": list(outcome.parts),
                 **({"expansion": asdict(outcome.expansion)} if outcome.expansion else {}),
@@ -180,7 +181,7 @@ def _parse(path: Path, data: bytes) -> tuple[dict[str, Any], dict[int, list[Outc
                     raise ValueError("not the header of a journal of this version")
                 header = entry
                 ladders = [len(unit["kept"]) for unit in entry["space"]["units"]]
-                loss = str(entry.get("loss", "kl"))
+                minimised = str(entry.get("loss", "kl"))
                 continue
             allocation = tuple(int(level) for level in entry["allocation"])
             if len(allocation) != len(ladders):
@@ -190,7 +191,9 @@ def _parse(path: Path, data: bytes) -> tuple[dict[str, Any], dict[int, list[Outc
             training, also = int(entry.get("training", 0)), entry.get("also", "")
             if also not in get_args(Extra):
                 raise ValueError(f"nothing is called {also!r} that could be measured beside the loss")
-            request = Request(allocation, int(entry["tokens"]), str(entry["split"]), training, also)
+            blocks = int(entry.get("blocks", 0))
+            request = Request(allocation, int(entry["tokens"]), str(entry["split"]), training, also, blocks)
+            loss = FEATURES if blocks else minimised
             measured = {str(name): float(value) for name, value in entry["measured"].items()}
             if loss not in measured:
                 raise ValueError(f"no {loss} was measured")

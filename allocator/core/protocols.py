@@ -11,7 +11,12 @@ from allocator.core.space import Allocation
 Extra = Literal["", "influence", "expansion"]
 """What is measured beside the loss; see :class:`Request`."""
 
-Key = tuple[Allocation, str, int, int, Extra]
+Key = tuple[Allocation, str, int, int, Extra, int]
+
+FEATURES = "features"
+"""The loss of what leaves some of the blocks; see :attr:`Request.blocks`."""
+
+Fidelity = tuple[str, int, int, int]
 
 BEFORE = "_before"
 """What a measurement's name ends in, if it was made before training."""
@@ -33,6 +38,9 @@ class Request:
             allocation: 1 - cosine of what enters and what leaves it, averaged over tokens. ``expansion``: how the
             loss begins to change with the level of every unit, from one backward pass, without training; an evaluator
             that has no gradients leaves it out.
+        blocks: How many blocks are run, from the first; 0 for the whole model. What leaves the last of them is compared
+            with what leaves it in the dense model: the loss is ``features``, the squared distance of the two relative
+            to the square of the latter, averaged over tokens. Units of blocks that are not run are dense.
     """
 
     allocation: Allocation
@@ -40,16 +48,17 @@ class Request:
     split: str = "search"
     training: int = 0
     also: Extra = ""
+    blocks: int = 0
 
     @property
     def key(self) -> Key:
         """What makes two requests the same."""
-        return (self.allocation, self.split, self.tokens, self.training, self.also)
+        return (self.allocation, self.split, self.tokens, self.training, self.also, self.blocks)
 
     @property
-    def fidelity(self) -> tuple[str, int, int]:
-        """The text, how much of it, and how much training: two outcomes that agree in it can be compared."""
-        return (self.split, self.tokens, self.training)
+    def fidelity(self) -> Fidelity:
+        """What two outcomes that can be compared agree in: text, how much of it, how much training, blocks."""
+        return (self.split, self.tokens, self.training, self.blocks)
 
 
 @dataclass(frozen=True, slots=True)

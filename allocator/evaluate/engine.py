@@ -15,11 +15,11 @@ import torch
 
 from allocator.core.effort import EXPANSION_POSITIONS
 from allocator.core.errors import UserError
-from allocator.core.protocols import BEFORE, Extra, Outcome, Request
+from allocator.core.protocols import BEFORE, FEATURES, Extra, Outcome, Request
 from allocator.core.space import Allocation, SearchSpace
 from allocator.evaluate import trie
 from allocator.evaluate.expansion import LESSONS_PER_PORTION, Expander, Portion, merged, num_portions
-from allocator.evaluate.loss import Loss
+from allocator.evaluate.loss import Loss, feature_error
 from allocator.evaluate.states import States
 from allocator.evaluate.teacher import Lesson, Sums, Teacher
 from allocator.evaluate.training import Trainer, Training
@@ -132,7 +132,8 @@ class Engine:
                 DTYPES[spec.dtype],
                 spec.device,
             )
-        self._teacher = Teacher(self._walker, {split: ids.to(spec.device) for split, ids in self._tokens.items()})
+        on_device = {split: ids.to(spec.device) for split, ids in self._tokens.items()}
+        self._teacher = Teacher(self._walker, on_device, lambda: self._switch(spec.space.dense))
 
     def measure(self, request: Request) -> Outcome:
         """Return the loss and the negative log-likelihood of an allocation."""
@@ -155,7 +156,7 @@ class Engine:
         """Return what one portion of the text says of an expansion; :func:`expanded` puts them together."""
         assert not request.training, "an expansion is of what was not trained"
         start_s = time.perf_counter()
-        lessons = self._lessons(request.split, request.tokens, self._spec.loss)
+        lessons = self._teacher.lessons(request.split, request.tokens, self._spec.loss)
         edges = [0, *accumulate(lesson.tokens_bt.numel() for lesson in lessons)]
         own = slice(index * LESSONS_PER_PORTION, (index + 1) * LESSONS_PER_PORTION)
         start, end = edges[own.start], edges[min(own.stop, len(lessons))]
@@ -168,7 +169,7 @@ class Engine:
 
     def measure_checkpoint(self, folder: Path, split: str, tokens: int) -> dict[str, float]:
         """Load a saved checkpoint and measure its KL from the dense model, likelihood and perplexity."""
-        lessons = self._lessons(split, tokens, "kl")
+        lessons = self._teacher.lessons(split, tokens, "kl")
         measured, _ = self._judge(self._load(read_model_files(folder)), lessons)
         return {**measured, "perplexity": math.exp(measured["nll"])}
 
@@ -200,32 +201,43 @@ class Engine:
         """Measure requests on the same tokens, one after the other, from the boundary up to which they agree."""
         start_s = time.perf_counter()
         walker = self._walker
-        lessons = self._lessons(requests[0].split, requests[0].tokens, self._spec.loss)
+        split, tokens = requests[0].split, requests[0].tokens
+        lessons = self._teacher.lessons(split, tokens, self._spec.loss)
+        features = {n: self._teacher.features(split, tokens, n) for n in {r.blocks for r in requests} - {0}}
         embedded = [walker.embed(lesson.tokens_bt) for lesson in lessons]
         limit = BOUNDARY_BYTES // sum(batch_btd.nbytes for batch_btd in embedded)
         kept: dict[int, list[torch.Tensor]] = {}
         turned: list[float] = []
-        for step in trie.plan([self._path(request.allocation) for request in requests], limit):
-            self._switch(requests[step.index].allocation)
+        for step in trie.plan([self._path(request) for request in requests], limit):
+            request = requests[step.index]
+            self._switch(request.allocation)
             entering = kept[step.start] if step.start else embedded
             kept = {boundary: kept[boundary] for boundary in step.keep if boundary <= step.start}
             kept.update({boundary: [] for boundary in step.keep if boundary > step.start})
             sums: list[Sums] = []
+            errors: list[torch.Tensor] = []
             # the path before agrees with this one up to where this one starts
             turned = [*turned[: step.start], *[0.0] * (len(walker.blocks) - step.start)]
-            for lesson, hidden_btd in zip(lessons, entering, strict=True):
-                for index in range(step.start, len(walker.blocks)):
+            for number, (lesson, hidden_btd) in enumerate(zip(lessons, entering, strict=True)):
+                for index in range(step.start, request.blocks or len(walker.blocks)):
                     entering_btd, hidden_btd = hidden_btd, walker.run(index, hidden_btd)
-                    if requests[0].also == "influence":
+                    if request.also == "influence":
                         turned[index] += float((1.0 - cosines(entering_btd, hidden_btd)).sum())
                     if index + 1 in kept:
                         kept[index + 1].append(hidden_btd)
-                sums.append(self._teacher.judge(lesson, walker, hidden_btd))
-            measured, parts = _means(sums, self._spec.loss, sum(lesson.positions for lesson in lessons))
-            if requests[0].also == "influence":
-                measured.update({f"influence.{i}": total / requests[0].tokens for i, total in enumerate(turned)})
+                if request.blocks:
+                    errors.append(feature_error(features[request.blocks][number], hidden_btd))
+                else:
+                    sums.append(self._teacher.judge(lesson, walker, hidden_btd))
+            if request.blocks:
+                name, (measured, parts) = FEATURES, _mean_error(errors)
+            else:
+                name = self._spec.loss
+                measured, parts = _means(sums, name, sum(lesson.positions for lesson in lessons))
+            if request.also == "influence":
+                measured.update({f"influence.{i}": total / tokens for i, total in enumerate(turned)})
             now_s = time.perf_counter()
-            yield Outcome(requests[step.index], measured, now_s - start_s, self._spec.loss, parts)
+            yield Outcome(request, measured, now_s - start_s, name, parts)
             start_s = time.perf_counter()
 
     def _after_training(self, before: Outcome) -> Outcome:
@@ -236,7 +248,7 @@ class Engine:
         # a whole split is a search's last word on an allocation: nothing will go on from it
         keep = request.tokens < self._tokens[request.split].numel()
         walker = BlockWalker(self._trainer.trained(request, keep), self._spec.layout)
-        measured, parts = self._judge(walker, self._lessons(request.split, request.tokens, loss))
+        measured, parts = self._judge(walker, self._teacher.lessons(request.split, request.tokens, loss))
         measured[f"{loss}{BEFORE}"] = before.loss
         return Outcome(request, measured, before.wall_s + time.perf_counter() - start_s, loss, parts)
 
@@ -247,17 +259,12 @@ class Engine:
         ]
         return _means(sums, lessons[0].loss, sum(lesson.positions for lesson in lessons))
 
-    def _path(self, allocation: Allocation) -> trie.Path:
-        """Return the levels of each block."""
+    def _path(self, request: Request) -> trie.Path:
+        """Return the levels of each block that is run."""
         by_block: list[list[int]] = [[] for _ in self._walker.blocks]
-        for unit, level in zip(self._spec.space.units, allocation, strict=True):
+        for unit, level in zip(self._spec.space.units, request.allocation, strict=True):
             by_block[unit.block].append(level)
-        return tuple(tuple(levels) for levels in by_block)
-
-    def _lessons(self, split: str, tokens: int, loss: Loss) -> list[Lesson]:
-        if not self._teacher.knows(split, tokens, loss):
-            self._switch(self._spec.space.dense)
-        return self._teacher.lessons(split, tokens, loss)
+        return tuple(tuple(levels) for levels in by_block[: request.blocks or None])
 
     def _switch(self, allocation: Sequence[int], wide: bool = False) -> None:
         if self._switchboard is not None:
@@ -289,11 +296,23 @@ def _means(sums: Sequence[Sums], loss: Loss, positions: int) -> tuple[dict[str, 
     """Return measurements by name, and the loss of each sequence, from the sums over each lesson."""
     total, size, nll = (torch.cat(column).cpu() for column in zip(*sums, strict=True))
     measured: dict[str, float] = {loss: float(total.sum() / size.sum()), "nll": float(nll.sum()) / positions}
+    _check_finite(measured)
+    return measured, tuple((total / size).tolist())
+
+
+def _mean_error(errors: Sequence[torch.Tensor]) -> tuple[dict[str, float], tuple[float, ...]]:
+    """Return the error of features, and that of each sequence, from those of each lesson."""
+    parts = torch.cat(list(errors)).cpu()
+    measured = {FEATURES: float(parts.mean())}
+    _check_finite(measured)
+    return measured, tuple(parts.tolist())
+
+
+def _check_finite(measured: Mapping[str, float]) -> None:
     if not all(math.isfinite(value) for value in measured.values()):
         raise UserError(
             f"evaluation: the loss is not finite ({measured}). Check the weights, or use --set dtype=float32"
         )
-    return measured, tuple((total / size).tolist())
 
 
 class LocalEvaluator:

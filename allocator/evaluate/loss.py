@@ -105,6 +105,17 @@ def displacement(teacher_btd: torch.Tensor, student_btd: torch.Tensor) -> tuple[
     return distance_bt.double().sum(-1), teacher_bt.double().sum(-1)
 
 
+def feature_error(teacher_btd: torch.Tensor, student_btd: torch.Tensor) -> torch.Tensor:
+    """Return squared distances relative to the teacher's squares, averaged over each sequence, [B], float64.
+
+    Relative token by token, for the states of a few tokens are larger by orders of magnitude than those of all others.
+    """
+    teacher_bt, distance_bt = (
+        torch.linalg.vecdot(x_btd, x_btd) for x_btd in (teacher_btd.float(), (student_btd - teacher_btd).float())
+    )
+    return (distance_bt.double() / teacher_bt.double()).mean(-1)
+
+
 def _expected(probability_nk: torch.Tensor, token_nk: torch.Tensor | None, log_nv: torch.Tensor) -> torch.Tensor:
     """Return Σ p log q, where what p leaves out is one outcome."""
     if token_nk is None:

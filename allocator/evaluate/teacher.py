@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -40,25 +40,36 @@ class Lesson:
 
 
 class Teacher:
-    """Lessons by split. The walker's model must be dense whenever a new lesson is computed."""
+    """Lessons by split. The walker's model is made dense whenever something new is to be computed."""
 
-    def __init__(self, walker: BlockWalker, tokens: Mapping[str, torch.Tensor]) -> None:
-        self._walker, self._tokens = walker, tokens
+    def __init__(self, walker: BlockWalker, tokens: Mapping[str, torch.Tensor], make_dense: Callable[[], None]) -> None:
+        self._walker, self._tokens, self._make_dense = walker, tokens, make_dense
         self._lessons: dict[tuple[Loss, str, int, int], Lesson] = {}
+        self._features: dict[tuple[int, str, int, int], torch.Tensor] = {}
         self._room = KEPT_BYTES
-
-    def knows(self, split: str, tokens: int, loss: Loss) -> bool:
-        """Whether lessons on so many tokens were computed already."""
-        return all(key in self._lessons for key in self._keys(split, tokens, loss))
 
     def lessons(self, split: str, tokens: int, loss: Loss) -> list[Lesson]:
         """Return lessons on the first ``tokens`` tokens of a split, computing those that are missing."""
-        keys = self._keys(split, tokens, loss)
+        keys = [(loss, split, start, size) for start, size in self._batches(split, tokens)]
         for key in keys:
             if key not in self._lessons:
                 *_, start, size = key
+                self._make_dense()
                 self._lessons[key] = self._compute(self._tokens[split][start : start + size], loss)
         return [self._lessons[key] for key in keys]
+
+    def features(self, split: str, tokens: int, blocks: int) -> list[torch.Tensor]:
+        """Return what leaves the first ``blocks`` blocks of the dense model, [B, T, D] for each batch of sequences."""
+        keys = [(blocks, split, start, size) for start, size in self._batches(split, tokens)]
+        for key in keys:
+            if key not in self._features:
+                *_, start, size = key
+                self._make_dense()
+                hidden_btd = self._walker.embed(self._tokens[split][start : start + size])
+                for index in range(blocks):
+                    hidden_btd = self._walker.run(index, hidden_btd)
+                self._features[key] = hidden_btd
+        return [self._features[key] for key in keys]
 
     def judge(self, lesson: Lesson, student: BlockWalker, student_btd: torch.Tensor) -> Sums:
         """Compare what leaves a student's last block with a lesson."""
@@ -91,13 +102,13 @@ class Teacher:
             return targets(lesson.loss, lesson.hidden_btd, self._walker.logits)
         return lesson.kept
 
-    def _keys(self, split: str, tokens: int, loss: Loss) -> list[tuple[Loss, str, int, int]]:
+    def _batches(self, split: str, tokens: int) -> list[tuple[int, int]]:
+        """Return the first sequence of each batch, and how many it has."""
         length = self._tokens[split].shape[1]
         assert tokens % length == 0, f"{tokens} tokens are not whole sequences of {length}"
         assert tokens <= self._tokens[split].numel(), f"{tokens} tokens of the {split} split were not packed"
         count = tokens // length
-        starts = range(0, count, SEQUENCES_PER_BATCH)
-        return [(loss, split, start, min(SEQUENCES_PER_BATCH, count - start)) for start in starts]
+        return [(start, min(SEQUENCES_PER_BATCH, count - start)) for start in range(0, count, SEQUENCES_PER_BATCH)]
 
     def _compute(self, tokens_bt: torch.Tensor, loss: Loss) -> Lesson:
         if loss == "nll":

@@ -1,8 +1,8 @@
 """The order in which a batch of allocations is run, so that what they share is computed once.
 
-Allocations are paths from the first block to the last. Run in lexicographic order they walk a trie: each one
-starts at a boundary between blocks up to which it agrees with the one before. Boundary b is what enters block
-b; boundary 0 is always at hand.
+Allocations are paths from the first block to the last that is run. Run in lexicographic order they walk a trie: each
+one starts at a boundary between blocks up to which it agrees with the one before. Boundary b is what enters block b;
+boundary 0 is always at hand.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise, takewhile
 
 Path = tuple[tuple[int, ...], ...]
-"""The levels of each block's units, from first to last."""
+"""The levels of each block's units, from the first block to the last that is run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Step:
 
 
 def plan(paths: Sequence[Path], limit: int) -> list[Step]:
-    """Return steps in lexicographic order of paths of one length.
+    """Return steps in lexicographic order of paths.
 
     A boundary is kept while a later path branches off there. Beyond ``limit`` boundaries, the one with the
     fewest blocks above the next lower one is dropped, for it is the cheapest to run again; of equals the
@@ -51,13 +51,8 @@ def plan(paths: Sequence[Path], limit: int) -> list[Step]:
     return steps
 
 
-def num_blocks(steps: Sequence[Step], length: int) -> int:
-    """Return how many blocks the steps run, for paths of a length."""
-    return sum(length - step.start for step in steps)
-
-
 def _shared(a: Path, b: Path) -> int:
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=True)))
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
 def _branches(shared: Sequence[int]) -> list[int]:

@@ -246,7 +246,7 @@ class RayPool:
 
 def _runs(requests: Sequence[Request], count: int) -> list[list[Request]]:
     """Cut requests, in an order that puts those side by side that share work, into runs of nearly equal length."""
-    ordered = sorted(requests, key=lambda r: (r.split, r.tokens, r.also, r.allocation))
+    ordered = sorted(requests, key=lambda r: (r.split, r.tokens, r.also, r.allocation, r.blocks))
     edges = [len(ordered) * index // count for index in range(count + 1)]
     return [ordered[start:end] for start, end in pairwise(edges) if start < end]
 

@@ -13,7 +13,7 @@ from allocator.core.effort import Trained, candidate_tokens
 from allocator.core.errors import UserError
 from allocator.core.front import pareto_front
 from allocator.core.journal import Journal
-from allocator.core.protocols import Outcome, Request
+from allocator.core.protocols import Fidelity, Outcome, Request
 from allocator.core.space import Allocation, Cost, SearchSpace, Unit
 
 NAMED = ("uniform", "two_rate", "searched")
@@ -44,6 +44,7 @@ class Spending:
         split: Which text was read.
         tokens: Tokens of one measurement.
         training: Tokens of training before it.
+        blocks: How many were run; 0 for the whole model.
         evaluations: How many were made.
         candidate_tokens: See :func:`~allocator.core.effort.candidate_tokens`.
         wall_s: Seconds inside evaluations, summed over workers.
@@ -52,6 +53,7 @@ class Spending:
     split: str
     tokens: int
     training: int
+    blocks: int
     evaluations: int
     candidate_tokens: float
     wall_s: float
@@ -139,7 +141,7 @@ def convergence(journal: Journal) -> list[tuple[float, float]]:
 
 def spending(journal: Journal) -> list[Spending]:
     """Return the cost of a run by split and fidelity, in the order in which they first appear."""
-    groups: dict[tuple[str, int, int], list[tuple[Outcome, float]]] = {}
+    groups: dict[Fidelity, list[tuple[Outcome, float]]] = {}
     for outcome, cost in costs(journal):
         groups.setdefault(outcome.request.fidelity, []).append((outcome, cost))
     return [
@@ -147,11 +149,12 @@ def spending(journal: Journal) -> list[Spending]:
             split,
             tokens,
             training,
+            blocks,
             len(priced),
             sum(cost for _, cost in priced),
             sum(outcome.wall_s for outcome, _ in priced),
         )
-        for (split, tokens, training), priced in groups.items()
+        for (split, tokens, training, blocks), priced in groups.items()
     ]
 
 
@@ -164,16 +167,16 @@ def training(journal: Journal) -> list[dict[str, Any]]:
         batches of three or more (``rank_correlation_in_batch``), among which a search chooses; None where there is
         none.
     """
-    groups: dict[tuple[str, int, int], list[list[tuple[float, float]]]] = {}
+    groups: dict[Fidelity, list[list[tuple[float, float]]]] = {}
     for batch in journal.batches:
-        pairs: dict[tuple[str, int, int], list[tuple[float, float]]] = {}
+        pairs: dict[Fidelity, list[tuple[float, float]]] = {}
         for outcome in batch:
             if outcome.loss_before is not None:
                 pairs.setdefault(outcome.request.fidelity, []).append((outcome.loss_before, outcome.loss))
         for key, own in pairs.items():
             groups.setdefault(key, []).append(own)
     lines = []
-    for (split, tokens, trained), batches in groups.items():
+    for (split, tokens, trained, _), batches in groups.items():
         every = [pair for batch in batches for pair in batch]
         in_batch = [found for batch in batches if (found := _rank_correlation(batch)) is not None]
         lines.append(

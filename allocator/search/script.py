@@ -72,12 +72,14 @@ class Memory:
         table_ul = self.surrogate.table_ul
         self.budget, self.ladders = budget, Ladders(self.space, budget)
         full = [
-            outcome for outcome in self._known.values() if outcome.request.fidelity == ("search", self.tokens[-1], 0)
+            outcome
+            for outcome in self._known.values()
+            if outcome.request == Request(outcome.request.allocation, self.tokens[-1])
         ]
         self._filling = [
             (outcome.loss, outcome.request.allocation)
             for outcome in full
-            if not outcome.request.also and self.ladders.filled(outcome.request.allocation)
+            if self.ladders.filled(outcome.request.allocation)
         ]
         settled = self.ladders.settle(self.centre, table_ul)
         drawn = knapsack_nearby(self.ladders, table_ul, settled, max(self.space.sparsest))

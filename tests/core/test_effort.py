@@ -83,3 +83,19 @@ def test_an_expansion_shares_nothing_with_its_batch_in_any_order(two_blocks, req
     assert [costs[request] for request in others] == candidate_tokens(two_blocks, others)
     for request in set(requests) - set(others):
         assert [costs[request]] == candidate_tokens(two_blocks, [request])
+
+
+def test_some_of_the_blocks_cost_what_they_compute_without_the_head(two_blocks):
+    requests = [Request((1, 0), 64, blocks=1), Request((1, 1), 64), Request((1, 0), 64), Request((0, 0), 64, blocks=1)]
+    macs = [3 * 50, 10 + 3 * 20, 10 + 3 * 60, 3 * 100]
+    assert candidate_tokens(two_blocks, requests) == pytest.approx([64 * count / DENSE for count in macs])
+
+
+FIRST_BLOCKS = [Request((level, 0), 64, blocks=1) for level in (0, 1)]
+
+
+@given(st.permutations([*FIRST_BLOCKS, *(Request((a, b), 64) for a in (0, 1) for b in (0, 1))]))
+def test_every_distinct_block_and_head_is_paid_once(two_blocks, requests):
+    """Two first blocks; after each two second ones, with the head."""
+    total = 3 * (100 + 50) + 2 * 3 * (60 + 20) + 4 * 10
+    assert sum(candidate_tokens(two_blocks, requests)) == pytest.approx(64 * total / DENSE)

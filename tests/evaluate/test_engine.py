@@ -29,7 +29,12 @@ def _requests(space):
     places = [("search", 32), ("search", 11 * 32), ("search", 4 * 32), ("selection", 6 * 32)]
     return [
         Request(allocation, tokens, split) for allocation, (split, tokens) in itertools.product(allocations, places)
-    ]
+    ] + [Request(_first(space, allocation), 4 * 32, blocks=1) for allocation in allocations]
+
+
+def _first(space, allocation):
+    """Return an allocation whose first block alone is not dense."""
+    return tuple(level if unit.block == 0 else 0 for unit, level in zip(space.units, allocation, strict=True))
 
 
 def test_a_measurement_does_not_depend_on_what_was_measured_before(spec, splits):
@@ -76,6 +81,27 @@ def test_measurements_are_means_in_nats_per_token(structured, splits, tmp_path):
     nll = -pruned[:, :-1].gather(-1, tokens[:, 1:, None]).mean()
     assert outcome.measured["kl"] == pytest.approx(float(kl), rel=1e-4)
     assert outcome.measured["nll"] == pytest.approx(float(nll), rel=1e-4)
+
+
+def test_what_leaves_some_blocks_is_compared_with_what_leaves_the_dense_ones(structured, splits, tmp_path):
+    spec, space = structured, structured.space
+    blocks = len(spec.layout.blocks) - 1
+    drawn = zip(space.units, _random(space, 1), strict=True)
+    allocation = tuple(level if unit.block < blocks else 0 for unit, level in drawn)
+    whole = Request(_random(space, 2), 5 * 32)
+    outcomes = Engine(spec, splits).measure_batch([Request(allocation, 5 * 32, blocks=blocks), whole])
+    outcome = next(each for each in outcomes if each.request.blocks)
+    save_pruned(allocation, spec.files, spec.layout, space, spec.store, tmp_path / "out")
+    tokens = torch.from_numpy(splits["search"][:5])
+    with torch.inference_mode():
+        dense, pruned = (
+            load_model(files)(tokens, output_hidden_states=True).hidden_states[blocks].double()
+            for files in (spec.files, read_model_files(tmp_path / "out"))
+        )
+    error_b = ((pruned - dense).square().sum(-1) / dense.square().sum(-1)).mean(-1)
+    assert outcome.parts == pytest.approx(error_b.tolist(), rel=1e-4)
+    assert outcome.measured == {"features": outcome.loss}
+    assert outcome.loss == pytest.approx(float(error_b.mean()), rel=1e-4)
 
 
 def test_parts_are_the_loss_of_each_sequence_for_every_loss(structured, splits):
@@ -227,12 +253,14 @@ def _by(items, size):
 def test_a_batch_runs_fewer_blocks(structured, splits, monkeypatch):
     family = _family(structured.space)
     engine = Engine(structured, splits)
-    engine.measure(Request(structured.space.dense, 32))
+    short = [Request(_first(structured.space, a), 32, blocks=1) for a in family[:3]]
+    requests = [Request(a, 32) for a in family] + list({request.key: request for request in short}.values())
+    list(engine.measure_batch([Request(structured.space.dense, 32), requests[-1]]))  # so that the teacher is known
     ran = []
     run = engine._walker.run
     monkeypatch.setattr(engine._walker, "run", lambda index, hidden: ran.append(index) or run(index, hidden))
-    list(engine.measure_batch([Request(allocation, 32) for allocation in family]))
-    paths = [engine._path(allocation) for allocation in family]
+    list(engine.measure_batch(requests))
+    paths = [engine._path(request) for request in requests]
     assert len(ran) == len({path[:depth] for path in paths for depth in range(1, len(path) + 1)})
     assert len(ran) < 3 * len(family)
 
