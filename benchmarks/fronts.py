@@ -30,6 +30,7 @@ from allocator.core.protocols import Outcome, Request
 from allocator.core.space import SearchSpace
 from allocator.search.baselines import uniform
 from allocator.search.decide import SearchSettings
+from allocator.search.emo_pms import EmoPmsSettings
 from allocator.search.fronts import make_front_searcher
 from allocator.search.loop import Measurer, search
 from allocator.search.nsga import NsgaSettings
@@ -43,10 +44,11 @@ TEXT = 4096
 
 SETS = {"params": ("params",), "latency": ("latency_ms",), "latency and cache": ("latency_ms", "kv_bytes")}
 _NSGA = NsgaSettings(generations=40, population=24, profile=512, tokens=TEXT)
-_BASE = SearchSettings(tokens=(512, 1024, TEXT), nsga=_NSGA)
-METHODS = {name: replace(_BASE, method=name) for name in ("sweep", "nsga2", "nsga3")}  # type: ignore[arg-type]
+_EMO = EmoPmsSettings(profile=1024, tokens=TEXT)
+_BASE = SearchSettings(tokens=(512, 1024, TEXT), nsga=_NSGA, emo_pms=_EMO)
+METHODS = {name: replace(_BASE, method=name) for name in ("sweep", "nsga2", "nsga3", "emo_pms")}  # type: ignore[arg-type]
 CELLS = [f"{objectives}.{method}.{seed}" for objectives in SETS for method in METHODS for seed in range(3)]
-_COLOURS = {"sweep": "#0072b2", "nsga2": "#d55e00", "nsga3": "#e69f00"}
+_COLOURS = {"sweep": "#0072b2", "nsga2": "#d55e00", "nsga3": "#e69f00", "emo_pms": "#009e73"}
 
 
 def run_cell(cell: str, work: Path) -> str:
@@ -92,7 +94,7 @@ def curve(journal: Journal, objectives: Sequence[str]) -> list[tuple[int, int, f
     for batch in batches:
         count += len(batch)
         spent += sum(candidate_tokens(space, [outcome.request for outcome in batch]))
-        full += [o for o in batch if o.request.tokens == TEXT and not o.request.also]
+        full += [o for o in batch if o.request.tokens == TEXT and not o.request.also and not o.request.blocks]
         front = pareto_front(space, full, names)
         points = [[_scaled(space, outcome, name, worst) for name in names] for outcome in front]
         found.append((count, round(spent), round(float(indicator(np.array(points))), 6)))

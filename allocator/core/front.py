@@ -21,17 +21,25 @@ def pareto_front(space: SearchSpace, outcomes: Iterable[Outcome], objectives: Se
     Of outcomes with equal figures the first by allocation is kept. The caller passes outcomes of one split and one
     fidelity, for only those can be compared.
     """
-    ranked = sorted(
-        (tuple(figure(space, outcome, name) for name in objectives), outcome.request.allocation, place, outcome)
-        for place, outcome in enumerate(outcomes)
-    )
-    front: list[Outcome] = []
-    figures = np.empty((len(ranked), len(objectives)))
-    for values, _, _, outcome in ranked:  # whatever beats an outcome comes before it
-        if not (figures[: len(front)] <= values).all(axis=1).any():
-            figures[len(front)] = values
-            front.append(outcome)
-    return front
+    ranked = sorted(outcomes, key=lambda outcome: outcome.request.allocation)
+    figures = [[figure(space, outcome, name) for name in objectives] for outcome in ranked]
+    return [ranked[place] for place in non_dominated(np.array(figures).reshape(len(ranked), len(objectives)))]
+
+
+def non_dominated(figures: np.ndarray) -> list[int]:
+    """Return the places of what nothing beats, in the order of their figures; of equals the first.
+
+    Args:
+        figures: Of each candidate, [candidates, figures], all minimised.
+    """
+    order = np.lexsort(figures.T[::-1])  # whatever beats a candidate comes before it
+    found: list[int] = []
+    best = np.empty_like(figures)
+    for place in order.tolist():
+        if not (best[: len(found)] <= figures[place]).all(axis=1).any():
+            best[len(found)] = figures[place]
+            found.append(place)
+    return found
 
 
 def knee(figures: np.ndarray) -> int:

@@ -37,7 +37,7 @@ def model_based(
     A ``brief`` search of ``auto`` is done after the trust region: enough to tell where finer ladders belong.
     """
     memory = Memory(space, budget, start, tokens)
-    return Scripted(memory, _script(method, memory, start, near, far, seed, brief))
+    return Scripted(_script(method, memory, start, near, far, seed, brief), memory.ranked)
 
 
 def _script(

@@ -19,6 +19,7 @@ from allocator.search.auto import ModelBased, model_based
 from allocator.search.baselines import two_rate, uniform
 from allocator.search.bayesian import Bayesian, GpSettings, TpeSettings
 from allocator.search.coarse_to_fine import Round
+from allocator.search.emo_pms import EmoPmsSettings
 from allocator.search.evolution import EvolutionSettings, ExchangeEvolution
 from allocator.search.guided import GuidedSettings
 from allocator.search.loop import Listener, Measurer, search
@@ -39,18 +40,19 @@ Method = Literal[
     "sweep",
     "nsga2",
     "nsga3",
+    "emo_pms",
     "tpe",
     "gp",
     "thompson",
 ]
 
-FRONTS = ("auto", "sweep", "nsga2", "nsga3")
+FRONTS = ("auto", "sweep", "nsga2", "nsga3", "emo_pms")
 """Methods that serve objectives beside the loss; ``auto`` is then ``sweep``."""
 
 ONLY_FRONTS = FRONTS[1:]
 """Those of them that serve nothing else."""
 
-Own: TypeAlias = EvolutionSettings | NsgaSettings | TpeSettings | GpSettings | ThompsonSettings
+Own: TypeAlias = EvolutionSettings | NsgaSettings | EmoPmsSettings | TpeSettings | GpSettings | ThompsonSettings
 
 FINALISTS = 4
 """Allocations that are measured again on the selection split, of which the best is the plan."""
@@ -68,6 +70,7 @@ class SearchSettings:
             what its own settings ask for. Baselines and selection come on top.
         sweep: Of a front by budgets that go on from each other.
         nsga: Of NSGA-II and NSGA-III.
+        emo_pms: Of a front by groups of blocks that evolve side by side.
         rounds: How often the search is done, each time on ladders of half the step around what was found; a run has
             two by ``auto`` unless its ladders were given. Rounds share the budget, and what one and its baselines
             leave of evaluations or tokens is the next one's; without a budget, each asks for what the method's settings
@@ -84,6 +87,7 @@ class SearchSettings:
     evolution: EvolutionSettings = field(default_factory=EvolutionSettings)
     sweep: SweepSettings = field(default_factory=SweepSettings)
     nsga: NsgaSettings = field(default_factory=NsgaSettings)
+    emo_pms: EmoPmsSettings = field(default_factory=EmoPmsSettings)
     tpe: TpeSettings = field(default_factory=TpeSettings)
     gp: GpSettings = field(default_factory=GpSettings)
     thompson: ThompsonSettings = field(default_factory=ThompsonSettings)
@@ -150,6 +154,7 @@ class SearchSettings:
         others: dict[str, Own] = {
             "nsga2": self.nsga,
             "nsga3": self.nsga,
+            "emo_pms": self.emo_pms,
             "thompson": self.thompson,
             "gp": self.gp,
             "tpe": self.tpe,
@@ -159,7 +164,7 @@ class SearchSettings:
     @property
     def fidelities(self) -> tuple[int, ...]:
         """Tokens of the method's measurements, increasing."""
-        if isinstance(self.own, NsgaSettings):
+        if isinstance(self.own, NsgaSettings | EmoPmsSettings):
             return tuple(sorted({self.own.profile, self.own.tokens}))
         tokens = self.tokens if self.own is None else self.own.tokens
         return (tokens,) if isinstance(tokens, int) else tokens
@@ -178,6 +183,8 @@ class SearchSettings:
             return 2 + self.own.generations * len(self.own.tokens)
         if isinstance(self.own, NsgaSettings):
             return 3 + self.own.generations
+        if isinstance(self.own, EmoPmsSettings):
+            return 3 + self.own.rounds * (3 + self.own.generations)
         return 2 + -(-self.own.trials // self.own.batch)
 
 

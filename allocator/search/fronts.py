@@ -16,6 +16,7 @@ from allocator.core.protocols import Evaluator, Outcome, Request, Searcher
 from allocator.core.space import Allocation, Cost, SearchSpace
 from allocator.search.baselines import two_rate, uniform
 from allocator.search.decide import Decision, SearchSettings
+from allocator.search.emo_pms import emo_pms
 from allocator.search.loop import Listener, Measurer, search
 from allocator.search.nsga import Nsga
 from allocator.search.script import Memory, Scripted
@@ -39,9 +40,11 @@ def make_front_searcher(
     """Return the searcher that the settings name, beginning at ``start``, allocations within the budget."""
     if settings.method == "nsga2" or settings.method == "nsga3":
         return Nsga(settings.method, space, budget, objectives, start, settings.nsga, seed)
+    if settings.method == "emo_pms":
+        return Scripted(emo_pms(space, budget, objectives, start, settings.emo_pms, seed), list)
     limits = budgets(space, budget, objectives, settings.sweep.points)
     memory = Memory(space, limits[0], start, settings.tokens)
-    return Scripted(memory, sweep(memory, start, limits, settings.sweep, seed))
+    return Scripted(sweep(memory, start, limits, settings.sweep, seed), memory.ranked)
 
 
 def decide_front(

@@ -20,14 +20,14 @@ from pymoo.core.crossover import Crossover
 from pymoo.core.mutation import Mutation
 from pymoo.core.population import Population
 from pymoo.core.problem import Problem
-from pymoo.core.repair import Repair
+from pymoo.core.repair import NoRepair, Repair
 from pymoo.core.termination import NoTermination
 from pymoo.util.ref_dirs import get_reference_directions
 
 from allocator.core.budget import Budget, trimmed
 from allocator.core.errors import UserError
 from allocator.core.protocols import Outcome, Request
-from allocator.core.space import Allocation, Cost, SearchSpace
+from allocator.core.space import Allocation, Cost, SearchSpace, Unit
 from allocator.search.knapsack import additive_front
 
 _MOVES = 3
@@ -110,25 +110,15 @@ class Nsga:
         return [_genome(row) for row in self._algorithm.opt.get("X")]
 
     def _begin(self, losses: dict[Allocation, float]) -> None:
-        space, size = self._space, self._settings.population
-        upper = np.array(space.sparsest)
-        problem = Problem(
-            n_var=len(upper), n_obj=1 + len(self._objectives), xl=np.zeros_like(upper), xu=upper, vtype=int
+        self._algorithm = make_nsga(
+            self._method,
+            self._space.units,
+            self._population(losses),
+            self._settings.population,
+            1 + len(self._objectives),
+            self._seed,
+            _Trim(self._space, self._budget),
         )
-        operators: dict[str, Any] = {
-            "pop_size": size,
-            "sampling": np.array(self._population(losses)),
-            "crossover": _SwapBlocks(np.array([unit.block for unit in space.units])),
-            "mutation": _MoveLevels(),
-            "repair": _Trim(space, self._budget),
-            "eliminate_duplicates": True,
-        }
-        if self._method == "nsga3":
-            directions = get_reference_directions("energy", problem.n_obj, size, seed=self._seed)
-            self._algorithm = NSGA3(directions, **operators)
-        else:
-            self._algorithm = NSGA2(**operators)
-        self._algorithm.setup(problem, termination=NoTermination(), seed=self._seed)
         self._breed()
 
     def _breed(self) -> None:
@@ -162,6 +152,44 @@ class Nsga:
             levels = rng.integers(0, upper + 1)
             inside[trimmed(space, _genome(levels), self._budget, rng.permutation(len(upper)).tolist())] = None
         return list(inside)[:size]
+
+
+def make_nsga(
+    method: Literal["nsga2", "nsga3"],
+    units: Sequence[Unit],
+    first: Sequence[Sequence[int]],
+    size: int,
+    objectives: int,
+    seed: int,
+    repair: Repair | None = None,
+) -> Any:
+    """Return pymoo's algorithm over the levels of some units, ready to be asked.
+
+    Args:
+        method: Which.
+        units: Whose levels are genes.
+        first: The first population, levels of each unit.
+        size: Members of every later one.
+        objectives: How many.
+        seed: Of all that is drawn.
+        repair: Makes offspring keep a budget.
+    """
+    upper = np.array([unit.num_levels - 1 for unit in units])
+    problem = Problem(n_var=len(upper), n_obj=objectives, xl=np.zeros_like(upper), xu=upper, vtype=int)
+    operators: dict[str, Any] = {
+        "pop_size": size,
+        "sampling": np.array(first),
+        "crossover": _SwapBlocks(np.array([unit.block for unit in units])),
+        "mutation": _MoveLevels(),
+        "repair": repair or NoRepair(),
+        "eliminate_duplicates": True,
+    }
+    if method == "nsga3":
+        algorithm = NSGA3(get_reference_directions("energy", objectives, size, seed=seed), **operators)
+    else:
+        algorithm = NSGA2(**operators)
+    algorithm.setup(problem, termination=NoTermination(), seed=seed)
+    return algorithm
 
 
 def _alone(space: SearchSpace) -> list[Allocation]:

@@ -184,9 +184,9 @@ def difference(one: Outcome, other: Outcome) -> Difference:
 class Scripted:
     """A script as a searcher."""
 
-    def __init__(self, memory: Memory, script: Script) -> None:
-        """Run the script up to its first request."""
-        self._memory, self._script, self._end = memory, script, ""
+    def __init__(self, script: Script, ranked: Callable[[], Sequence[Allocation]]) -> None:
+        """Run the script up to its first request; ``ranked`` tells what it holds for best."""
+        self._script, self._ranked, self._end = script, ranked, ""
         self._asked: Sequence[Request] = []
         self._step(lambda: next(script))
 
@@ -203,8 +203,8 @@ class Scripted:
         return self._end
 
     def finalists(self) -> Sequence[Allocation]:
-        """Return what was measured at the last fidelity, best first."""
-        return self._memory.ranked()
+        """Return what the script holds for best, best first."""
+        return self._ranked()
 
     def _step(self, go: Callable[[], Sequence[Request]]) -> None:
         try:

@@ -10,7 +10,7 @@ import pytest
 
 from allocator.core.budget import budget_for
 from allocator.core.journal import Journal
-from allocator.core.protocols import Outcome, Request
+from allocator.core.protocols import FEATURES, Outcome, Request
 from allocator.search.baselines import uniform
 from allocator.search.loop import Measurer, search
 
@@ -33,6 +33,11 @@ class Landscape:
         for request in requests:
             self.requests.append(request)
             kl = self.kl(request.allocation) * (1 + 1 / request.tokens)
+            if request.blocks:
+                levels = zip(self._space.units, request.allocation, strict=True)
+                assert not any(level for unit, level in levels if unit.block >= request.blocks)
+                yield Outcome(request, {FEATURES: kl}, 0.0, FEATURES)
+                continue
             after = {"kl": kl / 2, "kl_before": kl} if request.training else {"kl": kl}
             yield Outcome(request, {**after, "nll": 2.0 + kl, **self._influences(request)}, 0.0)
 

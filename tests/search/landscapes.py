@@ -15,7 +15,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
 from allocator.core.budget import Budget
-from allocator.core.protocols import Expansion, Outcome, Request
+from allocator.core.protocols import FEATURES, Expansion, Outcome, Request
 from allocator.core.space import Allocation, SearchSpace, Unit
 
 TOKENS = 512
@@ -213,6 +213,8 @@ class Bowl:
     def outcome(self, request: Request) -> Outcome:
         """Return the answer to a request."""
         parts = self.parts(request.allocation)[: request.tokens // self.length]
+        if request.blocks:
+            return Outcome(request, {FEATURES: float(parts.mean())}, 0.0, FEATURES, tuple(parts.tolist()))
         measured = {"kl": float(parts.mean()), "nll": 2.0 + float(parts.mean())}
         told = self.gradients and request.also == "expansion"
         expansion = self.expansion(request.allocation, request.tokens) if told else None

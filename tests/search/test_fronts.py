@@ -17,6 +17,7 @@ from allocator.core.protocols import Outcome, Request
 from allocator.core.space import SearchSpace
 from allocator.search.baselines import uniform
 from allocator.search.decide import SearchSettings
+from allocator.search.emo_pms import EmoPmsSettings
 from allocator.search.fronts import decide_front, make_front_searcher
 from allocator.search.guided import GuidedSettings
 from allocator.search.knapsack import additive_front
@@ -27,11 +28,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 import landscapes
 
 NSGA = NsgaSettings(generations=5, population=8, profile=64, tokens=128)
+EMO = EmoPmsSettings(groups=3, rounds=2, generations=3, population=6, schemes=8, profile=64, tokens=128)
 METHODS = {
     "sweep": SearchSettings("sweep", tokens=(64, 128), sweep=SweepSettings(points=4, entrants=4)),
     "sweep, twice": SearchSettings("auto", tokens=(32, 64, 128), sweep=SweepSettings(points=3, entrants=3, passes=2)),
     "nsga2": SearchSettings("nsga2", nsga=NSGA),
     "nsga3": SearchSettings("nsga3", nsga=NSGA),
+    "emo_pms": SearchSettings("emo_pms", emo_pms=EMO),
 }
 
 
