@@ -19,7 +19,7 @@ from allocator.search.decide import Decision, SearchSettings
 from allocator.search.emo_pms import emo_pms
 from allocator.search.loop import Listener, Measurer, search
 from allocator.search.nsga import Nsga
-from allocator.search.script import Memory, Scripted
+from allocator.search.script import Scripted
 from allocator.search.sweep import budgets, sweep
 
 MEMBERS = 24
@@ -42,9 +42,7 @@ def make_front_searcher(
         return Nsga(settings.method, space, budget, objectives, start, settings.nsga, seed)
     if settings.method == "emo_pms":
         return Scripted(emo_pms(space, budget, objectives, start, settings.emo_pms, seed), list)
-    limits = budgets(space, budget, objectives, settings.sweep.points)
-    memory = Memory(space, limits[0], start, settings.tokens)
-    return Scripted(sweep(memory, start, limits, settings.sweep, seed), memory.ranked)
+    return sweep(space, budget, objectives, start, settings.tokens, settings.sweep, seed)
 
 
 def decide_front(

@@ -82,9 +82,16 @@ class Memory:
             if self.ladders.filled(outcome.request.allocation)
         ]
         settled = self.ladders.settle(self.centre, table_ul)
-        drawn = knapsack_nearby(self.ladders, table_ul, settled, max(self.space.sparsest))
-        yield from self.measure([settled, drawn], self.tokens[-1])
+        yield from self.measure([settled, self._drawn(self.ladders, table_ul)], self.tokens[-1])
         self.advance()
+
+    def drawn(self, budget: Budget) -> Allocation:
+        """Return what the model thinks best within another budget."""
+        return self._drawn(Ladders(self.space, budget), self.surrogate.table_ul)
+
+    def _drawn(self, ladders: Ladders, table_ul: np.ndarray) -> Allocation:
+        settled = ladders.settle(self.centre, table_ul)
+        return knapsack_nearby(ladders, table_ul, settled, max(self.space.sparsest))
 
     def compare(
         self, allocations: Sequence[Allocation], tokens: int

@@ -3,8 +3,9 @@
 What a unit loses hardly depends on how much the others have lost. So one model of the loss serves every budget: its
 curvatures are measured once, every outcome at one budget teaches it for all, and the best allocation of a budget,
 settled into the next one, is a better start than any rule. What is left for each budget is one expansion of the loss
-where it is, knapsacks, and a race of their answers. Budgets go from the loosest to the tightest and, in a further pass,
-back again. Budgets on several costs at once form a grid.
+where it is, knapsacks, and a race of their answers; between budgets, what the model draws there is measured as it is.
+Budgets go from the loosest to the tightest and, in a further pass, back again. Budgets on several costs at once form a
+grid.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from allocator.core.errors import UserError
 from allocator.core.space import Allocation, Cost, SearchSpace
 from allocator.search.guided import GuidedSettings, propose
 from allocator.search.race import race
-from allocator.search.script import Memory, Script
+from allocator.search.script import Memory, Script, Scripted
 from allocator.search.trust_region import probe
 
 
@@ -56,15 +57,11 @@ def budgets(space: SearchSpace, within: Budget, objectives: Sequence[Cost], poin
         objectives: The costs.
         points: How many there are; on several costs, about.
     """
-    steps = max(1, round((points + 1) ** (1 / len(objectives))) - 1)
-    spans = {}
-    for cost in objectives:
-        low, dense = space.cost(space.sparsest, cost), space.cost(space.dense, cost)
-        spans[cost] = low, min(dense, within.limits.get(cost, dense))
+    spans, steps = _spans(space, within, objectives), _steps(objectives, points)
     found = []
-    for down in sorted(itertools.product(range(steps + 1), repeat=len(objectives)), key=lambda each: (sum(each), each)):
+    for down in sorted(itertools.product(range(steps), repeat=len(objectives)), key=lambda each: (sum(each), each)):
         limits = {
-            cost: high - (high - low) * step // (steps + 1)
+            cost: high - (high - low) * step // steps
             for step, (cost, (low, high)) in zip(down, spans.items(), strict=True)
         }
         budget = Budget(**{**within.limits, **limits})
@@ -73,15 +70,63 @@ def budgets(space: SearchSpace, within: Budget, objectives: Sequence[Cost], poin
     return found or [within]
 
 
+def around(space: SearchSpace, within: Budget, objectives: Sequence[Cost], points: int, budget: Budget) -> list[Budget]:
+    """Return the budgets that are a third of a step looser or tighter in every cost than one of :func:`budgets`."""
+    steps = 3 * _steps(objectives, points)
+    found = []
+    for signs in itertools.product((1, -1), repeat=len(objectives)):
+        limits = {
+            cost: min(budget.limits.get(cost, high) + sign * (high - low) // steps, high)
+            for sign, (cost, (low, high)) in zip(signs, _spans(space, within, objectives).items(), strict=True)
+        }
+        near = Budget(**{**within.limits, **limits})
+        if fits(space, space.sparsest, near) and not fits(space, space.dense, near):
+            found.append(near)
+    return found
+
+
+def _spans(space: SearchSpace, within: Budget, objectives: Sequence[Cost]) -> dict[Cost, tuple[int, int]]:
+    """Return the least of every cost, and the most that is dense or within the budget."""
+    spans = {}
+    for cost in objectives:
+        low, dense = space.cost(space.sparsest, cost), space.cost(space.dense, cost)
+        spans[cost] = low, min(dense, within.limits.get(cost, dense))
+    return spans
+
+
+def _steps(objectives: Sequence[Cost], points: int) -> int:
+    """Return the number of budgets on each cost, the loosest among them."""
+    return max(2, int(np.rint((points + 1) ** (1 / len(objectives)))))
+
+
 def sweep(
-    memory: Memory, start: Sequence[Allocation], limits: Sequence[Budget], settings: SweepSettings, seed: int
+    space: SearchSpace,
+    within: Budget,
+    objectives: Sequence[Cost],
+    start: Sequence[Allocation],
+    tokens: Sequence[int],
+    settings: SweepSettings,
+    seed: int,
+) -> Scripted:
+    """Return the searcher of a front within a budget, beginning at ``start``. See the module's text."""
+    limits = budgets(space, within, objectives, settings.points)
+    nearby = [around(space, within, objectives, settings.points, budget) for budget in limits]
+    memory = Memory(space, limits[0], start, tokens)
+    return Scripted(_script(memory, start, list(zip(limits, nearby, strict=True)), settings, seed), memory.ranked)
+
+
+def _script(
+    memory: Memory,
+    start: Sequence[Allocation],
+    limits: Sequence[tuple[Budget, Sequence[Budget]]],
+    settings: SweepSettings,
+    seed: int,
 ) -> Script:
-    """Search within one budget after the other, beginning at ``start``. See the module's text."""
     yield from memory.measure(start, memory.tokens[-1])
     guided = GuidedSettings(entrants=settings.entrants, survivors=settings.survivors)
     for number in range(settings.passes):
         moved = False
-        for place, budget in enumerate(limits if number % 2 == 0 else limits[::-1]):
+        for place, (budget, nearby) in enumerate(limits if number % 2 == 0 else limits[::-1]):
             yield from memory.move(budget)
             yield from memory.expand()
             if not memory.gradients:
@@ -89,6 +134,7 @@ def sweep(
             rng = np.random.default_rng([seed, number, place])
             yield from race(memory, propose(memory, guided, rng), settings.survivors)
             moved = memory.advance() or moved
+            yield from memory.measure([memory.drawn(near) for near in nearby], memory.tokens[-1])
         if not moved:
             return f"nothing better within any of {len(limits)} budgets"
     return f"all {settings.passes} passes over {len(limits)} budgets are done"
