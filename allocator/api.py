@@ -20,7 +20,7 @@ from allocator.core.journal import Journal
 from allocator.core.latency import LatencySettings, LatencyTable
 from allocator.core.plan import Plan
 from allocator.core.protocols import Outcome
-from allocator.core.space import SearchSpace
+from allocator.core.space import Allocation, SearchSpace
 from allocator.evaluate.engine import Engine, EngineSpec, check_device
 from allocator.evaluate.latency import make_table
 from allocator.job import ladders_id, read_model, read_tokens, text_fingerprint, versions
@@ -258,7 +258,7 @@ def plan_from_run(
         model=header["model"],
         space=space,
         allocation=allocation,
-        budget=Budget(**{cost: space.cost(allocation, cost) for cost in curves.objectives(journal)[1:]}),
+        budget=_budget(journal, allocation),
         pruner=header["pruner"],
         measured={"search_split": dict(chosen.measured)},
         provenance={
@@ -271,6 +271,12 @@ def plan_from_run(
             "versions": header["versions"],
         },
     )
+
+
+def _budget(journal: Journal, allocation: Allocation) -> Budget:
+    """Return what an allocation of a run costs of each cost that is minimised; the run's own budget where none is."""
+    space, names = journal.space, curves.objectives(journal)
+    return Budget(**({n: space.cost(allocation, n) for n in names if n in space.fixed} or journal.header["budget"]))
 
 
 def _choose(

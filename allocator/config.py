@@ -6,10 +6,10 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from allocator.core.costs import COSTS, Bound
 from allocator.core.errors import UserError, did_you_mean
@@ -18,9 +18,11 @@ from allocator.model.headers import PACKAGED
 from allocator.search.decide import SearchSettings
 from allocator.search.presets import PRESETS, preset
 
+DomainName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")]
+
 Pattern = Literal["structured", "unstructured", "n:m"]
 
-PLACES = ("name", "runs_dir", "store", "model", "text", "family", "workers", "address", "device")
+PLACES = ("name", "runs_dir", "store", "model", "text", "domains", "family", "workers", "address", "device")
 """Keys that say where and how wide to run. What they lead to is part of a run's identity; they are not."""
 
 
@@ -152,11 +154,14 @@ class RunConfig(_Strict):
     Attributes:
         model: A Hugging Face folder, a hub id, or the name of the packaged model.
         text: A .txt or .jsonl file or a folder of text; None for the Python standard library.
+        domains: Several such texts by name, in place of one. Every split takes sequences of each in turn, and the loss
+            on each is measured apart, such as ``kl.code``.
         family: A family file in place of those shipped.
         pattern: What is removed: whole channels and KV groups, or single weights, or those by the group.
         target: Share of the parameters inside units to remove; 0.5 where there are no constraints either.
-        objectives: Costs that shall be small beside the loss. With any, the answer is a front, and the plan its knee,
-            or with a target the member of least loss that keeps it.
+        objectives: What shall be small beside the loss: costs, the negative log-likelihood (``nll``), or in place of
+            the loss that of some domains (``kl.code``). With any, the answer is a front, and the plan its knee, or with
+            a target the member of least loss that keeps it.
         constraints: Bounds on costs of the whole model, such as ``latency_ms <= 12``, ``kv_bytes <= 2GiB`` or
             ``params <= 0.5x``, half of the dense model's. What can be bounded is in :mod:`allocator.core.costs`.
         seed: Of the search.
@@ -174,6 +179,7 @@ class RunConfig(_Strict):
 
     model: str = PACKAGED
     text: Path | None = None
+    domains: dict[DomainName, Path | None] = {}
     family: Path | None = None
     pattern: Pattern = "structured"
     target: float | None = None
@@ -205,17 +211,28 @@ class RunConfig(_Strict):
 
     @field_validator("objectives")
     @classmethod
-    def _costs(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for name in value:
-            if name not in COSTS:
-                raise ValueError(f"unknown cost {name!r}{did_you_mean(name, COSTS)}")
+    def _different(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if len(set(value)) < len(value):
-            raise ValueError("expected every cost once")
+            raise ValueError("expected every objective once")
         return value
+
+    @field_validator("domains")
+    @classmethod
+    def _everywhere(cls, value: dict[str, Path | None]) -> dict[str, Path | None]:
+        if len(value) == 1:
+            raise ValueError("expected several domains; one text is named by text")
+        return {name: text and text.absolute() for name, text in value.items()}  # a run may be resumed from elsewhere
 
     @model_validator(mode="after")
     def _served(self) -> RunConfig:
-        self.search.serve(len(self.objectives))
+        known = {**dict.fromkeys(COSTS), **dict.fromkeys(self.measured)}
+        for name in self.objectives:
+            if name not in known:
+                raise ValueError(f"objectives: unknown {name!r}{did_you_mean(name, known)}")
+        if self.domains and self.text is not None:
+            raise ValueError("domains: they take the place of text. Leave one of them out")
+        costs = sum(name in COSTS for name in self.objectives)
+        self.search.serve(costs, len(self.objectives) - costs)
         return self
 
     @field_validator("constraints")
@@ -229,6 +246,11 @@ class RunConfig(_Strict):
     def bounds(self) -> tuple[Bound, ...]:
         """The constraints."""
         return tuple(Bound.parse(text, COSTS) for text in self.constraints)
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """What is measured beside the loss and may be an objective: the loss of every domain, and the likelihood."""
+        return (*(f"{self.loss}.{name}" for name in self.domains), *(() if self.loss == "nll" else ("nll",)))
 
     @property
     def asked(self) -> str:
@@ -252,7 +274,8 @@ class RunConfig(_Strict):
     def identity(self) -> dict[str, Any]:
         """Return what two runs of one search have in common: everything but names, places and workers."""
         places: dict[str, Any] = {**dict.fromkeys(PLACES, True), "pruner": {"along"}, "workload": {"latency"}}
-        return self.model_dump(mode="json", exclude=places)
+        names = {"domains": list(self.domains)} if self.domains else {}
+        return {**self.model_dump(mode="json", exclude=places), **names}
 
     def to_yaml(self) -> str:
         """Return the content of ``run.yaml``."""
@@ -352,11 +375,17 @@ def _publish(data: dict[str, Any]) -> None:
 
 
 def _refine(data: dict[str, Any]) -> None:
-    """Have ``auto`` search twice, the second time on finer ladders, where it may choose ladders and nothing is said."""
-    search, ladder = data.setdefault("search", {}), data.get("ladder") or {}
+    """Have ``auto`` do what it is best at.
+
+    Where it may choose ladders and nothing is said, it searches twice, the second time on finer ones. Of fronts it
+    leaves those of several losses to NSGA-II.
+    """
+    search, ladder, objectives = data.setdefault("search", {}), data.get("ladder") or {}, data.get("objectives") or ()
     if not isinstance(search, dict) or not isinstance(ladder, dict) or search.get("method", "auto") != "auto":
         return
-    if data.get("pattern") != "n:m" and ladder.get("sparsities") is None and not data.get("objectives"):
+    if objectives:
+        search.update({} if set(objectives) <= set(COSTS) else {"method": "nsga2"})
+    elif data.get("pattern") != "n:m" and ladder.get("sparsities") is None:
         search.setdefault("rounds", 2)
 
 

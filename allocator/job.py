@@ -13,7 +13,7 @@ import numpy as np
 
 from allocator.config import RunConfig
 from allocator.core.budget import Budget, budget_for
-from allocator.core.costs import check_known
+from allocator.core.costs import COSTS, check_known
 from allocator.core.errors import UserError
 from allocator.core.files import file_fingerprint, fingerprint
 from allocator.core.latency import LatencyTable
@@ -155,6 +155,7 @@ class Job:
             self.config.loss,
             self.config.device,
             self._training,
+            tuple(self.config.domains),
         )
 
     @property
@@ -243,7 +244,7 @@ def prepare(config: RunConfig) -> Job:
     if config.workers == 0:
         check_device(config.device)
     files, layout, space = read_model(config)
-    for cost in config.objectives:
+    for cost in (name for name in config.objectives if name in COSTS):
         check_known(space, cost)
         if space.cost(space.sparsest, cost) == space.cost(space.dense, cost):
             raise UserError(
@@ -278,7 +279,7 @@ def prepare(config: RunConfig) -> Job:
     if longest is not None and length > longest:
         raise UserError(f"tokens.sequence_length: the model reads at most {longest} tokens, found {length}")
     along = _along(config, files, space, budget)
-    tokens = read_tokens(config.text, files.folder, wanted, length)
+    tokens = read_domains(config, files.folder, wanted, length)
     return Job(config, files, layout, space, budget, pruner, tokens, along)
 
 
@@ -298,6 +299,33 @@ def _along(config: RunConfig, files: ModelFiles, space: SearchSpace, budget: Bud
             "Name a plan of this model with this pattern and these ladders, or leave it out for uniform"
         )
     return plan.allocation
+
+
+def read_domains(config: RunConfig, model: Path, wanted: dict[str, int], length: int) -> dict[str, np.ndarray]:
+    """Read the text of a run: where it has domains, sequences of each in turn.
+
+    Raises:
+        UserError: A split holds too few tokens, or fewer sequences than there are domains.
+    """
+    if not config.domains:
+        return read_tokens(config.text, model, wanted, length)
+    count = len(config.domains)
+    for split, tokens in wanted.items():
+        if tokens < count * length:
+            raise UserError(
+                f"domains: {split} asks for {tokens} tokens, and one sequence of {length} of each of {count} domains "
+                f"takes {count * length}. Ask for as many, or set tokens.sequence_length"
+            )
+    packed = {split: np.empty((tokens // length, length), dtype=np.int64) for split, tokens in wanted.items()}
+    for place, (name, text) in enumerate(config.domains.items()):
+        own = {split: len(rows[place::count]) * length for split, rows in packed.items()}
+        try:
+            read = read_tokens(text, model, own, length)
+        except UserError as error:
+            raise UserError(f"domains.{name}: {error}") from None
+        for split, rows in packed.items():
+            rows[place::count] = read[split]
+    return packed
 
 
 def read_tokens(text: Path | None, model: Path, wanted: dict[str, int], length: int) -> dict[str, np.ndarray]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from allocator.config import RunConfig
 from allocator.core.budget import Budget, fits
-from allocator.core.costs import scaled
+from allocator.core.costs import COSTS, scaled
 from allocator.core.files import fingerprint, write_json
 from allocator.core.journal import Journal
 from allocator.core.latency import LatencyTable
@@ -307,7 +307,7 @@ def _latency(job: Job, decision: Decision, reporter: Reporter) -> dict[str, Any]
 
 
 def _plan(job: Job, decision: Decision, measured: Mapping[str, Figures]) -> Plan:
-    reached = {cost: job.space.cost(decision.searched, cost) for cost in job.config.objectives}
+    reached = {cost: job.space.cost(decision.searched, cost) for cost in job.config.objectives if cost in COSTS}
     return Plan(
         model=job.model_id,
         space=job.space,

@@ -75,7 +75,7 @@ def run_cell(cell: str, work: Path) -> str:
     with Journal.resume(path) if path.exists() else Journal.create(path, {"space": space.to_json()}) as journal:
         measurer = Measurer(LocalEvaluator(job.engine_spec(levels), job.tokens), journal)
         measurer.measure([Request(allocation, TEXT) for allocation in start])
-        searcher = make_front_searcher(space, whole, objectives, start, METHODS[method], int(seed))
+        searcher = make_front_searcher(space, whole, ["kl", *objectives], start, METHODS[method], int(seed))
         search(searcher, measurer, limit=Limit(3e6, "tokens"))
         return json.dumps({"cell": cell, "curve": curve(journal, objectives)})
 

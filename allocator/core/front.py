@@ -6,8 +6,16 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from allocator.core.costs import COSTS
 from allocator.core.protocols import Outcome
 from allocator.core.space import SearchSpace
+
+
+def minimised(loss: str, objectives: Sequence[str]) -> list[str]:
+    """Return what a front minimises: the loss, or in its place that of the domains that are objectives; then costs."""
+    measured = [name for name in objectives if name not in COSTS]
+    apart = any(name.startswith(f"{loss}.") for name in measured)
+    return [*([] if apart else [loss]), *measured, *(name for name in objectives if name in COSTS)]
 
 
 def figure(space: SearchSpace, outcome: Outcome, name: str) -> float:

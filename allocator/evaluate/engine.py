@@ -58,6 +58,8 @@ class EngineSpec:
         loss: What allocations are measured by; checkpoints always by ``kl``.
         device: ``cpu`` or ``cuda``.
         training: How candidates are trained, where that is asked for.
+        domains: Names of the texts of which the sequences of every split are, in turn; their losses are measured
+            apart, as ``<loss>.<domain>``. Empty where there is one text.
     """
 
     files: ModelFiles
@@ -70,6 +72,7 @@ class EngineSpec:
     loss: Loss = "kl"
     device: str = "cpu"
     training: Training | None = None
+    domains: tuple[str, ...] = ()
 
     def calibration(
         self, tokens: np.ndarray, progress: Progress = lambda done: None, report: Report = silent
@@ -233,7 +236,7 @@ class Engine:
                 name, (measured, parts) = FEATURES, _mean_error(errors)
             else:
                 name = self._spec.loss
-                measured, parts = _means(sums, name, sum(lesson.positions for lesson in lessons))
+                measured, parts = self._means(sums, lessons)
             if request.also == "influence":
                 measured.update({f"influence.{i}": total / tokens for i, total in enumerate(turned)})
             now_s = time.perf_counter()
@@ -257,7 +260,14 @@ class Engine:
         sums = [
             self._teacher.judge(lesson, walker, walker.run_all(walker.embed(lesson.tokens_bt))) for lesson in lessons
         ]
-        return _means(sums, lessons[0].loss, sum(lesson.positions for lesson in lessons))
+        return self._means(sums, lessons)
+
+    def _means(self, sums: Sequence[Sums], lessons: Sequence[Lesson]) -> tuple[dict[str, float], tuple[float, ...]]:
+        """Return measurements by name, also those of every domain, and the loss of each sequence."""
+        loss, domains = lessons[0].loss, self._spec.domains
+        measured, parts = _means(sums, loss, sum(lesson.positions for lesson in lessons))
+        of_each = ((name, parts[place :: len(domains)]) for place, name in enumerate(domains))
+        return {**measured, **{f"{loss}.{name}": sum(own) / len(own) for name, own in of_each if own}}, parts
 
     def _path(self, request: Request) -> trie.Path:
         """Return the levels of each block that is run."""

@@ -11,7 +11,7 @@ from allocator.core.budget import Budget, fits
 from allocator.core.costs import costs_of
 from allocator.core.effort import Trained, candidate_tokens
 from allocator.core.errors import UserError
-from allocator.core.front import pareto_front
+from allocator.core.front import minimised, pareto_front
 from allocator.core.journal import Journal
 from allocator.core.protocols import Fidelity, Outcome, Request
 from allocator.core.space import Allocation, Cost, SearchSpace, Unit
@@ -77,7 +77,7 @@ def costs(journal: Journal) -> list[tuple[Outcome, float]]:
 
 def objectives(journal: Journal) -> list[str]:
     """Return what a run minimises: its loss, then costs; parameters, where it names none."""
-    return [journal.loss, *(journal.header.get("objectives") or ["params"])]
+    return minimised(journal.loss, journal.header.get("objectives") or ["params"])
 
 
 def members(journal: Journal) -> list[Outcome]:
@@ -96,7 +96,7 @@ def front(journal: Journal) -> dict[str, Any]:
             {
                 **costs_of(space, allocation),
                 "sparsity": round(space.sparsity(allocation), 6),
-                journal.loss: outcome.loss,
+                **outcome.measured,
                 **({} if again is None else {"selection": again.loss}),
                 "allocation": list(allocation),
             }

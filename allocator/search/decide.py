@@ -52,6 +52,9 @@ FRONTS = ("auto", "sweep", "nsga2", "nsga3", "emo_pms")
 ONLY_FRONTS = FRONTS[1:]
 """Those of them that serve nothing else."""
 
+ONE_LOSS = ("auto", "sweep", "emo_pms")
+"""Those that serve no other measurement than the loss."""
+
 Own: TypeAlias = EvolutionSettings | NsgaSettings | EmoPmsSettings | TpeSettings | GpSettings | ThompsonSettings
 
 FINALISTS = 4
@@ -104,12 +107,13 @@ class SearchSettings:
                 f"{self.method}. Use search.method=evolution, or leave training out"
             )
 
-    def serve(self, objectives: int) -> None:
-        """Check that the method serves so many objectives beside the loss.
+    def serve(self, costs: int, measured: int) -> None:
+        """Check that the method serves so many costs and so many other measurements as objectives.
 
         Raises:
             UserError: It does not, or the search has several rounds.
         """
+        objectives = costs + measured
         if objectives and self.method not in FRONTS:
             raise UserError(f"objectives: {self.method} serves the loss alone. Use --method {' or '.join(FRONTS)}")
         if not objectives and self.method in ONLY_FRONTS:
@@ -117,6 +121,8 @@ class SearchSettings:
                 f"search.method: {self.method} finds a front, and no cost is an objective. Name one, such as "
                 "--objective params, or use another method"
             )
+        if self.method in ONE_LOSS and measured:
+            raise UserError(f"objectives: {self.method} serves one loss beside costs. Use --method nsga2")
         if self.method == "nsga3" and self.nsga.population < 2 * (1 + objectives):
             raise UserError(
                 f"search.nsga.population: {1 + objectives} objectives take at least {2 * (1 + objectives)} members, "

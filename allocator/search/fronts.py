@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from allocator.core.budget import Budget, fits
-from allocator.core.front import figure, knee, pareto_front
+from allocator.core.front import figure, knee, minimised, pareto_front
 from allocator.core.journal import Journal
 from allocator.core.protocols import Evaluator, Outcome, Request, Searcher
-from allocator.core.space import Allocation, Cost, SearchSpace
+from allocator.core.space import Allocation, SearchSpace
 from allocator.search.baselines import two_rate, uniform
 from allocator.search.decide import Decision, SearchSettings
 from allocator.search.emo_pms import emo_pms
@@ -32,23 +32,27 @@ _STARTS = 3
 def make_front_searcher(
     space: SearchSpace,
     budget: Budget,
-    objectives: Sequence[Cost],
+    names: Sequence[str],
     start: Sequence[Allocation],
     settings: SearchSettings,
     seed: int,
 ) -> Searcher:
-    """Return the searcher that the settings name, beginning at ``start``, allocations within the budget."""
+    """Return the searcher that the settings name, beginning at ``start``, allocations within the budget.
+
+    ``names`` are what the front minimises; see :func:`~allocator.core.front.minimised`.
+    """
+    costs = [name for name in names if name in space.fixed]
     if settings.method == "nsga2" or settings.method == "nsga3":
-        return Nsga(settings.method, space, budget, objectives, start, settings.nsga, seed)
+        return Nsga(settings.method, space, budget, names, start, settings.nsga, seed)
     if settings.method == "emo_pms":
-        return Scripted(emo_pms(space, budget, objectives, start, settings.emo_pms, seed), list)
-    return sweep(space, budget, objectives, start, settings.tokens, settings.sweep, seed)
+        return Scripted(emo_pms(space, budget, costs, start, settings.emo_pms, seed), list)
+    return sweep(space, budget, costs, start, settings.tokens, settings.sweep, seed)
 
 
 def decide_front(
     space: SearchSpace,
     budget: Budget,
-    objectives: Sequence[Cost],
+    objectives: Sequence[str],
     settings: SearchSettings,
     seed: int,
     selection_tokens: int,
@@ -63,7 +67,7 @@ def decide_front(
     Args:
         space: What may be pruned.
         budget: What every member keeps to.
-        objectives: Costs that shall be small beside the loss.
+        objectives: What shall be small beside the loss, or in its place.
         settings: The method and its settings.
         seed: Of the search.
         selection_tokens: Tokens of the selection split.
@@ -73,9 +77,11 @@ def decide_front(
         listen: Called with the outcomes of every batch of the search.
         phase: Called with the name of each phase.
     """
-    tokens, names = settings.fidelities[-1], [journal.loss, *objectives]
+    tokens, names = settings.fidelities[-1], minimised(journal.loss, objectives)
+    costs = [name for name in names if name in space.fixed]
     phase("baselines")
-    starts = list(dict.fromkeys(uniform(space, each) for each in budgets(space, budget, objectives[:1], _STARTS)))
+    limits = budgets(space, budget, costs[:1], _STARTS) if costs else [budget]
+    starts = list(dict.fromkeys(uniform(space, each) for each in limits))
     measurer, known = Measurer(evaluator, journal), dict[Allocation, Outcome]()
 
     def heard(outcomes: Sequence[Outcome]) -> None:
@@ -85,7 +91,7 @@ def decide_front(
 
     heard(measurer.measure([Request(allocation, tokens) for allocation in starts]))
     phase("search")
-    searcher = make_front_searcher(space, budget, objectives, starts, settings, seed)
+    searcher = make_front_searcher(space, budget, names, starts, settings, seed)
     ended = search(searcher, measurer, heard, settings.limit())
     phase("selection")
     front = pareto_front(space, known.values(), names)
@@ -94,8 +100,9 @@ def decide_front(
     again = measurer.measure([Request(allocation, selection_tokens, "selection") for allocation in members])
     best = pareto_front(space, again, names)
     figures = np.array([[figure(space, outcome, name) for name in names] for outcome in best])
-    winner = best[knee(figures) if at_knee else 0].request.allocation
-    own = Budget(**{**budget.limits, **{cost: space.cost(winner, cost) for cost in objectives}})
+    lowest = min(range(len(best)), key=lambda place: best[place].loss)
+    winner = best[knee(figures) if at_knee else lowest].request.allocation
+    own = Budget(**{**budget.limits, **{cost: space.cost(winner, cost) for cost in costs}})
     even, sweep_ = uniform(space, own), two_rate(space, own)
     scored = measurer.measure([Request(allocation, tokens) for allocation in dict.fromkeys([even, *sweep_, winner])])
     losses = {outcome.request.allocation: outcome.loss for outcome in scored}

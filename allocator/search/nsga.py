@@ -24,10 +24,11 @@ from pymoo.core.repair import NoRepair, Repair
 from pymoo.core.termination import NoTermination
 from pymoo.util.ref_dirs import get_reference_directions
 
-from allocator.core.budget import Budget, trimmed
+from allocator.core.budget import Budget, repair, trimmed
 from allocator.core.errors import UserError
+from allocator.core.front import figure
 from allocator.core.protocols import Outcome, Request
-from allocator.core.space import Allocation, Cost, SearchSpace, Unit
+from allocator.core.space import Allocation, SearchSpace, Unit
 from allocator.search.knapsack import additive_front
 
 _MOVES = 3
@@ -59,21 +60,22 @@ class NsgaSettings:
 
 
 class Nsga:
-    """The loss and costs, all minimised within a budget."""
+    """Losses and costs, all minimised within a budget; where no cost is, the budget is filled."""
 
     def __init__(
         self,
         method: Literal["nsga2", "nsga3"],
         space: SearchSpace,
         budget: Budget,
-        objectives: Sequence[Cost],
+        names: Sequence[str],
         start: Sequence[Allocation],
         settings: NsgaSettings,
         seed: int,
     ) -> None:
-        """Begin with a profile; ``start`` are allocations within the budget."""
+        """Begin with a profile; ``names`` are what is minimised, ``start`` allocations within the budget."""
         self._method, self._settings, self._seed = method, settings, seed
-        self._space, self._budget, self._objectives, self._start = space, budget, tuple(objectives), list(start)
+        self._space, self._budget, self._names, self._start = space, budget, tuple(names), list(start)
+        self._costs = [name for name in names if name in space.fixed]
         self._profile = _alone(space)
         self._generation = 0
         self._algorithm: Any = None
@@ -93,10 +95,7 @@ class Nsga:
             self._begin({outcome.request.allocation: outcome.loss for outcome in outcomes})
             return
         assert self._bred is not None
-        figures = [
-            [outcome.loss, *(self._space.cost(outcome.request.allocation, cost) for cost in self._objectives)]
-            for outcome in outcomes
-        ]
+        figures = [[figure(self._space, outcome, name) for name in self._names] for outcome in outcomes]
         self._bred.set("F", np.array(figures, dtype=float))
         self._algorithm.tell(infills=self._bred)
         self._breed()
@@ -115,9 +114,9 @@ class Nsga:
             self._space.units,
             self._population(losses),
             self._settings.population,
-            1 + len(self._objectives),
+            len(self._names),
             self._seed,
-            _Trim(self._space, self._budget),
+            _Keep(self._space, self._budget, filled=not self._costs),
         )
         self._breed()
 
@@ -134,10 +133,10 @@ class Nsga:
 
     def _population(self, losses: dict[Allocation, float]) -> list[Allocation]:
         """Return the starts, members of the front of the additive profile, and equal sparsities, all different."""
-        space, size = self._space, self._settings.population
+        space, size, keep = self._space, self._settings.population, repair if not self._costs else trimmed
         rng = np.random.default_rng([self._seed, 0])
         grown = [_grown(space, losses, index) for index in range(len(space.units))]
-        front = [allocation for _, _, allocation in additive_front(space, self._objectives[0], grown)]
+        front = [allocation for _, _, allocation in additive_front(space, (*self._costs, "params")[0], grown)]
         places = np.linspace(0, len(front) - 1, size // 2)
         upper = np.array(space.sparsest)
         drawn = [
@@ -145,12 +144,12 @@ class Nsga:
             *(front[round(place)] for place in places),
             *(_genome(np.round(share * upper)) for share in np.linspace(0.0, 1.0, size // 4)),
         ]
-        inside = dict.fromkeys(trimmed(space, allocation, self._budget, range(len(upper))) for allocation in drawn)
+        inside = dict.fromkeys(keep(space, allocation, self._budget, range(len(upper))) for allocation in drawn)
         for _ in range(10 * size):
             if len(inside) >= size:
                 break
             levels = rng.integers(0, upper + 1)
-            inside[trimmed(space, _genome(levels), self._budget, rng.permutation(len(upper)).tolist())] = None
+            inside[keep(space, _genome(levels), self._budget, rng.permutation(len(upper)).tolist())] = None
         return list(inside)[:size]
 
 
@@ -254,13 +253,13 @@ class _MoveLevels(Mutation):  # type: ignore[misc]
         return moved
 
 
-class _Trim(Repair):  # type: ignore[misc]
-    """What exceeds the budget is made sparser, round after round over all units."""
+class _Keep(Repair):  # type: ignore[misc]
+    """What exceeds the budget is made sparser, round after round over all units, and then denser, if it is filled."""
 
-    def __init__(self, space: SearchSpace, budget: Budget) -> None:
+    def __init__(self, space: SearchSpace, budget: Budget, filled: bool) -> None:
         super().__init__()
-        self._space, self._budget = space, budget
+        self._space, self._budget, self._keep = space, budget, repair if filled else trimmed
 
     def _do(self, problem: Problem, x_nu: np.ndarray, **_: Any) -> np.ndarray:
         order = range(len(self._space.units))
-        return np.array([trimmed(self._space, _genome(row), self._budget, order) for row in x_nu])
+        return np.array([self._keep(self._space, _genome(row), self._budget, order) for row in x_nu])

@@ -160,7 +160,7 @@ def test_methods_of_one_objective_refuse_several(refused: Callable[..., str], ti
         *flags, "--objective", "params", "--method", "thompson"
     )
     assert "nsga2 finds a front, and no cost is an objective" in refused(*flags, "--method", "nsga2")
-    assert "unknown cost 'size'" in refused(*flags, "--objective", "size")
+    assert "objectives: unknown 'size'" in refused(*flags, "--objective", "size")
     assert "search.rounds: a front is searched in one round" in refused(
         *flags, "--objective", "params", "--set", "search.rounds=2"
     )

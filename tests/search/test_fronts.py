@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from allocator.core.budget import Budget, fits
 from allocator.core.effort import candidate_tokens
-from allocator.core.front import knee, pareto_front
+from allocator.core.front import knee, minimised, pareto_front
 from allocator.core.journal import Journal
 from allocator.core.protocols import Outcome, Request
 from allocator.core.space import SearchSpace
@@ -71,7 +71,8 @@ def _whole(space):
 def _follow(settings, space, evaluator, seed=0, budget=None, objectives=("params",), known=()):
     budget = budget or _whole(space)
     start = [uniform(space, each) for each in budgets(space, budget, objectives[:1], 3)]
-    return Followed(make_front_searcher(space, budget, objectives, start, settings, seed), evaluator, known)
+    names = minimised("kl", objectives)
+    return Followed(make_front_searcher(space, budget, names, start, settings, seed), evaluator, known)
 
 
 @pytest.fixture
