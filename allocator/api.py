@@ -13,7 +13,7 @@ from allocator.config import RunConfig, load_config, search_assignments
 from allocator.core.budget import Budget, budget_for
 from allocator.core.costs import Bound, shown
 from allocator.core.errors import UserError, did_you_mean
-from allocator.core.files import check_file, check_place, fingerprint, read_json
+from allocator.core.files import check_file, check_place, fingerprint
 from allocator.core.front import figure, pareto_front
 from allocator.core.front import knee as find_knee
 from allocator.core.journal import Journal
@@ -246,7 +246,7 @@ def plan_from_run(
     journal = Journal.read(folder / "journal.jsonl")
     header, space = journal.header, journal.space
     if index is not None:
-        listed = read_json(folder / "front.json", "front")["points"]
+        listed = curves.read_front(folder / "front.json")["points"]
         if not 0 <= index < len(listed):
             raise UserError(f"{folder}: the front has members 0 to {len(listed) - 1}, and {index} was asked for")
         member = tuple(listed[index]["allocation"])
