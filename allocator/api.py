@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from allocator.alignment import alignment
 from allocator.comparison import comparison_config, run_comparison
 from allocator.config import RunConfig, load_config, search_assignments
 from allocator.core.budget import Budget, budget_for
@@ -180,7 +181,8 @@ def inspect(config: RunConfig) -> tuple[SearchSpace, dict[str, Any]]:
         "uniform": {"params": space.cost(even), "sparsity": round(space.sparsity(even), 6)},
         "units": space.to_json()["units"],
     }
-    return space, summary
+    aligned = alignment(config, space, budget)
+    return space, {**summary, **({"align": aligned} if aligned else {})}
 
 
 def latency(config: RunConfig, out: Path | str, repeats: int = 20, reporter: Reporter | None = None) -> LatencyTable:

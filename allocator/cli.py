@@ -66,10 +66,12 @@ def inspect(
     if json_:
         _emit(summary)
         return
-    from allocator.report.tables import bounds, space_table
+    from allocator.report.tables import alignment, bounds, space_table
 
     _print(space_table(space))
     _print(f"{summary['asked']}: {bounds(summary['budget'])}; uniform has {summary['uniform']['params']:,} parameters")
+    if "align" in summary:
+        _print(alignment(summary["align"]))
 
 
 @app.command()

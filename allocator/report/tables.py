@@ -196,6 +196,21 @@ def space_table(space: SearchSpace) -> Table:
     return table
 
 
+def alignment(lack: Mapping[str, Any]) -> str:
+    """Return what aligned ladders lack beside those of any width, in two lines."""
+    parts = "; ".join(
+        f"{part} has {own['levels']} levels of {own['unaligned']}, "
+        f"at most {share(own['furthest'])} of its channels away"
+        for part, own in lack["parts"].items()
+    )
+    unused = "; ".join(
+        f"{cost} {shown(cost, left['aligned'])} "
+        f"({'out of reach' if left['unaligned'] is None else shown(cost, left['unaligned'])} with align 1)"
+        for cost, left in lack["unused"].items()
+    )
+    return f"align {lack['multiple']}: {parts} from those of align 1\nuniform leaves unused: {unused}"
+
+
 def plan_table(plan: Plan) -> Table:
     """Return a line per unit of a plan: what it keeps and what it loses."""
     table = _table(f"{plan.model['id']}, {plan.space.pattern}: the plan")
