@@ -192,11 +192,15 @@ def _decide(job: Job, evaluator: Any, journal: Journal, reporter: Reporter) -> D
         kept = {} if volume is None else {"hypervolume": volume.to_json()}
         write_json(folder / "front.json", {**curves.front(journal), **kept})
 
+    def reached() -> str:
+        if volume is not None:
+            return f"hypervolume {volume.curve()[-1][-1]:.4f}"
+        within = [o.loss for o in curves.comparable(journal) if fits(job.space, o.request.allocation, job.budget)]
+        return f"best {curves.LOSSES[job.config.loss].split(',')[0]} {min(within):.4f}" if within else ""
+
     def listen(outcomes: Sequence[Outcome]) -> None:
         write_front()
-        within = [o.loss for o in curves.comparable(journal) if fits(job.space, o.request.allocation, job.budget)]
-        best = f"best {curves.LOSSES[job.config.loss].split(',')[0]} {min(within):.4f}" if within else ""
-        reporter.step(next(batches), f"{len(journal)} evaluations, {best}")
+        reporter.step(next(batches), f"{len(journal)} evaluations, {reached()}")
 
     def phase(name: str) -> None:
         reporter.phase(f"{name}{_of_rounds(job)}", settings.num_batches if name == "search" else None)

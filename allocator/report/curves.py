@@ -85,7 +85,7 @@ def members(journal: Journal) -> list[Outcome]:
 
 def front(journal: Journal) -> dict[str, Any]:
     """Return the front of a run as ``front.json`` holds it; the journal may be ahead of that file."""
-    space = journal.space
+    space, names = journal.space, objectives(journal)
     points = []
     for outcome in members(journal):
         allocation = outcome.request.allocation
@@ -94,7 +94,7 @@ def front(journal: Journal) -> dict[str, Any]:
             {
                 **costs_of(space, allocation),
                 "sparsity": round(space.sparsity(allocation), 6),
-                journal.loss: outcome.loss,
+                **{name: outcome.measured[name] for name in names if name not in space.fixed},
                 **({} if again is None else {"selection": again.loss}),
                 "allocation": list(allocation),
             }
@@ -104,7 +104,7 @@ def front(journal: Journal) -> dict[str, Any]:
         "kind": "allocator.front",
         "tokens": journal.header["tokens"][-1],
         "loss": journal.loss,
-        "objectives": objectives(journal),
+        "objectives": names,
         "points": points,
     }
 
