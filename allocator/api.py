@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from allocator.alignment import alignment
 from allocator.comparison import comparison_config, run_comparison
 from allocator.config import RunConfig, load_config, search_assignments
 from allocator.core.budget import Budget, budget_for
 from allocator.core.costs import Bound, shown
 from allocator.core.errors import UserError, did_you_mean
-from allocator.core.files import check_file, check_place, fingerprint, read_json
+from allocator.core.files import check_file, check_place, fingerprint
 from allocator.core.front import figure, pareto_front
 from allocator.core.front import knee as find_knee
 from allocator.core.journal import Journal
@@ -180,7 +181,8 @@ def inspect(config: RunConfig) -> tuple[SearchSpace, dict[str, Any]]:
         "uniform": {"params": space.cost(even), "sparsity": round(space.sparsity(even), 6)},
         "units": space.to_json()["units"],
     }
-    return space, summary
+    aligned = alignment(config, space, budget)
+    return space, {**summary, **({"align": aligned} if aligned else {})}
 
 
 def latency(config: RunConfig, out: Path | str, repeats: int = 20, reporter: Reporter | None = None) -> LatencyTable:
@@ -246,7 +248,7 @@ def plan_from_run(
     journal = Journal.read(folder / "journal.jsonl")
     header, space = journal.header, journal.space
     if index is not None:
-        listed = read_json(folder / "front.json", "front")["points"]
+        listed = curves.read_front(folder / "front.json")["points"]
         if not 0 <= index < len(listed):
             raise UserError(f"{folder}: the front has members 0 to {len(listed) - 1}, and {index} was asked for")
         member = tuple(listed[index]["allocation"])

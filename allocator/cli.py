@@ -66,10 +66,12 @@ def inspect(
     if json_:
         _emit(summary)
         return
-    from allocator.report.tables import bounds, space_table
+    from allocator.report.tables import alignment, bounds, space_table
 
     _print(space_table(space))
     _print(f"{summary['asked']}: {bounds(summary['budget'])}; uniform has {summary['uniform']['params']:,} parameters")
+    if "align" in summary:
+        _print(alignment(summary["align"]))
 
 
 @app.command()
@@ -209,17 +211,15 @@ def front(
     json_: Json = False,
 ) -> None:
     """Show the Pareto front of a run, finished or not."""
-    from allocator.core.files import read_json
+    from allocator.report.curves import read_front
 
-    data = read_json(run / "front.json", "front")
-    if data.get("kind") != "allocator.front" or data.get("schema") != 2:
-        raise UserError(f"{run / 'front.json'}: not the front of a run. Restore it, or resume the run to have it again")
+    data = read_front(run / "front.json")
     if plot is not None:
         from allocator.core.files import check_file, write_atomic
         from allocator.report.figures import front_figure, to_svg
 
         check_file(plot, "--plot")
-        write_atomic(plot, to_svg(front_figure(data, {}, cost=data["objectives"][1]), "front"))
+        write_atomic(plot, to_svg(front_figure(data), "front"))
     if json_ or csv:
         if json_:
             _emit(data)
@@ -228,9 +228,11 @@ def front(
 
             print(front_csv(data), end="")
         return
-    from allocator.report.tables import front_table
+    from allocator.report.tables import front_table, hypervolume
 
     _print(front_table(data))
+    if "hypervolume" in data:
+        _print(hypervolume(data["hypervolume"]))
     _print(f"next  allocator plan {run} --index NUMBER --out plan.json")
 
 

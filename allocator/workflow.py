@@ -34,6 +34,7 @@ from allocator.report import curves
 from allocator.rounds import history, next_job
 from allocator.search.decide import Decision, decide
 from allocator.search.fronts import decide_front
+from allocator.search.hypervolume import Hypervolume
 
 Figures = dict[str, float]
 
@@ -184,22 +185,31 @@ def build_store(job: Job, evaluator: Any, reporter: Reporter) -> None:
 
 def _decide(job: Job, evaluator: Any, journal: Journal, reporter: Reporter) -> Decision:
     settings, folder = job.config.search, job.config.folder
-    batches = itertools.count(1)
+    batches, objectives = itertools.count(1), job.config.objectives
+    volume = Hypervolume(journal, curves.objectives(journal), settings.fidelities[-1]) if objectives else None
+
+    def write_front() -> None:
+        kept = {} if volume is None else {"hypervolume": volume.to_json()}
+        write_json(folder / "front.json", {**curves.front(journal), **kept})
+
+    def reached() -> str:
+        if volume is not None:
+            return f"hypervolume {volume.curve()[-1][-1]:.4f}"
+        within = [o.loss for o in curves.comparable(journal) if fits(job.space, o.request.allocation, job.budget)]
+        return f"best {curves.LOSSES[job.config.loss].split(',')[0]} {min(within):.4f}" if within else ""
 
     def listen(outcomes: Sequence[Outcome]) -> None:
-        write_json(folder / "front.json", curves.front(journal))
-        within = [o.loss for o in curves.comparable(journal) if fits(job.space, o.request.allocation, job.budget)]
-        best = f"best {curves.LOSSES[job.config.loss].split(',')[0]} {min(within):.4f}" if within else ""
-        reporter.step(next(batches), f"{len(journal)} evaluations, {best}")
+        write_front()
+        reporter.step(next(batches), f"{len(journal)} evaluations, {reached()}")
 
     def phase(name: str) -> None:
         reporter.phase(f"{name}{_of_rounds(job)}", settings.num_batches if name == "search" else None)
 
-    if job.config.objectives:
+    if objectives:
         decision = decide_front(
             job.space,
             job.budget,
-            job.config.objectives,
+            objectives,
             settings,
             job.config.seed,
             job.config.tokens.selection,
@@ -222,7 +232,7 @@ def _decide(job: Job, evaluator: Any, journal: Journal, reporter: Reporter) -> D
             phase,
             job.round,
         )
-    write_json(folder / "front.json", curves.front(journal))
+    write_front()
     return decision
 
 

@@ -20,18 +20,16 @@ from statistics import median
 
 import numpy as np
 from matplotlib.figure import Figure
-from pymoo.indicators.hv import HV
 
 from allocator.core.budget import Budget
-from allocator.core.effort import Limit, candidate_tokens
-from allocator.core.front import figure, pareto_front
+from allocator.core.effort import Limit
 from allocator.core.journal import Journal
-from allocator.core.protocols import Outcome, Request
-from allocator.core.space import SearchSpace
+from allocator.core.protocols import Request
 from allocator.search.baselines import uniform
 from allocator.search.decide import SearchSettings
 from allocator.search.emo_pms import EmoPmsSettings
 from allocator.search.fronts import make_front_searcher
+from allocator.search.hypervolume import Hypervolume
 from allocator.search.loop import Measurer, search
 from allocator.search.nsga import NsgaSettings
 from allocator.search.sweep import budgets
@@ -77,36 +75,7 @@ def run_cell(cell: str, work: Path) -> str:
         measurer.measure([Request(allocation, TEXT) for allocation in start])
         searcher = make_front_searcher(space, whole, ["kl", *objectives], start, METHODS[method], int(seed))
         search(searcher, measurer, limit=Limit(3e6, "tokens"))
-        return json.dumps({"cell": cell, "curve": curve(journal, objectives)})
-
-
-def curve(journal: Journal, objectives: Sequence[str]) -> list[tuple[int, int, float]]:
-    """Return evaluations and candidate-tokens spent, and the hypervolume, after every batch.
-
-    Figures are scaled to [0, 1]: costs from the sparsest to the dense model, the loss to that of the sparsest of the
-    three uniform allocations that every search begins with. The reference point is at 1.
-    """
-    space = journal.space
-    batches = list(journal.batches)
-    worst = max(outcome.loss for outcome in batches[0])
-    indicator, names = HV(ref_point=np.ones(1 + len(objectives))), ["kl", *objectives]
-    spent, count, full, found = 0.0, 0, list[Outcome](), []
-    for batch in batches:
-        count += len(batch)
-        spent += sum(candidate_tokens(space, [outcome.request for outcome in batch]))
-        full += [o for o in batch if o.request.tokens == TEXT and not o.request.also and not o.request.blocks]
-        front = pareto_front(space, full, names)
-        points = [[_scaled(space, outcome, name, worst) for name in names] for outcome in front]
-        found.append((count, round(spent), round(float(indicator(np.array(points))), 6)))
-    return found
-
-
-def _scaled(space: SearchSpace, outcome: Outcome, name: str, worst: float) -> float:
-    value = figure(space, outcome, name)
-    if name == "kl":
-        return value / worst
-    low, high = space.cost(space.sparsest, name), space.cost(space.dense, name)
-    return (value - low) / (high - low)
+        return json.dumps({"cell": cell, "curve": Hypervolume(journal, ["kl", *objectives], TEXT).curve()})
 
 
 def _reaches(points: Sequence[Sequence[float]], aim: float) -> float:

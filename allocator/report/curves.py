@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -11,10 +12,11 @@ from allocator.core.budget import Budget, fits
 from allocator.core.costs import costs_of
 from allocator.core.effort import Trained, candidate_tokens
 from allocator.core.errors import UserError
+from allocator.core.files import read_json
 from allocator.core.front import minimised, pareto_front
 from allocator.core.journal import Journal
 from allocator.core.protocols import Fidelity, Outcome, Request
-from allocator.core.space import Allocation, Cost, SearchSpace, Unit
+from allocator.core.space import Allocation, SearchSpace, Unit
 
 NAMED = ("uniform", "two_rate", "searched")
 """Allocations that ``result.json`` records unit by unit."""
@@ -28,12 +30,8 @@ LOSSES = {
 """What a run may minimise, and its unit."""
 
 
-@dataclass(frozen=True, slots=True)
-class Point:
-    """A measured allocation: a cost of the whole model, and the loss that the run minimises."""
-
-    cost: int
-    loss: float
+Figures = Mapping[str, float]
+"""Of a measured allocation by name: its costs, as they are written, and what was measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +85,7 @@ def members(journal: Journal) -> list[Outcome]:
 
 def front(journal: Journal) -> dict[str, Any]:
     """Return the front of a run as ``front.json`` holds it; the journal may be ahead of that file."""
-    space = journal.space
+    space, names = journal.space, objectives(journal)
     points = []
     for outcome in members(journal):
         allocation = outcome.request.allocation
@@ -96,7 +94,7 @@ def front(journal: Journal) -> dict[str, Any]:
             {
                 **costs_of(space, allocation),
                 "sparsity": round(space.sparsity(allocation), 6),
-                **outcome.measured,
+                **{name: outcome.measured[name] for name in [journal.loss, *names] if name not in space.fixed},
                 **({} if again is None else {"selection": again.loss}),
                 "allocation": list(allocation),
             }
@@ -106,15 +104,33 @@ def front(journal: Journal) -> dict[str, Any]:
         "kind": "allocator.front",
         "tokens": journal.header["tokens"][-1],
         "loss": journal.loss,
-        "objectives": objectives(journal),
+        "objectives": names,
         "points": points,
     }
 
 
-def cloud(journal: Journal, cost: Cost) -> list[Point]:
+def read_front(path: Path) -> dict[str, Any]:
+    """Return the content of a ``front.json``.
+
+    Raises:
+        UserError: The file is missing, damaged, or something else.
+    """
+    data: dict[str, Any] = read_json(path, "front")
+    if (data.get("kind"), data.get("schema")) != ("allocator.front", 2):
+        raise UserError(f"{path}: not the front of a run. Restore it, or resume the run to have it again")
+    return data
+
+
+def cloud(journal: Journal) -> list[Figures]:
     """Return all that the front was chosen from."""
-    space = journal.space
-    return [Point(space.cost(outcome.request.allocation, cost), outcome.loss) for outcome in comparable(journal)]
+    return [_figures(journal, outcome) for outcome in comparable(journal)]
+
+
+def starts(journal: Journal) -> list[Figures]:
+    """Return the uniform allocations with which a search of a front begins; nothing of other searches."""
+    if "objectives" not in journal.header or not journal.batches:
+        return []
+    return [_figures(journal, outcome) for outcome in journal.batches[0]]
 
 
 def convergence(journal: Journal) -> list[tuple[float, float]]:
@@ -214,11 +230,14 @@ def allocations(space: SearchSpace, units: Iterable[Mapping[str, Any]]) -> dict[
     return {name: tuple(_level(unit, recorded[unit.name][name]) for unit in space.units) for name in named}
 
 
-def marks(journal: Journal, named: Mapping[str, Allocation], cost: Cost) -> dict[str, Point]:
-    """Return the cost and the loss of named allocations, for those measured on the same text."""
-    space = journal.space
+def marks(journal: Journal, named: Mapping[str, Allocation]) -> dict[str, Figures]:
+    """Return the figures of named allocations, for those measured on the same text."""
     found = {name: journal.get(_last(journal, allocation)) for name, allocation in named.items()}
-    return {name: Point(space.cost(o.request.allocation, cost), o.loss) for name, o in found.items() if o is not None}
+    return {name: _figures(journal, outcome) for name, outcome in found.items() if outcome is not None}
+
+
+def _figures(journal: Journal, outcome: Outcome) -> Figures:
+    return {**costs_of(journal.space, outcome.request.allocation), **outcome.measured}
 
 
 def _last(journal: Journal, allocation: Allocation) -> Request:

@@ -9,11 +9,12 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from allocator.core.costs import COSTS
 from allocator.core.space import Cost
-from allocator.report.curves import LOSSES, Point
+from allocator.report.curves import LOSSES, Figures
 from allocator.report.tables import LABELS
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ _LINES = {"uniform": (0, (4, 2)), "two_rate": (0, (1, 1.5))}
 _WIDTH, _WIDE, _HEIGHT = 5.6, 10.0, 3.5
 _SMALL = 8.5
 _MOST_ANNOTATED = 16
+_MOST_ABREAST = 5
 _LOG_BEYOND = 20.0
 _FLOOR = 1e-3
 _FAR = 4.0
@@ -37,12 +39,12 @@ _FAR = 4.0
 
 def front_figure(
     front: Mapping[str, Any],
-    marks: Mapping[str, Point],
-    cloud: Sequence[Point] = (),
-    limit: int | None = None,
-    cost: Cost = "params",
+    marks: Mapping[str, Figures] = MappingProxyType({}),
+    cloud: Sequence[Figures] = (),
+    starts: Sequence[Figures] = (),
+    budget: Mapping[Cost, int] = MappingProxyType({}),
 ) -> Figure:
-    """Draw the front: the lowest loss that was found for at most so much of a cost.
+    """Draw the front, a panel for each objective after the first: the least of the first for at most so much of it.
 
     Where there are more objectives, the other members of the front are dots above the steps.
 
@@ -50,36 +52,43 @@ def front_figure(
         front: The content of ``front.json``.
         marks: Allocations to mark, measured on the same text: ``uniform``, ``two_rate``, ``searched``.
         cloud: Everything that the front was chosen from.
-        limit: The budget, in that cost.
-        cost: Which cost.
+        starts: More uniform allocations.
+        budget: Limits.
     """
-    figure, axes = _figure()
-    scale = COSTS[cost].scale
-    points = sorted((point[cost], point[front["loss"]]) for point in front["points"])
-    best = list(accumulate((loss for _, loss in points), min))
-    xs = [x for x, _ in points] + [mark.cost / scale for mark in marks.values()] + ([limit / scale] if limit else [])
-    middle = (min(xs) + max(xs)) / 2
-    reach = max(0.56 * (max(xs) - min(xs)), 0.01 * middle)
-    left, right = middle - reach, middle + reach
-    _scale_loss(axes, [loss for _, loss in points] + [mark.loss for mark in marks.values()])
-    drawn = [(point.cost / scale, point.loss) for point in cloud]
-    axes.plot([x for x, _ in drawn], [y for _, y in drawn], ".", color=MUTED, alpha=0.35, ms=4, mew=0, zorder=1)
-    axes.step([*(x for x, _ in points), right], [*best, best[-1]], where="post", color=SEARCHED, lw=1.6, label="front")
-    axes.plot([x for x, _ in points], [y for _, y in points], "o", color=SEARCHED, ms=3, mew=0, zorder=3)
-    if limit:
-        axes.axvline(limit / scale, color=MUTED, lw=1, ls=(0, (4, 2)), label="budget", zorder=0)
-    for name, mark in marks.items():
-        _mark(axes, name, mark.cost / scale, mark.loss)
-    axes.set_xlim(left, right)
-    axes.xaxis.set_major_formatter(_si)
-    axes.locator_params(axis="x", nbins=6)
-    axes.set_xlabel(f"{COSTS[cost].label} of the whole model" if scale == 1 else COSTS[cost].label)
-    axes.set_ylabel(f"{LOSSES[front['loss']]}\n({front['tokens']:,} tokens, search split)")
+    from matplotlib.figure import Figure
+
+    first, *names = front["objectives"]
+    marked = [*(("uniform", each) for each in starts), *marks.items()]
+    figure = Figure(figsize=(_WIDTH if len(names) == 1 else _WIDE, _HEIGHT), layout="constrained")
+    figure.set_facecolor(PAPER)
+    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    for axes, name in zip(panels, names, strict=True):
+        _plain(axes)
+        _front_panel(axes, name, front, marked, cloud, budget[name] / COSTS[name].scale if name in budget else None)
+    panels[0].set_ylabel(f"{_axis(first)}\n({front['tokens']:,} tokens, search split)")
     _legend(figure)
     return figure
 
 
-def convergence_figure(curve: Sequence[tuple[float, float]], marks: Mapping[str, Point], loss: str) -> Figure:
+def hypervolume_figure(curve: Sequence[tuple[int, int, float]]) -> Figure:
+    """Draw the hypervolume of the front against evaluations.
+
+    Args:
+        curve: Evaluations, candidate-tokens and hypervolume after each batch.
+    """
+    figure, axes = _figure()
+    counts, values = [count for count, _, _ in curve], [value for _, _, value in curve]
+    axes.step(counts, values, where="post", color=SEARCHED, lw=1.6)
+    axes.plot(counts[-1], values[-1], "o", color=SEARCHED, ms=5, mec=PAPER, mew=0.8, zorder=3)
+    axes.set_xlim(0, counts[-1] * 1.03)
+    axes.set_ylim(0, max(*values, _FLOOR) * 1.08)
+    axes.xaxis.set_major_formatter(_si)
+    axes.set_xlabel("evaluations")
+    axes.set_ylabel("hypervolume of the front")
+    return figure
+
+
+def convergence_figure(curve: Sequence[tuple[float, float]], marks: Mapping[str, Figures], loss: str) -> Figure:
     """Draw the lowest loss so far against candidate-tokens, with what the baselines reach on the same text.
 
     The frame is for the search: a baseline far above it is named in the legend and not drawn.
@@ -91,7 +100,7 @@ def convergence_figure(curve: Sequence[tuple[float, float]], marks: Mapping[str,
     """
     figure, axes = _figure()
     spent, best = [x for x, _ in curve], [y for _, y in curve]
-    baselines = {name: mark.loss for name, mark in marks.items() if name in _LINES}
+    baselines = {name: mark[loss] for name, mark in marks.items() if name in _LINES}
     closest = min(baselines.values(), default=best[0])
     ceiling = best[-1] + _FAR * max(closest - best[-1], 0.05 * best[-1])
     _scale_loss(axes, [min(value, ceiling) for value in (*best, closest)])
@@ -209,6 +218,43 @@ def _scale_loss(axes: Axes, values: Sequence[float]) -> None:
     axes.set_ylim(max(0.0, min(values) - margin), max(values) + margin)
 
 
+def _front_panel(
+    axes: Axes,
+    name: str,
+    front: Mapping[str, Any],
+    marked: Sequence[tuple[str, Figures]],
+    cloud: Sequence[Figures],
+    limit: float | None,
+) -> None:
+    """Draw the first objective against another."""
+    loss, members = front["objectives"][0], front["points"]
+    shown = [*members, *(figures for _, figures in marked)]
+    xs = [*(figures[name] for figures in shown), *([] if limit is None else [limit])]
+    middle = (min(xs) + max(xs)) / 2
+    reach = max(0.56 * (max(xs) - min(xs)), 0.01 * middle)
+
+    def dots(points: Sequence[Figures], shape: str, **style: Any) -> None:
+        axes.plot([point[name] for point in points], [point[loss] for point in points], shape, **style)
+
+    dots(cloud, ".", color=MUTED, alpha=0.35, ms=4, mew=0, zorder=1)
+    steps = sorted((point[name], point[loss]) for point in members)
+    best = list(accumulate((value for _, value in steps), min))
+    ends = [*(x for x, _ in steps), middle + reach]
+    axes.step(ends, [*best, best[-1]], where="post", color=SEARCHED, lw=1.6, label="front")
+    dots(members, "o", color=SEARCHED, ms=3, mew=0, zorder=3)
+    again = [point for point in members if "selection" in point]
+    dots(again, "o", mfc="none", mec=SEARCHED, mew=0.9, ms=6.5, label="measured again", zorder=3)
+    if limit is not None:
+        axes.axvline(limit, color=MUTED, lw=1, ls=(0, (4, 2)), label="budget", zorder=0)
+    for kind, figures in marked:
+        _mark(axes, kind, figures[name], figures[loss])
+    _scale_loss(axes, [figures[loss] for figures in shown])
+    axes.set_xlim(middle - reach, middle + reach)
+    axes.xaxis.set_major_formatter(_si)
+    axes.locator_params(axis="x", nbins=6)
+    axes.set_xlabel(_axis(name))
+
+
 def _mark(axes: Axes, name: str, x: float, y: float) -> None:
     shape, color = _MARKS[name]
     size, order = (9, 4) if name == "searched" else (6, 5)
@@ -225,7 +271,7 @@ def _legend(figure: Figure) -> None:
             list(handles.values()),
             list(handles),
             loc="outside upper left",
-            ncols=len(handles),
+            ncols=len(handles) if len(handles) <= _MOST_ABREAST or figure.get_figwidth() > _WIDTH else 3,
             frameon=False,
             fontsize=_SMALL,
             labelcolor=INK,
@@ -280,6 +326,16 @@ def _leaf(unit: Mapping[str, Any]) -> str:
 
 def _beside(unit: Mapping[str, Any]) -> float:
     return float(unit["sparsity"]["searched"] - unit["sparsity"]["uniform"])
+
+
+def _axis(name: str) -> str:
+    """Return the label of an axis for a figure by name."""
+    if name == "params":
+        return "parameters of the whole model"
+    if name in COSTS:
+        return COSTS[name].label
+    loss, _, domain = name.partition(".")
+    return f"{LOSSES.get(loss, loss)}{f', on {domain}' if domain else ''}"
 
 
 def _si(value: float, _: object = None) -> str:

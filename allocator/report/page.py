@@ -65,7 +65,8 @@ def write_report(folder: Path) -> Path:
     result = _result(folder / "result.json")
     space = journal.space
     named = curves.allocations(space, result["units"]) if result else {}
-    drawn = _draw(journal, named, result)
+    front = _front(folder / "front.json", journal)
+    drawn = _draw(journal, front, named, result)
     environment = jinja2.Environment(
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -86,8 +87,12 @@ def write_report(folder: Path) -> Path:
         gains=_gains(result["measured"]) if result else {},
         units=_unit_rows(space, named),
         curve=curves.convergence(journal),
+        loss=curves.LOSSES[journal.loss].split(",")[0],
+        front=front,
+        members=_members(front, named) if "objectives" in journal.header else None,
         spending=curves.spending(journal),
         training=curves.training(journal),
+        point=tables.point,
         figures={name: Markup(_inline(svg)) for name, svg in drawn.items()},
         prints=_fingerprints(journal.header),
         pruner=_pruner(folder),
@@ -120,14 +125,24 @@ def _gains(measured: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     return {name: measured["searched"]["kl"] / kl - 1.0 for name, kl in baselines.items() if kl > 0.0}
 
 
-def _draw(journal: Journal, named: Mapping[str, Allocation], result: Mapping[str, Any] | None) -> dict[str, str]:
+def _front(path: Path, journal: Journal) -> dict[str, Any]:
+    """Return the front of a run as it is on disk, where its members have the numbers by which plans are taken."""
+    return curves.read_front(path) if path.exists() else curves.front(journal)
+
+
+def _draw(
+    journal: Journal, front: Mapping[str, Any], named: Mapping[str, Allocation], result: Mapping[str, Any] | None
+) -> dict[str, str]:
     """Return the figures that the run has data for, as SVG by name."""
-    front, curve, cost = curves.front(journal), curves.convergence(journal), curves.objectives(journal)[1]
-    marks, limit = curves.marks(journal, named, cost), journal.header["budget"].get(cost)
+    curve, marks, space = curves.convergence(journal), curves.marks(journal, named), journal.space
+    limits = journal.header["budget"].items()
+    budget = {cost: limit for cost, limit in limits if limit < space.cost(space.dense, cost)}
     drawn = {}
     if front["points"]:
-        drawn["front"] = figures.front_figure(front, marks, curves.cloud(journal, cost), limit, cost)
-    if curve:
+        drawn["front"] = figures.front_figure(front, marks, curves.cloud(journal), curves.starts(journal), budget)
+    if "hypervolume" in front:
+        drawn["hypervolume"] = figures.hypervolume_figure(front["hypervolume"]["curve"])
+    elif curve:
         drawn["convergence"] = figures.convergence_figure(curve, marks, journal.loss)
     if result and {"uniform", "searched"} <= set(named):
         drawn["sparsity"] = figures.sparsity_figure(result["units"])
@@ -143,6 +158,14 @@ def _inline(svg: str) -> str:
     for colour, variable in _COLOURS.items():
         svg = svg.replace(colour, variable)
     return svg
+
+
+def _members(front: Mapping[str, Any], named: Mapping[str, Allocation]) -> dict[str, Any]:
+    """Return the front as a table: ``headings``, ``rows``, and the numbers of those that are the plan, ``chosen``."""
+    headings, rows = tables.front_rows(front)
+    plan = list(named.get("searched", ()))
+    chosen = [number for number, point in enumerate(front["points"]) if point["allocation"] == plan]
+    return {"headings": headings, "rows": rows, "chosen": chosen}
 
 
 def _unit_rows(space: SearchSpace, named: Mapping[str, Allocation]) -> list[_UnitRow]:

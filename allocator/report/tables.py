@@ -126,29 +126,47 @@ def result_table(result: Mapping[str, Any]) -> Table:
 
 def front_table(front: Mapping[str, Any]) -> Table:
     """Return the front, from large to small; of a long one, points evenly spaced along it."""
-    points: Sequence[Mapping[str, Any]] = front["points"]
-    places = list(range(len(points)))
-    if len(points) > _MOST_POINTS:
-        last = len(points) - 1
+    headings, rows = front_rows(front)
+    places = list(range(len(rows)))
+    if len(rows) > _MOST_POINTS:
+        last = len(rows) - 1
         places = [round(step * last / (_MOST_POINTS - 1)) for step in range(_MOST_POINTS)]
-    table = _table(f"Pareto front: {_plural(len(points), 'point')}")
-    loss = front["loss"]
-    name = LOSSES[loss].split(",")[0]
-    costs = list(dict.fromkeys([*front["objectives"][1:], "params"]))
-    selected = any("selection" in point for point in points)
-    for heading in ("", *(cost if cost != "params" else "parameters" for cost in costs), "removed", name):
+    table = _table(f"Pareto front: {_plural(len(rows), 'point')}")
+    for heading in ("", *headings):
         table.add_column(heading, justify="right")
-    if selected:
-        table.add_column("selection", justify="right")
     for place in places:
-        point = points[place]
-        again = [number(point.get("selection"), 4)] if selected else []
-        figures = (count(point[cost]) if COSTS[cost].scale == 1 else number(point[cost], 3) for cost in costs)
-        table.add_row(str(place), *figures, share(point["sparsity"]), number(point[loss], 4), *again)
-    table.caption = f"{name}: {count(front['tokens'])} search tokens"
-    if len(places) < len(points):
+        table.add_row(str(place), *rows[place])
+    table.caption = f"{_loss(front)}: {count(front['tokens'])} search tokens"
+    if len(places) < len(rows):
         table.caption += f"\n{len(places)} shown; front.json has all"
     return table
+
+
+def front_rows(front: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return headings, and of each member of the front its figures."""
+    points: Sequence[Mapping[str, Any]] = front["points"]
+    names = list(dict.fromkeys([*(name for name in front["objectives"] if name != front["loss"]), "params"]))
+    selected = ["selection"] if any("selection" in point for point in points) else []
+    headings = [*("parameters" if name == "params" else name for name in names), "removed", _loss(front), *selected]
+    rows = [
+        [
+            *(figure(name, point[name]) for name in names),
+            share(point["sparsity"]),
+            *(number(point.get(name), 4) for name in (front["loss"], *selected)),
+        ]
+        for point in points
+    ]
+    return headings, rows
+
+
+def hypervolume(kept: Mapping[str, Any]) -> str:
+    """Return the ``hypervolume`` of ``front.json`` in one line."""
+    after = _plural(kept["curve"][-1][0], "evaluation")
+    return f"hypervolume {number(kept['value'], 4)} after {after}; reference point: {point(kept['reference'])}"
+
+
+def _loss(front: Mapping[str, Any]) -> str:
+    return LOSSES[front["loss"]].split(",")[0]
 
 
 def front_csv(front: Mapping[str, Any]) -> str:
@@ -176,6 +194,21 @@ def space_table(space: SearchSpace) -> Table:
     table.add_row("embeddings, norms, head", "fixed", "", "", count(space.fixed["params"]))
     table.add_row("whole model", "", "", "", count(space.cost(space.dense)), style="bold")
     return table
+
+
+def alignment(lack: Mapping[str, Any]) -> str:
+    """Return what aligned ladders lack beside those of any width, in two lines."""
+    parts = "; ".join(
+        f"{part} has {own['levels']} levels of {own['unaligned']}, "
+        f"at most {share(own['furthest'])} of its channels away"
+        for part, own in lack["parts"].items()
+    )
+    unused = "; ".join(
+        f"{cost} {shown(cost, left['aligned'])} "
+        f"({'out of reach' if left['unaligned'] is None else shown(cost, left['unaligned'])} with align 1)"
+        for cost, left in lack["unused"].items()
+    )
+    return f"align {lack['multiple']}: {parts} from those of align 1\nuniform leaves unused: {unused}"
 
 
 def plan_table(plan: Plan) -> Table:
@@ -261,6 +294,18 @@ def ladder(unit: Unit) -> str:
     if unit.kind == "matrix":
         return f"{share(kept[1] / kept[0], 0)} .. {share(kept[-1] / kept[0], 0)}, {len(kept)} levels"
     return f"{kept[0]} {kept[1]} .. {kept[-1]}, {len(kept)} levels"
+
+
+def figure(name: str, value: float) -> str:
+    """Format a cost as it is written, or what was measured."""
+    if name not in COSTS:
+        return number(value, 4)
+    return count(int(value)) if COSTS[name].scale == 1 else number(value, 3)
+
+
+def point(figures: Mapping[str, float]) -> str:
+    """Format several figures with their names."""
+    return ", ".join(f"{name} {figure(name, value)}" for name, value in figures.items())
 
 
 def count(value: int | None) -> str:

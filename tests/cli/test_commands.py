@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import struct
 import subprocess
@@ -225,6 +226,47 @@ def test_inspect_by_the_group(cli: Cli, tiny_model: Path) -> None:
     assert {unit["group"] for unit in data["units"]} == {8}
     assert data["uniform"]["sparsity"] == 0.5
     assert "n:m search space: 21 units" in answered(cli(*arguments)).out
+
+
+@pytest.mark.parametrize(
+    ("multiple", "kept", "channels"),
+    [
+        (8, [480, 416, 360, 304, 240, 176, 120, 64, 0], 4),
+        (64, [480, 448, 384, 320, 256, 192, 128, 64, 0], 28),
+        (128, [480, 384, 256, 128, 0], 60),
+    ],
+)
+def test_inspect_says_what_aligned_widths_cost(cli: Cli, multiple: int, kept: list[int], channels: int) -> None:
+    """The packaged model has 480 channels in every MLP; their eighths are 60."""
+    align = ["--set", f"ladder.align={multiple}"]
+    asked = ["--target", 0.43, "--constraint", "kv_bytes <= 0.5x"]
+    data, free = (answered(cli("inspect", *asked, *flags, "--json")).json for flags in (align, []))
+    assert all(unit["kept"] == kept for unit in data["units"] if unit["kind"] == "channels")
+    assert max(min(abs(count - width) for width in kept) for count in range(0, 481, 60)) == channels
+    assert data["align"]["multiple"] == multiple
+    assert data["align"]["parts"] == {
+        "mlp": {"levels": len(kept), "unaligned": 9, "furthest": round(channels / 480, 6)}
+    }
+    assert data["budget"] == free["budget"]
+    assert data["align"]["unused"]["params"] == {
+        "aligned": data["budget"]["params"] - data["uniform"]["params"],
+        "unaligned": free["budget"]["params"] - free["uniform"]["params"],
+    }
+    assert set(data["align"]["unused"]) == {"params", "kv_bytes"}
+    assert "align" not in free
+    words = answered(cli("inspect", *asked, *align)).out
+    assert (
+        f"align {multiple}: mlp has {len(kept)} levels of 9, at most {channels / 480:.2%} of its channels away" in words
+    )
+
+
+def test_inspect_says_what_aligned_widths_leave_of_a_budget(cli: Cli) -> None:
+    align = ["inspect", "--set", "ladder.align=64"]
+    assert "uniform leaves unused: params 16,220 (30,044 with align 1)" in answered(cli(*align, "--target", 0.43)).out
+    # 336 of 480 channels become 320, so that more goes than was asked for
+    only = [*align, "--set", "ladder.sparsities=[0.3]", "--target", 0.3]
+    assert re.search(r"params [\d,]+ \(out of reach with align 1\)", answered(cli(*only)).out)
+    assert "align" not in answered(cli(*align, "--pattern", "unstructured", "--json")).json
 
 
 def test_search_from_a_run_file(cli: Cli, finished: Path, here: Path) -> None:

@@ -100,7 +100,7 @@ def test_a_plan_is_chosen_by_a_domain(both: Path, cli: Callable[..., Any]) -> No
     points = json.loads((both / "front.json").read_text())["points"]
     bound = sorted(point["kl.words"] for point in points)[len(points) // 2]
     out = both.parent / "chosen.json"
-    assert cli("plan", both, "--where", f"kl.words <= {bound}", "--best", "kl.digits", "--out", out).exit_code == 0
+    assert cli("plan", both, "--where", f"kl.words <= {bound}", "--best", "kl.digits", "--out", out).code == 0
     figures = Plan.load(out).measured["search_split"]
     assert figures["kl.words"] <= bound
     assert figures["kl.digits"] == min(point["kl.digits"] for point in points if point["kl.words"] <= bound)
@@ -108,9 +108,9 @@ def test_a_plan_is_chosen_by_a_domain(both: Path, cli: Callable[..., Any]) -> No
 
 def test_the_front_is_shown(both: Path, cli: Callable[..., Any]) -> None:
     shown = cli("front", both)
-    assert shown.exit_code == 0
-    assert "kl.words" in shown.output
-    assert "kl.digits" in shown.output
+    assert shown.code == 0
+    assert "kl.words" in shown.out
+    assert "kl.digits" in shown.out
 
 
 def test_likelihood_is_an_objective_beside_the_loss(tiny_model: Path, text_folder: Path, tmp_path: Path) -> None:

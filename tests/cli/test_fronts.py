@@ -6,6 +6,7 @@ import csv
 import io
 import itertools
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,9 +15,12 @@ from typing import Any
 import pytest
 
 import allocator
+from allocator.core.budget import Budget
 from allocator.core.journal import Journal
 from allocator.core.plan import Plan
 from allocator.report import curves
+from allocator.search.baselines import uniform
+from allocator.search.sweep import budgets
 
 Cli = Callable[..., Any]
 SMALL = {
@@ -76,6 +80,25 @@ def test_the_front_is_non_dominated_complete_and_selected(swept: Path) -> None:
     assert len({point["kv_bytes"] for point in front["points"]}) >= 3
 
 
+def test_the_hypervolume_is_kept_against_a_stated_point(swept: Path) -> None:
+    kept, journal = json.loads((swept / "front.json").read_text())["hypervolume"], Journal.read(swept / "journal.jsonl")
+    space, begun = journal.space, journal.batches[0]
+    assert {outcome.request.allocation for outcome in begun} == {
+        uniform(space, budget) for budget in budgets(space, Budget(params=space.cost(space.dense)), ["params"], 3)
+    }
+    assert kept["reference"] == {
+        "kl": max(outcome.loss for outcome in begun),
+        **{cost: space.cost(space.dense, cost) for cost in OBJECTIVES},
+    }
+    assert kept["ideal"] == {"kl": 0.0, **{cost: space.cost(space.sparsest, cost) for cost in OBJECTIVES}}
+    assert len(kept["curve"]) == len(journal.batches)
+    counts, tokens, volumes = zip(*kept["curve"], strict=True)
+    search = json.loads((swept / "result.json").read_text())["search"]
+    assert (counts[-1], tokens[-1]) == (search["evaluations"], search["candidate_tokens"])
+    assert list(volumes) == sorted(volumes)
+    assert 0.0 < volumes[0] < volumes[-1] == kept["value"] < 1.0
+
+
 def test_the_plan_is_a_member_and_is_executed_beside_baselines_of_its_costs(swept: Path) -> None:
     plan, result = Plan.load(swept / "plan.json"), json.loads((swept / "result.json").read_text())
     journal = Journal.read(swept / "journal.jsonl")
@@ -93,6 +116,12 @@ def test_front_as_table_lines_and_picture(swept: Path, cli: Cli, here: Path) -> 
     assert answer.code == 0, answer.err
     assert "kv_bytes" in answer.out
     data = cli("front", swept, "--json").json
+    kept = data["hypervolume"]
+    assert re.search(
+        rf"hypervolume {kept['value']:.4f} after {kept['curve'][-1][0]} evaluations; reference point: "
+        rf"kl {kept['reference']['kl']:.4f}, params {kept['reference']['params']:,}, kv_bytes ",
+        answer.out,
+    )
     rows = list(csv.DictReader(io.StringIO(cli("front", swept, "--csv").out)))
     assert [int(row["index"]) for row in rows] == list(range(len(data["points"])))
     for row, point in zip(rows, data["points"], strict=True):

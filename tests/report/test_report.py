@@ -71,7 +71,9 @@ OUTCOMES = (
 )
 
 
-def write_journal(folder: Path, outcomes: Sequence[Outcome], space: SearchSpace, limit: int = LIMIT) -> Journal:
+def write_journal(
+    folder: Path, outcomes: Sequence[Outcome], space: SearchSpace, limit: int = LIMIT, objectives: Sequence[str] = ()
+) -> Journal:
     folder.mkdir(parents=True, exist_ok=True)
     header = {
         "identity": {"text": {"test": "sha256:" + "1" * 64}, "space": "sha256:" + "2" * 64},
@@ -79,6 +81,7 @@ def write_journal(folder: Path, outcomes: Sequence[Outcome], space: SearchSpace,
         "asked": "target 0.5",
         "method": "evolution",
         "seed": 3,
+        **({"objectives": list(objectives), "selection": 2 * HIGH} if objectives else {}),
         "tokens": [LOW, HIGH],
         "budget": {"params": limit},
         "space": space.to_json(),
@@ -225,7 +228,7 @@ def test_a_front_names_the_loss_of_its_run(tmp_path: Path, space: SearchSpace, l
     assert [point[loss] for point in front["points"]] == [0.25]
     assert re.search(rf"removed +.? *{heading}\b", shown(tables.front_table(front)))
     drawn = [
-        figures.front_figure(front, {}, curves.cloud(journal, "params")),
+        figures.front_figure(front, cloud=curves.cloud(journal)),
         figures.convergence_figure(curves.convergence(journal), {}, journal.loss),
     ]
     assert all(curves.LOSSES[loss] in figure.axes[0].get_ylabel() for figure in drawn)
@@ -277,7 +280,15 @@ def test_front_marks_and_spending(tmp_path: Path) -> None:
     assert [(point["params"], point["kl"]) for point in front["points"]] == [(980, 0.0), (380, 0.4), (360, 0.7)]
     named = curves.allocations(journal.space, result_of(structured(), NAMED)["units"])
     assert named == NAMED
-    assert curves.marks(journal, named, "params")["uniform"] == curves.Point(540, 0.8)
+    assert curves.marks(journal, named)["uniform"] == {"params": 540, "macs": 460, "kl": 0.8, "nll": 1.8}
+    assert [(point["params"], point["kl"]) for point in curves.cloud(journal)] == [
+        (540, 0.8),
+        (380, 0.6),
+        (980, 0.0),
+        (360, 0.7),
+        (380, 0.4),
+    ]
+    assert curves.starts(journal) == [], "a search of one budget begins with no front of uniform allocations"
     spending = {(line.split, line.tokens): line for line in curves.spending(journal)}
     assert spending["search", HIGH].evaluations == 5
     assert spending["selection", 2 * HIGH].candidate_tokens == pytest.approx(2000 * 300 / 900)
@@ -305,8 +316,9 @@ def test_what_training_changed(tmp_path: Path) -> None:
     assert line["rank_correlation"] == pytest.approx(1 - 6 * 54 / 210)
     assert line["rank_correlation_in_batch"] == pytest.approx(1.0)
     assert len(curves.comparable(journal)) == 6, "what was not trained is not compared with what was"
-    assert curves.marks(journal, {"uniform": UNIFORM, "searched": (0, 3, 0, 3)}, "params") == {
-        "searched": curves.Point(100 + 40 + 40 + 200, 0.5)
+    marks = curves.marks(journal, {"uniform": UNIFORM, "searched": (0, 3, 0, 3)})
+    assert {name: (mark["params"], mark["kl"]) for name, mark in marks.items()} == {
+        "searched": (100 + 40 + 40 + 200, 0.5)
     }
     assert [(line.training, line.evaluations) for line in curves.spending(journal)] == [(0, 1), (64, 6)]
     assert curves.training(Journal(tmp_path, header, {0: [outcome(UNIFORM, 0.9)]}, None)) == []
@@ -430,8 +442,84 @@ def test_sparsity_figure_takes_bars_or_a_heat_map() -> None:
 
 def test_front_figure_steps_where_the_budget_buys_more(tmp_path: Path) -> None:
     journal = write_journal(tmp_path, OUTCOMES, structured())
-    figure = figures.front_figure(curves.front(journal), {}, curves.cloud(journal, "params"))
+    figure = figures.front_figure(curves.front(journal), cloud=curves.cloud(journal))
     step = next(line for line in figure.axes[0].lines if line.get_label() == "front")
     assert step.get_drawstyle() == "steps-post"
     assert np.asarray(step.get_xdata()).tolist()[:3] == [360, 380, 980]
     assert np.asarray(step.get_ydata()).tolist() == [0.7, 0.4, 0.0, 0.0]
+
+
+@pytest.fixture
+def front_run(finished: Path) -> Path:
+    """The run, as a search of a front; members have 80 multiply-accumulates less than parameters."""
+    (finished / "journal.jsonl").unlink()
+    journal = write_journal(finished, OUTCOMES, structured(), 980, ["params", "macs"])
+    kept = {
+        "ideal": {"kl": 0.0, "params": 100, "macs": 20},
+        "reference": {"kl": 0.8, "params": 980, "macs": 900},
+        "value": 0.25,
+        "curve": [[1, 511, 0.0], [2, 844, 0.125], [7, 3000, 0.25]],
+    }
+    (finished / "front.json").write_text(json.dumps({**curves.front(journal), "hypervolume": kept}))
+    return finished
+
+
+def test_page_of_a_front(front_run: Path) -> None:
+    page = write_report(front_run).read_text()
+    assert_self_contained(page)
+    text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page))
+    assert "index parameters macs removed KL selection 0 980 900 0.00% 0.0000 —" in text
+    chosen = re.search(r'<tr class="chosen"><td class="n">1</td>.*', page)
+    assert chosen
+    assert re.findall(r">([^<]+)</td>", chosen[0]) == ["1", "380", "300", "68.18%", "0.4000", "0.2000"]
+    assert "the reference point (kl 0.8000, params 980, macs 900): 0.2500 of it" in text
+    assert "allocator plan . --index INDEX --out other.json" in text
+    assert "Convergence" not in text, "the least loss within the budget is that of the densest member"
+    drawn = {path.stem for path in (front_run / "figures").iterdir()}
+    assert drawn == {"front", "hypervolume", "sparsity"}
+    (front_run / "front.json").write_text("{}")
+    with pytest.raises(UserError, match=r"front\.json: not the front of a run"):
+        write_report(front_run)
+
+
+def test_front_figure_has_a_panel_for_each_cost(front_run: Path) -> None:
+    journal, front = Journal.read(front_run / "journal.jsonl"), curves.read_front(front_run / "front.json")
+    marks, starts = curves.marks(journal, NAMED), curves.starts(journal)
+    assert [(start["params"], start["kl"]) for start in starts] == [(540, 0.8)], "the first batch"
+    figure = figures.front_figure(front, marks, curves.cloud(journal), starts, {"params": 500})
+    assert [axes.get_xlabel() for axes in figure.axes] == [
+        "parameters of the whole model",
+        "multiply-accumulates of matrices per token",
+    ]
+
+    def drawn(axes: Any, label: str) -> list[list[tuple[float, float]]]:
+        lines = [line for line in axes.lines if line.get_label() == label]
+        return [list(zip(line.get_xdata(), line.get_ydata(), strict=True)) for line in lines]
+
+    params, macs = figure.axes
+    assert drawn(params, "measured again") == [[(380, 0.4)]]
+    assert drawn(macs, "measured again") == [[(300, 0.4)]]
+    assert drawn(macs, "searched") == [[(300, 0.4)]]
+    assert drawn(macs, "uniform") == [[(460, 0.8)]] * 2
+    assert len(drawn(params, "budget")) == 1
+    assert drawn(macs, "budget") == []
+    assert len(figure.legends[0].get_texts()) == 6
+
+
+def test_hypervolume_figure_and_line(front_run: Path) -> None:
+    kept = curves.read_front(front_run / "front.json")["hypervolume"]
+    assert tables.hypervolume(kept) == (
+        "hypervolume 0.2500 after 7 evaluations; reference point: kl 0.8000, params 980, macs 900"
+    )
+    axes = figures.hypervolume_figure(kept["curve"]).axes[0]
+    assert np.asarray(axes.lines[0].get_xdata()).tolist() == [1, 2, 7]
+    assert np.asarray(axes.lines[0].get_ydata()).tolist() == [0.0, 0.125, 0.25]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("evaluations", "hypervolume of the front")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [("params", 1_234_567, "1,234,567"), ("latency_ms", 12.34567, "12.346"), ("nll", 2.0, "2.0000")],
+)
+def test_figures_are_shown_in_their_units(name: str, value: float, text: str) -> None:
+    assert tables.figure(name, value) == text

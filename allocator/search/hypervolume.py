@@ -1,0 +1,108 @@
+"""The hypervolume of a front as its search goes, against a reference point that the search began with.
+
+It is the share of the box between two points that the front dominates. The ideal point has the costs of the sparsest
+model, and 0 for what is measured. The reference point has the costs of the dense model, and what is measured of the
+worst of the uniform allocations with which every search of a front begins, the journal's first batch. An outcome that
+is beyond the reference point in any figure adds nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import fsum
+from typing import Any
+
+import numpy as np
+from pymoo.indicators.hv import HV
+
+from allocator.core.costs import scaled
+from allocator.core.effort import candidate_tokens
+from allocator.core.front import figure, pareto_front
+from allocator.core.journal import Journal
+from allocator.core.protocols import Outcome, Request
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What a batch led to; ``size`` is that of the batch, and the rest is since the journal began."""
+
+    size: int
+    evaluations: int
+    tokens: float
+    front: list[Outcome]
+    volume: float
+
+
+_BEGUN = _Step(0, 0, 0.0, [], 0.0)
+
+
+class Hypervolume:
+    """The hypervolume of what a journal holds, batch by batch; each batch is looked at once.
+
+    Args:
+        journal: Of a search of a front. It may grow.
+        objectives: What is minimised: costs, and names of what is measured.
+        tokens: The fidelity of which outcomes make up the front.
+    """
+
+    def __init__(self, journal: Journal, objectives: Sequence[str], tokens: int) -> None:
+        self._journal, self._objectives, self._tokens = journal, objectives, tokens
+        self._steps: list[_Step] = []
+
+    def curve(self) -> list[tuple[int, int, float]]:
+        """Return, after every batch, evaluations and candidate-tokens since the journal began, and the hypervolume."""
+        batches = self._journal.batches
+        if self._steps and self._steps[-1].size < len(batches[len(self._steps) - 1]):  # a kill had cut it short
+            self._steps.pop()
+        for batch in batches[len(self._steps) :]:
+            self._steps.append(self._after(self._steps[-1] if self._steps else _BEGUN, batch))
+        return [(step.evaluations, round(step.tokens), step.volume) for step in self._steps]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what ``front.json`` says: both points, by objective and in its unit; the hypervolume, and its curve.
+
+        At least one batch has been measured.
+        """
+        space, curve = self._journal.space, self.curve()
+        ideal, reference = (
+            {
+                name: scaled(name, int(value)) if name in space.fixed else float(value)
+                for name, value in zip(self._objectives, point, strict=True)
+            }
+            for point in self._box()
+        )
+        return {"ideal": ideal, "reference": reference, "value": curve[-1][-1], "curve": curve}
+
+    def _box(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ideal and the reference point, [objectives] each."""
+        space, begun = self._journal.space, self._journal.batches[0]
+        points = [
+            (space.cost(space.sparsest, name), space.cost(space.dense, name))
+            if name in space.fixed
+            else (0.0, max(outcome.measured[name] for outcome in begun))
+            for name in self._objectives
+        ]
+        ideal, reference = np.array(points, dtype=float).T
+        return ideal, reference
+
+    def _after(self, before: _Step, batch: Sequence[Outcome]) -> _Step:
+        space, requests = self._journal.space, [outcome.request for outcome in batch]
+        new = [outcome for outcome in batch if outcome.request == Request(outcome.request.allocation, self._tokens)]
+        front = pareto_front(space, [*before.front, *new], self._objectives)
+        return _Step(
+            size=len(batch),
+            evaluations=before.evaluations + len(batch),
+            tokens=before.tokens + fsum(candidate_tokens(space, requests)),
+            front=front,
+            volume=before.volume if front == before.front else self._volume(front),
+        )
+
+    def _volume(self, front: Sequence[Outcome]) -> float:
+        """Return the share of the box that a front dominates, to six digits; 0 for a box that is flat."""
+        ideal, reference = self._box()
+        extent = reference - ideal
+        if not extent.all():
+            return 0.0
+        figures = [[figure(self._journal.space, outcome, name) for name in self._objectives] for outcome in front]
+        return round(float(HV(ref_point=np.ones(len(extent)))((np.array(figures) - ideal) / extent)), 6)
