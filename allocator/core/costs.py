@@ -46,7 +46,8 @@ _SUFFIXES = {
     **{f"{suffix}B": 10 ** (3 * power) for power, suffix in enumerate("KMGT", start=1)},
     **{f"{suffix}iB": 2 ** (10 * power) for power, suffix in enumerate("KMGT", start=1)},
 }
-_SHAPE = re.compile(r"\s*([a-z_]+(?:\.[A-Za-z0-9_-]+)?)\s*<=\s*([0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)\s*")
+_NAME, _AMOUNT = r"[a-z_]+(?:\.[A-Za-z0-9_-]+)?", r"[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?"
+_SHAPE = re.compile(rf"\s*({_NAME})\s*<=\s*({_AMOUNT})\s*([A-Za-z]*)\s*")
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,11 @@ the longest ladder; a level that may not be taken has the value inf. A room is w
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import fsum
 from typing import Any, TypeAlias
 
@@ -110,13 +115,14 @@ def _mixed_integer(values_ul: Floats, costs_kul: Ints, rooms_k: Ints, gap: float
     value_x = values_ul.flat[column_x]
     scale = gap if np.isfinite(gap) else max(float(np.ptp(value_x)), np.finfo(float).tiny)
     while True:
-        solved = milp(
-            value_x / scale,  # tolerances of the solver are absolute
-            integrality=1,
-            bounds=Bounds(0, 1),
-            constraints=[LinearConstraint(choice_ux, 1, 1), LinearConstraint(rows_kx, -np.inf, limit_k)],
-            options={"mip_rel_gap": 0.0, "node_limit": MAX_NODES},
-        )
+        with _mute():
+            solved = milp(
+                value_x / scale,  # tolerances of the solver are absolute
+                integrality=1,
+                bounds=Bounds(0, 1),
+                constraints=[LinearConstraint(choice_ux, 1, 1), LinearConstraint(rows_kx, -np.inf, limit_k)],
+                options={"mip_rel_gap": 0.0, "node_limit": MAX_NODES},
+            )
         if solved.x is None:
             return None
         weight_ul = np.zeros(values_ul.shape)
@@ -126,6 +132,23 @@ def _mixed_integer(values_ul: Floats, costs_kul: Ints, rooms_k: Ints, gap: float
         if (over_k <= 0).all():
             return levels_u
         limit_k = limit_k - np.maximum(-(-over_k // step_k), 0)  # the solver's tolerance let it through
+
+
+@contextmanager
+def _mute() -> Iterator[None]:
+    """Keep what C writes off standard output, where a command's answer goes: HiGHS leaves lines there now and then."""
+    flush = ctypes.CDLL(None).fflush
+    sys.stdout.flush()
+    flush(None)
+    kept = os.dup(1)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        flush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _program(values_ul: Floats, costs_kul: Ints, rooms_k: Ints) -> tuple[Ints, Any, Ints, Ints, Ints]:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from allocator.core.budget import Budget, denser_moves, fits
 from allocator.core.errors import UserError
+from allocator.core.space import SearchSpace, Unit
 from allocator.search import knapsack as module
 from allocator.search import lagrange
 from allocator.search.knapsack import additive_front, knapsack, knapsack_multi, knapsack_nearby
@@ -250,3 +251,22 @@ def test_a_limit_out_of_reach_names_the_range(make_space):
         knapsack_multi(space, {"params": 130, "macs": 144}, table)
     with pytest.raises(UserError, match=space.units[1].name):
         knapsack(space, Budget(params=170), [[0.0, 1.0, 2.0], [math.inf, math.inf]])
+
+
+def test_nothing_but_answers_goes_to_standard_output(capfd):
+    """The solver would write a line of its own now and then: about once in thirty of these."""
+    rng = np.random.default_rng(0)
+    for _ in range(150):
+        costs = rng.integers(100, 4000, size=(2, 16, 8)).cumsum(axis=-1)[..., ::-1].tolist()
+        units = tuple(
+            Unit(f"u{u}", "channels", "mlp", u, 7, tuple(range(7, -1, -1)), tuple(costs[0][u]), tuple(costs[1][u]))
+            for u in range(16)
+        )
+        space = SearchSpace("structured", units, {"params": 0, "macs": 0})
+        table = [[0.0, *np.cumsum(rng.random(7) ** 3).tolist()] for _ in units]
+        limits = {}
+        for cost in ("params", "macs"):
+            least = space.cost(space.sparsest, cost)
+            limits[cost] = int(least + rng.uniform(0.1, 0.9) * (space.cost(space.dense, cost) - least))
+        knapsack_multi(space, limits, table)
+    assert capfd.readouterr().out == ""
