@@ -12,7 +12,7 @@ from allocator.alignment import alignment
 from allocator.comparison import comparison_config, run_comparison
 from allocator.config import RunConfig, load_config, search_assignments
 from allocator.core.budget import Budget, budget_for
-from allocator.core.costs import Bound, shown
+from allocator.core.costs import Bound, scaled, shown
 from allocator.core.errors import UserError, did_you_mean
 from allocator.core.files import check_file, check_place, fingerprint
 from allocator.core.front import figure, pareto_front
@@ -177,7 +177,7 @@ def inspect(config: RunConfig) -> tuple[SearchSpace, dict[str, Any]]:
         "params": {"dense": space.cost(space.dense), "in_units": space.unit_params, "fixed": space.fixed["params"]},
         "macs_per_token": {"dense": space.cost(space.dense, "macs"), "fixed": space.fixed["macs"]},
         "asked": config.asked,
-        "budget": dict(budget.limits),
+        "budget": {cost: scaled(cost, limit) for cost, limit in budget.limits.items()},
         "uniform": {"params": space.cost(even), "sparsity": round(space.sparsity(even), 6)},
         "units": space.to_json()["units"],
     }

@@ -12,6 +12,7 @@ from typing import Any
 
 from allocator.config import RunConfig, load_config
 from allocator.core.budget import fits
+from allocator.core.costs import scaled
 from allocator.core.errors import UserError, did_you_mean
 from allocator.core.files import fingerprint, read_json, write_json
 from allocator.core.plan import Plan
@@ -146,12 +147,12 @@ class _Table:
     def __init__(self, job: Job, folder: Path) -> None:
         self._job, self._folder, self._path = job, folder, folder / "compare.json"
         self.data: dict[str, Any] = {
-            "schema": 2,
+            "schema": 3,
             "kind": "allocator.comparison",
             "model": job.model_id,
             "pattern": job.space.pattern,
             "asked": job.config.asked,
-            "budget": dict(job.budget.limits),
+            "budget": {cost: scaled(cost, limit) for cost, limit in job.budget.limits.items()},
             "pruner": job.pruner_id,
             "measured": {},
             "allocations": {},

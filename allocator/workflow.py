@@ -358,7 +358,7 @@ def _summary(
         for index, unit in enumerate(space.units)
     ]
     return {
-        "schema": 2,
+        "schema": 3,
         "kind": "allocator.result",
         "model": dict(plan.model),
         "pattern": space.pattern,

@@ -115,6 +115,11 @@ def known(space: SearchSpace) -> list[Cost]:
     return [cost for cost in COSTS if cost in space.fixed]
 
 
+def counted(cost: Cost, value: float) -> int:
+    """Return the integer that was written as :func:`scaled` writes it."""
+    return round(value * COSTS[cost].scale)
+
+
 def costs_of(space: SearchSpace, allocation: Allocation) -> dict[Cost, float]:
     """Return every cost of the whole model that is known, as it is written and shown: times in milliseconds."""
     return {cost: scaled(cost, space.cost(allocation, cost)) for cost in known(space)}

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from allocator.core.budget import Budget
-from allocator.core.costs import known
+from allocator.core.costs import COSTS, counted, known, scaled
 from allocator.core.errors import UserError
 from allocator.core.files import read_json, write_json
 from allocator.core.space import Allocation, SearchSpace
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 @cache
@@ -62,7 +62,10 @@ class Plan:
                 "sparsity": round(unit.sparsity(level), 6),
                 "kept": unit.kept[level],
                 "total": unit.total,
-                "ladder": {"kept": list(unit.kept), **{cost: list(unit.costs(cost)) for cost in known(space)}},
+                "ladder": {
+                    "kept": list(unit.kept),
+                    **{cost: [scaled(cost, each) for each in unit.costs(cost)] for cost in known(space)},
+                },
             }
             for unit, level in zip(space.units, allocation, strict=True)
         }
@@ -72,14 +75,14 @@ class Plan:
             "model": dict(self.model),
             "pattern": space.pattern,
             "budget": {
-                cost: {"limit": limit, "achieved": space.cost(allocation, cost)}
+                cost: {"limit": scaled(cost, limit), "achieved": scaled(cost, space.cost(allocation, cost))}
                 for cost, limit in self.budget.limits.items()
             },
             "costs": {
                 cost: {
-                    "achieved": space.cost(allocation, cost),
-                    "dense": space.cost(space.dense, cost),
-                    "fixed": space.fixed[cost],
+                    "achieved": scaled(cost, space.cost(allocation, cost)),
+                    "dense": scaled(cost, space.cost(space.dense, cost)),
+                    "fixed": scaled(cost, space.fixed[cost]),
                 }
                 for cost in known(space)
             },
@@ -123,11 +126,13 @@ class Plan:
                 raise UserError(f"{path}: unit {name!r}: its ladder does not take the same from every {group} items")
             if level >= len(kept) or kept[level] != unit["kept"]:
                 raise UserError(f"{path}: unit {name!r}: level {level} does not keep {unit['kept']} items")
+        if unknown := data["costs"].keys() - COSTS.keys():
+            raise UserError(f"{path}: costs that are not known: {', '.join(sorted(unknown))}. Restore it")
         if unknown := data["budget"].keys() - data["costs"].keys():
             raise UserError(f"{path}: its budget is on {', '.join(sorted(unknown))}, which its units say nothing of")
         plan = cls._from_json(data)
         for cost, figures in data["budget"].items():
-            achieved = plan.space.cost(plan.allocation, cost)
+            achieved = scaled(cost, plan.space.cost(plan.allocation, cost))
             if achieved != figures["achieved"] or achieved > figures["limit"]:
                 raise UserError(
                     f"{path}: the units cost {achieved} {cost}, and the plan says {figures['achieved']} within a limit "
@@ -143,13 +148,17 @@ class Plan:
 
     @classmethod
     def _from_json(cls, data: Mapping[str, Any]) -> Plan:
-        fixed = {cost: figures["fixed"] for cost, figures in data["costs"].items()}
+        fixed = {cost: counted(cost, figures["fixed"]) for cost, figures in data["costs"].items()}
         units = [
             {
                 "name": name,
                 **{key: unit[key] for key in ("kind", "part", "block", "group", "total")},
                 **{key: unit["ladder"][key] for key in ("kept", "params", "macs")},
-                "others": {cost: unit["ladder"][cost] for cost in fixed if cost not in ("params", "macs")},
+                "others": {
+                    cost: [counted(cost, each) for each in unit["ladder"][cost]]
+                    for cost in fixed
+                    if cost not in ("params", "macs")
+                },
             }
             for name, unit in data["units"].items()
         ]
@@ -157,7 +166,7 @@ class Plan:
             model=data["model"],
             space=SearchSpace.from_json({"pattern": data["pattern"], "units": units, "fixed": fixed}),
             allocation=tuple(unit["level"] for unit in data["units"].values()),
-            budget=Budget(**{cost: figures["limit"] for cost, figures in data["budget"].items()}),
+            budget=Budget(**{cost: counted(cost, figures["limit"]) for cost, figures in data["budget"].items()}),
             pruner=data["pruner"],
             measured=data["measured"],
             provenance=data["provenance"],

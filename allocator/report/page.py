@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from allocator.core.costs import COSTS, shown
+from allocator.core.costs import COSTS
 from allocator.core.errors import UserError
 from allocator.core.files import read_json, write_atomic
 from allocator.core.journal import Journal
@@ -75,7 +75,7 @@ def write_report(folder: Path) -> Path:
         keep_trailing_newline=True,
     )
     environment.filters.update(count=tables.count, number=tables.number, share=tables.share, change=tables.change)
-    environment.filters.update(cost=lambda value, name: shown(name, value), label=lambda name: COSTS[name].label)
+    environment.filters.update(figure=tables.figure, label=lambda name: COSTS[name].label)
     template = (resources.files("allocator.report") / "page.html.j2").read_text(encoding="utf-8")
     page = environment.from_string(template).render(
         run=folder.resolve().name,
@@ -112,7 +112,7 @@ def _result(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     result: dict[str, Any] = read_json(path, "result")
-    if (result.get("kind"), result.get("schema")) != ("allocator.result", 2):
+    if (result.get("kind"), result.get("schema")) != ("allocator.result", 3):
         raise UserError(f"{path}: not the result of a run of this version. Restore it, or run the search again")
     return result
 

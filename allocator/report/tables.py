@@ -252,9 +252,9 @@ def latency_table(table: LatencyTable) -> Table:
     return made
 
 
-def bounds(limits: Mapping[Cost, int]) -> str:
-    """Return a budget in words."""
-    return " and ".join(f"{cost} <= {shown(cost, limit)}" for cost, limit in limits.items())
+def bounds(limits: Mapping[Cost, float]) -> str:
+    """Return a budget, as it is written, in words."""
+    return " and ".join(f"{cost} <= {figure(cost, limit)}" for cost, limit in limits.items())
 
 
 def comparison_table(data: Mapping[str, Any]) -> Table:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from allocator.core.budget import Budget, budget_for, repair
 from allocator.core.errors import UserError
 from allocator.core.plan import Plan, json_schema
+from allocator.core.space import SearchSpace, Unit
 
 HASH = "sha256:" + "0a" * 32
 
@@ -34,6 +35,20 @@ def plan(space):
 def path(plan, tmp_path):
     plan.save(tmp_path / "plan.json")
     return tmp_path / "plan.json"
+
+
+@given(st.lists(st.integers(0, 10**15), min_size=2, max_size=6, unique=True).map(lambda ns: sorted(ns, reverse=True)))
+def test_times_are_written_in_milliseconds_and_read_to_the_nanosecond(tmp_path_factory, times):
+    ladder = tuple(range(len(times) - 1, -1, -1))
+    unit = Unit("u", "channels", "mlp", 0, len(times) - 1, ladder, ladder, ladder, others={"latency_ms": tuple(times)})
+    space = SearchSpace("structured", (unit,), {"params": 1, "macs": 1, "latency_ms": 7})
+    plan = _plan(space, (1,), Budget(latency_ms=times[1] + 8))
+    path = tmp_path_factory.mktemp("plan") / "plan.json"
+    plan.save(path)
+    assert json.loads(path.read_text())["budget"]["latency_ms"]["limit"] == pytest.approx((times[1] + 8) / 1e6)
+    again = Plan.load(path)
+    assert again.space.cost((0,), "latency_ms") == times[0] + 7
+    assert again.budget == plan.budget
 
 
 @given(data=st.data())
@@ -168,7 +183,7 @@ def test_a_plan_against_the_schema_is_refused_where_it_is_wrong(path, edit, wher
     data = json.loads(path.read_text())
     edit(data)
     path.write_text(json.dumps(data))
-    with pytest.raises(UserError, match=f"not a plan of schema 2.*{where}"):
+    with pytest.raises(UserError, match=f"not a plan of schema 3.*{where}"):
         Plan.load(path)
 
 

@@ -120,7 +120,7 @@ def result_of(space: SearchSpace, named: Mapping[str, Allocation]) -> dict[str, 
         for index, unit in enumerate(space.units)
     ]
     return {
-        "schema": 2,
+        "schema": 3,
         "kind": "allocator.result",
         "model": MODEL,
         "pattern": space.pattern,
