@@ -15,7 +15,7 @@ from allocator.core.costs import COSTS, Bound
 from allocator.core.errors import UserError, did_you_mean
 from allocator.model.family import Attention
 from allocator.model.headers import PACKAGED
-from allocator.search.decide import SearchSettings
+from allocator.search.decide import SearchSettings, best_for
 from allocator.search.presets import PRESETS, preset
 
 DomainName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")]
@@ -375,16 +375,16 @@ def _publish(data: dict[str, Any]) -> None:
 
 
 def _refine(data: dict[str, Any]) -> None:
-    """Have ``auto`` do what it is best at.
+    """Have ``auto`` be what serves best: for a front another method, and for one budget two rounds where it may.
 
-    Where it may choose ladders and nothing is said, it searches twice, the second time on finer ones. Of fronts it
-    leaves those of several losses to NSGA-II.
+    It may where nothing is said of rounds or ladders: the second round is on finer ones.
     """
     search, ladder, objectives = data.setdefault("search", {}), data.get("ladder") or {}, data.get("objectives") or ()
     if not isinstance(search, dict) or not isinstance(ladder, dict) or search.get("method", "auto") != "auto":
         return
     if objectives:
-        search.update({} if set(objectives) <= set(COSTS) else {"method": "nsga2"})
+        costs = sum(name in COSTS for name in objectives)
+        search["method"] = best_for(costs, len(objectives) - costs)
     elif data.get("pattern") != "n:m" and ladder.get("sparsities") is None:
         search.setdefault("rounds", 2)
 

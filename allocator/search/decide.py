@@ -46,13 +46,10 @@ Method = Literal[
     "thompson",
 ]
 
-FRONTS = ("auto", "sweep", "nsga2", "nsga3", "emo_pms")
-"""Methods that serve objectives beside the loss; ``auto`` is then ``sweep``."""
+FRONTS = ("sweep", "nsga2", "nsga3", "emo_pms")
+"""Methods that serve objectives beside the loss, and nothing else."""
 
-ONLY_FRONTS = FRONTS[1:]
-"""Those of them that serve nothing else."""
-
-ONE_LOSS = ("auto", "sweep", "emo_pms")
+ONE_LOSS = ("sweep", "emo_pms")
 """Those that serve no other measurement than the loss."""
 
 Own: TypeAlias = EvolutionSettings | NsgaSettings | EmoPmsSettings | TpeSettings | GpSettings | ThompsonSettings
@@ -66,8 +63,9 @@ class SearchSettings:
     """Which method searches, how much it may spend, and the settings of each method.
 
     Attributes:
-        method: Which method searches. ``auto`` is the trust-region knapsack followed by guided evolution. ``evopress``,
-            ``darwinlm`` and ``tyr`` are evolution with published numbers.
+        method: Which method searches. ``auto`` is the trust-region knapsack followed by guided evolution, and for a
+            front what :func:`best_for` says. ``evopress``, ``darwinlm`` and ``tyr`` are evolution with published
+            numbers.
         tokens: Fidelities of ``auto``, ``trust_region`` and ``guided``, increasing: the first is for profiles.
         budget: What the search may spend, such as ``300 evaluations``, ``2e6 tokens`` or ``20 minutes``; None for
             what its own settings ask for. Baselines and selection come on top.
@@ -116,7 +114,7 @@ class SearchSettings:
         objectives = costs + measured
         if objectives and self.method not in FRONTS:
             raise UserError(f"objectives: {self.method} serves the loss alone. Use --method {' or '.join(FRONTS)}")
-        if not objectives and self.method in ONLY_FRONTS:
+        if not objectives and self.method in FRONTS:
             raise UserError(
                 f"search.method: {self.method} finds a front, and no cost is an objective. Name one, such as "
                 "--objective params, or use another method"
@@ -192,6 +190,13 @@ class SearchSettings:
         if isinstance(self.own, EmoPmsSettings):
             return 3 + self.own.rounds * (3 + self.own.generations)
         return 2 + -(-self.own.trials // self.own.batch)
+
+
+def best_for(costs: int, measured: int) -> Method:
+    """Return what ``auto`` is, for so many costs and so many measurements beside the loss as objectives."""
+    if measured:
+        return "nsga2"
+    return ("auto", "sweep", "emo_pms")[min(costs, 2)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import allocator
+from allocator.config import load_config
 from allocator.core.budget import Budget
 from allocator.core.journal import Journal
 from allocator.core.plan import Plan
@@ -37,6 +38,12 @@ SMALL = {
     "search.nsga.population": 8,
     "search.nsga.profile": 64,
     "search.nsga.tokens": 128,
+    "search.emo_pms.rounds": 2,
+    "search.emo_pms.generations": 2,
+    "search.emo_pms.population": 6,
+    "search.emo_pms.schemes": 4,
+    "search.emo_pms.profile": 64,
+    "search.emo_pms.tokens": 128,
 }
 OBJECTIVES = ["params", "kv_bytes"]
 
@@ -50,7 +57,7 @@ def _search(model: Path, text: Path, runs: Path, name: str, **more: Any) -> Path
 @pytest.fixture(scope="module")
 def swept(tiny_model: Path, text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished search of a front. Read only."""
-    return _search(tiny_model, text_folder, tmp_path_factory.mktemp("fronts"), "swept")
+    return _search(tiny_model, text_folder, tmp_path_factory.mktemp("fronts"), "swept", method="sweep")
 
 
 @pytest.fixture
@@ -165,11 +172,11 @@ def test_other_methods_find_fronts(method: str, tiny_model: Path, text_folder: P
     assert plan.space.cost(plan.allocation) <= plan.space.limit_for(0.3)
 
 
-@pytest.mark.parametrize("method", ["auto", "nsga2"])
+@pytest.mark.parametrize("method", ["sweep", "auto", "nsga2"])
 def test_killed_and_resumed_to_the_same_front(
     method: str, swept: Path, tiny_model: Path, text_folder: Path, tmp_path: Path
 ) -> None:
-    whole = swept if method == "auto" else _search(tiny_model, text_folder, tmp_path, "whole", method=method)
+    whole = swept if method == "sweep" else _search(tiny_model, text_folder, tmp_path, "whole", method=method)
     lines = (whole / "journal.jsonl").read_bytes().splitlines(keepends=True)
     for kept in (2, len(lines) // 2, len(lines) - 1):
         folder = tmp_path / f"cut{kept}"
@@ -185,7 +192,7 @@ def test_killed_and_resumed_to_the_same_front(
 
 def test_methods_of_one_objective_refuse_several(refused: Callable[..., str], tiny_model: Path) -> None:
     flags = ["search", "--model", tiny_model]
-    assert "thompson serves the loss alone. Use --method auto or sweep" in refused(
+    assert "thompson serves the loss alone. Use --method sweep or nsga2" in refused(
         *flags, "--objective", "params", "--method", "thompson"
     )
     assert "nsga2 finds a front, and no cost is an objective" in refused(*flags, "--method", "nsga2")
@@ -194,3 +201,12 @@ def test_methods_of_one_objective_refuse_several(refused: Callable[..., str], ti
         *flags, "--objective", "params", "--set", "search.rounds=2"
     )
     assert "latency_ms: not known without a latency table" in refused(*flags, "--objective", "latency_ms")
+
+
+@pytest.mark.parametrize(
+    ("objectives", "method"),
+    [(["params"], "sweep"), (["params", "kv_bytes"], "emo_pms"), (["params", "nll"], "nsga2"), ([], "auto")],
+)
+def test_auto_is_what_serves_best(objectives: list[str], method: str) -> None:
+    assert load_config(None, {"objectives": objectives}).search.method == method
+    assert load_config(None, {"objectives": ["params"]}, ["search.method=nsga3"]).search.method == "nsga3"

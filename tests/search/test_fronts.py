@@ -31,7 +31,7 @@ NSGA = NsgaSettings(generations=5, population=8, profile=64, tokens=128)
 EMO = EmoPmsSettings(groups=3, rounds=2, generations=3, population=6, schemes=8, profile=64, tokens=128)
 METHODS = {
     "sweep": SearchSettings("sweep", tokens=(64, 128), sweep=SweepSettings(points=4, entrants=4)),
-    "sweep, twice": SearchSettings("auto", tokens=(32, 64, 128), sweep=SweepSettings(points=3, entrants=3, passes=2)),
+    "sweep, twice": SearchSettings("sweep", tokens=(32, 64, 128), sweep=SweepSettings(points=3, entrants=3, passes=2)),
     "nsga2": SearchSettings("nsga2", nsga=NSGA),
     "nsga3": SearchSettings("nsga3", nsga=NSGA),
     "emo_pms": SearchSettings("emo_pms", emo_pms=EMO),

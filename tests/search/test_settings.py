@@ -20,16 +20,20 @@ def test_nsga(wrong):
 
 
 def test_methods_serve_a_front_or_the_loss_alone():
-    for method in ("auto", "sweep", "nsga2", "nsga3"):
-        SearchSettings(method).serve(2)
+    for method in ("sweep", "nsga2", "nsga3", "emo_pms"):
+        SearchSettings(method).serve(2, 0)
+    for method in ("nsga2", "nsga3"):
+        SearchSettings(method).serve(0, 2)
     for method in ("auto", "evolution", "tpe"):
-        SearchSettings(method).serve(0)
-    with pytest.raises(UserError, match=r"gp serves the loss alone. Use --method auto or sweep or nsga2 or nsga3"):
-        SearchSettings("gp").serve(1)
+        SearchSettings(method).serve(0, 0)
+    with pytest.raises(UserError, match=r"gp serves the loss alone. Use --method sweep or nsga2 or nsga3 or emo_pms"):
+        SearchSettings("gp").serve(1, 0)
     with pytest.raises(UserError, match=r"nsga3 finds a front, and no cost is an objective"):
-        SearchSettings("nsga3").serve(0)
+        SearchSettings("nsga3").serve(0, 0)
+    with pytest.raises(UserError, match=r"emo_pms serves one loss beside costs. Use --method nsga2"):
+        SearchSettings("emo_pms").serve(1, 1)
     with pytest.raises(UserError, match=r"search\.rounds: a front is searched in one round"):
-        SearchSettings(rounds=2).serve(1)
+        SearchSettings("sweep", rounds=2).serve(1, 0)
 
 
 @pytest.mark.parametrize("wrong", [{"trials": 0}, {"batch": 0}, {"tokens": 0}])
