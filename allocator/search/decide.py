@@ -46,10 +46,10 @@ Method = Literal[
     "thompson",
 ]
 
-FRONTS = ("auto", "sweep", "nsga2", "nsga3", "emo_pms")
+FRONTS = ("auto", "sweep", "nsga2", "nsga3", "emo_pms", "tpe", "gp")
 """Methods that serve objectives beside the loss; ``auto`` is then ``sweep``."""
 
-ONLY_FRONTS = FRONTS[1:]
+ONLY_FRONTS = ("sweep", "nsga2", "nsga3", "emo_pms")
 """Those of them that serve nothing else."""
 
 ONE_LOSS = ("auto", "sweep", "emo_pms")
@@ -122,7 +122,8 @@ class SearchSettings:
                 "--objective params, or use another method"
             )
         if self.method in ONE_LOSS and measured:
-            raise UserError(f"objectives: {self.method} serves one loss beside costs. Use --method nsga2")
+            several = " or ".join(method for method in FRONTS if method not in ONE_LOSS)
+            raise UserError(f"objectives: {self.method} serves one loss beside costs. Use --method {several}")
         if self.method == "nsga3" and self.nsga.population < 2 * (1 + objectives):
             raise UserError(
                 f"search.nsga.population: {1 + objectives} objectives take at least {2 * (1 + objectives)} members, "
@@ -234,7 +235,7 @@ def make_searcher(
     if isinstance(own, ThompsonSettings):
         return Thompson(space, budget, start, own, seed)
     assert isinstance(own, TpeSettings | GpSettings), "fronts are searched by allocator.search.fronts"
-    return Bayesian(space, budget, start, own, seed)
+    return Bayesian(space, budget, (), start, own, seed)
 
 
 def decide(
