@@ -26,6 +26,7 @@ from allocator.core.effort import Limit
 from allocator.core.journal import Journal
 from allocator.core.protocols import Request
 from allocator.search.baselines import uniform
+from allocator.search.bayesian import GpSettings, TpeSettings
 from allocator.search.decide import SearchSettings
 from allocator.search.emo_pms import EmoPmsSettings
 from allocator.search.fronts import make_front_searcher
@@ -41,12 +42,23 @@ TEXT = 4096
 """Tokens of the search split on which every method knows an allocation in full."""
 
 SETS = {"params": ("params",), "latency": ("latency_ms",), "latency and cache": ("latency_ms", "kv_bytes")}
-_NSGA = NsgaSettings(generations=40, population=24, profile=512, tokens=TEXT)
-_EMO = EmoPmsSettings(profile=1024, tokens=TEXT)
-_BASE = SearchSettings(tokens=(512, 1024, TEXT), nsga=_NSGA, emo_pms=_EMO)
-METHODS = {name: replace(_BASE, method=name) for name in ("sweep", "nsga2", "nsga3", "emo_pms")}  # type: ignore[arg-type]
+_BASE = SearchSettings(
+    tokens=(512, 1024, TEXT),
+    nsga=NsgaSettings(generations=40, population=24, profile=512, tokens=TEXT),
+    emo_pms=EmoPmsSettings(profile=1024, tokens=TEXT),
+    tpe=TpeSettings(trials=200, tokens=TEXT),
+    gp=GpSettings(trials=120, tokens=TEXT),
+)
+_COLOURS = {
+    "sweep": "#0072b2",
+    "nsga2": "#d55e00",
+    "nsga3": "#e69f00",
+    "emo_pms": "#009e73",
+    "tpe": "#cc79a7",
+    "gp": "#56b4e9",
+}
+METHODS = {name: replace(_BASE, method=name) for name in _COLOURS}  # type: ignore[arg-type]
 CELLS = [f"{objectives}.{method}.{seed}" for objectives in SETS for method in METHODS for seed in range(3)]
-_COLOURS = {"sweep": "#0072b2", "nsga2": "#d55e00", "nsga3": "#e69f00", "emo_pms": "#009e73"}
 
 
 def run_cell(cell: str, work: Path) -> str:

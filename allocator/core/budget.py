@@ -77,6 +77,15 @@ def fits(space: SearchSpace, allocation: Sequence[int], budget: Budget) -> bool:
     return all(space.cost(allocation, cost) <= limit for cost, limit in budget.limits.items())
 
 
+def spans(space: SearchSpace, budget: Budget, costs: Iterable[Cost]) -> dict[Cost, tuple[int, int]]:
+    """Return the least of every cost, and the most that is dense or within the budget."""
+    found = {}
+    for cost in costs:
+        low, dense = space.cost(space.sparsest, cost), space.cost(space.dense, cost)
+        found[cost] = low, min(dense, budget.limits.get(cost, dense))
+    return found
+
+
 def denser_moves(space: SearchSpace, allocation: Sequence[int], budget: Budget) -> list[int]:
     """Return the units that could go one level denser and still fit; empty for a full budget."""
     ledger = _Ledger(space, allocation, budget)

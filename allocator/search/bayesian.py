@@ -1,9 +1,15 @@
-"""Bayesian search by Optuna, over the few coefficients of :mod:`allocator.search.shapes`.
+"""Bayesian search by Optuna, over the few coefficients of :mod:`allocator.search.shapes`: one budget, or a front.
 
-Two samplers: the tree-structured Parzen estimator (Bergstra et al., 2011) and a Gaussian process with log expected
-improvement (Ament et al., 2023). Both degrade in many discrete dimensions under a constraint; here there are at most
-16, real, and every point of the box is an allocation that fills the budget. What they see is therefore piecewise
-constant: points that draw the same allocation share its loss, and cost one measurement.
+Two samplers: the tree-structured Parzen estimator (Bergstra et al., 2011; of fronts, Ozaki et al., 2022) and a Gaussian
+process with log expected improvement, of the loss or of a front's hypervolume (Ament et al., 2023). Both degrade in
+many discrete dimensions under a constraint; here there are at most 16 and one for each cost, real, and every point of
+the box is an allocation that fills its budget. What they see is therefore piecewise constant: points that draw the same
+allocation share its figures, and cost one measurement.
+
+A cost that is an objective adds a share in [0, 1]: where between the sparsest model's and the loosest one's the limit
+of a point lies. Points draw allocations within the run's budget and their own limits, exactly, so no trial is
+infeasible, and there is nothing to tell Optuna as a constraint (``Trial.set_constraint``). What an allocation costs is
+told as it is, beside the loss.
 
 Optuna's study lives in memory and holds no truth, and its samplers keep random numbers that no replay could find
 again. So each batch is asked of a new study, made of the trials told so far, and a new sampler, whose seed is a
@@ -15,12 +21,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from typing import TypeAlias
 
 import numpy as np
 import optuna
 
-from allocator.core.budget import Budget
+from allocator.core.budget import Budget, spans
 from allocator.core.errors import UserError
+from allocator.core.front import figure
 from allocator.core.protocols import Outcome, Request
 from allocator.core.space import Allocation, SearchSpace
 from allocator.search.shapes import Shapes
@@ -30,6 +39,9 @@ GP_MAX_TRIALS = 300
 
 _STARTUP_TRIALS = 16
 """Proposals drawn at random, over which a first model is made."""
+
+Point: TypeAlias = tuple[float, ...]
+"""A share of each cost that is an objective, and the coefficients of a shape."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +67,9 @@ class TpeSettings:
 class GpSettings:
     """Settings of the Gaussian-process search.
 
+    A proposal takes about a second after a hundred trials, and some four times as long for every objective beside the
+    loss and one cost.
+
     Attributes:
         trials: Proposals in all, at most 300.
         batch: Proposals asked for at once, which workers measure side by side.
@@ -76,47 +91,54 @@ class GpSettings:
 
 
 class Bayesian:
-    """Optuna's sampler behind ask/tell, for one budget."""
+    """Optuna's sampler behind ask/tell: the loss, or losses and costs, all minimised within a budget."""
 
     def __init__(
         self,
         space: SearchSpace,
         budget: Budget,
+        names: Sequence[str],
         start: Sequence[Allocation],
         settings: TpeSettings | GpSettings,
         seed: int,
     ) -> None:
-        """Begin with ``start``, allocations within the budget, and with the curves that come nearest to them."""
+        """Begin with ``start``, allocations within the budget, and with the points that come nearest to them.
+
+        ``names`` are what a front minimises; without any, it is the loss.
+        """
         optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self._space, self._budget, self._names = space, budget, tuple(names)
         self._settings, self._seed = settings, seed
         self._start = list(dict.fromkeys(start))
-        self._shapes = Shapes(space, budget)
+        self._shapes = Shapes(space)
+        self._spans = spans(space, budget, [name for name in names if name in space.fixed])
         self._box: dict[str, optuna.distributions.BaseDistribution] = {
-            name: optuna.distributions.FloatDistribution(-1.0, 1.0) for name in self._shapes.names
+            **{f"share of {cost}": optuna.distributions.FloatDistribution(0.0, 1.0) for cost in self._spans},
+            **{name: optuna.distributions.FloatDistribution(-1.0, 1.0) for name in self._shapes.names},
         }
-        self._asked: list[tuple[float, ...]] = []
+        self._asked: list[tuple[Point, Allocation]] = []
         self._trials: list[optuna.trial.FrozenTrial] = []
-        self._scored: dict[Allocation, float] = {}
+        self._known: dict[Allocation, list[float]] = {}
 
     def ask(self) -> Sequence[Request]:
         """Return the next batch of proposals; before the first of them, the starts themselves."""
         first = not self._trials
         if first:
-            nearest = dict.fromkeys(tuple(self._shapes.nearest(allocation)) for allocation in self._start)
-            self._asked = list(nearest)[: self._settings.trials]
+            points = list(dict.fromkeys(map(self._nearest, self._start)))[: self._settings.trials]
         else:
-            self._asked = self._propose() if self._box else []
-        drawn = [self._shapes.allocation(coefficients) for coefficients in self._asked]
+            points = self._propose() if self._box else []
+        self._asked = [(point, self._draw(point)) for point in points]
+        drawn = [allocation for _, allocation in self._asked]
         allocations = dict.fromkeys([*self._start, *drawn] if first else drawn)
         return [Request(allocation, self._settings.tokens) for allocation in allocations]
 
     def tell(self, outcomes: Sequence[Outcome]) -> None:
         """Add the outcomes to the trials of which the next proposals are asked."""
-        self._scored.update({outcome.request.allocation: outcome.loss for outcome in outcomes})
-        for coefficients in self._asked:
-            params = dict(zip(self._box, coefficients, strict=True))
-            loss = self._scored[self._shapes.allocation(coefficients)]
-            self._trials.append(optuna.trial.create_trial(params=params, distributions=self._box, value=loss))
+        self._known.update({outcome.request.allocation: self._values(outcome) for outcome in outcomes})
+        for point, allocation in self._asked:
+            params = dict(zip(self._box, point, strict=True))
+            values = self._known[allocation]
+            self._trials.append(optuna.trial.create_trial(params=params, distributions=self._box, values=values))
 
     def ended(self) -> str:
         """Return why nothing more is asked."""
@@ -125,11 +147,37 @@ class Bayesian:
         return f"all {self._settings.trials} trials are done"
 
     def finalists(self) -> Sequence[Allocation]:
-        """Return what was measured, best first."""
-        return sorted(self._scored, key=lambda allocation: (self._scored[allocation], allocation))
+        """Return what was measured, ordered by what is minimised."""
+        return sorted(self._known, key=lambda allocation: (self._known[allocation], allocation))
 
-    def _propose(self) -> list[tuple[float, ...]]:
-        study = optuna.create_study(sampler=self._sampler())
+    def _values(self, outcome: Outcome) -> list[float]:
+        """Return what is minimised, costs as shares: Optuna takes 1.1 of the worst for a reference point."""
+        figures = [self._scaled(name, figure(self._space, outcome, name)) for name in self._names]
+        return figures or [outcome.loss]
+
+    def _scaled(self, name: str, value: float) -> float:
+        low, high = self._spans.get(name, (0, 1))
+        return (value - low) / max(high - low, 1)
+
+    def _draw(self, point: Point) -> Allocation:
+        shares, coefficients = point[: len(self._spans)], point[len(self._spans) :]
+        return self._shapes.allocation(coefficients, self._within(shares))
+
+    def _nearest(self, allocation: Allocation) -> Point:
+        """Return the shares of an allocation's own costs, and the coefficients nearest to it within them."""
+        shares = tuple(self._scaled(cost, self._space.cost(allocation, cost)) for cost in self._spans)
+        return (*shares, *self._shapes.nearest(allocation, self._within(shares)))
+
+    def _within(self, shares: Sequence[float]) -> Budget:
+        """Return the run's budget, with each cost limited to a share of its span, exactly."""
+        limits = {
+            cost: low + round(Fraction(share) * (high - low))
+            for (cost, (low, high)), share in zip(self._spans.items(), shares, strict=True)
+        }
+        return Budget(**{**self._budget.limits, **limits})
+
+    def _propose(self) -> list[Point]:
+        study = optuna.create_study(sampler=self._sampler(), directions=["minimize"] * len(self._trials[0].values))
         study.add_trials(self._trials)
         size = min(self._settings.batch, self._settings.trials - len(self._trials))
         proposals = [study.ask(self._box).params for _ in range(size)]

@@ -46,8 +46,11 @@ Method = Literal[
     "thompson",
 ]
 
-FRONTS = ("sweep", "nsga2", "nsga3", "emo_pms")
-"""Methods that serve objectives beside the loss, and nothing else."""
+FRONTS = ("sweep", "nsga2", "nsga3", "emo_pms", "tpe", "gp")
+"""Methods that serve objectives beside the loss."""
+
+ONLY_FRONTS = FRONTS[:4]
+"""Those of them that serve nothing else."""
 
 ONE_LOSS = ("sweep", "emo_pms")
 """Those that serve no other measurement than the loss."""
@@ -114,13 +117,14 @@ class SearchSettings:
         objectives = costs + measured
         if objectives and self.method not in FRONTS:
             raise UserError(f"objectives: {self.method} serves the loss alone. Use --method {' or '.join(FRONTS)}")
-        if not objectives and self.method in FRONTS:
+        if not objectives and self.method in ONLY_FRONTS:
             raise UserError(
                 f"search.method: {self.method} finds a front, and no cost is an objective. Name one, such as "
                 "--objective params, or use another method"
             )
         if self.method in ONE_LOSS and measured:
-            raise UserError(f"objectives: {self.method} serves one loss beside costs. Use --method nsga2")
+            several = " or ".join(method for method in FRONTS if method not in ONE_LOSS)
+            raise UserError(f"objectives: {self.method} serves one loss beside costs. Use --method {several}")
         if self.method == "nsga3" and self.nsga.population < 2 * (1 + objectives):
             raise UserError(
                 f"search.nsga.population: {1 + objectives} objectives take at least {2 * (1 + objectives)} members, "
@@ -239,7 +243,7 @@ def make_searcher(
     if isinstance(own, ThompsonSettings):
         return Thompson(space, budget, start, own, seed)
     assert isinstance(own, TpeSettings | GpSettings), "fronts are searched by allocator.search.fronts"
-    return Bayesian(space, budget, start, own, seed)
+    return Bayesian(space, budget, (), start, own, seed)
 
 
 def decide(

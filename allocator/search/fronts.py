@@ -15,6 +15,7 @@ from allocator.core.journal import Journal
 from allocator.core.protocols import Evaluator, Outcome, Request, Searcher
 from allocator.core.space import Allocation, SearchSpace
 from allocator.search.baselines import two_rate, uniform
+from allocator.search.bayesian import Bayesian, GpSettings, TpeSettings
 from allocator.search.decide import Decision, SearchSettings
 from allocator.search.emo_pms import emo_pms
 from allocator.search.loop import Listener, Measurer, search
@@ -46,6 +47,8 @@ def make_front_searcher(
         return Nsga(settings.method, space, budget, names, start, settings.nsga, seed)
     if settings.method == "emo_pms":
         return Scripted(emo_pms(space, budget, costs, start, settings.emo_pms, seed), list)
+    if isinstance(settings.own, TpeSettings | GpSettings):
+        return Bayesian(space, budget, names, start, settings.own, seed)
     return sweep(space, budget, costs, start, settings.tokens, settings.sweep, seed)
 
 

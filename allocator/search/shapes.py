@@ -17,7 +17,7 @@ difference between units of one role that is not one of depth, and, with many ro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -30,55 +30,65 @@ _BISECTIONS = 60
 
 
 class Shapes:
-    """The allocations of one space and budget that coefficients in [-1, 1] draw.
+    """The allocations of one space that coefficients in [-1, 1] draw, within any budget.
 
     Attributes:
         names: One per coefficient: the role of a constant, or the part and number of half-waves of a curve.
     """
 
-    def __init__(self, space: SearchSpace, budget: Budget) -> None:
-        self._space, self._budget = space, budget
+    def __init__(self, space: SearchSpace) -> None:
+        self._space = space
         basis = _basis(space)
         self.names = list(basis)
         self._basis_uc = np.array(list(basis.values())).reshape(len(basis), len(space.units)).T
-        self._kept = [np.array(unit.kept[::-1]) / unit.total for unit in space.units]  # increasing, as interp wants
-        self._costs = {
-            cost: [np.array(unit.costs(cost)[::-1], dtype=float) for unit in space.units] for cost in budget.limits
-        }
-        even = self._offset(np.zeros(len(space.units)))
-        self._span = min(even, 1.0 - even)
+        # ladders from sparse to dense, that of unit u between 2u and 2u + 1, so that one interpolation serves all
+        self._begin_u = 2.0 * np.arange(len(space.units))
+        self._least_u = np.array([unit.kept[-1] / unit.total for unit in space.units])
+        self._kept = _joined(2.0 * index + np.array(unit.kept) / unit.total for index, unit in enumerate(space.units))
+        self._levels = _joined(np.arange(unit.num_levels) for unit in space.units)
+        self._costs = {cost: _joined(np.array(u.costs(cost), dtype=float) for u in space.units) for cost in space.fixed}
 
-    def allocation(self, coefficients: Sequence[float]) -> Allocation:
+    def allocation(self, coefficients: Sequence[float], budget: Budget) -> Allocation:
         """Return what the coefficients draw: within the budget, and no unit could go one level denser and fit."""
         assert len(coefficients) == len(self.names)
-        preference_u = self._span * (self._basis_uc @ np.array(coefficients, dtype=float))
-        keep_u = preference_u + self._offset(preference_u)
-        levels, remainders = [], []
-        for kept, keep in zip(self._kept, keep_u, strict=True):
-            place = float(np.interp(keep, kept, np.arange(len(kept))))
-            levels.append(len(kept) - 1 - int(place))
-            remainders.append(round(place - int(place), 9))  # so that what rounding parts is dealt in model order
-        order = sorted(range(len(levels)), key=lambda unit: (-remainders[unit], unit))
-        return repair(self._space, levels, self._budget, order)
+        preference_u = self._span(budget) * (self._basis_uc @ np.array(coefficients, dtype=float))
+        level_u = self._along(self._levels, preference_u + self._offset(preference_u, budget))
+        sparser_u = np.ceil(level_u).astype(int)
+        lost_u = np.round(sparser_u - level_u, 9)  # so that what rounding parts is dealt in model order
+        return repair(self._space, sparser_u.tolist(), budget, np.argsort(-lost_u, kind="stable").tolist())
 
-    def nearest(self, allocation: Allocation) -> list[float]:
+    def nearest(self, allocation: Allocation, budget: Budget) -> list[float]:
         """Return the coefficients whose kept shares are nearest an allocation's, by least squares, in their box."""
         kept_u = [unit.kept[level] / unit.total for unit, level in zip(self._space.units, allocation, strict=True)]
-        basis = np.column_stack([np.ones(len(kept_u)), self._span * self._basis_uc])
+        basis = np.column_stack([np.ones(len(kept_u)), self._span(budget) * self._basis_uc])
         solution = np.linalg.lstsq(basis, np.array(kept_u), rcond=None)[0]
         return [float(value) for value in np.clip(np.round(solution[1:], 9), -1.0, 1.0)]
 
-    def _offset(self, preference_u: np.ndarray) -> float:
+    def _span(self, budget: Budget) -> float:
+        """Return how far curves may lead from uniform."""
+        even = self._offset(np.zeros(len(self._space.units)), budget)
+        return min(even, 1.0 - even)
+
+    def _offset(self, preference_u: np.ndarray, budget: Budget) -> float:
         """Return the largest offset, to rounding, at which interpolated costs are within the budget."""
-        rooms = {cost: limit - self._space.fixed[cost] for cost, limit in self._budget.limits.items()}
+        rooms = {cost: limit - self._space.fixed[cost] for cost, limit in budget.limits.items()}
         low, high = -1.0 - float(preference_u.max()), 1.0 - float(preference_u.min())
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
             keep_u = preference_u + middle
-            spent = {cost: sum(map(np.interp, keep_u, self._kept, self._costs[cost])) for cost in rooms}
-            fits = all(spent[cost] <= rooms[cost] for cost in rooms)
+            fits = all(self._along(self._costs[cost], keep_u).sum() <= room for cost, room in rooms.items())
             low, high = (middle, high) if fits else (low, middle)
         return low
+
+    def _along(self, ladders: np.ndarray, keep_u: np.ndarray) -> np.ndarray:
+        """Interpolate a figure of levels at the share that each unit keeps, [units]."""
+        along_u: np.ndarray = np.interp(np.clip(keep_u, self._least_u, 1.0) + self._begin_u, self._kept, ladders)
+        return along_u
+
+
+def _joined(ladders: Iterable[np.ndarray]) -> np.ndarray:
+    """Return ladders one after the other, each from sparse to dense."""
+    return np.concatenate([ladder[::-1] for ladder in ladders])
 
 
 def _basis(space: SearchSpace) -> dict[str, np.ndarray]:

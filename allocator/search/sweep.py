@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from allocator.core.budget import Budget, fits
+from allocator.core.budget import Budget, fits, spans
 from allocator.core.errors import UserError
 from allocator.core.space import Allocation, Cost, SearchSpace
 from allocator.search.guided import GuidedSettings, propose
@@ -57,12 +57,12 @@ def budgets(space: SearchSpace, within: Budget, objectives: Sequence[Cost], poin
         objectives: The costs.
         points: How many there are; on several costs, about.
     """
-    spans, steps = _spans(space, within, objectives), _steps(objectives, points)
+    ranges, steps = spans(space, within, objectives), _steps(objectives, points)
     found = []
     for down in sorted(itertools.product(range(steps), repeat=len(objectives)), key=lambda each: (sum(each), each)):
         limits = {
             cost: high - (high - low) * step // steps
-            for step, (cost, (low, high)) in zip(down, spans.items(), strict=True)
+            for step, (cost, (low, high)) in zip(down, ranges.items(), strict=True)
         }
         budget = Budget(**{**within.limits, **limits})
         if not fits(space, space.dense, budget):  # else there is nothing to search
@@ -77,21 +77,12 @@ def around(space: SearchSpace, within: Budget, objectives: Sequence[Cost], point
     for signs in itertools.product((1, -1), repeat=len(objectives)):
         limits = {
             cost: min(budget.limits.get(cost, high) + sign * (high - low) // steps, high)
-            for sign, (cost, (low, high)) in zip(signs, _spans(space, within, objectives).items(), strict=True)
+            for sign, (cost, (low, high)) in zip(signs, spans(space, within, objectives).items(), strict=True)
         }
         near = Budget(**{**within.limits, **limits})
         if fits(space, space.sparsest, near) and not fits(space, space.dense, near):
             found.append(near)
     return found
-
-
-def _spans(space: SearchSpace, within: Budget, objectives: Sequence[Cost]) -> dict[Cost, tuple[int, int]]:
-    """Return the least of every cost, and the most that is dense or within the budget."""
-    spans = {}
-    for cost in objectives:
-        low, dense = space.cost(space.sparsest, cost), space.cost(space.dense, cost)
-        spans[cost] = low, min(dense, within.limits.get(cost, dense))
-    return spans
 
 
 def _steps(objectives: Sequence[Cost], points: int) -> int:

@@ -44,6 +44,10 @@ SMALL = {
     "search.emo_pms.schemes": 4,
     "search.emo_pms.profile": 64,
     "search.emo_pms.tokens": 128,
+    "search.tpe.trials": 24,
+    "search.tpe.tokens": 128,
+    "search.gp.trials": 18,
+    "search.gp.tokens": 128,
 }
 OBJECTIVES = ["params", "kv_bytes"]
 
@@ -164,7 +168,7 @@ def test_choices_that_make_no_sense_are_refused(own: Path, refused: Callable[...
     assert "unknown figure 'speed'" in refused("plan", own, "--where", "speed <= 3")
 
 
-@pytest.mark.parametrize("method", ["nsga2", "nsga3"])
+@pytest.mark.parametrize("method", ["nsga2", "nsga3", "tpe", "gp"])
 def test_other_methods_find_fronts(method: str, tiny_model: Path, text_folder: Path, tmp_path: Path) -> None:
     folder = _search(tiny_model, text_folder, tmp_path, method, method=method, target=0.3)
     plan, front = Plan.load(folder / "plan.json"), json.loads((folder / "front.json").read_text())
@@ -172,7 +176,7 @@ def test_other_methods_find_fronts(method: str, tiny_model: Path, text_folder: P
     assert plan.space.cost(plan.allocation) <= plan.space.limit_for(0.3)
 
 
-@pytest.mark.parametrize("method", ["sweep", "auto", "nsga2"])
+@pytest.mark.parametrize("method", ["sweep", "auto", "nsga2", "tpe"])
 def test_killed_and_resumed_to_the_same_front(
     method: str, swept: Path, tiny_model: Path, text_folder: Path, tmp_path: Path
 ) -> None:

@@ -9,14 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from allocator.core.budget import Budget, fits
+from allocator.core.budget import Budget, denser_moves, fits
 from allocator.core.effort import candidate_tokens
 from allocator.core.front import knee, minimised, pareto_front
 from allocator.core.journal import Journal
 from allocator.core.protocols import Outcome, Request
 from allocator.core.space import SearchSpace
 from allocator.search.baselines import uniform
-from allocator.search.decide import SearchSettings
+from allocator.search.bayesian import GpSettings, TpeSettings
+from allocator.search.decide import ONE_LOSS, SearchSettings
 from allocator.search.emo_pms import EmoPmsSettings
 from allocator.search.fronts import decide_front, make_front_searcher
 from allocator.search.guided import GuidedSettings
@@ -35,7 +36,12 @@ METHODS = {
     "nsga2": SearchSettings("nsga2", nsga=NSGA),
     "nsga3": SearchSettings("nsga3", nsga=NSGA),
     "emo_pms": SearchSettings("emo_pms", emo_pms=EMO),
+    "tpe": SearchSettings("tpe", tpe=TpeSettings(trials=40, batch=8, tokens=128)),
+    "gp": SearchSettings("gp", gp=GpSettings(trials=19, batch=7, tokens=128)),
 }
+
+
+SEVERAL = [name for name, settings in METHODS.items() if settings.method not in ONE_LOSS]
 
 
 @pytest.fixture(params=METHODS)
@@ -70,8 +76,9 @@ def _whole(space):
 
 def _follow(settings, space, evaluator, seed=0, budget=None, objectives=("params",), known=()):
     budget = budget or _whole(space)
-    start = [uniform(space, each) for each in budgets(space, budget, objectives[:1], 3)]
     names = minimised("kl", objectives)
+    costs = [name for name in names if name in space.fixed]
+    start = [uniform(space, each) for each in (budgets(space, budget, costs[:1], 3) if costs else [budget])]
     return Followed(make_front_searcher(space, budget, names, start, settings, seed), evaluator, known)
 
 
@@ -104,6 +111,35 @@ def test_costs_of_any_number_are_objectives(follow, make_space, landscape, objec
     measured = follow(space, landscape(space), objectives=objectives).measured
     front = pareto_front(space, measured, ["kl", *objectives])
     assert len({space.cost(o.request.allocation) for o in front}) >= 3
+
+
+class TwoTexts:
+    """For one text only the even units matter, for the other only the odd ones."""
+
+    def __init__(self, space):
+        self._space = space
+
+    def evaluate(self, requests):
+        for request in requests:
+            each = [u.sparsity(level) ** 2 for u, level in zip(self._space.units, request.allocation, strict=True)]
+            even, odd = sum(each[::2]), sum(each[1::2])
+            yield Outcome(request, {"kl.even": even, "kl.odd": odd, "kl": (even + odd) / 2}, 0.0)
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+@pytest.mark.parametrize("costs", [(), ("params",)])
+def test_losses_of_several_texts_are_objectives(follow, make_space, costs):
+    space = make_space([[100, 80, 60, 40, 20, 0]] * 6)
+    budget, names = Budget(params=space.limit_for(0.5)), ["kl.even", "kl.odd"]
+    measured = follow(space, TwoTexts(space), budget=budget, objectives=(*names, *costs)).measured
+    front = pareto_front(space, measured, [*names, *costs])
+    assert all(fits(space, o.request.allocation, budget) for o in measured)
+    if costs:
+        assert len({_inside(space, o) for o in front}) >= 3
+        return
+    assert not any(denser_moves(space, o.request.allocation, budget) for o in measured)
+    for name in names:
+        assert min(o.measured[name] for o in front) < 0.8 * measured[0].measured[name]
 
 
 @pytest.mark.parametrize(

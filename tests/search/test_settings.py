@@ -4,7 +4,7 @@ from allocator.config import load_config
 from allocator.core.effort import Limit
 from allocator.core.errors import UserError
 from allocator.search.bayesian import GpSettings, TpeSettings
-from allocator.search.decide import SearchSettings
+from allocator.search.decide import FRONTS, SearchSettings
 from allocator.search.evolution import EvolutionSettings
 from allocator.search.guided import GuidedSettings
 from allocator.search.nsga import NsgaSettings
@@ -20,18 +20,18 @@ def test_nsga(wrong):
 
 
 def test_methods_serve_a_front_or_the_loss_alone():
-    for method in ("sweep", "nsga2", "nsga3", "emo_pms"):
+    for method in FRONTS:
         SearchSettings(method).serve(2, 0)
-    for method in ("nsga2", "nsga3"):
-        SearchSettings(method).serve(0, 2)
-    for method in ("auto", "evolution", "tpe"):
+    for method in ("nsga2", "nsga3", "tpe", "gp"):
+        SearchSettings(method).serve(1, 2)
+    for method in ("auto", "evolution", "tpe", "gp"):
         SearchSettings(method).serve(0, 0)
-    with pytest.raises(UserError, match=r"gp serves the loss alone. Use --method sweep or nsga2 or nsga3 or emo_pms"):
-        SearchSettings("gp").serve(1, 0)
+    with pytest.raises(UserError, match=r"thompson serves the loss alone. Use --method sweep or nsga2"):
+        SearchSettings("thompson").serve(1, 0)
+    with pytest.raises(UserError, match=r"sweep serves one loss beside costs. Use --method nsga2 or nsga3 or tpe"):
+        SearchSettings("sweep").serve(1, 1)
     with pytest.raises(UserError, match=r"nsga3 finds a front, and no cost is an objective"):
         SearchSettings("nsga3").serve(0, 0)
-    with pytest.raises(UserError, match=r"emo_pms serves one loss beside costs. Use --method nsga2"):
-        SearchSettings("emo_pms").serve(1, 1)
     with pytest.raises(UserError, match=r"search\.rounds: a front is searched in one round"):
         SearchSettings("sweep", rounds=2).serve(1, 0)
 
