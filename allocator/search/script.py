@@ -37,12 +37,20 @@ class Memory:
         budget: What every allocation keeps to.
         ladders: The space as arrays.
         tokens: Fidelities, increasing; the last is that of finalists.
+        expanding: Tokens of expansions around the centre, the last fidelity unless another is given.
         centre: Where the search is: the best allocation at the last fidelity.
         gradients: Whether the evaluator has any, as far as is known.
     """
 
-    def __init__(self, space: SearchSpace, budget: Budget, start: Sequence[Allocation], tokens: Sequence[int]) -> None:
-        self.space, self.budget, self.tokens = space, budget, tuple(tokens)
+    def __init__(
+        self,
+        space: SearchSpace,
+        budget: Budget,
+        start: Sequence[Allocation],
+        tokens: Sequence[int],
+        expanding: int | None = None,
+    ) -> None:
+        self.space, self.budget, self.tokens, self.expanding = space, budget, tuple(tokens), expanding or tokens[-1]
         self.ladders = Ladders(space, budget)
         self.centre = start[0]
         self.gradients = True
@@ -110,7 +118,7 @@ class Memory:
         From then on the model is quadratic. A curvature that was not measured on ``few`` tokens (those of the first
         fidelity) takes one step of its unit, and an expansion on the same tokens.
         """
-        yield from self._expand(self.tokens[-1])
+        yield from self._expand(self.expanding)
         if not isinstance(self._model, Quadratic):
             return
         few = few or self.tokens[0]
@@ -125,12 +133,12 @@ class Memory:
         if (outcome := self._known.get(request.key)) is None:
             (outcome,) = yield [request]
             self._known[request.key] = outcome
-        elif tokens < self.tokens[-1] or (isinstance(self._model, Quadratic) and self._model.around == self.centre):
+        elif tokens < self.expanding or (isinstance(self._model, Quadratic) and self._model.around == self.centre):
             return
         self.gradients = outcome.expansion is not None
         if self.gradients:
             if not isinstance(self._model, Quadratic):
-                self._model = Quadratic(self.ladders, self.tokens[-1])
+                self._model = Quadratic(self.ladders, self.expanding)
             self._model.expand(outcome)
             self._fitted = False
 

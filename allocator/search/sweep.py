@@ -5,7 +5,7 @@ curvatures are measured once, every outcome at one budget teaches it for all, an
 settled into the next one, is a better start than any rule. What is left for each budget is one expansion of the loss
 where it is, knapsacks, and a race of their answers; between budgets, what the model draws there is measured as it is.
 Budgets go from the loosest to the tightest and, in a further pass, back again. Budgets on several costs at once form a
-grid.
+grid. There are as many expansions as budgets, and they cost most: they are on the last fidelity but one.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class SweepSettings:
         survivors: How many of these may be measured on all tokens.
     """
 
-    points: int = 12
+    points: int = 18
     passes: int = 1
     entrants: int = 8
     survivors: int = 2
@@ -102,7 +102,7 @@ def sweep(
     """Return the searcher of a front within a budget, beginning at ``start``. See the module's text."""
     limits = budgets(space, within, objectives, settings.points)
     nearby = [around(space, within, objectives, settings.points, budget) for budget in limits]
-    memory = Memory(space, limits[0], start, tokens)
+    memory = Memory(space, limits[0], start, tokens, expanding=tokens[-2:][0])
     return Scripted(_script(memory, start, list(zip(limits, nearby, strict=True)), settings, seed), memory.ranked)
 
 
