@@ -4,8 +4,10 @@
     python -m benchmarks.fronts --work /tmp/fronts [--cells params.sweep.0 ...] [--workers 2]
     python -m benchmarks.fronts
 
-A cell is a set of objectives, a method and a seed, on the packaged model with dense inputs. Cells are resumed and
-cached under `--work`; what the second command needs, the hypervolume after every batch, goes to `results/fronts.json`.
+A cell is a set of objectives, a method and a seed, on the packaged model with dense inputs; `params.auto` searches one
+budget instead, half of the parameters in units. Cells are resumed and cached under `--work`; what the second command
+needs goes to `results/fronts.json`: the hypervolume after every batch, the least loss at that one budget, and of
+EMO-PMS what an evaluation of one group costs of a whole one.
 """
 
 from __future__ import annotations
@@ -17,17 +19,18 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from allocator.core.budget import Budget
-from allocator.core.effort import Limit
+from allocator.core.budget import Budget, fits
+from allocator.core.effort import Limit, candidate_tokens
 from allocator.core.journal import Journal
 from allocator.core.protocols import Request
 from allocator.search.baselines import uniform
 from allocator.search.bayesian import GpSettings, TpeSettings
-from allocator.search.decide import SearchSettings
+from allocator.search.decide import SearchSettings, make_searcher
 from allocator.search.emo_pms import EmoPmsSettings
 from allocator.search.fronts import make_front_searcher
 from allocator.search.hypervolume import Hypervolume
@@ -45,7 +48,7 @@ SETS = {"params": ("params",), "latency": ("latency_ms",), "latency and cache": 
 _BASE = SearchSettings(
     tokens=(512, 1024, TEXT),
     nsga=NsgaSettings(generations=40, population=24, profile=512, tokens=TEXT),
-    emo_pms=EmoPmsSettings(profile=1024, tokens=TEXT),
+    emo_pms=EmoPmsSettings(profile=512, tokens=TEXT),
     tpe=TpeSettings(trials=200, tokens=TEXT),
     gp=GpSettings(trials=120, tokens=TEXT),
 )
@@ -58,11 +61,16 @@ _COLOURS = {
     "gp": "#56b4e9",
 }
 METHODS = {name: replace(_BASE, method=name) for name in _COLOURS}  # type: ignore[arg-type]
-CELLS = [f"{objectives}.{method}.{seed}" for objectives in SETS for method in METHODS for seed in range(3)]
+ONE = "params.auto"
+CELLS = [
+    f"{search}.{seed}"
+    for search in [ONE, *(f"{objectives}.{method}" for objectives in SETS for method in METHODS)]
+    for seed in range(3)
+]
 
 
 def run_cell(cell: str, work: Path) -> str:
-    """Search, and return the cell with its curve as JSON."""
+    """Search, and return what is kept of the cell as JSON."""
     # imported here: table and figure need no model
     from allocator.config import load_config
     from allocator.evaluate.engine import LocalEvaluator
@@ -80,22 +88,52 @@ def run_cell(cell: str, work: Path) -> str:
         LocalEvaluator(job.engine_spec(None), job.tokens).build(builder, builder.missing(job.space), lambda done: None)
         levels = builder.finish(unit.name for unit in job.space.units)
     space, path = job.space, work / f"{cell.replace(' ', '-')}.jsonl"
-    whole = Budget(params=space.cost(space.dense))
-    start = [uniform(space, budget) for budget in budgets(space, whole, objectives[:1], 3)]
+    whole, half = Budget(params=space.cost(space.dense)), Budget(params=space.limit_for(0.5))
+    alone = cell.startswith(ONE)
+    limits = [half] if alone else budgets(space, whole, objectives[:1], 3)
+    start = [uniform(space, budget) for budget in limits]
     with Journal.resume(path) if path.exists() else Journal.create(path, {"space": space.to_json()}) as journal:
         measurer = Measurer(LocalEvaluator(job.engine_spec(levels), job.tokens), journal)
         measurer.measure([Request(allocation, TEXT) for allocation in start])
-        searcher = make_front_searcher(space, whole, ["kl", *objectives], start, METHODS[method], int(seed))
+        if alone:
+            searcher = make_searcher(space, half, start, _BASE, int(seed))
+        else:
+            searcher = make_front_searcher(space, whole, ["kl", *objectives], start, METHODS[method], int(seed))
         search(searcher, measurer, limit=Limit(3e6, "tokens"))
-        return json.dumps({"cell": cell, "curve": Hypervolume(journal, ["kl", *objectives], TEXT).curve()})
+        full = (o for o in journal if o.request == Request(o.request.allocation, TEXT))
+        found = {
+            "curve": Hypervolume(journal, ["kl", *objectives], TEXT).curve(),
+            "half": min((o.loss for o in full if fits(space, o.request.allocation, half)), default=None),
+            "local": local_share(journal),
+        }
+        return json.dumps({"cell": cell, **found})
+
+
+def local_share(journal: Journal) -> list[float] | None:
+    """Return what an evaluation of a group costs of a whole one, in candidate-tokens and in seconds; None without any.
+
+    Whole ones are those of merged schemes, which hardly share anything; both are per token.
+    """
+    spent: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+    for batch in journal.batches[1:]:
+        costs = candidate_tokens(journal.space, [outcome.request for outcome in batch])
+        for outcome, cost in zip(batch, costs, strict=True):
+            tokens = outcome.request.tokens
+            if outcome.request.blocks or tokens == TEXT:
+                spent[bool(outcome.request.blocks)].append((cost / tokens, outcome.wall_s / tokens))
+    if not spent[True]:
+        return None
+    local, entire = (np.mean(spent[kind], axis=0) for kind in (True, False))
+    return [round(float(share), 4) for share in local / entire]
 
 
 def _reaches(points: Sequence[Sequence[float]], aim: float) -> float:
     return next((tokens for _, tokens, volume in points if volume >= aim), float("nan"))
 
 
-def table(curves: dict[str, list[list[float]]]) -> str:
+def table(cells: dict[str, dict[str, Any]]) -> str:
     """Return, for each set of objectives and method, where it ends and how soon it is where NSGA-II ends."""
+    curves = {cell: found["curve"] for cell, found in cells.items()}
     lines = [
         "| objectives beside KL | method | seeds | hypervolume | evaluations | candidate-tokens "
         "| is where NSGA-II ends after | of its tokens |",
@@ -122,6 +160,31 @@ def table(curves: dict[str, list[list[float]]]) -> str:
     return "\n".join(lines)
 
 
+def one_budget(cells: dict[str, dict[str, Any]]) -> str:
+    """Return what a front by a sweep takes, and has at one budget, beside a search at that budget alone."""
+    lines = ["| | seeds | candidate-tokens | KL at half of the units |", "|---|---|---|---|"]
+    for name, search in (("one budget, `auto`", ONE), ("18 budgets, `sweep`", "params.sweep")):
+        runs = [found for cell, found in cells.items() if cell.startswith(f"{search}.")]
+        if runs:
+            tokens, losses = (
+                sorted(each) for each in zip(*((r["curve"][-1][1], r["half"]) for r in runs), strict=True)
+            )
+            spread = f"{median(losses):.4f} ({losses[0]:.4f}–{losses[-1]:.4f})"
+            lines.append(f"| {name} | {len(runs)} | {median(tokens):,.0f} | {spread} |")
+    return "\n".join(lines)
+
+
+def local_costs(cells: dict[str, dict[str, Any]]) -> str:
+    """Return what an evaluation of one of EMO-PMS's groups costs of a whole one, per token."""
+    shares = [found["local"] for found in cells.values() if found["local"]]
+    tokens, seconds = (median(each) for each in zip(*shares, strict=True)) if shares else (np.nan, np.nan)
+    groups = _BASE.emo_pms.groups
+    return (
+        f"An evaluation of one of {groups} groups costs {tokens:.3f} of a whole one in candidate-tokens, and "
+        f"{seconds:.3f} in seconds (median of {len(shares)} runs; 1/{groups} is {1 / groups:.3f})."
+    )
+
+
 def figure_of(curves: dict[str, list[list[float]]]) -> Figure:
     """Draw hypervolume against candidate-tokens."""
     shown = [objectives for objectives in SETS if any(cell.startswith(f"{objectives}.") for cell in curves)]
@@ -145,17 +208,18 @@ def main() -> None:
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=CELLS)
     parser.add_argument("--workers", type=int, default=1)
     arguments = parser.parse_args()
-    curves = json.loads(FILE.read_text()) if FILE.exists() else {}
+    cells = json.loads(FILE.read_text()) if FILE.exists() else {}
     if arguments.work is not None:
         arguments.work.mkdir(parents=True, exist_ok=True)
         with ProcessPoolExecutor(arguments.workers) as pool:
             for done in as_completed([pool.submit(run_cell, cell, arguments.work) for cell in arguments.cells]):
                 found = json.loads(done.result())
-                curves[found["cell"]] = found["curve"]
-                curves = {cell: curves[cell] for cell in CELLS if cell in curves}
-                FILE.write_text(json.dumps(curves) + "\n")
-                print(found["cell"], *found["curve"][-1], flush=True)
-    print(table(curves))
+                cells[cell := found.pop("cell")] = found
+                cells = {cell: cells[cell] for cell in CELLS if cell in cells}
+                FILE.write_text(json.dumps(cells) + "\n")
+                print(cell, *found["curve"][-1], found["half"], found["local"], flush=True)
+    print(table(cells), one_budget(cells), local_costs(cells), sep="\n\n")
+    curves = {cell: found["curve"] for cell, found in cells.items() if not cell.startswith(ONE)}
     figure_of(curves).savefig(RESULTS / "fronts.svg", metadata={"Date": None})
 
 

@@ -51,10 +51,10 @@ class EmoPmsSettings:
     """
 
     groups: int = 4
-    rounds: int = 4
+    rounds: int = 6
     generations: int = 8
     population: int = 12
-    schemes: int = 16
+    schemes: int = 20
     profile: int = 1024
     tokens: int = 8192
 
