@@ -163,12 +163,10 @@ def table(cells: dict[str, dict[str, Any]]) -> str:
 def one_budget(cells: dict[str, dict[str, Any]]) -> str:
     """Return what a front by a sweep takes, and has at one budget, beside a search at that budget alone."""
     lines = ["| | seeds | candidate-tokens | KL at half of the units |", "|---|---|---|---|"]
-    for name, search in (("one budget, `auto`", ONE), ("18 budgets, `sweep`", "params.sweep")):
-        runs = [found for cell, found in cells.items() if cell.startswith(f"{search}.")]
+    for name, method in (("one budget, `auto`", ONE), ("18 budgets, `sweep`", "params.sweep")):
+        runs = [found for cell, found in cells.items() if cell.startswith(f"{method}.")]
         if runs:
-            tokens, losses = (
-                sorted(each) for each in zip(*((r["curve"][-1][1], r["half"]) for r in runs), strict=True)
-            )
+            tokens, losses = [r["curve"][-1][1] for r in runs], sorted(r["half"] for r in runs)
             spread = f"{median(losses):.4f} ({losses[0]:.4f}–{losses[-1]:.4f})"
             lines.append(f"| {name} | {len(runs)} | {median(tokens):,.0f} | {spread} |")
     return "\n".join(lines)
