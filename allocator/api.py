@@ -35,6 +35,7 @@ from allocator.prune.pruners import make_pruner
 from allocator.prune.store import open_store
 from allocator.report import curves
 from allocator.search.baselines import uniform
+from allocator.search.hypervolume import box
 from allocator.workflow import Result, run_search
 
 _PRUNER_KEYS = {"name", "calibration", "inputs", "execution", "tokens", "sequence_length", "dtype", "threads"}
@@ -315,7 +316,8 @@ def _choose(
     if at_knee:
         names = curves.objectives(journal)
         front = pareto_front(space, within, names)
-        return front[find_knee(np.array([[figure(space, outcome, name) for name in names] for outcome in front]))]
+        figures = np.array([[figure(space, outcome, name) for name in names] for outcome in front])
+        return front[find_knee(figures, *box(journal, names))]
     name = best or journal.loss
     return min(within, key=lambda outcome: (figure(space, outcome, name), outcome.loss, outcome.request.allocation))
 

@@ -50,15 +50,18 @@ def non_dominated(figures: np.ndarray) -> list[int]:
     return found
 
 
-def knee(figures: np.ndarray) -> int:
+def knee(figures: np.ndarray, ideal: np.ndarray, reference: np.ndarray) -> int:
     """Return the member of a front where it bends.
+
+    A front's own ends are no measure: its sparsest member may have lost everything.
 
     Args:
         figures: Of each member, [members, objectives], all minimised.
+        ideal: What cannot be beaten, [objectives].
+        reference: What is no good any more, [objectives].
 
     Returns:
-        The place of the member with the least sum of figures, each scaled to [0, 1] over the front.
+        The place of the member with the least sum of figures, each scaled from the ideal to the reference point.
     """
-    low, high = figures.min(axis=0), figures.max(axis=0)
-    scaled = (figures - low) / np.where(high > low, high - low, 1.0)
-    return int(scaled.sum(axis=1).argmin())
+    extent = reference - ideal
+    return int(((figures - ideal) / np.where(extent > 0, extent, 1.0)).sum(axis=1).argmin())

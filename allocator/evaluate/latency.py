@@ -1,8 +1,10 @@
 """How long a model takes to answer: a table of its sub-blocks at every shape, and whole models end to end.
 
 Sub-blocks are timed where they stand, in a whole model of random weights whose sub-blocks all have one level: between
-others that push their weights out of the caches, with the cost of calling them. What no sub-block takes is the rest of
-the same passes. Adding up is then right by construction where all have one level, and is checked where they do not.
+others that push their weights out of the caches, with the cost of calling them. What none takes is the rest of a pass
+at the last level, where hardly anything is left. That rest grows with what sub-blocks push out of the caches, so what
+it grows by is theirs, in equal shares. Adding up is then right by construction where all have one level, and is checked
+where they do not.
 """
 
 from __future__ import annotations
@@ -58,14 +60,17 @@ def make_table(
     deepest = max(len(ladder) for ladder in ladders.values())
     at = [{name: ladder[min(level, len(ladder) - 1)] for name, ladder in ladders.items()} for level in range(deepest)]
     found: dict[tuple[str, int], dict[str, list[float]]] = {}
-    rest: dict[str, list[float]] = {phase: [] for phase in _PHASES}
     spread: dict[tuple[str, int], list[float]] = {}
-    for kept, measured in zip(at, _in_turns(files, layout, at, list(ladders), settings, device, step), strict=True):
+    timed = _in_turns(files, layout, at, list(ladders), settings, device, step)
+    fixed = {phase: _rest(*timed[-1][phase]) for phase in _PHASES}
+    for kept, measured in zip(at, timed, strict=True):
+        staying = [name for name, count in kept.items() if count]
         for phase, (total, own) in measured.items():
-            rest[phase].append(median(whole - sum(each) for whole, *each in zip(total, *own.values(), strict=True)))
+            more = (median(_rest(total, own)) - median(fixed[phase])) / max(1, len(staying))
             for name, times in own.items():
                 key = shapes[name], kept[name]
-                found.setdefault(key, {p: [] for p in _PHASES})[phase].append(median(times))
+                figure = median(times) + (more if name in staying else 0.0)
+                found.setdefault(key, {p: [] for p in _PHASES})[phase].append(figure)
                 spread.setdefault(key, []).append(_spread(times))
     units: dict[str, list[Timing]] = {}
     for (shape, count), medians in found.items():
@@ -75,9 +80,14 @@ def make_table(
         versions=dict(versions),
         settings=settings,
         model=size_of(files, layout),
-        fixed=_timing(0, rest, max(map(_spread, rest.values()))),
+        fixed=_timing(0, fixed, max(map(_spread, fixed.values()))),
         units={shape: tuple(sorted(timings, key=lambda t: -t.kept)) for shape, timings in units.items()},
     )
+
+
+def _rest(total: Sequence[float], own: Mapping[str, Sequence[float]]) -> list[float]:
+    """Return what is left of each pass without its sub-blocks."""
+    return [whole - sum(each) for whole, *each in zip(total, *own.values(), strict=True)]
 
 
 def measure(

@@ -18,6 +18,7 @@ from allocator.search.baselines import two_rate, uniform
 from allocator.search.bayesian import Bayesian, GpSettings, TpeSettings
 from allocator.search.decide import Decision, SearchSettings
 from allocator.search.emo_pms import emo_pms
+from allocator.search.hypervolume import box
 from allocator.search.loop import Listener, Measurer, search
 from allocator.search.nsga import Nsga
 from allocator.search.script import Scripted
@@ -104,7 +105,7 @@ def decide_front(
     best = pareto_front(space, again, names)
     figures = np.array([[figure(space, outcome, name) for name in names] for outcome in best])
     lowest = min(range(len(best)), key=lambda place: best[place].loss)
-    winner = best[knee(figures) if at_knee else lowest].request.allocation
+    winner = best[knee(figures, *box(journal, names)) if at_knee else lowest].request.allocation
     own = Budget(**{**budget.limits, **{cost: space.cost(winner, cost) for cost in costs}})
     even, sweep_ = uniform(space, own), two_rate(space, own)
     scored = measurer.measure([Request(allocation, tokens) for allocation in dict.fromkeys([even, *sweep_, winner])])

@@ -37,6 +37,19 @@ class _Step:
 _BEGUN = _Step(0, 0, 0.0, [], 0.0)
 
 
+def box(journal: Journal, objectives: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ideal and the reference point, [objectives] each; see the module's text."""
+    space, begun = journal.space, journal.batches[0]
+    points = [
+        (space.cost(space.sparsest, name), space.cost(space.dense, name))
+        if name in space.fixed
+        else (0.0, max(outcome.measured[name] for outcome in begun))
+        for name in objectives
+    ]
+    ideal, reference = np.array(points, dtype=float).T
+    return ideal, reference
+
+
 class Hypervolume:
     """The hypervolume of what a journal holds, batch by batch; each batch is looked at once.
 
@@ -70,21 +83,9 @@ class Hypervolume:
                 name: scaled(name, int(value)) if name in space.fixed else float(value)
                 for name, value in zip(self._objectives, point, strict=True)
             }
-            for point in self._box()
+            for point in box(self._journal, self._objectives)
         )
         return {"ideal": ideal, "reference": reference, "value": curve[-1][-1], "curve": curve}
-
-    def _box(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the ideal and the reference point, [objectives] each."""
-        space, begun = self._journal.space, self._journal.batches[0]
-        points = [
-            (space.cost(space.sparsest, name), space.cost(space.dense, name))
-            if name in space.fixed
-            else (0.0, max(outcome.measured[name] for outcome in begun))
-            for name in self._objectives
-        ]
-        ideal, reference = np.array(points, dtype=float).T
-        return ideal, reference
 
     def _after(self, before: _Step, batch: Sequence[Outcome]) -> _Step:
         space, requests = self._journal.space, [outcome.request for outcome in batch]
@@ -100,7 +101,7 @@ class Hypervolume:
 
     def _volume(self, front: Sequence[Outcome]) -> float:
         """Return the share of the box that a front dominates, to six digits; 0 for a box that is flat."""
-        ideal, reference = self._box()
+        ideal, reference = box(self._journal, self._objectives)
         extent = reference - ideal
         if not extent.all():
             return 0.0

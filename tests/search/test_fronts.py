@@ -265,7 +265,10 @@ def test_members_are_selected_on_text_of_their_own_and_the_knee_is_the_plan(deci
     selected = [o for o in outcomes if o.request.split == "selection"]
     front = pareto_front(space, selected, ["kl", "params"])
     figures = np.array([[o.loss, space.cost(o.request.allocation)] for o in front])
-    assert decision.searched == front[knee(figures)].request.allocation
+    worst = max(o.loss for o in outcomes[:3])
+    low, high = space.cost(space.sparsest), space.cost(space.dense)
+    bend = figures[:, 0] / worst + (figures[:, 1] - low) / (high - low)
+    assert decision.searched == front[int(bend.argmin())].request.allocation
     before = outcomes[: outcomes.index(selected[0])]
     searched = [o for o in before if o.request == Request(o.request.allocation, 128)]
     members = {o.request.allocation for o in pareto_front(space, searched, ["kl", "params"])}
@@ -290,9 +293,18 @@ def test_a_finished_decision_is_replayed_without_measuring(decided, refusing):
 
 
 def test_the_knee_is_where_a_front_bends():
-    assert knee(np.array([[0.0, 10.0], [1.0, 1.0], [10.0, 0.0]])) == 1
-    assert knee(np.array([[3.0, 3.0]])) == 0
-    assert knee(np.array([[0.0, 5.0, 5.0], [1.0, 0.0, 5.0], [1.2, 0.0, 0.0]])) == 2
+    def bend(points, reference):
+        return knee(np.array(points), np.zeros(len(reference)), np.array(reference))
+
+    assert bend([[0.0, 10.0], [1.0, 1.0], [10.0, 0.0]], [10.0, 10.0]) == 1
+    assert bend([[3.0, 3.0]], [10.0, 10.0]) == 0
+    assert bend([[0.0, 5.0, 5.0], [1.0, 0.0, 5.0], [1.2, 0.0, 0.0]], [10.0, 10.0, 10.0]) == 2
+
+
+def test_what_has_lost_everything_does_not_move_the_knee():
+    points = [[0.1, 9.0], [0.5, 5.0], [2.0, 3.0], [900.0, 0.0]]
+    ideal, reference = np.zeros(2), np.array([4.0, 10.0])
+    assert knee(np.array(points), ideal, reference) == knee(np.array(points[:-1]), ideal, reference) == 1
 
 
 @given(data=st.data())
