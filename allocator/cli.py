@@ -144,9 +144,11 @@ def search(
     if json_:
         _emit({**result.summary, "folder": str(result.folder), "checkpoint": str(result.checkpoint)})
         return
-    from allocator.report.tables import result_table
+    from allocator.report.tables import prediction_table, result_table
 
     _print(result_table(result.summary))
+    if "latency" in result.summary:
+        _print(prediction_table(result.summary))
     _print(
         f"plan        {result.folder / 'plan.json'}\n"
         f"checkpoint  {result.checkpoint}\n"

@@ -79,7 +79,7 @@ class Case:
 
 
 def make_case(name: str, folder: Path) -> Case:
-    model = locate(PACKAGED) if name == "packaged" else _random_model(folder / "model")
+    model = locate(PACKAGED) if name == "packaged" else random_model(folder / "model")
     sequences, length, repeats = (4, 512, 5) if name == "packaged" else (4, 128, 2)
     files = read_model_files(model)
     layout = resolve_layout(find_family(files.config["model_type"]), files)
@@ -91,7 +91,7 @@ def make_case(name: str, folder: Path) -> Case:
     return Case(name, EngineSpec(files, layout, space, store), tokens[:sequences], repeats)
 
 
-def _random_model(folder: Path) -> Path:
+def random_model(folder: Path) -> Path:
     config = transformers.LlamaConfig(
         vocab_size=32000,
         hidden_size=768,

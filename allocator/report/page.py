@@ -84,6 +84,7 @@ def write_report(folder: Path) -> Path:
         result=result,
         dense_params=space.cost(space.dense),
         rows={row.key: row for row in tables.result_rows(result)} if result else {},
+        predictions=tables.prediction_rows(result) if result else [],
         gains=_gains(result["measured"]) if result else {},
         units=_unit_rows(space, named),
         curve=curves.convergence(journal),

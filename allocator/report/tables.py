@@ -124,6 +124,31 @@ def result_table(result: Mapping[str, Any]) -> Table:
     return table
 
 
+def prediction_rows(result: Mapping[str, Any]) -> list[tuple[str, str, float, float, float]]:
+    """Return predictions of the latency table beside what was measured, where it was.
+
+    Returns:
+        A model, a figure, the milliseconds that were predicted and those that were measured, and the relative error.
+    """
+    return [
+        (LABELS[key], COSTS[name].label, each["predicted"], each["measured"], each["predicted"] / each["measured"] - 1)
+        for key, figures in result.get("latency", {}).items()
+        for name, each in figures.items()
+    ]
+
+
+def prediction_table(result: Mapping[str, Any]) -> Table:
+    """Return the rows of :func:`prediction_rows`."""
+    table = _table("What the latency table predicts, and whole models end to end")
+    table.add_column("")
+    table.add_column("")
+    for heading in ("predicted", "measured", "error"):
+        table.add_column(heading, justify="right")
+    for label, name, predicted, measured, error in prediction_rows(result):
+        table.add_row(escape(label), name, number(predicted, 3), number(measured, 3), change(error))
+    return table
+
+
 def front_table(front: Mapping[str, Any]) -> Table:
     """Return the front, from large to small; of a long one, points evenly spaced along it."""
     headings, rows = front_rows(front)

@@ -76,6 +76,8 @@ def test_a_plan_keeps_and_fills_every_bound(
             assert figures["measured"] > 0
     whole = result["latency"]["dense"]["latency_ms"]["predicted"]
     assert whole == pytest.approx(space.cost(dense, "latency_ms") / 1e6, abs=1e-6)
+    page = (here / "runs" / "run" / "report.html").read_text()
+    assert f"{result['latency']['searched']['latency_ms']['predicted']:,.3f}" in page
     text = cli("plan", here / "runs" / "run").out
     assert "kv_bytes" in text
     assert "latency_ms" in text
