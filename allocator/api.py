@@ -24,7 +24,7 @@ from allocator.core.protocols import Outcome
 from allocator.core.space import Allocation, SearchSpace
 from allocator.evaluate.engine import Engine, EngineSpec, check_device
 from allocator.evaluate.latency import make_table
-from allocator.job import ladders_id, read_model, read_tokens, text_fingerprint, versions
+from allocator.job import ladders_id, read_model, read_texts, read_tokens, text_fingerprint, versions
 from allocator.model.checkpoint import count_params
 from allocator.model.family import Attention, Layout, build_space, find_family, resolve_layout
 from allocator.model.headers import ModelFiles, locate, read_model_files
@@ -329,7 +329,7 @@ def prune(
     model: str | Path,
     execution: str | None = None,
     store: Path | str | None = None,
-    text: Path | str | None = None,
+    text: Path | str | Sequence[Path | str] | None = None,
     family: Path | str | None = None,
     reporter: Reporter | None = None,
 ) -> int:
@@ -342,7 +342,8 @@ def prune(
         execution: ``recompute`` prunes block by block on what the pruned predecessors produce; ``assemble`` takes
             the levels that the search saw, from ``store`` where given. None for what the plan says.
         store: A level store of the same model, text and pruner, for ``assemble``.
-        text: The calibration text that the plan was made with; None for the Python standard library.
+        text: The calibration text that the plan was made with, those of its run's domains in their order, or None for
+            the Python standard library.
         family: The family file that the plan was made with; None for those shipped.
         reporter: Hears about progress.
 
@@ -389,7 +390,9 @@ def prune(
             raise UserError(f"store: {store}: no finished level store. Leave --store out to prune afresh")
         return save_pruned(plan.allocation, files, layout, plan.space, opened, out)
     length, wanted = settings["sequence_length"], settings["tokens"]
-    tokens = read_tokens(None if text is None else Path(text), files.folder, {"calibration": wanted}, length)
+    named = [text] if text is None or isinstance(text, (str, Path)) else text
+    texts = {str(each): None if each is None else Path(each) for each in named}
+    tokens = read_texts(texts, files.folder, {"calibration": wanted}, length)
     if text_fingerprint(tokens["calibration"]) != settings["calibration"]:
         raise UserError(
             "text: the plan was made with other calibration text. Name the same with --text, run the same Python "

@@ -278,7 +278,9 @@ def prune(
         str | None, typer.Option(help="recompute: along the plan's path. assemble: from a store. [default: the plan's]")
     ] = None,
     store: Annotated[Path | None, typer.Option(help="Level store of the run. [default: beside the plan]")] = None,
-    text: Text = None,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="Text that the plan was made with; repeat, in order, for domains.")
+    ] = None,
     family: Family = None,
     json_: Json = False,
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from importlib import metadata
@@ -279,7 +280,7 @@ def prepare(config: RunConfig) -> Job:
     if longest is not None and length > longest:
         raise UserError(f"tokens.sequence_length: the model reads at most {longest} tokens, found {length}")
     along = _along(config, files, space, budget)
-    tokens = read_domains(config, files.folder, wanted, length)
+    tokens = read_texts(config.domains or {"text": config.text}, files.folder, wanted, length)
     return Job(config, files, layout, space, budget, pruner, tokens, along)
 
 
@@ -301,15 +302,17 @@ def _along(config: RunConfig, files: ModelFiles, space: SearchSpace, budget: Bud
     return plan.allocation
 
 
-def read_domains(config: RunConfig, model: Path, wanted: dict[str, int], length: int) -> dict[str, np.ndarray]:
-    """Read the text of a run: where it has domains, sequences of each in turn.
+def read_texts(
+    texts: Mapping[str, Path | None], model: Path, wanted: dict[str, int], length: int
+) -> dict[str, np.ndarray]:
+    """Read several texts by name, as :func:`read_tokens` reads one: sequences of each in turn.
 
     Raises:
-        UserError: A split holds too few tokens, or fewer sequences than there are domains.
+        UserError: A split holds too few tokens, or fewer sequences than there are texts.
     """
-    if not config.domains:
-        return read_tokens(config.text, model, wanted, length)
-    count = len(config.domains)
+    count = len(texts)
+    if count == 1:
+        return read_tokens(*texts.values(), model, wanted, length)
     for split, tokens in wanted.items():
         if tokens < count * length:
             raise UserError(
@@ -317,7 +320,7 @@ def read_domains(config: RunConfig, model: Path, wanted: dict[str, int], length:
                 f"takes {count * length}. Ask for as many, or set tokens.sequence_length"
             )
     packed = {split: np.empty((tokens // length, length), dtype=np.int64) for split, tokens in wanted.items()}
-    for place, (name, text) in enumerate(config.domains.items()):
+    for place, (name, text) in enumerate(texts.items()):
         own = {split: len(rows[place::count]) * length for split, rows in packed.items()}
         try:
             read = read_tokens(text, model, own, length)

@@ -112,7 +112,7 @@ def run_cell(cell: str, work: Path) -> str:
 def local_share(journal: Journal) -> list[float] | None:
     """Return what an evaluation of a group costs of a whole one, in candidate-tokens and in seconds; None without any.
 
-    Whole ones are those of merged schemes, which hardly share anything; both are per token.
+    Whole ones are those of merged schemes, which hardly share anything. Per token, and of seconds the medians.
     """
     spent: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
     for batch in journal.batches[1:]:
@@ -123,8 +123,9 @@ def local_share(journal: Journal) -> list[float] | None:
                 spent[bool(outcome.request.blocks)].append((cost / tokens, outcome.wall_s / tokens))
     if not spent[True]:
         return None
-    local, entire = (np.mean(spent[kind], axis=0) for kind in (True, False))
-    return [round(float(share), 4) for share in local / entire]
+    local, entire = (np.array(spent[kind]) for kind in (True, False))
+    tokens, seconds = local[:, 0].mean() / entire[:, 0].mean(), np.median(local[:, 1]) / np.median(entire[:, 1])
+    return [round(float(tokens), 4), round(float(seconds), 4)]
 
 
 def _reaches(points: Sequence[Sequence[float]], aim: float) -> float:

@@ -106,6 +106,19 @@ def test_a_plan_is_chosen_by_a_domain(both: Path, cli: Callable[..., Any]) -> No
     assert figures["kl.digits"] == min(point["kl.digits"] for point in points if point["kl.words"] <= bound)
 
 
+def test_a_plan_is_executed_again_from_the_texts_in_order(
+    both: Path, tiny_model: Path, text_folder: Path, digits: Path, cli: Callable[..., Any], tmp_path: Path
+) -> None:
+    flags = ["prune", both / "plan.json", "--model", tiny_model]
+    out = tmp_path / "again"
+    answer = cli(*flags, "--text", text_folder, "--text", digits, "--out", out)
+    assert answer.code == 0, answer.err
+    assert (out / "model.safetensors").read_bytes() == (both / "checkpoint" / "model.safetensors").read_bytes()
+    swapped = cli(*flags, "--text", digits, "--text", text_folder, "--out", tmp_path / "other")
+    assert swapped.code == 2
+    assert "the plan was made with other calibration text" in swapped.err
+
+
 def test_the_front_is_shown(both: Path, cli: Callable[..., Any]) -> None:
     shown = cli("front", both)
     assert shown.code == 0
