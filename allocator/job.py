@@ -312,7 +312,7 @@ def read_texts(
     """
     count = len(texts)
     if count == 1:
-        return read_tokens(*texts.values(), model, wanted, length)
+        return read_tokens(next(iter(texts.values())), model, wanted, length)
     for split, tokens in wanted.items():
         if tokens < count * length:
             raise UserError(
