@@ -253,7 +253,12 @@ def plan_from_run(
         if not 0 <= index < len(listed):
             raise UserError(f"{folder}: the front has members 0 to {len(listed) - 1}, and {index} was asked for")
         member = tuple(listed[index]["allocation"])
-        chosen = next(outcome for outcome in curves.comparable(journal) if outcome.request.allocation == member)
+        known = {outcome.request.allocation: outcome for outcome in curves.comparable(journal)}
+        if member not in known:
+            raise UserError(
+                f"{folder}: front.json and journal.jsonl are not of one run. Restore one, or resume the run"
+            )
+        chosen = known[member]
     else:
         chosen = _choose(folder, journal, target, where, best, knee)
     allocation = chosen.request.allocation

@@ -38,7 +38,9 @@ Constraints = Annotated[
 ]
 Objectives = Annotated[
     list[str] | None,
-    typer.Option("--objective", metavar="COST", help="A cost that shall be small beside the loss: find a front."),
+    typer.Option(
+        "--objective", metavar="NAME", help="Shall be small beside the loss: a cost, nll, or kl.DOMAIN. Finds a front."
+    ),
 ]
 Workers = Annotated[int | None, typer.Option(help="Ray workers; 0 for none. [default: one per core, at most 4]")]
 RunsDir = Annotated[Path | None, typer.Option(help="Folder of runs. [default: runs]")]

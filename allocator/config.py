@@ -158,7 +158,8 @@ class RunConfig(_Strict):
             on each is measured apart, such as ``kl.code``.
         family: A family file in place of those shipped.
         pattern: What is removed: whole channels and KV groups, or single weights, or those by the group.
-        target: Share of the parameters inside units to remove; 0.5 where there are no constraints either.
+        target: Share of the parameters inside units to remove; 0.5 where there are no constraints and no objective is
+            a cost.
         objectives: What shall be small beside the loss: costs, the negative log-likelihood (``nll``), or in place of
             the loss that of some domains (``kl.code``). With any, the answer is a front, and the plan its knee, or with
             a target the member of least loss that keeps it.
@@ -207,7 +208,8 @@ class RunConfig(_Strict):
     def _halved(cls, data: Any) -> Any:
         if not isinstance(data, dict) or data.get("target") is not None:
             return data
-        return data if data.get("constraints") or data.get("objectives") else {**data, "target": 0.5}
+        costs = set(_names(data.get("objectives"))) & set(COSTS)
+        return data if data.get("constraints") or costs else {**data, "target": 0.5}
 
     @field_validator("objectives")
     @classmethod
@@ -231,8 +233,7 @@ class RunConfig(_Strict):
                 raise ValueError(f"objectives: unknown {name!r}{did_you_mean(name, known)}")
         if self.domains and self.text is not None:
             raise ValueError("domains: they take the place of text. Leave one of them out")
-        costs = sum(name in COSTS for name in self.objectives)
-        self.search.serve(costs, len(self.objectives) - costs)
+        self.search.serve(self.loss, self.objectives)
         return self
 
     @field_validator("constraints")
@@ -379,14 +380,18 @@ def _refine(data: dict[str, Any]) -> None:
 
     It may where nothing is said of rounds or ladders: the second round is on finer ones.
     """
-    search, ladder, objectives = data.setdefault("search", {}), data.get("ladder") or {}, data.get("objectives") or ()
+    search, ladder, objectives = data.setdefault("search", {}), data.get("ladder") or {}, _names(data.get("objectives"))
     if not isinstance(search, dict) or not isinstance(ladder, dict) or search.get("method", "auto") != "auto":
         return
     if objectives:
-        costs = sum(name in COSTS for name in objectives)
-        search["method"] = best_for(costs, len(objectives) - costs)
+        search["method"] = best_for(objectives)
     elif data.get("pattern") != "n:m" and ladder.get("sparsities") is None:
         search.setdefault("rounds", 2)
+
+
+def _names(value: Any) -> list[str]:
+    """Return the names in a list that was not checked yet."""
+    return [name for name in value if isinstance(name, str)] if isinstance(value, (list, tuple)) else []
 
 
 def _explain(error: ValidationError) -> str:
@@ -399,4 +404,4 @@ def _explain(error: ValidationError) -> str:
             known = known[part]
         return f"unknown key {where!r}{did_you_mean(location[-1], known)}"
     message = first["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}; found {first['input']!r}"
+    return f"{where}: {message}; found {first['input']!r}" if location else message

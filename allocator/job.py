@@ -269,6 +269,12 @@ def prepare(config: RunConfig) -> Job:
                 f"tokens: {name} asks for {count} tokens, which is not a multiple of the sequence length {length}. "
                 f"Ask for {-(-count // length) * length}, or set tokens.sequence_length"
             )
+        if count < len(config.domains) * length:
+            raise UserError(
+                f"domains: {name} asks for {count} tokens, and one sequence of {length} of each of "
+                f"{len(config.domains)} domains takes {len(config.domains) * length}. Ask for as many, or set "
+                "tokens.sequence_length"
+            )
     step = config.training.batch_sequences * length
     for count in config.search.evolution.training:
         if count % step:
@@ -308,17 +314,11 @@ def read_texts(
     """Read several texts by name, as :func:`read_tokens` reads one: sequences of each in turn.
 
     Raises:
-        UserError: A split holds too few tokens, or fewer sequences than there are texts.
+        UserError: A split holds too few tokens.
     """
     count = len(texts)
     if count == 1:
         return read_tokens(next(iter(texts.values())), model, wanted, length)
-    for split, tokens in wanted.items():
-        if tokens < count * length:
-            raise UserError(
-                f"domains: {split} asks for {tokens} tokens, and one sequence of {length} of each of {count} domains "
-                f"takes {count * length}. Ask for as many, or set tokens.sequence_length"
-            )
     packed = {split: np.empty((tokens // length, length), dtype=np.int64) for split, tokens in wanted.items()}
     for place, (name, text) in enumerate(texts.items()):
         own = {split: len(rows[place::count]) * length for split, rows in packed.items()}

@@ -16,10 +16,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, get_args
 
+from allocator.core.budget import Budget, fits
 from allocator.core.errors import UserError
 from allocator.core.files import canonical_json
 from allocator.core.protocols import BEFORE, FEATURES, Expansion, Extra, Key, Outcome, Request
-from allocator.core.space import SearchSpace
+from allocator.core.space import Allocation, SearchSpace
 
 SCHEMA = 3
 
@@ -91,6 +92,14 @@ class Journal:
     def space(self) -> SearchSpace:
         """The search space that the run searched."""
         return SearchSpace.from_json(self.header["space"])
+
+    @cached_property
+    def _budget(self) -> Budget | None:
+        return Budget(**self.header["budget"]) if "objectives" in self.header else None
+
+    def admits(self, allocation: Allocation) -> bool:
+        """Whether an allocation may be a member of the run's front: if a front is searched, it keeps to the budget."""
+        return self._budget is None or fits(self.space, allocation, self._budget)
 
     def __len__(self) -> int:
         return len(self._outcomes)

@@ -147,6 +147,7 @@ def _in_turns(
             with _placed(device, settings.threads):
                 model = shaped_model(files, layout, kept, getattr(torch, settings.dtype))
                 _timed(model, settings, repeats, device, found[place])
+                del model  # before the next one is made
             step((turn * len(shapes) + place + 1) // turns)
     return found
 

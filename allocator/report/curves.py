@@ -58,8 +58,15 @@ class Spending:
 
 
 def comparable(journal: Journal) -> list[Outcome]:
-    """Return the outcomes of the search split at its highest fidelity, after all training, in journal order."""
-    return [outcome for outcome in journal if outcome.request == _last(journal, outcome.request.allocation)]
+    """Return the outcomes of the search split at its highest fidelity, after all training, in journal order.
+
+    Where a front is searched, those alone that keep to the budget.
+    """
+    return [
+        outcome
+        for outcome in journal
+        if outcome.request == _last(journal, outcome.request.allocation) and journal.admits(outcome.request.allocation)
+    ]
 
 
 def costs(journal: Journal) -> list[tuple[Outcome, float]]:

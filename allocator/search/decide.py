@@ -10,8 +10,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias, cast
 
 from allocator.core.budget import Budget, denser_moves, fits
+from allocator.core.costs import COSTS
 from allocator.core.effort import Effort, Limit
 from allocator.core.errors import UserError
+from allocator.core.front import minimised
 from allocator.core.journal import Journal
 from allocator.core.protocols import Evaluator, Outcome, Request, Searcher
 from allocator.core.space import Allocation, SearchSpace
@@ -66,9 +68,9 @@ class SearchSettings:
     """Which method searches, how much it may spend, and the settings of each method.
 
     Attributes:
-        method: Which method searches. ``auto`` is the trust-region knapsack followed by guided evolution, and for a
-            front what :func:`best_for` says. ``evopress``, ``darwinlm`` and ``tyr`` are evolution with published
-            numbers.
+        method: Which method searches. ``auto`` is the trust-region knapsack followed by guided evolution; for a front,
+            a run's configuration has what :func:`best_for` says in its place. ``evopress``, ``darwinlm`` and ``tyr``
+            are evolution with published numbers.
         tokens: Fidelities of ``auto``, ``trust_region`` and ``guided``, increasing: the first is for profiles.
         budget: What the search may spend, such as ``300 evaluations``, ``2e6 tokens`` or ``20 minutes``; None for
             what its own settings ask for. Baselines and selection come on top.
@@ -108,26 +110,28 @@ class SearchSettings:
                 f"{self.method}. Use search.method=evolution, or leave training out"
             )
 
-    def serve(self, costs: int, measured: int) -> None:
-        """Check that the method serves so many costs and so many other measurements as objectives.
+    def serve(self, loss: str, objectives: Sequence[str]) -> None:
+        """Check that the method serves a loss and objectives beside it, or in its place.
 
         Raises:
-            UserError: It does not, or the search has several rounds.
+            UserError: It does not, they make no front, or the search has several rounds.
         """
-        objectives = costs + measured
+        names = minimised(loss, objectives)
+        if objectives and len(names) == 1:
+            raise UserError(f"objectives: {names[0]} alone makes no front. Name a cost, or another domain, beside it")
         if objectives and self.method not in FRONTS:
             raise UserError(f"objectives: {self.method} serves the loss alone. Use --method {' or '.join(FRONTS)}")
         if not objectives and self.method in ONLY_FRONTS:
             raise UserError(
-                f"search.method: {self.method} finds a front, and no cost is an objective. Name one, such as "
+                f"search.method: {self.method} finds a front, and nothing is an objective. Name something, such as "
                 "--objective params, or use another method"
             )
-        if self.method in ONE_LOSS and measured:
+        if self.method in ONE_LOSS and not set(objectives) <= set(COSTS):
             several = " or ".join(method for method in FRONTS if method not in ONE_LOSS)
-            raise UserError(f"objectives: {self.method} serves one loss beside costs. Use --method {several}")
-        if self.method == "nsga3" and self.nsga.population < 2 * (1 + objectives):
+            raise UserError(f"objectives: {self.method} serves the loss beside costs. Use --method {several}")
+        if self.method == "nsga3" and self.nsga.population < 2 * len(names):
             raise UserError(
-                f"search.nsga.population: {1 + objectives} objectives take at least {2 * (1 + objectives)} members, "
+                f"search.nsga.population: {len(names)} objectives take at least {2 * len(names)} members, "
                 f"found {self.nsga.population}"
             )
         if objectives and self.rounds > 1:
@@ -196,11 +200,11 @@ class SearchSettings:
         return 2 + -(-self.own.trials // self.own.batch)
 
 
-def best_for(costs: int, measured: int) -> Method:
-    """Return what ``auto`` is, for so many costs and so many measurements beside the loss as objectives."""
-    if measured:
+def best_for(objectives: Sequence[str]) -> Method:
+    """Return what ``auto`` is, for what shall be small beside the loss."""
+    if not set(objectives) <= set(COSTS):
         return "nsga2"
-    return ("auto", "sweep", "emo_pms")[min(costs, 2)]
+    return ("auto", "sweep", "emo_pms")[min(len(objectives), 2)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from allocator.core.budget import Budget, fits
+from allocator.core.budget import Budget, fits, spans
 from allocator.core.errors import UserError
 from allocator.core.front import non_dominated
 from allocator.core.protocols import Outcome, Request
@@ -77,13 +77,15 @@ def emo_pms(
     seed: int,
 ) -> Script:
     """Search the front of the loss and of costs within a budget, from ``start``. See the module's text."""
-    groups = _groups(space, settings.groups)
+    groups, place_of = _groups(space, settings.groups), spans(space, budget, objectives[:1])[objectives[0]]
+    bounded = [cost for cost, limit in budget.limits.items() if limit < space.cost(space.dense, cost)]
+    costs = list(dict.fromkeys([*objectives, *bounded]))
     known = _losses((yield [Request(allocation, settings.tokens) for allocation in start]))
     bred: list[list[Levels]] = [[] for _ in groups]
     for number in range(settings.rounds):
-        base = _nearest(space, objectives[0], known, _place(number))
+        base = _nearest(space, objectives[0], known, _place(number), place_of)
         locals_ = [
-            _Local(space, group, base, objectives, first, settings, [seed, number, place])
+            _Local(space, group, base, costs, first, settings, [seed, number, place])
             for place, (group, first) in enumerate(zip(groups, bred, strict=True))
         ]
         for _ in range(settings.generations + 1):
@@ -99,8 +101,8 @@ def emo_pms(
         wanted = dict.fromkeys(allocation for own in plugged for allocation in own)
         losses = _losses((yield [Request(allocation, settings.profile) for allocation in wanted]))
         impairments = [[losses[allocation] - losses[base] for allocation in own] for own in plugged]
-        merged = _merged(space, objectives, groups, options, impairments)
-        new = [scheme for scheme in merged if fits(space, scheme, budget) and scheme not in known]
+        merged = _merged(space, budget, objectives, costs, groups, options, impairments)
+        new = [scheme for scheme in merged if scheme not in known]
         chosen = dict.fromkeys(round(place) for place in np.linspace(0, len(new) - 1, min(settings.schemes, len(new))))
         if chosen:
             known |= _losses((yield [Request(new[place], settings.tokens) for place in chosen]))
@@ -143,25 +145,25 @@ def _groups(space: SearchSpace, count: int) -> list[_Group]:
 
 
 class _Local:
-    """The evolution of one group in one round: costs of the group against the error of what leaves it."""
+    """The evolution of one group in one round: costs, also those that are bounded, against the error of what leaves."""
 
     def __init__(
         self,
         space: SearchSpace,
         group: _Group,
         base: Allocation,
-        objectives: Sequence[Cost],
+        costs: Sequence[Cost],
         first: Sequence[Levels],
         settings: EmoPmsSettings,
         seed: Sequence[int],
     ) -> None:
-        self._space, self._group, self._objectives, self._settings = space, group, objectives, settings
+        self._space, self._group, self._costs, self._settings = space, group, costs, settings
         # what comes after is not run
         self._before = tuple(lv if unit.block < group.end else 0 for lv, unit in zip(base, space.units, strict=True))
         units = [space.units[place] for place in group.places]
         drawn = int(np.random.SeedSequence(seed).generate_state(1)[0])
         population = _population([unit.num_levels for unit in units], [group.of(base), *first], settings, drawn)
-        self._nsga = make_nsga("nsga2", units, population, settings.population, 1 + len(objectives), drawn)
+        self._nsga = make_nsga("nsga2", units, population, settings.population, 1 + len(costs), drawn)
         self._bred: Any = None
 
     def ask(self) -> list[Request]:
@@ -173,9 +175,7 @@ class _Local:
         """Select among parents and offspring."""
         if not outcomes:
             return
-        costs = [
-            [self._space.cost(outcome.request.allocation, cost) for cost in self._objectives] for outcome in outcomes
-        ]
+        costs = [[self._space.cost(outcome.request.allocation, cost) for cost in self._costs] for outcome in outcomes]
         self._bred.set("F", np.column_stack([[outcome.loss for outcome in outcomes], np.array(costs, dtype=float)]))
         self._nsga.tell(infills=self._bred)
 
@@ -213,43 +213,52 @@ def _place(number: int) -> float:
     return int(digits, 2) / float(1 << len(digits))
 
 
-def _nearest(space: SearchSpace, cost: Cost, known: Mapping[Allocation, float], place: float) -> Allocation:
-    """Return the member of the front of what is known that is nearest to a place on the range of a cost."""
+def _nearest(
+    space: SearchSpace, cost: Cost, known: Mapping[Allocation, float], place: float, span: tuple[int, int]
+) -> Allocation:
+    """Return the member of the front of what is known that is nearest to a place on the span of a cost."""
     allocations = list(known)
     spent = np.array([space.cost(allocation, cost) for allocation in allocations])
     front = non_dominated(np.column_stack([spent, [known[allocation] for allocation in allocations]]))
-    low, high = space.cost(space.sparsest, cost), space.cost(space.dense, cost)
+    low, high = span
     return allocations[min(front, key=lambda member: abs(spent[member] - low - place * (high - low)))]
 
 
 def _merged(
     space: SearchSpace,
+    budget: Budget,
     objectives: Sequence[Cost],
+    costs: Sequence[Cost],
     groups: Sequence[_Group],
     options: Sequence[Sequence[Levels]],
     impairments: Sequence[Sequence[float]],
 ) -> list[Allocation]:
-    """Return the front of whole schemes by the sum of impairments and costs: one option for each group, exactly."""
-    schemes = np.zeros((1, 0), dtype=np.int64)
-    figures = np.zeros((1, 1 + len(objectives)))
+    """Return the front within the budget of the sum of impairments and objectives: one option for each group, exactly.
+
+    ``costs`` are the objectives, and what else the budget bounds: what is ahead in these may yet fit where the other
+    does not.
+    """
+    figures, schemes = np.zeros((1, 1 + len(costs))), np.zeros((1, 0), dtype=np.int64)
     for group, own, losses in zip(groups, options, impairments, strict=True):
         units = [space.units[place] for place in group.places]
-        costs = [
-            [sum(u.costs(cost)[level] for u, level in zip(units, levels, strict=True)) for cost in objectives]
+        spent = [
+            [sum(u.costs(cost)[level] for u, level in zip(units, levels, strict=True)) for cost in costs]
             for levels in own
         ]
-        added = np.column_stack([losses, np.array(costs, dtype=float)])
+        added = np.column_stack([losses, np.array(spent, dtype=float)])
         figures = (figures[:, None] + added).reshape(-1, added.shape[1])
         schemes = np.column_stack([schemes.repeat(len(own), axis=0), np.tile(np.arange(len(own)), len(schemes))])
         best = non_dominated(figures)
         figures, schemes = figures[best], schemes[best]
-    allocations = []
-    for scheme in schemes.tolist():
+    inside, rows = list[Allocation](), list[int]()
+    for row, scheme in enumerate(schemes.tolist()):
         allocation = space.dense
         for group, own, pick in zip(groups, options, scheme, strict=True):
             allocation = group.into(allocation, own[pick])
-        allocations.append(allocation)
-    return allocations
+        if fits(space, allocation, budget):
+            inside.append(allocation)
+            rows.append(row)
+    return [inside[place] for place in non_dominated(figures[rows, : 1 + len(objectives)])]
 
 
 def _losses(outcomes: Sequence[Outcome]) -> dict[Allocation, float]:

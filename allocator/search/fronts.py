@@ -18,7 +18,7 @@ from allocator.search.baselines import two_rate, uniform
 from allocator.search.bayesian import Bayesian, GpSettings, TpeSettings
 from allocator.search.decide import Decision, SearchSettings
 from allocator.search.emo_pms import emo_pms
-from allocator.search.hypervolume import box
+from allocator.search.hypervolume import box, is_likelihood
 from allocator.search.loop import Listener, Measurer, search
 from allocator.search.nsga import Nsga
 from allocator.search.script import Scripted
@@ -86,6 +86,7 @@ def decide_front(
     phase("baselines")
     limits = budgets(space, budget, costs[:1], _STARTS) if costs else [budget]
     starts = list(dict.fromkeys(uniform(space, each) for each in limits))
+    beside = [space.dense] if any(map(is_likelihood, names)) else []
     measurer, known = Measurer(evaluator, journal), dict[Allocation, Outcome]()
 
     def heard(outcomes: Sequence[Outcome]) -> None:
@@ -93,7 +94,7 @@ def decide_front(
         known.update({o.request.allocation: o for o in full if fits(space, o.request.allocation, budget)})
         listen(outcomes)
 
-    heard(measurer.measure([Request(allocation, tokens) for allocation in starts]))
+    heard(measurer.measure([Request(allocation, tokens) for allocation in dict.fromkeys([*starts, *beside])]))
     phase("search")
     searcher = make_front_searcher(space, budget, names, starts, settings, seed)
     ended = search(searcher, measurer, heard, settings.limit())

@@ -1,9 +1,10 @@
 """The hypervolume of a front as its search goes, against a reference point that the search began with.
 
 It is the share of the box between two points that the front dominates. The ideal point has the costs of the sparsest
-model, and 0 for what is measured. The reference point has the costs of the dense model, and what is measured of the
-worst of the uniform allocations with which every search of a front begins, the journal's first batch. An outcome that
-is beyond the reference point in any figure adds nothing.
+model, 0 for distances from the dense model, and of likelihoods, which never come near 0, the least of the journal's
+first batch, to which the dense model belongs where one is an objective. The reference point has the costs of the dense
+model, and what is measured of the worst of that batch: uniform allocations with which every search of a front begins.
+An outcome that is beyond the reference point in any figure adds nothing.
 """
 
 from __future__ import annotations
@@ -37,13 +38,21 @@ class _Step:
 _BEGUN = _Step(0, 0, 0.0, [], 0.0)
 
 
+def is_likelihood(name: str) -> bool:
+    """Whether a figure is a negative log-likelihood, of all the text or of a domain."""
+    return name.partition(".")[0] == "nll"
+
+
 def box(journal: Journal, objectives: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Return the ideal and the reference point, [objectives] each; see the module's text."""
     space, begun = journal.space, journal.batches[0]
     points = [
         (space.cost(space.sparsest, name), space.cost(space.dense, name))
         if name in space.fixed
-        else (0.0, max(outcome.measured[name] for outcome in begun))
+        else (
+            min(outcome.measured[name] for outcome in begun) if is_likelihood(name) else 0.0,
+            max(outcome.measured[name] for outcome in begun),
+        )
         for name in objectives
     ]
     ideal, reference = np.array(points, dtype=float).T
@@ -89,7 +98,12 @@ class Hypervolume:
 
     def _after(self, before: _Step, batch: Sequence[Outcome]) -> _Step:
         space, requests = self._journal.space, [outcome.request for outcome in batch]
-        new = [outcome for outcome in batch if outcome.request == Request(outcome.request.allocation, self._tokens)]
+        new = [
+            outcome
+            for outcome in batch
+            if outcome.request == Request(outcome.request.allocation, self._tokens)
+            and self._journal.admits(outcome.request.allocation)
+        ]
         front = pareto_front(space, [*before.front, *new], self._objectives)
         return _Step(
             size=len(batch),

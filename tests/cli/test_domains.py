@@ -27,7 +27,7 @@ SMALL = {
     "search.tokens": [128, 256],
     "search.nsga.generations": 4,
     "search.nsga.population": 8,
-    "search.nsga.profile": 64,
+    "search.nsga.profile": 128,
     "search.nsga.tokens": 256,
 }
 NAMES = ["kl.words", "kl.digits"]
@@ -139,12 +139,15 @@ def test_likelihood_is_an_objective_beside_the_loss(tiny_model: Path, text_folde
     ("given", "message"),
     [
         (["--objective", "kl.words"], "objectives: unknown 'kl.words'"),
+        (["--set", "domains={a: x, b: y}", "--objective", "kl.a"], "objectives: kl.a alone makes no front"),
+        (["--set", "objectives=5"], "objectives"),
+        (["--set", "objectives=[[1]]"], "objectives"),
         (["--set", "domains.words=x.txt"], "domains: expected several domains; one text is named by text"),
         (["--set", "domains={a: x, 2b: y}"], "domains"),
         (["--text", "a.txt", "--set", "domains={a: x, b: y}"], "domains: they take the place of text"),
         (
             ["--set", "domains={a: x, b: y}", "--objective", "kl.a", "--objective", "params", "--method", "sweep"],
-            "objectives: sweep serves one loss beside costs. Use --method nsga2",
+            "objectives: sweep serves the loss beside costs. Use --method nsga2",
         ),
     ],
 )
@@ -158,6 +161,6 @@ def test_domains_that_are_missing_or_too_many(
     sets = [part for each in settings for part in ("--set", each)]
     flags = ["search", "--model", tiny_model, *sets]
     assert "domains.digits: " in refused(*flags, "--set", "domains.digits=nowhere")
-    few = refused(*flags, "--set", "search.tokens=[64]")
+    few = refused(*flags, "--set", "search.tokens=[64, 256]")
     assert "domains: search asks for 64 tokens" in few
     assert "takes 128" in few

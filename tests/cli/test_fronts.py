@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import allocator
+from allocator.api import plan_from_run
 from allocator.config import load_config
 from allocator.core.budget import Budget
 from allocator.core.journal import Journal
@@ -199,7 +200,7 @@ def test_methods_of_one_objective_refuse_several(refused: Callable[..., str], ti
     assert "thompson serves the loss alone. Use --method sweep or nsga2" in refused(
         *flags, "--objective", "params", "--method", "thompson"
     )
-    assert "nsga2 finds a front, and no cost is an objective" in refused(*flags, "--method", "nsga2")
+    assert "nsga2 finds a front, and nothing is an objective" in refused(*flags, "--method", "nsga2")
     assert "objectives: unknown 'size'" in refused(*flags, "--objective", "size")
     assert "search.rounds: a front is searched in one round" in refused(
         *flags, "--objective", "params", "--set", "search.rounds=2"
@@ -214,3 +215,22 @@ def test_methods_of_one_objective_refuse_several(refused: Callable[..., str], ti
 def test_auto_is_what_serves_best(objectives: list[str], method: str) -> None:
     assert load_config(None, {"objectives": objectives}).search.method == method
     assert load_config(None, {"objectives": ["params"]}, ["search.method=nsga3"]).search.method == "nsga3"
+
+
+@pytest.mark.parametrize("method", ["nsga2", "emo_pms"])
+def test_no_member_is_above_a_bound_though_all_is_measured_in_full(
+    method: str, tiny_model: Path, text_folder: Path, tmp_path: Path
+) -> None:
+    """Profiles look beyond the bound; on all tokens they could pass for members."""
+    settings = [f"search.{name}.{key}=128" for name in ("nsga", "emo_pms") for key in ("profile", "tokens")]
+    given = [f"{key}={json.dumps(value)}" for key, value in SMALL.items()]
+    common: dict[str, Any] = {"objectives": ["params"], "constraints": ["kv_bytes <= 0.4x"], "text": text_folder}
+    run = allocator.search(
+        tiny_model, name="run", method=method, workers=0, runs_dir=tmp_path, settings=[*given, *settings], **common
+    ).folder
+    limit = Journal.read(run / "journal.jsonl").header["budget"]["kv_bytes"]
+    points = json.loads((run / "front.json").read_text())["points"]
+    assert points
+    assert all(point["kv_bytes"] <= limit for point in points)
+    chosen = plan_from_run(run, knee=True)
+    assert chosen.space.cost(chosen.allocation, "kv_bytes") <= limit

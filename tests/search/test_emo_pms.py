@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from allocator.core.budget import Budget
+from allocator.core.budget import Budget, fits
 from allocator.core.effort import candidate_tokens
 from allocator.core.protocols import FEATURES, Outcome, Request
 from allocator.search.baselines import uniform
@@ -114,11 +114,13 @@ def test_merging_is_exact(spaces, data):
         total = sum(own[pick] for own, pick in zip(losses, picks, strict=True))
         return allocation, (total, *(space.cost(allocation, cost) for cost in objectives))
 
+    limit = data.draw(st.integers(space.cost(space.sparsest, "macs"), space.cost(space.dense, "macs")))
+    budget, costs = Budget(macs=limit), list(dict.fromkeys([*objectives, "macs"]))
     every = [figures(picks) for picks in itertools.product(*(range(len(own)) for own in options))]
-    points = {point for _, point in every}
+    points = {point for allocation, point in every if fits(space, allocation, budget)}
     best = {p for p in points if not any(q != p and all(a <= b for a, b in zip(q, p, strict=True)) for q in points)}
     found = dict(every)
-    merged = [found[allocation] for allocation in _merged(space, objectives, groups, options, losses)]
+    merged = [found[a] for a in _merged(space, budget, objectives, costs, groups, options, losses)]
     assert set(merged) == best
     assert len(merged) == len(best)
 
@@ -150,9 +152,10 @@ def test_rounds_go_on_from_the_middle_then_the_quarters_then_the_eighths():
 def test_a_round_goes_on_from_a_member_of_the_front(make_space):
     space = make_space([[100, 50, 0], [100, 50, 0]])
     known = {(0, 0): 0.0, (1, 0): 0.4, (0, 1): 0.1, (2, 1): 0.5, (2, 2): 0.9}
-    assert _nearest(space, "params", known, 0.75) == (0, 1)
-    assert _nearest(space, "params", known, 0.25) == (2, 1)
-    assert _nearest(space, "params", known, 0.0) == (2, 2)
+    span = (space.cost(space.sparsest), space.cost(space.dense))
+    assert _nearest(space, "params", known, 0.75, span) == (0, 1)
+    assert _nearest(space, "params", known, 0.25, span) == (2, 1)
+    assert _nearest(space, "params", known, 0.0, span) == (2, 2)
 
 
 def test_a_group_knows_its_part():

@@ -21,19 +21,28 @@ def test_nsga(wrong):
 
 def test_methods_serve_a_front_or_the_loss_alone():
     for method in FRONTS:
-        SearchSettings(method).serve(2, 0)
+        SearchSettings(method).serve("kl", ["params", "kv_bytes"])
     for method in ("nsga2", "nsga3", "tpe", "gp"):
-        SearchSettings(method).serve(1, 2)
+        SearchSettings(method).serve("kl", ["params", "nll"])
+        SearchSettings(method).serve("kl", ["kl.a", "kl.b"])
+        SearchSettings(method).serve("kl", ["kl.a", "params"])
     for method in ("auto", "evolution", "tpe", "gp"):
-        SearchSettings(method).serve(0, 0)
-    with pytest.raises(UserError, match=r"thompson serves the loss alone. Use --method sweep or nsga2"):
-        SearchSettings("thompson").serve(1, 0)
-    with pytest.raises(UserError, match=r"sweep serves one loss beside costs. Use --method nsga2 or nsga3 or tpe"):
-        SearchSettings("sweep").serve(1, 1)
-    with pytest.raises(UserError, match=r"nsga3 finds a front, and no cost is an objective"):
-        SearchSettings("nsga3").serve(0, 0)
+        SearchSettings(method).serve("kl", [])
+    SearchSettings("nsga3", nsga=NsgaSettings(population=4)).serve("kl", ["kl.a", "kl.b"])
+    refused = {
+        r"thompson serves the loss alone. Use --method sweep or nsga2": ("thompson", ["params"]),
+        r"sweep serves the loss beside costs. Use --method nsga2 or nsga3 or tpe": ("sweep", ["params", "nll"]),
+        r"emo_pms serves the loss beside costs": ("emo_pms", ["kl.a", "params"]),
+        r"kl\.a alone makes no front. Name a cost": ("nsga2", ["kl.a"]),
+        r"nsga3 finds a front, and nothing is an objective": ("nsga3", []),
+    }
+    for message, (method, objectives) in refused.items():
+        with pytest.raises(UserError, match=message):
+            SearchSettings(method).serve("kl", objectives)
+    with pytest.raises(UserError, match=r"search\.nsga\.population: 3 objectives take at least 6 members, found 4"):
+        SearchSettings("nsga3", nsga=NsgaSettings(population=4)).serve("kl", ["params", "macs"])
     with pytest.raises(UserError, match=r"search\.rounds: a front is searched in one round"):
-        SearchSettings("sweep", rounds=2).serve(1, 0)
+        SearchSettings("sweep", rounds=2).serve("kl", ["params"])
 
 
 @pytest.mark.parametrize("wrong", [{"trials": 0}, {"batch": 0}, {"tokens": 0}])
