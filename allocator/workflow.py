@@ -103,11 +103,11 @@ def run_search(config: RunConfig, resume: bool = False, reporter: Reporter | Non
         shutil.rmtree(folder / TRAINING, ignore_errors=True)
         plan = _plan(job, decision, measured)
         plan.save(folder / "plan.json")
-        with _timed(wall, "latency"):
-            latency = _latency(job, decision, reporter)
-        wall["total"] = time.perf_counter() - started
-        summary = {**_summary(job, journal, decision, plan, measured, wall), **latency}
-        write_json(folder / "result.json", summary)
+    with _timed(wall, "latency"):  # the workers are gone
+        latency = _latency(job, decision, reporter)
+    wall["total"] = time.perf_counter() - started
+    summary = {**_summary(job, journal, decision, plan, measured, wall), **latency}
+    write_json(folder / "result.json", summary)
     from allocator.report.page import write_report
 
     write_report(folder)
