@@ -99,10 +99,8 @@ def divergences(
 
 def displacement(teacher_btd: torch.Tensor, student_btd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return sums over each sequence, [B], float64: squared distance of two models' states, the teacher's square."""
-    teacher_bt, distance_bt = (
-        torch.linalg.vecdot(x_btd, x_btd) for x_btd in (teacher_btd.float(), (student_btd - teacher_btd).float())
-    )
-    return distance_bt.double().sum(-1), teacher_bt.double().sum(-1)
+    distance_bt, teacher_bt = _squares(teacher_btd, student_btd)
+    return distance_bt.sum(-1), teacher_bt.sum(-1)
 
 
 def feature_error(teacher_btd: torch.Tensor, student_btd: torch.Tensor) -> torch.Tensor:
@@ -110,10 +108,15 @@ def feature_error(teacher_btd: torch.Tensor, student_btd: torch.Tensor) -> torch
 
     Relative token by token, for the states of a few tokens are larger by orders of magnitude than those of all others.
     """
-    teacher_bt, distance_bt = (
-        torch.linalg.vecdot(x_btd, x_btd) for x_btd in (teacher_btd.float(), (student_btd - teacher_btd).float())
-    )
-    return (distance_bt.double() / teacher_bt.double()).mean(-1)
+    distance_bt, teacher_bt = _squares(teacher_btd, student_btd)
+    return (distance_bt / teacher_bt).mean(-1)
+
+
+def _squares(teacher_btd: torch.Tensor, student_btd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the squared distance of two models' states, and the teacher's square, of each token, [B, T], float64."""
+    states = (student_btd - teacher_btd).float(), teacher_btd.float()
+    distance_bt, teacher_bt = (torch.linalg.vecdot(x_btd, x_btd).double() for x_btd in states)
+    return distance_bt, teacher_bt
 
 
 def _expected(probability_nk: torch.Tensor, token_nk: torch.Tensor | None, log_nv: torch.Tensor) -> torch.Tensor:

@@ -77,13 +77,13 @@ def emo_pms(
     seed: int,
 ) -> Script:
     """Search the front of the loss and of costs within a budget, from ``start``. See the module's text."""
-    groups, place_of = _groups(space, settings.groups), spans(space, budget, objectives[:1])[objectives[0]]
+    groups, span = _groups(space, settings.groups), spans(space, budget, objectives[:1])[objectives[0]]
     bounded = [cost for cost, limit in budget.limits.items() if limit < space.cost(space.dense, cost)]
     costs = list(dict.fromkeys([*objectives, *bounded]))
     known = _losses((yield [Request(allocation, settings.tokens) for allocation in start]))
     bred: list[list[Levels]] = [[] for _ in groups]
     for number in range(settings.rounds):
-        base = _nearest(space, objectives[0], known, _place(number), place_of)
+        base = _nearest(space, objectives[0], known, _place(number), span)
         locals_ = [
             _Local(space, group, base, costs, first, settings, [seed, number, place])
             for place, (group, first) in enumerate(zip(groups, bred, strict=True))
