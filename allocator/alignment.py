@@ -6,6 +6,7 @@ from typing import Any
 
 from allocator.config import RunConfig
 from allocator.core.budget import Budget, fits
+from allocator.core.costs import scaled
 from allocator.core.space import SearchSpace, Unit
 from allocator.job import read_model
 from allocator.search.baselines import uniform
@@ -46,8 +47,8 @@ def alignment(config: RunConfig, space: SearchSpace, budget: Budget) -> dict[str
         },
         "unused": {
             cost: {
-                "aligned": limit - space.cost(even, cost),
-                "unaligned": None if even_free is None else limit - free.cost(even_free, cost),
+                "aligned": scaled(cost, limit - space.cost(even, cost)),
+                "unaligned": None if even_free is None else scaled(cost, limit - free.cost(even_free, cost)),
             }
             for cost, limit in budget.limits.items()
         },

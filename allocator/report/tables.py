@@ -229,8 +229,8 @@ def alignment(lack: Mapping[str, Any]) -> str:
         for part, own in lack["parts"].items()
     )
     unused = "; ".join(
-        f"{cost} {shown(cost, left['aligned'])} "
-        f"({'out of reach' if left['unaligned'] is None else shown(cost, left['unaligned'])} with align 1)"
+        f"{cost} {figure(cost, left['aligned'])} "
+        f"({'out of reach' if left['unaligned'] is None else figure(cost, left['unaligned'])} with align 1)"
         for cost, left in lack["unused"].items()
     )
     return f"align {lack['multiple']}: {parts} from those of align 1\nuniform leaves unused: {unused}"
