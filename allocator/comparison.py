@@ -117,7 +117,7 @@ def run_comparison(
             opened.enter_context(journal)
         stored = bool(measured) or not job.recompute
         build = stored and find_store(job) is None
-        opened.enter_context(cluster(config))
+        opened.enter_context(cluster(config, reporter))
         if not resume:
             journal = opened.enter_context(begun(job))
         signals = _signals(job, folder, {need for name in closed for need in RULES[name].needs}, reporter)

@@ -22,7 +22,7 @@ DomainName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$
 
 Pattern = Literal["structured", "unstructured", "n:m"]
 
-PLACES = ("name", "runs_dir", "store", "model", "text", "domains", "family", "workers", "address", "device")
+PLACES = ("name", "runs_dir", "store", "model", "text", "domains", "family", "workers", "worker", "address", "device")
 """Keys that say where and how wide to run. What they lead to is part of a run's identity; they are not."""
 
 
@@ -148,6 +148,25 @@ class WorkloadSettings(_Strict):
         return value and value.absolute()  # a run may be resumed from another folder
 
 
+class WorkerSettings(_Strict):
+    """What each Ray worker takes of the node that it is on, beside a CPU for every thread.
+
+    Attributes:
+        gpus: GPUs where the device is ``cuda``: 0.5 puts two workers on one.
+        resources: Amounts of resources that nodes were given with ``ray start --resources``.
+    """
+
+    gpus: float = Field(default=1.0, gt=0)
+    resources: dict[str, Annotated[float, Field(gt=0)]] = {}
+
+    @field_validator("gpus")
+    @classmethod
+    def _whole(cls, value: float) -> float:
+        if value > 1 and value != int(value):
+            raise ValueError("expected a share of one GPU, or whole ones")
+        return value
+
+
 class RunConfig(_Strict):
     """Everything a run depends on. Every default is written into ``run.yaml``.
 
@@ -169,11 +188,12 @@ class RunConfig(_Strict):
         name: Of the run; None for one made from model, pattern, target and seed.
         runs_dir: The folder of runs.
         store: Where the level store lies, to share it between runs; None for inside the run.
-        workers: Ray workers; 0 runs in this process.
+        workers: Ray workers, at most: those that find no room wait for nodes that join. 0 runs in this process.
+        worker: What each of them takes of its node.
         address: A running Ray cluster; None for a local one.
         dtype: Data type of evaluations.
         threads: CPU threads of one evaluation.
-        device: Where evaluations run, ``cpu`` or ``cuda``; each worker has one GPU to itself.
+        device: Where evaluations run, ``cpu`` or ``cuda``.
         loss: What the search minimises: ``kl`` from the dense model, ``topk_kl`` with its most probable tokens,
             ``nll`` of the text, or ``hidden``, the relative distance of the last hidden states.
     """
@@ -191,6 +211,7 @@ class RunConfig(_Strict):
     runs_dir: Path = Path("runs")
     store: Path | None = None
     workers: int = Field(default_factory=lambda: min(4, _num_cpus()), ge=0)
+    worker: WorkerSettings = WorkerSettings()
     address: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     threads: int = Field(default=1, ge=1)

@@ -18,6 +18,7 @@ import numpy as np
 from allocator.config import RunConfig
 from allocator.core.budget import Budget, fits
 from allocator.core.costs import COSTS, scaled
+from allocator.core.errors import UserError
 from allocator.core.files import fingerprint, write_json
 from allocator.core.journal import Journal
 from allocator.core.latency import LatencyTable
@@ -84,7 +85,7 @@ def run_search(config: RunConfig, resume: bool = False, reporter: Reporter | Non
             job, journal = resumed(job, reporter)
             opened.enter_context(journal)
         found = find_store(job)
-        opened.enter_context(cluster(config))
+        opened.enter_context(cluster(config, reporter))
         if not resume:
             journal = opened.enter_context(begun(job))
         evaluator = opened.enter_context(evaluators(_spec(job), job.tokens, config, reporter))
@@ -115,16 +116,23 @@ def run_search(config: RunConfig, resume: bool = False, reporter: Reporter | Non
 
 
 @contextmanager
-def cluster(config: RunConfig) -> Iterator[None]:
+def cluster(config: RunConfig, reporter: Reporter) -> Iterator[None]:
     """Hold a connection to the Ray cluster that a configuration's workers run on, if it has workers."""
     if config.workers == 0:
         yield
         return
-    from allocator.pool.ray_pool import connected
+    from allocator.pool.cluster import connected
 
-    gpus = config.workers if config.device == "cuda" else 0
-    with connected(config.workers * config.threads, config.address, gpus):
+    with connected(config.workers, _demand(config), config.address, reporter.say):
         yield
+
+
+def _demand(config: RunConfig) -> Any:
+    """Return what each worker takes of its node."""
+    from allocator.pool.cluster import Demand
+
+    gpus = 0.0 if config.device == "cpu" else config.worker.gpus
+    return Demand(config.threads, gpus, config.worker.resources)
 
 
 @contextmanager
@@ -137,7 +145,7 @@ def evaluators(
         return
     from allocator.pool.ray_pool import RayPool
 
-    pool = RayPool(spec, tokens, config.workers, reporter.say)
+    pool = RayPool(spec, tokens, config.workers, reporter.say, _demand(config))
     try:
         yield pool
     finally:
@@ -274,6 +282,8 @@ def _trained(job: Job, decision: Decision, evaluator: Any) -> dict[str, Figures]
     named = {"uniform_trained": decision.uniform, "searched_trained": decision.searched}
     requests = {name: Request(a, job.config.tokens.test, "test", settings.training) for name, a in named.items()}
     outcomes = {o.request: o for o in evaluator.evaluate(list(dict.fromkeys(requests.values())))}
+    if failed := next((outcome.failed for outcome in outcomes.values() if outcome.failed), ""):
+        raise UserError(f"evaluation: a trained model cannot be measured: {failed}. Free some memory, then resume")
     return {
         name: {
             "params": job.space.cost(request.allocation),

@@ -105,7 +105,8 @@ class Journal:
         return len(self._outcomes)
 
     def __iter__(self) -> Iterator[Outcome]:
-        return iter(self._outcomes.values())
+        """Yield what was measured; failures are in :attr:`batches`."""
+        return (outcome for outcome in self._outcomes.values() if not outcome.failed)
 
     def get(self, request: Request) -> Outcome | None:
         """Return what is known of a request."""
@@ -131,6 +132,7 @@ class Journal:
                 **({"blocks": request.blocks} if request.blocks else {}),
                 "measured": dict(outcome.measured),
                 "parts": list(outcome.parts),
+                **({"failed": outcome.failed} if outcome.failed else {}),
                 **({"expansion": asdict(outcome.expansion)} if outcome.expansion else {}),
                 "wall_s": round(outcome.wall_s, 4),
             }
@@ -139,7 +141,7 @@ class Journal:
     @property
     def batches(self) -> list[list[Outcome]]:
         """Outcomes that were asked together, and so share the computation of what they have in common."""
-        return [[self._outcomes[key] for key in batch] for batch in self._batches.values()]
+        return [[self._outcomes[key] for key in batch] for _, batch in sorted(self._batches.items())]
 
     def sync(self) -> None:
         """Force what was appended to the disk; called once per batch."""
@@ -147,10 +149,13 @@ class Journal:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Release the file and its lock."""
+        """Force what was appended to the disk, and release the file and its lock."""
         if self._file is not None:
-            self._file.close()
-            self._file = None
+            file, self._file = self._file, None
+            try:
+                os.fsync(file.fileno())
+            finally:
+                file.close()
 
     def __enter__(self) -> Journal:
         return self
@@ -204,13 +209,14 @@ def _parse(path: Path, data: bytes) -> tuple[dict[str, Any], dict[int, list[Outc
             request = Request(allocation, int(entry["tokens"]), str(entry["split"]), training, also, blocks)
             loss = FEATURES if blocks else minimised
             measured = {str(name): float(value) for name, value in entry["measured"].items()}
-            if loss not in measured:
+            failed = str(entry.get("failed", ""))
+            if loss not in measured and not failed:
                 raise ValueError(f"no {loss} was measured")
-            if training and f"{loss}{BEFORE}" not in measured:
+            if training and f"{loss}{BEFORE}" not in measured and not failed:
                 raise ValueError(f"no {loss} was measured before training")
             parts = tuple(float(part) for part in entry.get("parts", ()))
             expansion = _expansion(entry["expansion"], ladders) if "expansion" in entry else None
-            outcome = Outcome(request, measured, float(entry["wall_s"]), loss, parts, expansion)
+            outcome = Outcome(request, measured, float(entry["wall_s"]), loss, parts, expansion, failed)
             batches.setdefault(int(entry["batch"]), []).append(outcome)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(

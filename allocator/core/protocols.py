@@ -90,6 +90,7 @@ class Outcome:
         parts: It for each sequence of the text, in order: two allocations measured on the same text differ by the
             mean of their differences part by part, whose spread tells how sure that is. Perhaps empty.
         expansion: If it was asked for, and the evaluator has gradients.
+        failed: Why nothing could be measured; empty where it could.
     """
 
     request: Request
@@ -98,6 +99,7 @@ class Outcome:
     loss_name: str = "kl"
     parts: tuple[float, ...] = ()
     expansion: Expansion | None = None
+    failed: str = ""
 
     @property
     def loss(self) -> float:
@@ -138,5 +140,9 @@ class Evaluator(Protocol):
     """Measures allocations; in process, or on a pool of workers."""
 
     def evaluate(self, requests: Sequence[Request]) -> Iterator[Outcome]:
-        """Yield one outcome per request as it comes, in any order."""
+        """Begin to measure where that goes on by itself, and yield outcomes as they come, in any order.
+
+        More may be asked for before all of it is there: then an iterator may yield what others would, and ends when
+        each of its own requests was answered by one of them.
+        """
         ...

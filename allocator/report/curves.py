@@ -137,7 +137,7 @@ def starts(journal: Journal) -> list[Figures]:
     """Return the uniform allocations with which a search of a front begins; nothing of other searches."""
     if "objectives" not in journal.header or not journal.batches:
         return []
-    return [_figures(journal, outcome) for outcome in journal.batches[0]]
+    return [_figures(journal, outcome) for outcome in journal.batches[0] if not outcome.failed]
 
 
 def convergence(journal: Journal) -> list[tuple[float, float]]:

@@ -27,6 +27,7 @@ from allocator.search.guided import GuidedSettings
 from allocator.search.loop import Listener, Measurer, search
 from allocator.search.nsga import NsgaSettings
 from allocator.search.presets import PRESETS
+from allocator.search.steady import SteadyEvolution, SteadySettings
 from allocator.search.sweep import SweepSettings
 from allocator.search.thompson import Thompson, ThompsonSettings
 from allocator.search.trust_region import TrustRegionSettings
@@ -39,6 +40,7 @@ Method = Literal[
     "evopress",
     "darwinlm",
     "tyr",
+    "steady",
     "sweep",
     "nsga2",
     "nsga3",
@@ -57,7 +59,9 @@ ONLY_FRONTS = FRONTS[:4]
 ONE_LOSS = ("sweep", "emo_pms")
 """Those that serve no other measurement than the loss."""
 
-Own: TypeAlias = EvolutionSettings | NsgaSettings | EmoPmsSettings | TpeSettings | GpSettings | ThompsonSettings
+Own: TypeAlias = (
+    EvolutionSettings | SteadySettings | NsgaSettings | EmoPmsSettings | TpeSettings | GpSettings | ThompsonSettings
+)
 
 FINALISTS = 4
 """Allocations that are measured again on the selection split, of which the best is the plan."""
@@ -74,6 +78,7 @@ class SearchSettings:
         tokens: Fidelities of ``auto``, ``trust_region`` and ``guided``, increasing: the first is for profiles.
         budget: What the search may spend, such as ``300 evaluations``, ``2e6 tokens`` or ``20 minutes``; None for
             what its own settings ask for. Baselines and selection come on top.
+        steady: Of evolution without generations, whose proposals are measured while others are still under way.
         sweep: Of a front by budgets that go on from each other.
         nsga: Of NSGA-II and NSGA-III.
         emo_pms: Of a front by groups of blocks that evolve side by side.
@@ -91,6 +96,7 @@ class SearchSettings:
     trust_region: TrustRegionSettings = field(default_factory=TrustRegionSettings)
     guided: GuidedSettings = field(default_factory=GuidedSettings)
     evolution: EvolutionSettings = field(default_factory=EvolutionSettings)
+    steady: SteadySettings = field(default_factory=SteadySettings)
     sweep: SweepSettings = field(default_factory=SweepSettings)
     nsga: NsgaSettings = field(default_factory=NsgaSettings)
     emo_pms: EmoPmsSettings = field(default_factory=EmoPmsSettings)
@@ -168,6 +174,7 @@ class SearchSettings:
             "nsga3": self.nsga,
             "emo_pms": self.emo_pms,
             "thompson": self.thompson,
+            "steady": self.steady,
             "gp": self.gp,
             "tpe": self.tpe,
         }
@@ -180,6 +187,11 @@ class SearchSettings:
             return tuple(sorted({self.own.profile, self.own.tokens}))
         tokens = self.tokens if self.own is None else self.own.tokens
         return (tokens,) if isinstance(tokens, int) else tokens
+
+    @property
+    def lag(self) -> int:
+        """Batches that are asked for ahead of what the method was told."""
+        return self.steady.lag if self.method == "steady" else 0
 
     @property
     def training(self) -> int:
@@ -197,6 +209,8 @@ class SearchSettings:
             return 3 + self.own.generations
         if isinstance(self.own, EmoPmsSettings):
             return 3 + self.own.rounds * (3 + self.own.generations)
+        if isinstance(self.own, SteadySettings):
+            return 2 + self.own.trials
         return 2 + -(-self.own.trials // self.own.batch)
 
 
@@ -244,6 +258,8 @@ def make_searcher(
         return model_based(name, space, budget, start, settings.tokens, near, far, seed, brief)
     if isinstance(own, EvolutionSettings):
         return ExchangeEvolution(space, budget, start, own, seed)
+    if isinstance(own, SteadySettings):
+        return SteadyEvolution(space, budget, start, own, seed)
     if isinstance(own, ThompsonSettings):
         return Thompson(space, budget, start, own, seed)
     assert isinstance(own, TpeSettings | GpSettings), "fronts are searched by allocator.search.fronts"
@@ -296,7 +312,8 @@ def decide(
     phase("search")
     starts = [even] if settings.method in PRESETS else list(dict.fromkeys([even, best_two_rate]))
     searcher = make_searcher(space, budget, incumbents or starts, settings, seed, brief)
-    ended = search(searcher, measurer, listen, settings.limit(() if begun is None else begun.earlier))
+    limit = settings.limit(() if begun is None else begun.earlier)
+    ended = search(searcher, measurer, listen, limit, settings.lag)
     losses: dict[str, float] = {}
     if brief:
         winner = searcher.finalists()[0]

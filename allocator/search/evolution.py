@@ -15,7 +15,7 @@ on where the stage before ended, which gives the same weights as training from t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +25,8 @@ from allocator.core.errors import UserError
 from allocator.core.protocols import Outcome, Request
 from allocator.core.space import Allocation, SearchSpace, Unit
 
-_ATTEMPTS_PER_OFFSPRING = 16
+ATTEMPTS = 16
+"""How often a child is drawn for every one that is wanted, at most, for those that were proposed do not count."""
 
 _RUN_SHARE = 0.125
 """Share of offspring that remove or restore a run of blocks, where blocks can be removed."""
@@ -146,6 +147,31 @@ def move_run(space: SearchSpace, parent: Allocation, budget: Budget, rng: np.ran
     return repair(space, levels, budget, rest, inside)
 
 
+def proposals(
+    space: SearchSpace,
+    parent: Allocation,
+    budget: Budget,
+    rng: np.random.Generator,
+    max_exchanges: int,
+    within_kind: bool,
+    attempts: int,
+) -> Iterator[Allocation]:
+    """Yield ``attempts`` children of a parent: the first half by exchanges and moves of runs, the others at random.
+
+    What exchanges reach may all be seen, as happens in small spaces.
+    """
+    blocks_go = all(unit.kept[-1] == 0 for unit in space.units)
+    for attempt in range(attempts):
+        if blocks_go and attempt < attempts // 2 and rng.random() < _RUN_SHARE:
+            yield move_run(space, parent, budget, rng)
+        elif attempt < attempts // 2:
+            times = int(rng.integers(1, max_exchanges + 1, size=2).min())
+            yield exchange(space, parent, budget, rng, times, within_kind)
+        else:
+            levels = rng.integers([unit.num_levels for unit in space.units]).tolist()
+            yield repair(space, levels, budget, rng.permutation(len(levels)).tolist())
+
+
 class ExchangeEvolution:
     """Exchange evolution for one budget. See the module's text for the method and its source."""
 
@@ -154,7 +180,6 @@ class ExchangeEvolution:
     ) -> None:
         """Begin at the best of ``start``, allocations within the budget."""
         self._space, self._budget, self._settings, self._seed = space, budget, settings, seed
-        self._blocks_go = all(unit.kept[-1] == 0 for unit in space.units)
         self._generation = 0
         self._stage = len(settings.tokens) - 1
         self._candidates: list[Allocation] = list(dict.fromkeys(start))
@@ -211,17 +236,11 @@ class ExchangeEvolution:
     def _offspring(self) -> list[Allocation]:
         settings = self._settings
         rng = np.random.default_rng([self._seed, self._generation])
+        attempts = settings.offspring * ATTEMPTS
         children: list[Allocation] = []
-        attempts = settings.offspring * _ATTEMPTS_PER_OFFSPRING
-        for attempt in range(attempts):
-            if self._blocks_go and attempt < attempts // 2 and rng.random() < _RUN_SHARE:
-                child = move_run(self._space, self._parent, self._budget, rng)
-            elif attempt < attempts // 2:
-                times = int(rng.integers(1, settings.max_exchanges + 1, size=2).min())
-                child = exchange(self._space, self._parent, self._budget, rng, times, settings.within_kind)
-            else:  # what exchanges reach is seen, as happens in small spaces
-                levels = rng.integers([unit.num_levels for unit in self._space.units]).tolist()
-                child = repair(self._space, levels, self._budget, rng.permutation(len(levels)).tolist())
+        for child in proposals(
+            self._space, self._parent, self._budget, rng, settings.max_exchanges, settings.within_kind, attempts
+        ):
             if child not in self._seen:
                 self._seen.add(child)
                 children.append(child)

@@ -45,7 +45,7 @@ def is_likelihood(name: str) -> bool:
 
 def box(journal: Journal, objectives: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Return the ideal and the reference point, [objectives] each; see the module's text."""
-    space, begun = journal.space, journal.batches[0]
+    space, begun = journal.space, [outcome for outcome in journal.batches[0] if not outcome.failed]
     points = [
         (space.cost(space.sparsest, name), space.cost(space.dense, name))
         if name in space.fixed
@@ -101,7 +101,8 @@ class Hypervolume:
         new = [
             outcome
             for outcome in batch
-            if outcome.request == Request(outcome.request.allocation, self._tokens)
+            if not outcome.failed
+            and outcome.request == Request(outcome.request.allocation, self._tokens)
             and self._journal.admits(outcome.request.allocation)
         ]
         front = pareto_front(space, [*before.front, *new], self._objectives)

@@ -3,17 +3,39 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from allocator.core.effort import Effort, Limit, Trained, candidate_tokens
+from allocator.core.errors import UserError
 from allocator.core.journal import Journal
-from allocator.core.protocols import Evaluator, Key, Outcome, Request, Searcher
+from allocator.core.protocols import Evaluator, Extra, Fidelity, Key, Outcome, Request, Searcher
 
 Listener = Callable[[Sequence[Outcome]], None]
+
+_SYNC_S = 1.0
+"""The journal is forced to the disk with every batch, but not more often while others are under way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Requests that are being measured.
+
+    Attributes:
+        requests: In the order in which they are answered.
+        outcomes: Of those that were not known, as they come.
+    """
+
+    requests: Sequence[Request]
+    outcomes: Iterator[Outcome]
 
 
 class Measurer:
     """Answers requests from the journal, has an evaluator measure what that does not know, and counts the cost.
+
+    What cannot be measured is answered as twice as bad as the worst that was measured on the same text: no searcher
+    goes on from it, and none needs to know.
 
     Attributes:
         spent: What the requests cost, each counted once, whether it was measured now or before a resume.
@@ -22,9 +44,13 @@ class Measurer:
     def __init__(self, evaluator: Evaluator, journal: Journal) -> None:
         self._evaluator, self._journal = evaluator, journal
         self._asked: set[Key] = set()
+        self._numbers: dict[Key, int] = {}
         self._trained = Trained()
         self._batch = 0
-        self._start_s = time.perf_counter()
+        self._worst: dict[tuple[Fidelity, Extra], Outcome] = {}
+        self._failed = 0
+        self._under_way = 0
+        self._start_s = self._synced_s = time.perf_counter()
         self.spent = Effort()
 
     def cost(self, requests: Sequence[Request]) -> Effort:
@@ -37,21 +63,72 @@ class Measurer:
         )
 
     def measure(self, requests: Sequence[Request]) -> list[Outcome]:
-        """Return one outcome per request, in order."""
+        """Return one outcome per request, in order.
+
+        Raises:
+            UserError: Most of what was asked so far cannot be measured.
+        """
+        return self.finish(self.begin(requests))
+
+    def begin(self, requests: Sequence[Request]) -> Batch:
+        """Have a batch measured; batches are finished in the order in which they were begun."""
         self.spent = self.cost(requests)
         self._asked.update(request.key for request in requests)
         self._trained.note(requests)
-        unknown = {request.key: request for request in requests if self._journal.get(request) is None}
-        if unknown:
-            try:
-                for outcome in self._evaluator.evaluate(list(unknown.values())):
-                    self._journal.append(outcome, self._batch)
-            finally:
-                self._journal.sync()
+        unknown = {r.key: r for r in requests if r.key not in self._numbers and self._journal.get(r) is None}
+        self._numbers.update(dict.fromkeys(unknown, self._batch))
         self._batch += 1
-        answers = [self._journal.get(request) for request in requests]
-        assert all(answer is not None for answer in answers), "an evaluator answers every request"
-        return [answer for answer in answers if answer is not None]
+        self._under_way += 1
+        return Batch(requests, self._evaluator.evaluate(list(unknown.values())) if unknown else iter(()))
+
+    def finish(self, batch: Batch) -> list[Outcome]:
+        """Return the outcomes of a batch that was begun; see :meth:`measure`."""
+        self._record(batch.outcomes)
+        self._under_way -= 1
+        now_s = time.perf_counter()
+        if not self._under_way or now_s - self._synced_s >= _SYNC_S:
+            self._journal.sync()
+            self._synced_s = now_s
+        answers = [self._journal.get(request) for request in batch.requests]
+        measured = [answer for answer in answers if answer is not None]
+        assert len(measured) == len(answers), "an evaluator answers every request"
+        for outcome in measured:
+            self._compare(outcome)
+        return [self._stand_in(outcome) if outcome.failed else outcome for outcome in measured]
+
+    def _record(self, outcomes: Iterable[Outcome]) -> None:
+        failures = []
+        for outcome in outcomes:
+            if outcome.failed:
+                failures.append(outcome)
+            else:
+                self._journal.append(outcome, self._numbers[outcome.request.key])
+        self._failed += len(failures)
+        if 2 * self._failed > len(self._asked):  # these are not recorded, for a resume shall try again
+            raise UserError(
+                f"evaluation: {self._failed} of {len(self._asked)} allocations cannot be measured; of the last, "
+                f"{failures[-1].failed}. Free some memory, use fewer workers or another dtype, then resume"
+            )
+        for failure in failures:
+            self._journal.append(failure, self._numbers[failure.request.key])
+
+    def _compare(self, outcome: Outcome) -> None:
+        kind = (outcome.request.fidelity, outcome.request.also)
+        if not outcome.failed and (kind not in self._worst or outcome.loss > self._worst[kind].loss):
+            self._worst[kind] = outcome
+
+    def _stand_in(self, failure: Outcome) -> Outcome:
+        request = failure.request
+        worst = self._worst.get((request.fidelity, request.also)) or self._worst.get((request.fidelity, ""))
+        if worst is None:
+            raise UserError(f"evaluation: nothing can be measured on {request.tokens} tokens: {failure.failed}")
+        return replace(
+            worst,
+            request=request,
+            measured={name: 2 * value for name, value in worst.measured.items()},
+            parts=tuple(2 * part for part in worst.parts),
+            expansion=None,
+        )
 
 
 def search(
@@ -59,20 +136,38 @@ def search(
     measurer: Measurer,
     listen: Listener = lambda outcomes: None,
     limit: Limit | None = None,
+    lag: int = 0,
 ) -> str:
     """Run a searcher to its end, or until its next batch would exceed what may be spent.
 
     A journal that already holds outcomes answers first, so a resumed search replays what was measured and
     continues from there: the searcher cannot tell the difference.
 
+    Args:
+        searcher: Proposes, and is told.
+        measurer: Answers.
+        listen: Called with the outcomes of every batch.
+        limit: What may be spent.
+        lag: Batches that are asked for before the searcher is told of the oldest of them, beside that one: what it
+            knows when it is asked never depends on who is fast.
+
     Returns:
         Why the search ended, in words.
     """
     begun = measurer.spent
-    while requests := searcher.ask():
-        if limit is not None and not limit.allows(measurer.cost(requests) - begun):
-            return f"the budget of {limit} is spent"
-        outcomes = measurer.measure(requests)
+    under_way: deque[Batch] = deque()
+    ended = ""
+    while True:
+        while not ended and len(under_way) <= lag:
+            requests = searcher.ask()
+            if not requests:
+                break
+            if limit is not None and not limit.allows(measurer.cost(requests) - begun):
+                ended = f"the budget of {limit} is spent"
+            else:
+                under_way.append(measurer.begin(requests))
+        if not under_way:
+            return ended or searcher.ended()
+        outcomes = measurer.finish(under_way.popleft())
         searcher.tell(outcomes)
         listen(outcomes)
-    return searcher.ended()

@@ -26,7 +26,9 @@ from allocator.job import prepare
 from allocator.model.load import load_model
 from allocator.model.walk import BlockWalker
 from allocator.pool import ray_pool
-from allocator.pool.ray_pool import MAX_DEATHS, RayPool, connected
+from allocator.pool.cluster import Demand, connected
+from allocator.pool.crew import MAX_DEATHS, Task
+from allocator.pool.ray_pool import RayPool
 from allocator.prune.assemble import CompactLevels
 from allocator.prune.build import prune_on_dense_inputs, prune_on_pruned_inputs
 from allocator.prune.problem import Calibration, Problem
@@ -167,14 +169,13 @@ def test_a_worker_that_cannot_be_renewed_is_replaced(bench: Bench, pool: Callabl
     wanted = measured(LocalEvaluator(other, bench.tokens).evaluate(bench.requests))
     evaluator = pool(2)
     list(evaluator.evaluate(bench.requests[:2]))
-    dead, deaf = evaluator._workers
+    dead, deaf = evaluator._crew.actors
     ray.kill(dead)
-    evaluator.renew(other)
-    evaluator._renewing = {ref: worker for ref, worker in evaluator._renewing.items() if worker == dead}
-    evaluator._renewing[deaf.renew.remote(Unreadable())] = deaf
+    evaluator._spec, evaluator._spec_ref = other, ray.put(other)
+    evaluator._crew.renew(lambda actor: actor.renew.remote(Unreadable() if actor == deaf else evaluator._spec_ref))
     assert measured(evaluator.evaluate(bench.requests)) == wanted
-    assert dead not in evaluator._workers
-    assert deaf not in evaluator._workers
+    assert dead not in evaluator._crew.actors
+    assert deaf not in evaluator._crew.actors
     assert measured(evaluator.evaluate(bench.requests)) == wanted
 
 
@@ -259,12 +260,15 @@ class Dying(RayPool):
     marks: Path
     deadly: Any
 
-    def _start(self) -> Any:
+    def _hire(self) -> Any:
         marks, deadly = self.marks, self.deadly
 
         @ray.remote(max_restarts=0)
         class Mortal:
-            def measure(self, requests: list[Request]) -> list[Outcome]:
+            def ready(self) -> str:
+                return "toy"
+
+            def measure(self, requests: Sequence[Request]) -> list[Outcome]:
                 (marks / f"{len(list(marks.iterdir()))}-{os.getpid()}").touch()
                 if deadly(requests, len(list(marks.glob(f"*-{os.getpid()}")))):
                     os._exit(1)
@@ -273,7 +277,7 @@ class Dying(RayPool):
         return Mortal.options(num_cpus=1).remote()
 
 
-def dying(bench: Bench, marks: Path, deadly: Callable[[list[Request], int], bool], workers: int = 1) -> Dying:
+def dying(bench: Bench, marks: Path, deadly: Callable[[Sequence[Request], int], bool], workers: int = 1) -> Dying:
     """Make such a pool; ``deadly`` gets a run of requests, and how many runs the worker has begun."""
     marks.mkdir()
     said: list[str] = []
@@ -281,47 +285,61 @@ def dying(bench: Bench, marks: Path, deadly: Callable[[list[Request], int], bool
     return made(bench.spec, bench.tokens, workers, said.append)
 
 
-def test_a_worker_that_dies_is_replaced(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each worker dies of its third run; every request is answered all the same."""
-    runs = 5
-    monkeypatch.setattr(ray_pool, "RUNS_PER_WORKER", runs)
+def test_a_worker_that_dies_is_replaced(bench: Bench, tmp_path: Path) -> None:
+    """Each worker dies of its third run; every request is answered all the same, once."""
     pool = dying(bench, tmp_path / "marks", lambda requests, own: own == 3)
     try:
         outcomes = list(pool.evaluate(bench.requests))
     finally:
         pool.close()
-    assert {o.request.key for o in outcomes} == {request.key for request in bench.requests}
-    assert len(outcomes) == len(bench.requests)
+    assert sorted(o.request.key for o in outcomes) == sorted(request.key for request in bench.requests)
     assert [o.loss for o in outcomes] == [sum(o.request.allocation) for o in outcomes]
-    assert len(pool.said) == runs // 2
+    assert pool.said
     assert all("a worker died and is replaced" in message for message in pool.said)
 
 
-def test_a_task_that_kills_every_worker_stops_the_run(bench: Bench, tmp_path: Path) -> None:
-    """After three workers, with what to do; what was measured before is not lost."""
-    poison = sorted(request.key for request in bench.requests)[-1]
+@pytest.mark.parametrize("place", [0, 5, -1])
+def test_what_kills_worker_after_worker_alone_is_a_failure(bench: Bench, tmp_path: Path, place: int) -> None:
+    """The run that it is in is halved until it is alone, and all others are measured."""
+    poison = sorted(bench.requests, key=lambda request: request.key)[place].key
 
-    def deadly(requests: list[Request], own: int) -> bool:
+    def deadly(requests: Sequence[Request], own: int) -> bool:
         return any(request.key == poison for request in requests)
 
-    pool = dying(bench, tmp_path / "marks", deadly)
-    outcomes = []
+    pool = dying(bench, tmp_path / "marks", deadly, workers=2)
     try:
-        with pytest.raises(UserError, match=rf"{MAX_DEATHS} workers died .* on the same task") as caught:
-            outcomes.extend(pool.evaluate(bench.requests))
-        assert "resume" in str(caught.value)
-        assert len(pool.said) == MAX_DEATHS - 1
-        assert len(list((tmp_path / "marks").iterdir())) == MAX_DEATHS + ray_pool.RUNS_PER_WORKER - 1
+        outcomes = list(pool.evaluate(bench.requests))
     finally:
         pool.close()
+    assert sorted(o.request.key for o in outcomes) == sorted(request.key for request in bench.requests)
+    (failure,) = (outcome for outcome in outcomes if outcome.failed)
+    assert failure.request.key == poison
+    assert f"{MAX_DEATHS} workers died" in failure.failed
+    assert "." not in failure.failed, "no address is told"
+    assert failure.failed in pool.said[-1]
+    alone = [message for message in pool.said if "its task is run again" in message]
+    assert len(alone) == MAX_DEATHS - 1
+
+
+def test_a_task_of_another_sort_that_kills_every_worker_stops_the_run(bench: Bench, tmp_path: Path) -> None:
+    """With what to do."""
+    pool = dying(bench, tmp_path / "marks", lambda requests, own: True)
+    try:
+        with pytest.raises(UserError, match=rf"{MAX_DEATHS} workers died .* on the same task") as caught:
+            list(pool._run([Task("measure", (bench.requests,))]))
+    finally:
+        pool.close()
+    assert "resume" in str(caught.value)
+    assert len(pool.said) == MAX_DEATHS - 1
+    assert len(list((tmp_path / "marks").iterdir())) == MAX_DEATHS
 
 
 def test_deaths_of_different_tasks_are_not_added_up(bench: Bench, tmp_path: Path) -> None:
-    """Each of four runs kills one worker, the first time that it is tried."""
+    """Each run kills a worker, the first time that it is tried."""
     marks = tmp_path / "tried"
     marks.mkdir()
 
-    def deadly(requests: list[Request], own: int) -> bool:
+    def deadly(requests: Sequence[Request], own: int) -> bool:
         first = requests[0]
         mark = marks / f"{first.split}-{first.tokens}-{first.allocation}"
         new = not mark.exists()
@@ -330,20 +348,34 @@ def test_deaths_of_different_tasks_are_not_added_up(bench: Bench, tmp_path: Path
 
     pool = dying(bench, tmp_path / "marks", deadly, workers=2)
     try:
-        tried = {outcome.request.key for outcome in pool.evaluate(bench.requests)}
+        outcomes = list(pool.evaluate(bench.requests))
     finally:
         pool.close()
-    assert tried == {request.key for request in bench.requests}
-    assert len(pool.said) == 2 * ray_pool.RUNS_PER_WORKER
+    assert {outcome.request.key for outcome in outcomes} == {request.key for request in bench.requests}
+    assert not any(outcome.failed for outcome in outcomes)
+    assert len(pool.said) >= len(ray_pool._runs(bench.requests, 2)) - 2
 
 
-@pytest.mark.parametrize("count", [1, 2, 4, 7, 13, 40])
-def test_runs_are_neighbours(bench: Bench, count: int) -> None:
-    """In lexicographic order, of nearly equal length, each request once."""
-    runs = ray_pool._runs(bench.requests[::-1], count)
+def test_batches_that_are_under_way_at_once_are_all_answered(
+    bench: Bench, pool: Callable[..., RayPool], expected: dict[Any, Any]
+) -> None:
+    """By whichever iterator is at it, each once."""
+    evaluator = pool(2)
+    first, second, third = (evaluator.evaluate(bench.requests[place::3]) for place in range(3))
+    found = [*first, *second, *third]
+    assert len(found) == len(bench.requests)
+    assert {outcome.request.key: dict(outcome.measured) for outcome in found} == expected
+    assert list(first) == list(third) == []
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4, 7, 13, 40])
+def test_runs_are_neighbours_of_falling_length(bench: Bench, workers: int) -> None:
+    """In lexicographic order, each request once, and half of all in the first run of every worker."""
+    runs = ray_pool._runs(bench.requests[::-1], workers)
     lengths = [len(run) for run in runs]
-    assert len(runs) == min(count, len(bench.requests))
-    assert max(lengths) - min(lengths) <= 1
+    assert lengths == sorted(lengths, reverse=True)
+    assert lengths[-1] == 1
+    assert lengths[0] == -(-len(bench.requests) // (2 * workers))
     flat = [(request.split, request.tokens, request.allocation) for run in runs for request in run]
     assert flat == sorted((r.split, r.tokens, r.allocation) for r in bench.requests)
 
@@ -381,7 +413,7 @@ def test_a_worker_that_cannot_start_is_no_death(bench: Bench, pool: Callable[...
 def test_close_ends_the_workers(bench: Bench) -> None:
     pool = RayPool(bench.spec, bench.tokens, 2)
     list(pool.evaluate(bench.requests[:2]))
-    pids = ray.get([worker.__ray_call__.remote(lambda _: os.getpid()) for worker in pool._workers])
+    pids = ray.get([worker.__ray_call__.remote(lambda _: os.getpid()) for worker in pool._crew.actors])
     assert all(Path(f"/proc/{pid}").exists() for pid in pids)
     pool.close()
     pool.close()
@@ -393,18 +425,36 @@ def test_close_ends_the_workers(bench: Bench) -> None:
 
 def test_a_connection_that_is_there_is_kept(bench: Bench) -> None:
     """A pool and a search inside somebody's Ray session do not end that session."""
-    with connected(1, None):
+    with connected(1, Demand(), None):
         RayPool(bench.spec, bench.tokens, 1).close()
     assert ray.is_initialized()
 
 
-def test_more_workers_than_gpus_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("demand", "needs"),
+    [
+        (Demand(gpus=0.5), "1 CPU, 0.5 GPU"),
+        (Demand(cpus=3), "3 CPU"),
+        (Demand(resources={"a100": 0.25}), "1 CPU, 0.25 a100"),
+    ],
+    ids=["gpus", "cpus", "resources"],
+)
+def test_what_no_node_has_is_refused(demand: Demand, needs: str) -> None:
     """Rather than left to wait for ever."""
-    with pytest.raises(UserError, match=r"need 1 GPUs, .* has 0"), connected(1, None, gpus=1):
+    with pytest.raises(UserError, match=rf"each needs {needs} on one node, .* has 2 CPU"), connected(1, demand, None):
         pass
 
 
-def test_more_workers_than_cpus_are_refused() -> None:
-    """Rather than left to wait for ever."""
-    with pytest.raises(UserError, match=r"need 3 CPUs, .* has 2\. Use fewer --workers"), connected(3, None):
+def test_room_for_fewer_workers_is_said() -> None:
+    """For more may start when nodes join."""
+    said: list[str] = []
+    with connected(3, Demand(), None, said.append):
         pass
+    assert said == ["notice: the cluster has room for 2 of 3 workers; more start as nodes join"]
+
+
+@pytest.mark.parametrize(
+    ("demand", "room"), [(Demand(), 8), (Demand(2), 4), (Demand(gpus=0.1), 8), (Demand(gpus=0.3), 3), (Demand(9), 0)]
+)
+def test_room_on_a_node(demand: Demand, room: int) -> None:
+    assert demand.room({"CPU": 8.0, "GPU": 1.0, "memory": 1e9}) == room

@@ -15,6 +15,7 @@ from allocator.search.decide import SearchSettings, make_searcher
 from allocator.search.evolution import EvolutionSettings
 from allocator.search.guided import GuidedSettings
 from allocator.search.loop import Measurer, search
+from allocator.search.steady import SteadySettings
 from allocator.search.stepwise import MEASURED_RULES, Fidelity, Stepwise
 from allocator.search.thompson import ThompsonSettings
 from allocator.search.trust_region import TrustRegionSettings
@@ -44,6 +45,7 @@ SEARCHERS = {
     "auto, one fidelity": SearchSettings("auto", tokens=(128,), trust_region=NEAR, guided=FAR),
     "trust_region": SearchSettings("trust_region", tokens=(64, 128), trust_region=NEAR),
     "guided": SearchSettings("guided", tokens=(64, 128), guided=FAR),
+    "steady": SearchSettings("steady", steady=SteadySettings(trials=60, lag=0, tokens=(64, 128))),
     "tpe": SearchSettings("tpe", tpe=TpeSettings(trials=26, batch=4, tokens=128)),
     "gp": SearchSettings("gp", gp=GpSettings(trials=18, batch=4, tokens=128)),
     "thompson": SearchSettings("thompson", thompson=ThompsonSettings(trials=30, batch=4, tokens=128)),

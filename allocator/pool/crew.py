@@ -1,0 +1,332 @@
+"""A crew of Ray actors that pull tasks: whoever is done gets the next one.
+
+Every task is answered once, whatever happens to those that work on it. Members whose node is not there yet wait for it,
+and get tasks when it has joined; those that die are replaced. What takes much longer than its peers took is given to a
+second member too, and the first answer counts; whoever does not come back at all is replaced. Time is that of a
+monotonic clock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from allocator.core.errors import UserError
+
+MAX_DEATHS = 3
+"""Workers that may die one after the other, of one task or before any task, until that is taken for its fault."""
+
+LATE = 4.0
+"""A task is given to a second worker once it has taken so many times what is usual."""
+
+LOST = 3.0
+"""A worker is given up once it has taken so many times what makes its task late."""
+
+PATIENCE_S = 10.0
+"""No task is late before."""
+
+_PEERS = 64
+_SILENCE_S = 120.0
+
+Notify = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A call of a method of an actor that may be made twice, on two actors at once, and answers the same.
+
+    Attributes:
+        method: Its name.
+        arguments: Its arguments.
+        size: What tasks of one method take in proportion to each other.
+        patience: Factor on the time after which it is late.
+    """
+
+    method: str
+    arguments: tuple[Any, ...]
+    size: float = 1.0
+    patience: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Died:
+    """In place of a result: the worker was lost.
+
+    Attributes:
+        reason: Why, without addresses.
+    """
+
+    reason: str
+
+
+@dataclass(slots=True, eq=False)
+class _Member:
+    """An actor; ``opening`` is what it answers once it can take tasks, ``call`` what it works on."""
+
+    actor: Any
+    opening: Any
+    renewed_s: float | None = None
+    ticket: int | None = None
+    call: Any = None
+    since_s: float = 0.0
+    late_s: float = 0.0
+    warm: set[str] = field(default_factory=set)
+
+
+@dataclass(slots=True)
+class _Job:
+    """A task that is not answered, how many members work on it, and whether a second one was asked for."""
+
+    task: Task
+    members: int = 0
+    again: bool = False
+
+
+class Crew:
+    """Ray actors that pull tasks. Each has ``ready()``, which says what hardware it is on."""
+
+    def __init__(self, hire: Callable[[], Any], size: int, notify: Notify, patience_s: float = PATIENCE_S) -> None:
+        """Hire ``size`` actors; ``notify`` hears what a user should know."""
+        self._hire, self._notify, self._patience_s = hire, notify, patience_s
+        self._members: list[_Member] = []
+        self._waited_for: dict[Any, _Member] = {}
+        self._jobs: dict[int, _Job] = {}
+        self._waiting: deque[int] = deque()
+        self._answers: deque[tuple[int, Any]] = deque()
+        self._tickets = 0
+        self._took: dict[tuple[str, bool], deque[float]] = {}
+        self._usual: dict[tuple[str, bool], float] = {}
+        self._hardware: set[str] = set()
+        self._stillborn = 0
+        self._moved_s = self._looked_s = time.monotonic()
+        for _ in range(size):
+            self._add_member()
+
+    @property
+    def size(self) -> int:
+        """Members, those included that wait for their node."""
+        return len(self._members)
+
+    @property
+    def alive(self) -> int:
+        """Members that can take tasks."""
+        return sum(member.opening is None for member in self._members)
+
+    @property
+    def actors(self) -> list[Any]:
+        """The actors of all members."""
+        return [member.actor for member in self._members]
+
+    def add(self, task: Task) -> int:
+        """Have a task done after those that were added before; return the number under which it is answered."""
+        self._tickets += 1
+        self._jobs[self._tickets] = _Job(task)
+        self._waiting.append(self._tickets)
+        self._assign()
+        return self._tickets
+
+    def next(self, timeout_s: float | None = None) -> tuple[int, Any] | None:
+        """Return the number of a task and its result, or :class:`Died`; None where nothing is done in time.
+
+        Raises:
+            UserError: What a task raised, or no worker can be started.
+        """
+        end_s = None if timeout_s is None else time.monotonic() + timeout_s
+        while not self._answers:
+            assert self._jobs, "somebody waits for tasks that were not given"
+            self._assign()
+            refs = list(self._waited_for)
+            done, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
+            if not done:
+                pause_s = min(1.0, self._patience_s / 10)
+                pause_s = pause_s if end_s is None else max(0.0, min(pause_s, end_s - time.monotonic()))
+                done, _ = ray.wait(refs, num_returns=1, timeout=pause_s)
+            for ref in done:
+                self._land(ref)
+            if done:
+                self.stir()
+            self._look()
+            if end_s is not None and not self._answers and time.monotonic() >= end_s:
+                return None
+        return self._answers.popleft()
+
+    def stir(self) -> None:
+        """Take note that something moves, for there is word when nothing does for long."""
+        self._moved_s = time.monotonic()
+
+    def renew(self, call: Callable[[Any], Any]) -> None:
+        """Have every actor do something before its next task; who does not is replaced. No task may be under way."""
+        assert not self._jobs, "tasks are under way"
+        self._took.clear()
+        self._usual.clear()
+        for member in self._members:
+            for ref in (member.opening, member.call):
+                self._waited_for.pop(ref, None)
+            member.opening, member.ticket, member.call = call(member.actor), None, None
+            member.renewed_s = time.monotonic()
+            member.warm.clear()
+            self._waited_for[member.opening] = member
+
+    def close(self) -> None:
+        """Stop the actors."""
+        for member in self._members:
+            _kill(member.actor)
+        self._members = []
+        self._waited_for.clear()
+
+    def _add_member(self) -> None:
+        actor = self._hire()
+        member = _Member(actor, actor.ready.remote())
+        self._members.append(member)
+        self._waited_for[member.opening] = member
+
+    def _replace(self, member: _Member) -> None:
+        for ref in (member.opening, member.call):
+            self._waited_for.pop(ref, None)
+        self._members.remove(member)
+        _kill(member.actor)
+        self._add_member()
+
+    def _assign(self) -> None:
+        idle = (member for member in self._members if member.opening is None and member.call is None)
+        while self._waiting:
+            if self._waiting[0] not in self._jobs:
+                self._waiting.popleft()  # a second one was asked for, and the first has answered
+            elif (member := next(idle, None)) is not None:
+                self._give(self._waiting.popleft(), member)
+            else:
+                return
+
+    def _give(self, ticket: int, member: _Member) -> None:
+        job = self._jobs[ticket]
+        job.members += 1
+        member.ticket, member.since_s = ticket, time.monotonic()
+        member.call = getattr(member.actor, job.task.method).remote(*job.task.arguments)
+        self._waited_for[member.call] = member
+
+    def _land(self, ref: Any) -> None:
+        """Take what a member answers."""
+        member = self._waited_for.pop(ref, None)
+        if member is None:
+            return  # given up while others landed
+        opening, ticket = ref == member.opening, member.ticket
+        result = None
+        try:
+            result = ray.get(ref)
+        except RayTaskError as error:
+            if opening and member.renewed_s is not None:
+                self._replace(member)  # a fresh one may do, and else tells why not
+                return
+            if opening or ticket in self._jobs:
+                raise error.cause if isinstance(error.cause, UserError) else error from None
+        except RayError as error:
+            if opening:
+                self._unopened(member, error)
+            else:
+                self._dead(member, type(error).__name__)
+            return
+        if opening:
+            self._opened(member, result)
+            return
+        assert ticket is not None
+        member.call = member.ticket = None
+        if (job := self._jobs.pop(ticket, None)) is not None:
+            self._note(job.task, member, time.monotonic() - member.since_s)
+            self._answers.append((ticket, result))
+
+    def _opened(self, member: _Member, hardware: str | None) -> None:
+        member.opening = member.renewed_s = None
+        self._stillborn = 0
+        if hardware is not None and hardware not in self._hardware:
+            self._hardware.add(hardware)
+            if len(self._hardware) > 1:
+                kinds = " and ".join(sorted(self._hardware))
+                self._notify(f"notice: workers run on {kinds}; the plan may differ by rounding")
+
+    def _unopened(self, member: _Member, error: Exception) -> None:
+        self._stillborn += 1
+        if self._stillborn >= MAX_DEATHS + len(self._members):
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise UserError(
+                f"workers: none can be started ({reason[0]}). See the cluster's logs, then resume"
+            ) from None
+        self._replace(member)
+
+    def _dead(self, member: _Member, reason: str) -> None:
+        """Replace a member that is lost, and say so of its task unless another still works on it."""
+        ticket = member.ticket
+        self._replace(member)
+        if ticket is None or (job := self._jobs.get(ticket)) is None:
+            return
+        job.members -= 1
+        if job.members == 0:
+            del self._jobs[ticket]
+            self._answers.append((ticket, Died(reason)))
+
+    def _note(self, task: Task, member: _Member, took_s: float) -> None:
+        """Take note of what is usual: per size, but whole for the first task of a member, which has to load things."""
+        kind = (task.method, task.method in member.warm)
+        took = self._took.setdefault(kind, deque(maxlen=_PEERS))
+        took.append(took_s / task.size if kind[1] else took_s)
+        self._usual.pop(kind, None)
+        member.warm.add(task.method)
+
+    def _usually_s(self, task: Task, member: _Member) -> float | None:
+        """Return what a task should take; None while no other of its kind is done."""
+
+        def usual(warm: bool) -> float | None:
+            kind = (task.method, warm)
+            if kind not in self._usual and self._took.get(kind):
+                self._usual[kind] = statistics.median(self._took[kind])
+            return self._usual.get(kind)
+
+        warm_s = usual(True)
+        if task.method in member.warm:
+            return None if warm_s is None else warm_s * task.size
+        cold_s = usual(False)
+        return None if cold_s is None else cold_s + (warm_s or 0.0) * task.size
+
+    def _look(self) -> None:
+        """Have late tasks done by a second member too, give up members that do not come back, and break silences."""
+        now_s = time.monotonic()
+        if now_s - self._looked_s < self._patience_s / 10:
+            return
+        self._looked_s = now_s
+        for member in list(self._members):
+            if member.renewed_s is not None and now_s - member.renewed_s > LOST * self._patience_s:
+                self._replace(member)
+            if member.ticket is None:
+                continue
+            took_s = now_s - member.since_s
+            job = self._jobs.get(member.ticket)
+            if job is not None:  # what another has answered is as late as it was then
+                usual_s = self._usually_s(job.task, member)
+                if usual_s is None:
+                    continue
+                member.late_s = max(self._patience_s, LATE * usual_s) * job.task.patience
+            if took_s > LOST * member.late_s:
+                self._notify("a worker hangs, and is replaced")
+                self._dead(member, "it hung")
+            elif job is not None and took_s > member.late_s and not job.again:
+                job.again = True
+                self._waiting.appendleft(member.ticket)
+        if now_s - self._moved_s > _SILENCE_S:
+            self.stir()
+            free = ray.available_resources().get("CPU", 0)
+            self._notify(
+                f"no worker has finished a task for {_SILENCE_S:.0f} s; {self.alive} of {self.size} workers are there, "
+                f"and {free:.0f} CPUs of the cluster are free"
+            )
+
+
+def _kill(actor: Any) -> None:
+    with contextlib.suppress(RayError, ValueError):
+        ray.kill(actor)
