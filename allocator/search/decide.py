@@ -319,7 +319,8 @@ def decide(
         winner = searcher.finalists()[0]
     else:
         phase("selection")
-        finalists = dict.fromkeys([*incumbents, *searcher.finalists()[:FINALISTS]])
+        found = [allocation for allocation in searcher.finalists() if allocation not in measurer.failed]
+        finalists = dict.fromkeys([*incumbents, *found[:FINALISTS]])
         selected = measurer.measure([Request(a, selection_tokens, "selection", training) for a in finalists])
         chosen = _best(selected)
         winner = chosen.request.allocation

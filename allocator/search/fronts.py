@@ -91,7 +91,8 @@ def decide_front(
 
     def heard(outcomes: Sequence[Outcome]) -> None:
         full = (outcome for outcome in outcomes if outcome.request == Request(outcome.request.allocation, tokens))
-        known.update({o.request.allocation: o for o in full if fits(space, o.request.allocation, budget)})
+        within = (o for o in full if fits(space, o.request.allocation, budget))
+        known.update({o.request.allocation: o for o in within if o.request.allocation not in measurer.failed})
         listen(outcomes)
 
     heard(measurer.measure([Request(allocation, tokens) for allocation in dict.fromkeys([*starts, *beside])]))
@@ -103,6 +104,7 @@ def decide_front(
     places = dict.fromkeys(round(place) for place in np.linspace(0, len(front) - 1, min(MEMBERS, len(front))))
     members = [front[place].request.allocation for place in places]
     again = measurer.measure([Request(allocation, selection_tokens, "selection") for allocation in members])
+    again = [outcome for outcome in again if outcome.request.allocation not in measurer.failed]
     best = pareto_front(space, again, names)
     figures = np.array([[figure(space, outcome, name) for name in names] for outcome in best])
     lowest = min(range(len(best)), key=lambda place: best[place].loss)

@@ -11,6 +11,7 @@ from allocator.core.effort import Effort, Limit, Trained, candidate_tokens
 from allocator.core.errors import UserError
 from allocator.core.journal import Journal
 from allocator.core.protocols import Evaluator, Extra, Fidelity, Key, Outcome, Request, Searcher
+from allocator.core.space import Allocation
 
 Listener = Callable[[Sequence[Outcome]], None]
 
@@ -39,6 +40,7 @@ class Measurer:
 
     Attributes:
         spent: What the requests cost, each counted once, whether it was measured now or before a resume.
+        failed: Allocations that could not be measured.
     """
 
     def __init__(self, evaluator: Evaluator, journal: Journal) -> None:
@@ -48,7 +50,7 @@ class Measurer:
         self._trained = Trained()
         self._batch = 0
         self._worst: dict[tuple[Fidelity, Extra], Outcome] = {}
-        self._failed = 0
+        self.failed: set[Allocation] = set()
         self._under_way = 0
         self._start_s = self._synced_s = time.perf_counter()
         self.spent = Effort()
@@ -92,6 +94,7 @@ class Measurer:
         answers = [self._journal.get(request) for request in batch.requests]
         measured = [answer for answer in answers if answer is not None]
         assert len(measured) == len(answers), "an evaluator answers every request"
+        self.failed.update(o.request.allocation for o in measured if o.failed and not o.request.also)
         for outcome in measured:
             self._compare(outcome)
         return [self._stand_in(outcome) if outcome.failed else outcome for outcome in measured]
@@ -103,10 +106,10 @@ class Measurer:
                 failures.append(outcome)
             else:
                 self._journal.append(outcome, self._numbers[outcome.request.key])
-        self._failed += len(failures)
-        if 2 * self._failed > len(self._asked):  # these are not recorded, for a resume shall try again
+        count = len(self.failed) + len(failures)
+        if failures and 2 * count > len(self._asked):  # these are not recorded, for a resume shall try again
             raise UserError(
-                f"evaluation: {self._failed} of {len(self._asked)} allocations cannot be measured; of the last, "
+                f"evaluation: {count} of {len(self._asked)} allocations cannot be measured; of the last, "
                 f"{failures[-1].failed}. Free some memory, use fewer workers or another dtype, then resume"
             )
         for failure in failures:

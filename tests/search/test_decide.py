@@ -4,6 +4,7 @@ import pytest
 
 from allocator.core.budget import budget_for, denser_moves, fits
 from allocator.core.journal import Journal
+from allocator.core.protocols import Outcome
 from allocator.search.bayesian import GpSettings, TpeSettings
 from allocator.search.decide import FINALISTS, SearchSettings, decide
 from allocator.search.evolution import EvolutionSettings
@@ -65,6 +66,33 @@ def test_the_winner_is_the_best_finalist_on_the_selection_split(settings, space,
     for allocation in (decision.uniform, decision.two_rate, decision.searched):
         assert fits(space, allocation, budget)
         assert denser_moves(space, allocation, budget) == []
+
+
+@pytest.mark.parametrize("split", ["search", "selection"])
+def test_what_cannot_be_measured_is_not_chosen(space, landscape, tmp_path, split):
+    """Though it would be best: it fails once, and then another is."""
+    budget = budget_for(space, 0.5)
+
+    def decided(name, poison):
+        class Ill(landscape):
+            def evaluate(self, requests):
+                for request in requests:
+                    if request.allocation == poison and request.split == split:
+                        self.requests.append(request)
+                        yield Outcome(request, {}, 0.0, failed="3 workers died")
+                    else:
+                        yield from super().evaluate([request])
+
+        evaluator = Ill(space)
+        with Journal.create(tmp_path / name, {"space": space.to_json()}) as journal:
+            decision = decide(space, budget, SETTINGS["evolution"], 3, 256, evaluator, journal)
+        return decision, [r for r in evaluator.requests if r.allocation == poison]
+
+    best, _ = decided("well", None)
+    other, asked = decided("ill", best.searched)
+    assert other.searched != best.searched
+    assert len({request.key for request in asked}) == len(asked) > 0
+    assert split == "selection" or {request.split for request in asked} == {"search"}
 
 
 def test_what_was_measured_before_an_error_is_kept(space, landscape, tmp_path):

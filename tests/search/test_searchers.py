@@ -9,6 +9,7 @@ import pytest
 
 from allocator.core.budget import Budget, budget_for, denser_moves, fits, repair
 from allocator.core.journal import Journal
+from allocator.core.protocols import Outcome
 from allocator.search.baselines import uniform
 from allocator.search.bayesian import GpSettings, TpeSettings
 from allocator.search.decide import SearchSettings, make_searcher
@@ -196,6 +197,36 @@ def test_the_order_in_which_workers_answer_is_irrelevant(make, run, space, lands
         other = run(make, space, seed=4, evaluator=Shuffled(landscape(space), seed))
         assert other.batches == whole.batches
         assert other.finalists() == whole.finalists()
+
+
+class Failing:
+    """Cannot measure one allocation in five."""
+
+    def __init__(self, evaluator, start):
+        self._evaluator, self._seen, self.failed = evaluator, {start}, set()
+
+    def evaluate(self, requests):
+        for request in requests:
+            allocation = request.allocation
+            if allocation not in self._seen:
+                self._seen.add(allocation)
+                if len(self._seen) % 5 == 3:
+                    self.failed.add(allocation)
+            if allocation in self.failed:
+                yield Outcome(request, {}, 0.0, failed="3 workers died")
+            else:
+                yield from self._evaluator.evaluate([request])
+
+
+@pytest.mark.parametrize("name", SEARCHERS)
+def test_what_cannot_be_measured_is_never_the_best(make, run, space, landscape):
+    start = uniform(space, budget_for(space, 0.5))
+    evaluator = Failing(landscape(space), start)
+    record = run(make, space, evaluator=evaluator)
+    assert evaluator.failed
+    assert record.finalists()
+    assert record.finalists()[0] not in evaluator.failed
+    assert all(np.isfinite(outcome.loss) for batch in record.told for outcome in batch)
 
 
 @pytest.mark.parametrize("name", [name + TOLD for name in LEARNING])
