@@ -24,8 +24,11 @@ from allocator.core.errors import UserError
 MAX_DEATHS = 3
 """Workers that may die one after the other, of one task or before any task, until that is taken for its fault."""
 
-LATE = 4.0
-"""A task is given to a second worker once it has taken so many times what is usual."""
+LATE = 2.0
+"""A task is given to a second worker once it has taken so many times what is usual more than is usual.
+
+What is the sum of n things varies less: there it is so many times over the root of n.
+"""
 
 LOST = 3.0
 """A worker is given up once it has taken so many times what makes its task late."""
@@ -47,12 +50,14 @@ class Task:
         method: Its name.
         arguments: Its arguments.
         size: What tasks of one method take in proportion to each other.
+        count: Of how many things what it takes is the sum.
         patience: Factor on the time after which it is late.
     """
 
     method: str
     arguments: tuple[Any, ...]
     size: float = 1.0
+    count: int = 1
     patience: float = 1.0
 
 
@@ -311,7 +316,8 @@ class Crew:
                 usual_s = self._usually_s(job.task, member)
                 if usual_s is None:
                     continue
-                member.late_s = max(self._patience_s, LATE * usual_s) * job.task.patience
+                late_s = usual_s * (1 + LATE / job.task.count**0.5)
+                member.late_s = max(self._patience_s, late_s) * job.task.patience
             if took_s > LOST * member.late_s:
                 self._notify("a worker hangs, and is replaced")
                 self._dead(member, "it hung")

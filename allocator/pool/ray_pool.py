@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -35,10 +35,9 @@ class _Sent:
     patience: float = 1.0
 
     def task(self) -> Task:
-        size = float(sum(request.tokens + 3 * request.training for request in self.requests))
         if self.portion is None:
-            return Task("measure", (self.requests,), size, self.patience)
-        return Task("expand", (self.requests[0], self.portion), 1.0, self.patience)
+            return Task("measure", (self.requests,), _size(self.requests), len(self.requests), self.patience)
+        return Task("expand", (self.requests[0], self.portion), patience=self.patience)
 
 
 class RayPool:
@@ -218,8 +217,16 @@ class RayPool:
                     "Free some memory or use fewer workers, then resume"
                 )
             self._notify(f"a worker died and is replaced; its task is run again ({deaths} of {MAX_DEATHS} times)")
-            again = Task(task.method, task.arguments, task.size, 2 * task.patience)
+            again = replace(task, patience=2 * task.patience)
             sent[self._crew.add(again)] = (index, again, deaths)
+
+
+def _size(run: Sequence[Request]) -> float:
+    """Return what a run takes, in tokens: nothing for units at its front that are as in the allocation before."""
+    levels_nu = np.array([request.allocation for request in run])
+    shared_n = np.cumprod(levels_nu[1:] == levels_nu[:-1], axis=1).mean(axis=1)
+    trained = sum(4 * request.training for request in run)
+    return trained + sum(r.tokens * (1.0 - share) for r, share in zip(run, [0.0, *shared_n.tolist()], strict=True))
 
 
 def _runs(requests: Sequence[Request], workers: int) -> list[list[Request]]:

@@ -1,0 +1,346 @@
+"""How evaluation scales: on two cores for real, and on many simulated workers.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.scaling --part real
+    OMP_NUM_THREADS=1 python -m benchmarks.scaling --part driver
+    OMP_NUM_THREADS=1 python -m benchmarks.scaling --part simulated --workers 8 64 128
+    python -m benchmarks.scaling
+
+`real`: offspring of the uniform allocation of the packaged model, measured in process, by one worker and by two, in
+turns. `driver`: CPU time of the driver for each evaluation of batches of 64, where workers answer at once. `simulated`:
+a real driver, a real journal and real searchers on a Ray cluster of eight nodes, whose workers wait a drawn time in
+place of computing. Each part leaves its lines in `results/scaling.json`; without a part, tables and figure are made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from ray.cluster_utils import Cluster
+
+from allocator.config import load_config
+from allocator.core.budget import Budget
+from allocator.core.journal import Journal
+from allocator.core.protocols import Outcome, Request, Searcher
+from allocator.core.space import SearchSpace, Unit
+from allocator.evaluate.engine import EngineSpec, LocalEvaluator
+from allocator.job import Job, prepare
+from allocator.model.load import load_model
+from allocator.model.walk import BlockWalker
+from allocator.pool.ray_pool import RayPool
+from allocator.prune.build import prune_on_dense_inputs
+from allocator.prune.problem import Calibration
+from allocator.prune.store import create_store
+from allocator.search.baselines import uniform
+from allocator.search.evolution import EvolutionSettings, ExchangeEvolution, exchange
+from allocator.search.loop import Measurer, search
+from allocator.search.steady import SteadyEvolution, SteadySettings
+from benchmarks.waiter import TOKENS, Waiter
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+BATCH = 64
+REPEATS = 7
+NODES = 8
+SPREAD, STRAGGLERS = 0.3, 0.01
+ROUNDS = 32
+"""Evaluations of a simulated search, for each worker."""
+
+
+# real workers
+
+
+def offspring(job: Job, count: int, tokens: int, seed: int) -> list[Request]:
+    """Return children of the uniform allocation, as evolution proposes them."""
+    parent, rng = uniform(job.space, job.budget), np.random.default_rng(seed)
+    children = {exchange(job.space, parent, job.budget, rng, 2): None for _ in range(4 * count)}
+    return [Request(child, tokens) for child in list(children)[:count]]
+
+
+def measure_real() -> dict[str, Any]:
+    """Return seconds of the same batches in process, on one worker and on two, taken in turns."""
+    config = load_config(None, {"workers": 2}, ["tokens.calibration=4096", "search.rounds=1"])
+    job = prepare(config)
+    walker = BlockWalker(load_model(job.files), job.layout)
+    text = __import__("torch").from_numpy(job.tokens["calibration"])
+    levels = prune_on_dense_inputs(Calibration(walker, job.files, job.layout, job.space, job.pruner, text))
+    with tempfile.TemporaryDirectory() as scratch:
+        spec = job.engine_spec(create_store(Path(scratch) / "levels", job.store_key, levels))
+        ray.init("local", num_cpus=3, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+        evaluators: dict[str, Any] = {
+            "in process": LocalEvaluator(spec, job.tokens),
+            "one worker": RayPool(spec, job.tokens, 1),
+            "two workers": RayPool(spec, job.tokens, 2),
+        }
+        tokens = 2048
+        for evaluator in evaluators.values():
+            list(evaluator.evaluate(offspring(job, 8, tokens, 0)))
+        seconds: dict[str, list[float]] = {name: [] for name in evaluators}
+        for repeat in range(REPEATS):
+            batch = offspring(job, BATCH, tokens, 1 + repeat)
+            for name in list(evaluators)[:: 1 if repeat % 2 else -1]:
+                begun_s = time.perf_counter()
+                assert len(list(evaluators[name].evaluate(batch))) == len(batch)
+                seconds[name].append(time.perf_counter() - begun_s)
+                print(f"real {repeat + 1}/{REPEATS} {name}: {seconds[name][-1]:.2f} s", file=sys.stderr)
+        ray.shutdown()
+    ratios = [local / two / 2 for local, two in zip(seconds["in process"], seconds["two workers"], strict=True)]
+    return {
+        "batch": BATCH,
+        "tokens": tokens,
+        "seconds": {name: [round(each, 3) for each in values] for name, values in seconds.items()},
+        "efficiency": round(statistics.median(ratios), 3),
+        "efficiencies": [round(ratio, 3) for ratio in ratios],
+    }
+
+
+# simulated workers
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a search is cut: generations of so many, or one by one with a lag; both in multiples of the workers."""
+
+    kind: str
+    per_worker: int
+
+    def searcher(self, space: SearchSpace, budget: Budget, workers: int) -> tuple[Searcher, int]:
+        """Return a searcher of about as many evaluations for every schedule, and its lag."""
+        count, start = self.per_worker * workers, [uniform(space, budget)]
+        if self.kind == "generations":
+            settings = EvolutionSettings(ROUNDS // self.per_worker, 10**6, count, (TOKENS,), (1,))
+            return ExchangeEvolution(space, budget, start, settings, 0), 0
+        steady = SteadySettings(ROUNDS * workers, 10**6, count - 1, (TOKENS,))
+        return SteadyEvolution(space, budget, start, steady, 0), steady.lag
+
+
+SCHEDULES = [Schedule("generations", n) for n in (1, 4, 16)] + [Schedule("lag", n) for n in (1, 2, 4, 8)]
+
+
+def made_space(blocks: int = 80) -> SearchSpace:
+    """Return as many units as a model of 70 B parameters has sub-blocks."""
+    kept = tuple(range(8, -1, -1))
+    params = tuple(1000 * count for count in kept)
+    units = (
+        Unit(f"{block}.{part}", "channels", part, block, 8, kept, params, params)
+        for block in range(blocks)
+        for part in ("attention", "mlp")
+    )
+    return SearchSpace("structured", tuple(units), {"params": 0, "macs": 0})
+
+
+class Simulated(RayPool):
+    """A pool of waiters; the engine that it is told of is never made."""
+
+    def __init__(self, space: SearchSpace, workers: int, mean_s: float, stragglers: float) -> None:
+        self._waiting = (mean_s, SPREAD, stragglers)
+        spec = EngineSpec(None, None, space)  # type: ignore[arg-type]
+        # as long to a mean time as the default is to an evaluation of ten seconds
+        super().__init__(spec, {"search": np.zeros((8, TOKENS // 8))}, workers, patience_s=max(mean_s, 0.05))
+
+    def _hire(self) -> Any:
+        return ray.remote(Waiter).options(num_cpus=1).remote(*self._waiting)
+
+    def wait(self) -> None:
+        """Wait until every worker is there."""
+        while self.alive < self._crew.size:
+            list(self.evaluate([Request((level,), 8, "search") for level in range(2 * self._crew.size)]))
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[list[float]]:
+        """Yield a list that fills with the share of workers that are at a task, fifty times a second."""
+        shares: list[float] = []
+        over = threading.Event()
+
+        def look() -> None:
+            while not over.wait(0.02):
+                members = list(self._crew._members)
+                shares.append(sum(member.call is not None for member in members) / len(members))
+
+        watch = threading.Thread(target=look)
+        watch.start()
+        try:
+            yield shares
+        finally:
+            over.set()
+            watch.join()
+
+
+@contextlib.contextmanager
+def simulated_cluster(workers: int) -> Iterator[None]:
+    """Hold a Ray cluster of several nodes with a CPU for every worker, all on this machine."""
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        for _ in range(NODES):
+            cluster.add_node(num_cpus=-(-workers // NODES))
+        ray.init(address=cluster.address, logging_level=logging.ERROR, log_to_driver=False)
+        yield
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def simulate(workers: int, mean_s: float) -> Iterator[dict[str, Any]]:
+    """Yield a line for every schedule, with stragglers and without."""
+    space = made_space()
+    budget = Budget(params=space.limit_for(0.5))
+    with simulated_cluster(workers):
+        for stragglers in (0.0, STRAGGLERS):
+            for schedule in SCHEDULES:
+                pool = Simulated(space, workers, mean_s, stragglers)
+                pool.wait()
+                searcher, lag = schedule.searcher(space, budget, workers)
+                outcomes: list[Outcome] = []
+                with tempfile.TemporaryDirectory() as scratch:
+                    path = Path(scratch) / "journal.jsonl"
+                    with Journal.create(path, {"space": space.to_json()}) as journal, pool.watched() as shares:
+                        begun_s, cpu_s = time.perf_counter(), time.process_time()
+                        search(searcher, Measurer(pool, journal), outcomes.extend, lag=lag)
+                        wall_s, cpu_s = time.perf_counter() - begun_s, time.process_time() - cpu_s
+                pool.close()
+                measured = list({outcome.request.key: outcome for outcome in outcomes}.values())
+                yield {
+                    "workers": workers,
+                    "mean_s": mean_s,
+                    "stragglers": stragglers,
+                    "schedule": schedule.kind,
+                    "per_worker": schedule.per_worker,
+                    "evaluations": len(measured),
+                    "wall_s": round(wall_s, 2),
+                    "busy": round(statistics.mean(shares), 3),
+                    "useful": round(sum(outcome.wall_s for outcome in measured) / wall_s / workers, 3),
+                    "driver_ms": round(1000 * cpu_s / len(measured), 3),
+                }
+
+
+def measure_driver() -> dict[str, Any]:
+    """Return the driver's CPU time for each evaluation of batches of 64, where workers answer at once."""
+    space, rng = made_space(), np.random.default_rng(0)
+    batches = [
+        [Request(tuple(map(int, row)), TOKENS) for row in rng.integers(9, size=(BATCH, len(space.units)))]
+        for _ in range(60)
+    ]
+    found: dict[str, Any] = {}
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    ray.init("local", num_cpus=64, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+    for workers in (2, 8, 32):
+        pool = Simulated(space, workers, 0.0, 0.0)
+        pool.wait()
+        with tempfile.TemporaryDirectory() as scratch:
+            with Journal.create(Path(scratch) / "journal.jsonl", {"space": space.to_json()}) as journal:
+                measurer, each = Measurer(pool, journal), []
+                for batch in batches:
+                    cpu_s = time.process_time()
+                    measurer.measure(batch)
+                    each.append(1000 * (time.process_time() - cpu_s) / BATCH)
+        pool.close()
+        found[str(workers)] = round(statistics.median(each[10:]), 3)
+        print(f"driver {workers} workers: {found[str(workers)]}", file=sys.stderr)
+    ray.shutdown()
+    return {"batch": BATCH, "workers": found}
+
+
+# results
+
+
+def tables(found: dict[str, Any]) -> str:
+    """Return the tables."""
+    lines = []
+    if "real" in found:
+        seconds = {name: statistics.median(values) for name, values in found["real"]["seconds"].items()}
+        lines += ["| where | median seconds | efficiency |", "|---|---|---|"]
+        for name, value in seconds.items():
+            workers = 2 if name == "two workers" else 1
+            both = zip(found["real"]["seconds"]["in process"], found["real"]["seconds"][name], strict=True)
+            ratios = [alone / own / workers for alone, own in both]
+            lines.append(f"| {name} | {value:.2f} | {statistics.median(ratios):.2f} |")
+    if "driver" in found:
+        lines += ["", "| workers | driver CPU, ms an evaluation |", "|---|---|"]
+        lines += [f"| {name} | {value:.2f} |" for name, value in found["driver"]["workers"].items()]
+    if "simulated" in found:
+        lines += [
+            "",
+            "| workers | schedule | busy | useful | busy, 1 % stragglers | useful | driver ms |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        rows: dict[tuple[int, str, int], dict[float, dict[str, Any]]] = {}
+        for line in found["simulated"]:
+            rows.setdefault((line["workers"], line["schedule"], line["per_worker"]), {})[line["stragglers"]] = line
+        for (workers, kind, per_worker), by in rows.items():
+            name = f"{kind} of {per_worker * workers}" if kind == "generations" else f"lag {per_worker * workers - 1}"
+            cells = [f"{by[s][key]:.2f}" if s in by else "–" for s in (0.0, STRAGGLERS) for key in ("busy", "useful")]
+            driver = statistics.mean(line["driver_ms"] for line in by.values())
+            lines.append(f"| {workers} | {name} | {' | '.join(cells)} | {driver:.2f} |")
+    return "\n".join(lines)
+
+
+def draw(lines: Sequence[dict[str, Any]]) -> None:
+    """Draw how busy workers are against how much is in flight for each of them."""
+    from matplotlib.figure import Figure
+
+    from allocator.report.figures import to_svg
+
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    sizes = sorted({line["workers"] for line in lines})
+    panels = figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
+    for axes, workers in zip(panels, sizes, strict=True):
+        for kind, colour in (("generations", "tab:orange"), ("lag", "tab:blue")):
+            for stragglers, style in ((0.0, "--"), (STRAGGLERS, "-")):
+                own = [
+                    (line["per_worker"], line["busy"])
+                    for line in lines
+                    if (line["workers"], line["schedule"], line["stragglers"]) == (workers, kind, stragglers)
+                ]
+                label = f"{kind}, {'1 % stragglers' if stragglers else 'no stragglers'}"
+                axes.plot(*zip(*sorted(own), strict=True), style, marker="o", ms=3, color=colour, label=label)
+        axes.axhline(0.9, color="grey", lw=0.6)
+        axes.set(xscale="log", title=f"{workers} workers", xlabel="in flight, for each worker", ylim=(0, 1.02))
+        axes.set_xticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"], minor=False)
+        axes.minorticks_off()
+    panels[0].set_ylabel("share of time at work")
+    panels[-1].legend(fontsize=7, loc="lower right")
+    (RESULTS / "scaling.svg").write_text(to_svg(figure, "scaling"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--part", choices=["real", "driver", "simulated"])
+    parser.add_argument("--workers", type=int, nargs="+", default=[8, 64])
+    parser.add_argument("--mean", type=float, default=0.5, help="Seconds of a simulated evaluation.")
+    arguments = parser.parse_args()
+    path = RESULTS / "scaling.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    if arguments.part == "real":
+        found["real"] = measure_real()
+    elif arguments.part == "driver":
+        found["driver"] = measure_driver()
+    elif arguments.part == "simulated":
+        for workers in arguments.workers:
+            kept = [line for line in found.get("simulated", []) if line["workers"] != workers]
+            for line in simulate(workers, arguments.mean):
+                print(json.dumps(line), file=sys.stderr)
+                kept.append(line)
+            found["simulated"] = sorted(kept, key=lambda line: (line["workers"], line["stragglers"]))
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    print(tables(found))
+    if "simulated" in found:
+        draw(found["simulated"])
+
+
+if __name__ == "__main__":
+    main()
