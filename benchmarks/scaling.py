@@ -3,12 +3,14 @@
     OMP_NUM_THREADS=1 python -m benchmarks.scaling --part real
     OMP_NUM_THREADS=1 python -m benchmarks.scaling --part driver
     OMP_NUM_THREADS=1 python -m benchmarks.scaling --part simulated --workers 8 64 128
+    OMP_NUM_THREADS=1 python -m benchmarks.scaling --part lag
     python -m benchmarks.scaling
 
 `real`: offspring of the uniform allocation of the packaged model, measured in process, by one worker and by two, in
 turns. `driver`: CPU time of the driver for each evaluation of batches of 64, where workers answer at once. `simulated`:
 a real driver, a real journal and real searchers on a Ray cluster of eight nodes, whose workers wait a drawn time in
-place of computing. Each part leaves its lines in `results/scaling.json`; without a part, tables and figure are made.
+place of computing. `lag`: what a search for so many candidate-tokens finds by generations and by lags, on the packaged
+model, in process. Each part leaves its lines in `results/scaling.json`; without a part, tables and figure are made.
 """
 
 from __future__ import annotations
@@ -30,10 +32,12 @@ from typing import Any
 
 import numpy as np
 import ray
+import torch
 from ray.cluster_utils import Cluster
 
 from allocator.config import load_config
 from allocator.core.budget import Budget
+from allocator.core.effort import Limit
 from allocator.core.journal import Journal
 from allocator.core.protocols import Outcome, Request, Searcher
 from allocator.core.space import SearchSpace, Unit
@@ -55,6 +59,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 BATCH = 64
 REPEATS = 7
+LIMIT = Limit(400_000, "tokens")
 NODES = 8
 SPREAD, STRAGGLERS = 0.3, 0.01
 ROUNDS = 32
@@ -71,15 +76,19 @@ def offspring(job: Job, count: int, tokens: int, seed: int) -> list[Request]:
     return [Request(child, tokens) for child in list(children)[:count]]
 
 
-def measure_real() -> dict[str, Any]:
-    """Return seconds of the same batches in process, on one worker and on two, taken in turns."""
-    config = load_config(None, {"workers": 2}, ["tokens.calibration=4096", "search.rounds=1"])
-    job = prepare(config)
-    walker = BlockWalker(load_model(job.files), job.layout)
-    text = __import__("torch").from_numpy(job.tokens["calibration"])
+@contextlib.contextmanager
+def prepared() -> Iterator[tuple[Job, EngineSpec]]:
+    """Yield the packaged model's job at half of its units, and what an engine on a level store of it is made from."""
+    job = prepare(load_config(None, {"workers": 0}, ["tokens.calibration=4096", "search.rounds=1"]))
+    walker, text = BlockWalker(load_model(job.files), job.layout), torch.from_numpy(job.tokens["calibration"])
     levels = prune_on_dense_inputs(Calibration(walker, job.files, job.layout, job.space, job.pruner, text))
     with tempfile.TemporaryDirectory() as scratch:
-        spec = job.engine_spec(create_store(Path(scratch) / "levels", job.store_key, levels))
+        yield job, job.engine_spec(create_store(Path(scratch) / "levels", job.store_key, levels))
+
+
+def measure_real() -> dict[str, Any]:
+    """Return seconds of the same batches in process, on one worker and on two, taken in turns."""
+    with prepared() as (job, spec):
         ray.init("local", num_cpus=3, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
         evaluators: dict[str, Any] = {
             "in process": LocalEvaluator(spec, job.tokens),
@@ -106,6 +115,36 @@ def measure_real() -> dict[str, Any]:
         "efficiency": round(statistics.median(ratios), 3),
         "efficiencies": [round(ratio, 3) for ratio in ratios],
     }
+
+
+def measure_lag(limit: Limit, seeds: int = 2) -> Iterator[dict[str, Any]]:
+    """Yield what a search finds for so much, by generations and by lags: its loss on held-out text."""
+    with prepared() as (job, spec):
+        evaluator, start = LocalEvaluator(spec, job.tokens), [uniform(job.space, job.budget)]
+        for seed in range(seeds):
+            searches: dict[str, tuple[Searcher, int]] = {
+                "generations of 16": (
+                    ExchangeEvolution(job.space, job.budget, start, EvolutionSettings(10**6, 10**6), seed),
+                    0,
+                )
+            }
+            for lag in (0, 16, 64, 256):
+                settings = SteadySettings(10**6, 10**6, lag)
+                searches[f"lag {lag}"] = SteadyEvolution(job.space, job.budget, start, settings, seed), lag
+            for name, (searcher, lag) in searches.items():
+                with tempfile.TemporaryDirectory() as scratch:
+                    header = {"space": job.space.to_json()}
+                    with Journal.create(Path(scratch) / "journal.jsonl", header) as journal:
+                        measurer = Measurer(evaluator, journal)
+                        search(searcher, measurer, limit=limit, lag=lag)
+                best = searcher.finalists()[0]
+                (held_out,) = evaluator.evaluate([Request(best, job.config.tokens.test, "test")])
+                yield {
+                    "schedule": name,
+                    "seed": seed,
+                    "evaluations": measurer.spent.evaluations,
+                    "kl": round(held_out.loss, 5),
+                }
 
 
 # simulated workers
@@ -146,8 +185,8 @@ def made_space(blocks: int = 80) -> SearchSpace:
 class Simulated(RayPool):
     """A pool of waiters; the engine that it is told of is never made."""
 
-    def __init__(self, space: SearchSpace, workers: int, mean_s: float, stragglers: float) -> None:
-        self._waiting = (mean_s, SPREAD, stragglers)
+    def __init__(self, space: SearchSpace, workers: int, mean_s: float) -> None:
+        self._waiting = (mean_s, SPREAD, 0.0)
         spec = EngineSpec(None, None, space)  # type: ignore[arg-type]
         # as long to a mean time as the default is to an evaluation of ten seconds
         super().__init__(spec, {"search": np.zeros((8, TOKENS // 8))}, workers, patience_s=max(mean_s, 0.05))
@@ -155,8 +194,10 @@ class Simulated(RayPool):
     def _hire(self) -> Any:
         return ray.remote(Waiter).options(num_cpus=1).remote(*self._waiting)
 
-    def wait(self) -> None:
-        """Wait until every worker is there."""
+    def settle(self, stragglers: float) -> None:
+        """Go on with another share of stragglers, and wait until every worker is there."""
+        self._waiting = (*self._waiting[:2], stragglers)
+        self._crew.renew(lambda actor: actor.renew.remote(stragglers))
         while self.alive < self._crew.size:
             list(self.evaluate([Request((level,), 8, "search") for level in range(2 * self._crew.size)]))
 
@@ -200,10 +241,10 @@ def simulate(workers: int, mean_s: float) -> Iterator[dict[str, Any]]:
     space = made_space()
     budget = Budget(params=space.limit_for(0.5))
     with simulated_cluster(workers):
+        pool = Simulated(space, workers, mean_s)
         for stragglers in (0.0, STRAGGLERS):
             for schedule in SCHEDULES:
-                pool = Simulated(space, workers, mean_s, stragglers)
-                pool.wait()
+                pool.settle(stragglers)
                 searcher, lag = schedule.searcher(space, budget, workers)
                 outcomes: list[Outcome] = []
                 with tempfile.TemporaryDirectory() as scratch:
@@ -212,7 +253,6 @@ def simulate(workers: int, mean_s: float) -> Iterator[dict[str, Any]]:
                         begun_s, cpu_s = time.perf_counter(), time.process_time()
                         search(searcher, Measurer(pool, journal), outcomes.extend, lag=lag)
                         wall_s, cpu_s = time.perf_counter() - begun_s, time.process_time() - cpu_s
-                pool.close()
                 measured = list({outcome.request.key: outcome for outcome in outcomes}.values())
                 yield {
                     "workers": workers,
@@ -239,8 +279,8 @@ def measure_driver() -> dict[str, Any]:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     ray.init("local", num_cpus=64, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     for workers in (2, 8, 32):
-        pool = Simulated(space, workers, 0.0, 0.0)
-        pool.wait()
+        pool = Simulated(space, workers, 0.0)
+        pool.settle(0.0)
         with tempfile.TemporaryDirectory() as scratch:
             with Journal.create(Path(scratch) / "journal.jsonl", {"space": space.to_json()}) as journal:
                 measurer, each = Measurer(pool, journal), []
@@ -286,6 +326,13 @@ def tables(found: dict[str, Any]) -> str:
             cells = [f"{by[s][key]:.2f}" if s in by else "–" for s in (0.0, STRAGGLERS) for key in ("busy", "useful")]
             driver = statistics.mean(line["driver_ms"] for line in by.values())
             lines.append(f"| {workers} | {name} | {' | '.join(cells)} | {driver:.2f} |")
+    if "lag" in found:
+        seeds = sorted({line["seed"] for line in found["lag"]})
+        lines += ["", f"| schedule | {' | '.join(f'held-out KL, seed {seed}' for seed in seeds)} |", "|---" * 3 + "|"]
+        names = dict.fromkeys(line["schedule"] for line in found["lag"])
+        for name in names:
+            kls = [f"{line['kl']:.4f}" for line in found["lag"] if line["schedule"] == name]
+            lines.append(f"| {name} | {' | '.join(kls)} |")
     return "\n".join(lines)
 
 
@@ -319,7 +366,7 @@ def draw(lines: Sequence[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--part", choices=["real", "driver", "simulated"])
+    parser.add_argument("--part", choices=["real", "driver", "simulated", "lag"])
     parser.add_argument("--workers", type=int, nargs="+", default=[8, 64])
     parser.add_argument("--mean", type=float, default=0.5, help="Seconds of a simulated evaluation.")
     arguments = parser.parse_args()
@@ -329,6 +376,11 @@ def main() -> None:
         found["real"] = measure_real()
     elif arguments.part == "driver":
         found["driver"] = measure_driver()
+    elif arguments.part == "lag":
+        found["lag"] = []
+        for line in measure_lag(LIMIT):
+            print(json.dumps(line), file=sys.stderr)
+            found["lag"].append(line)
     elif arguments.part == "simulated":
         for workers in arguments.workers:
             kept = [line for line in found.get("simulated", []) if line["workers"] != workers]

@@ -32,6 +32,10 @@ class Waiter:
         """Return what hardware this is."""
         return "waiter"
 
+    def renew(self, stragglers: float) -> None:
+        """Go on with another share of stragglers."""
+        self._stragglers = stragglers
+
     def measure(self, requests: Sequence[Request]) -> list[Outcome]:
         """Wait, and return losses that are a function of the allocation."""
         outcomes = []
