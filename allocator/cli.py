@@ -356,7 +356,8 @@ def _stoppable(config: RunConfig, verb: str, asked: str = "") -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         where = f" --runs-dir {config.runs_dir}" if config.runs_dir != Path("runs") else ""
-        again = f"Continue with:\n  allocator {verb} --resume --name {config.run_name}{where}{asked}"
+        at = " --address ADDRESS" if config.address is not None else ""
+        again = f"Continue with:\n  allocator {verb} --resume --name {config.run_name}{where}{at}{asked}"
         begun = (config.folder / "journal.jsonl").exists()
         print(f"\nstopped; {f'nothing measured is lost. {again}' if begun else 'nothing was begun'}", file=sys.stderr)
         raise typer.Exit(130) from None

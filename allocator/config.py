@@ -279,8 +279,8 @@ class RunConfig(_Strict):
         return {**self.model_dump(mode="json", exclude=places), **names}
 
     def to_yaml(self) -> str:
-        """Return the content of ``run.yaml``."""
-        return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+        """Return the content of ``run.yaml``: all but the address of a cluster, which is given again on a resume."""
+        return str(yaml.safe_dump(self.model_dump(mode="json", exclude={"address"}), sort_keys=False))
 
 
 def load_config(
