@@ -58,6 +58,11 @@ class ModelFiles:
         return fingerprint({"config": self.config, "files": {n: weights_fingerprint(self.folder / n) for n in names}})
 
 
+def model_files(folder: Path) -> list[Path]:
+    """Return the files of a model folder that a search reads."""
+    return sorted({path for pattern in _WANTED for path in folder.glob(pattern) if path.is_file()})
+
+
 def locate(model: str | Path) -> Path:
     """Return the folder of a model: the packaged one by name, a local folder, or a hub id in the local cache.
 

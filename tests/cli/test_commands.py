@@ -21,7 +21,7 @@ from allocator.search.baselines import uniform
 
 Cli = Callable[..., Any]
 
-COMMANDS = ["inspect", "search", "compare", "front", "plan", "prune", "evaluate", "report"]
+COMMANDS = ["inspect", "search", "submit", "compare", "status", "front", "plan", "prune", "evaluate", "report"]
 HEAVY = ["torch", "ray", "transformers", "pymoo", "optuna", "numpy", "matplotlib"]
 
 
