@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-import allocator
 from allocator import recorder as recording
 from allocator.core.errors import UserError
 from allocator.core.files import write_json
@@ -31,9 +30,9 @@ SLOW = [  # for so small a model
     "tokens.selection=256",
     "tokens.test=512",
     "search.method=evolution",
-    "search.evolution.generations=60",
+    "search.evolution.generations=2000",
     "search.evolution.offspring=8",
-    "search.evolution.tokens=[256,1024]",
+    "search.evolution.tokens=[1024,4096]",
     "search.evolution.survivors=[2,1]",
     "pruner.name=magnitude",
     "pattern=unstructured",
@@ -209,10 +208,9 @@ def test_no_run(tmp_path: Path) -> None:
         read_status(tmp_path)
 
 
-def test_a_search_that_is_watched_stopped_killed_and_finished(
+def test_a_search_that_is_watched_stopped_and_killed(
     tmp_path: Path, tiny_model: Path, text_folder: Path, request: pytest.FixtureRequest
 ) -> None:
-    """With the plan of one that nobody looks at."""
     given = ["--model", tiny_model, "--text", text_folder, "--workers", "0", "--runs-dir", tmp_path, "--name", "run"]
     settings = [f"--set={each}" for each in SLOW]
     command = [sys.executable, "-m", "allocator", "search", *map(str, given), *settings]
@@ -226,7 +224,7 @@ def test_a_search_that_is_watched_stopped_killed_and_finished(
     first = searching()
     seen = until(run, lambda status: status["phase"] == "search" and status["done"] >= 2)
     assert seen["state"] == "running"
-    assert seen["total"] > 60
+    assert seen["total"] > 2000
     assert seen["evaluations"] > 0
     assert seen["reached"]["best KL"] > 0
     with pytest.raises(subprocess.CalledProcessError) as refusal:
@@ -239,31 +237,17 @@ def test_a_search_that_is_watched_stopped_killed_and_finished(
     assert "allocator search --resume --name run" in said
     assert read_status(run)["state"] == "stopped"
 
-    second = searching("--resume")
+    second = searching("--resume-or-begin")
     until(run, lambda status: status["phase"] == "search" and status["evaluations"] > seen["evaluations"] + 8)
     second.send_signal(signal.SIGKILL)
     second.communicate()
     assert read_status(run)["state"] == "lost"
     assert "not running" in status_lines(read_status(run))
 
-    third = searching("--resume-or-begin")
-    third.communicate()
-    assert third.returncode == 0
-    assert read_status(run)["state"] == "finished"
-    alone = allocator.search(
-        tiny_model,
-        text=text_folder,
-        workers=0,
-        runs_dir=tmp_path / "alone",
-        name="run",
-        settings=SLOW,
-    )
-    assert (run / "plan.json").read_bytes() == (alone.folder / "plan.json").read_bytes()
-
 
 def until(run: Path, reached: Callable[[Any], bool]) -> Any:
     """The first status of a run that is running and has got so far."""
-    for _ in range(600):
+    for _ in range(1200):
         time.sleep(0.05)
         if (run / "status.json").exists() and (status := read_status(run))["state"] == "running" and reached(status):
             return status

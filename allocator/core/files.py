@@ -59,6 +59,16 @@ def check_file(path: Path, flag: str) -> None:
         raise UserError(f"{path}: no file can be written there. Name a file in a folder that exists with {flag}")
 
 
+def check_name(name: str, where: object) -> None:
+    """Check that a name read from a file, of a module or of a file, names nothing outside the folder that it is for.
+
+    Raises:
+        UserError: It is no plain name. ``where`` says which file holds it.
+    """
+    if not name or name.startswith(".") or any(character in name for character in "/\\\0"):
+        raise UserError(f"{where}: {name!r} is no name of a module or file: it leads elsewhere. Restore what holds it")
+
+
 def check_place(path: Path, remedy: str) -> None:
     """Check that a folder could be made at ``path``, or is there and can be written to.
 

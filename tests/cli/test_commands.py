@@ -146,6 +146,21 @@ def test_search(cli: Cli, search_args: list[object], here: Path) -> None:
     assert [path.name for path in (here / "runs").iterdir()] == ["run"]
 
 
+def test_resume_or_begin(cli: Cli, search_args: list[object], here: Path) -> None:
+    answered(cli(*search_args, "--resume-or-begin"))
+    plan = (here / "runs" / "run" / "plan.json").read_bytes()
+    assert "resuming" in answered(cli(*search_args, "--resume-or-begin")).err
+    assert (here / "runs" / "run" / "plan.json").read_bytes() == plan
+
+
+def test_status(cli: Cli, own_run: Path) -> None:
+    answer = answered(cli("status", own_run))
+    assert answer.out.startswith("state       finished ")
+    assert "allocations" in answer.out
+    assert "best KL" in answer.out
+    assert (answer.err, answered(cli("status", own_run, "--json")).json["state"]) == ("", "finished")
+
+
 def test_search_json(cli: Cli, search_args: list[object], here: Path) -> None:
     data = answered(cli(*search_args, "--json")).json
     assert data["folder"] == "runs/run"
