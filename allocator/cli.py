@@ -423,6 +423,8 @@ def report(run: Run, json_: Json = False) -> None:
 @contextmanager
 def _stoppable(config: RunConfig, verb: str, asked: str = "") -> Iterator[None]:
     """Say how to go on where the user, or the end of a job, stops the body; ``asked`` are flags of no run file."""
+    from allocator.folder import in_job
+
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))  # as Ray does, but from the start
     try:
         yield
@@ -430,6 +432,8 @@ def _stoppable(config: RunConfig, verb: str, asked: str = "") -> Iterator[None]:
         where = f" --runs-dir {config.runs_dir}" if config.runs_dir != Path("runs") else ""
         at = " --address ADDRESS" if config.address is not None else ""
         again = f"Continue with:\n  allocator {verb} --resume --name {config.run_name}{where}{at}{asked}"
+        if in_job():
+            again = "Submit it again to continue"
         begun = (config.folder / "journal.jsonl").exists()
         print(f"\nstopped; {f'nothing measured is lost. {again}' if begun else 'nothing was begun'}", file=sys.stderr)
         raise typer.Exit(130) from None
