@@ -58,7 +58,10 @@ def begun(job: Job) -> Journal:
     partial.mkdir(parents=True)
     write_atomic(partial / "run.yaml", job.config.to_yaml())
     Journal.create(partial / "journal.jsonl", _header(job)).close()
-    partial.rename(folder)
+    try:
+        partial.rename(folder)
+    except OSError:
+        raise UserError(f"{folder}: another process has begun the run meanwhile. Wait for it, or resume it") from None
     return Journal.resume(folder / "journal.jsonl")
 
 

@@ -78,22 +78,25 @@ class Recorder:
 
         Call it before the step that it belongs to.
         """
-        if evaluations < self._status["evaluations"]:
-            self._points.clear()  # another round, with a journal of its own
-        self._status.update(evaluations=evaluations, front=members, reached=dict(reached))
+        with self._lock:
+            if evaluations < self._status["evaluations"]:
+                self._points.clear()  # another round, with a journal of its own
+            self._status.update(evaluations=evaluations, front=members, reached=dict(reached))
 
     def phase(self, name: str, total: int | None = None) -> None:
         """See :class:`~allocator.progress.Reporter`."""
-        self._status.update(phase=name, done=0, total=total)
-        self._points.clear()
-        self._note()
+        with self._lock:
+            self._status.update(phase=name, done=0, total=total)
+            self._points.clear()
+            self._note()
         self._write()
         self._reporter.phase(name, total)
 
     def step(self, done: int, note: str = "") -> None:
         """See :class:`~allocator.progress.Reporter`."""
-        self._status["done"] = done
-        self._note()
+        with self._lock:
+            self._status["done"] = done
+            self._note()
         if time.monotonic() - self._written_s >= _THROTTLE_S:
             self._write()
         self._reporter.step(done, note)

@@ -111,6 +111,7 @@ def _run(config: RunConfig, resume: bool, reporter: Recorder) -> Result:
         plan = _plan(job, decision, measured)
         plan.save(folder / "plan.json")
         opened.close()  # nothing else shall run while latency is measured
+        reporter.staff(None)
         with _timed(wall, "latency"):
             latency = _latency(job, decision, reporter)
         wall["total"] = time.perf_counter() - started

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 import requests
-from ray.exceptions import AuthenticationError
+from ray.exceptions import RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from allocator.core.errors import UserError
@@ -53,7 +53,7 @@ class JobServer:
             requests.get(f"{url}/api/version", timeout=_KNOCK_S).close()  # Ray itself would wait for ever
             with _without_addresses():
                 self._client = JobSubmissionClient(url)
-        except AuthenticationError:
+        except RayError:  # of authentication, which older versions have no name for
             raise UserError(
                 f"address: the cluster at {self.shown} asks for a token. Set RAY_AUTH_MODE=token, and put the "
                 "cluster's token into ~/.ray/auth_token or RAY_AUTH_TOKEN"
