@@ -61,6 +61,8 @@ def begun(job: Job) -> Journal:
     try:
         partial.rename(folder)
     except OSError:
+        if not folder.exists():
+            raise
         raise UserError(f"{folder}: another process has begun the run meanwhile. Wait for it, or resume it") from None
     return Journal.resume(folder / "journal.jsonl")
 

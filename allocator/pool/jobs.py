@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import aiohttp
 import requests
 from ray.exceptions import RayError
-from ray.job_submission import JobStatus, JobSubmissionClient
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from allocator.core.errors import UserError
 
@@ -71,7 +71,7 @@ class JobServer:
         Raises:
             UserError: One is.
         """
-        for job in self._client.list_jobs():
+        for job in self._jobs():
             if not job.status.is_terminal() and (job.metadata or {}).get(_RUN) == str(run):
                 raise UserError(
                     f"{run}: the job {job.submission_id} is on this run. Follow it with "
@@ -92,7 +92,7 @@ class JobServer:
             UserError: The cluster does not take it.
         """
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", run.name)
-        taken = {job.submission_id for job in self._client.list_jobs()}
+        taken = {job.submission_id for job in self._jobs()}
         number = next(n for n in range(1, len(taken) + 2) if f"{name}-{n}" not in taken)
         # Ray kills what has not ended three seconds after it was stopped
         environment = {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_S), **variables}
@@ -104,8 +104,7 @@ class JobServer:
                 metadata={_RUN: str(run)},
             )
         except (requests.RequestException, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[-1].replace(self._client.get_address(), self.shown)
-            raise UserError(f"address: {self.shown} did not take the job ({reason}). Submit it again") from None
+            raise self._failed(error) from None
 
     def follow(self, job: str, write: Callable[[str], object]) -> JobStatus:
         """Write the log of a job as it grows, and return how it ended.
@@ -120,6 +119,17 @@ class JobServer:
                 f"address: the connection to {self.shown} broke ({type(error).__name__}), and {job} may go on. Follow "
                 f"it again with 'ray job logs --follow --address {self.shown} {job}'"
             ) from None
+
+    def _jobs(self) -> list[JobDetails]:
+        try:
+            return list(self._client.list_jobs())
+        except (requests.RequestException, RuntimeError) as error:
+            raise self._failed(error) from None
+
+    def _failed(self, error: Exception) -> UserError:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        said = reason.replace(self._client.get_address(), self.shown)
+        return UserError(f"address: {self.shown} did not take the job ({said}). Submit it again")
 
     async def _followed(self, job: str, write: Callable[[str], object]) -> JobStatus:
         async for lines in self._client.tail_job_logs(job):
