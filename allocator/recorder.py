@@ -114,7 +114,7 @@ class Recorder:
     def _pace(self) -> dict[str, float]:
         """Return what the last minute says of speed, and of the time that is left in the phase."""
         pace: dict[str, float] = {}
-        if not self._points:
+        if not self._points or self._points[0][0] == self._points[-1][0]:
             return pace
         (start, first, known), (end, done, measured) = self._points[0], self._points[-1]
         total = self._status["total"]
