@@ -23,9 +23,12 @@ import pytest
 import yaml
 
 import allocator
-from allocator.config import checked
+from allocator.comparison import run_comparison
+from allocator.config import RunConfig, checked
+from allocator.core.errors import UserError
 from allocator.parcel import COMMAND
 from allocator.status import read_status
+from allocator.workflow import run_search
 
 ROOT = Path(__file__).parents[2]
 MANIFEST = ROOT / "search_spaces" / "cluster" / "rayjob.yaml"
@@ -183,9 +186,9 @@ def test_the_recipe(shell: Shell) -> None:
         assert expected in said
     assert "the job mine-1 is on this run" in shell(submit, 2)
     assert "submission_id='mine-1'" in shell(jobs)
-    assert "search ..." in shell(logs)
     shell(stop)
     log = shell(logs)
+    assert "search ..." in log
     assert "stopped; nothing measured is lost. Submit it again to continue" in log
     assert "Traceback" not in log
     assert shell(status).startswith("state       stopped")
@@ -269,14 +272,14 @@ def test_places_that_would_be_lost(refused: Callable[..., str]) -> None:
     assert "runs_dir: runs is relative" in refused("--runs-dir", "runs")
 
 
-@pytest.mark.parametrize("command", ["search", "compare"])
-def test_in_a_job_runs_lie_elsewhere_than_in_its_folder(tmp_path: Path, command: str) -> None:
-    environment = {**os.environ, "RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}
-    given = [sys.executable, "-m", "allocator", command, "--workers", "0"]
-    done = subprocess.run(given, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "is relative to the job's working folder" in done.stderr
-    assert "--runs-dir" in done.stderr
+@pytest.mark.parametrize("run", [run_search, run_comparison])
+def test_in_a_job_runs_lie_elsewhere_than_in_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[[RunConfig], Any]
+) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"relative to the job's working folder.* with --runs-dir"):
+        run(RunConfig(workers=0))
     assert not list(tmp_path.iterdir())
 
 
