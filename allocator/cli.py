@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -118,6 +119,9 @@ def search(
     text: Text = None,
     address: Address = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run of this name.")] = False,
+    resume_or_begin: Annotated[
+        bool, typer.Option("--resume-or-begin", help="Continue the run of this name; if there is none, begin it.")
+    ] = False,
     set_: Sets = None,
     json_: Json = False,
 ) -> None:
@@ -140,6 +144,7 @@ def search(
         "address": address,
     }
     config = load_config(file, flags, [*search_assignments(method, budget), *(set_ or ())], resume)
+    resume = resume or (resume_or_begin and config.folder.exists())
     # Ray tells of workers' deaths on standard output, which is for the answer alone
     with _stoppable(config, "search"), redirect_stdout(sys.stderr), Live() as live:
         result = run_search(config, resume, live)
@@ -157,6 +162,56 @@ def search(
         f"report      {result.folder / 'report.html'}\n"
         f"next        allocator front {result.folder}"
     )
+
+
+@app.command()
+def submit(
+    file: Annotated[Path, typer.Argument(help="Run file in YAML.")],
+    address: Annotated[
+        str | None,
+        typer.Option(help="The cluster's dashboard. [default: RAY_API_SERVER_ADDRESS, or http://127.0.0.1:8265]"),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run.")] = None,
+    runs_dir: Annotated[Path | None, typer.Option(help="Folder of runs that all nodes share, absolute.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Show the job's log, and wait for its end.")] = False,
+    installed: Annotated[bool, typer.Option("--installed", help="The cluster has this package; send none.")] = False,
+    set_: Sets = None,
+    json_: Json = False,
+) -> None:
+    """Search as a job of a Ray cluster; a run that exists is resumed. Files named by relative paths are sent."""
+    import tempfile
+
+    from allocator.config import read_keys
+    from allocator.parcel import COMMAND, pack
+
+    parcel = pack(read_keys(file, {"name": name, "runs_dir": runs_dir}, set_ or ()), file, installed=installed)
+    from allocator.pool.jobs import JobServer
+
+    server, run = JobServer(address), parcel.config.folder
+    server.check_idle(run)
+    with tempfile.TemporaryDirectory() as scratch:
+        package = Path(scratch) / "package.zip"
+        parcel.write(package)
+        job = server.submit(run, COMMAND, package, parcel.variables)
+    of_it = f"--address {server.shown} {job}"
+    if not json_:
+        _print(
+            f"job   {job}, {parcel.size_bytes / 2**20:.1f} MiB sent\nrun   {run}\n"
+            f"next  allocator status {run}\n      ray job logs --follow {of_it}\n      ray job stop {of_it}"
+        )
+    ended = None
+    if follow:
+        log = sys.stderr if json_ else sys.stdout
+        try:
+            ended = server.follow(job, lambda lines: print(lines, end="", file=log, flush=True))
+        except KeyboardInterrupt:
+            print(f"\n{job} goes on; stop it with:\n  ray job stop {of_it}", file=sys.stderr)
+            raise typer.Exit(130) from None
+    if json_:
+        _emit({"job": job, "run": str(run), **({"ended": ended} if ended else {})})
+    if ended not in (None, "SUCCEEDED"):
+        print(f"error: {job} has {ended.lower()}. Submit it again to continue", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -205,6 +260,22 @@ def compare(
 
     _print(comparison_table(data))
     _print(f"comparison  {config.folder / 'compare.json'}")
+
+
+@app.command()
+def status(run: Run, json_: Json = False) -> None:
+    """Show how a run gets on, from any machine that sees its folder."""
+    from allocator.status import read_status
+
+    found = read_status(run)
+    if json_:
+        _emit(found)
+        return
+    from allocator.report.tables import status_lines
+
+    _print(status_lines(found))
+    if found["state"] in ("stopped", "failed", "lost"):
+        _print("next        resume it with --resume, or submit it again")
 
 
 @app.command()
@@ -351,15 +422,23 @@ def report(run: Run, json_: Json = False) -> None:
 
 @contextmanager
 def _stoppable(config: RunConfig, verb: str, asked: str = "") -> Iterator[None]:
-    """Say how to go on where the user stops the body; ``asked`` are flags that no run file holds."""
+    """Say how to go on where the user, or the end of a job, stops the body; ``asked`` are flags of no run file."""
+    from allocator.folder import in_job
+
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))  # as Ray does, but from the start
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         where = f" --runs-dir {config.runs_dir}" if config.runs_dir != Path("runs") else ""
-        again = f"Continue with:\n  allocator {verb} --resume --name {config.run_name}{where}{asked}"
+        at = " --address ADDRESS" if config.address is not None else ""
+        again = f"Continue with:\n  allocator {verb} --resume --name {config.run_name}{where}{at}{asked}"
+        if in_job():
+            again = "Submit it again to continue"
         begun = (config.folder / "journal.jsonl").exists()
         print(f"\nstopped; {f'nothing measured is lost. {again}' if begun else 'nothing was begun'}", file=sys.stderr)
         raise typer.Exit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _emit(value: Any) -> None:

@@ -25,6 +25,7 @@ from allocator.job import Job, prepare, serving
 from allocator.progress import Reporter, Silent
 from allocator.prune.signals import collect
 from allocator.prune.store import LevelStore
+from allocator.recorder import Recorder
 from allocator.search.loop import Measurer, search
 from allocator.search.rules import RULES
 from allocator.search.stepwise import MEASURED_RULES, Fidelity, Stepwise
@@ -100,7 +101,14 @@ def run_comparison(
     Raises:
         UserError: An input is wrong. Nothing was written.
     """
-    reporter, folder = reporter or Silent(), config.folder
+    with Recorder(reporter or Silent()) as recorder:
+        return _run(config, rules, plans, resume, recorder)
+
+
+def _run(
+    config: RunConfig, rules: Sequence[str], plans: Sequence[Path], resume: bool, reporter: Recorder
+) -> dict[str, Any]:
+    folder = config.folder
     config = config.model_copy(update={"search": replace(config.search, rounds=1)})  # a comparison has one store
     check_folder(folder, resume)
     if resume and (folder / "front.json").exists():
@@ -120,12 +128,14 @@ def run_comparison(
         opened.enter_context(cluster(config, reporter))
         if not resume:
             journal = opened.enter_context(begun(job))
+        reporter.begin(folder, len(journal))
         signals = _signals(job, folder, {need for name in closed for need in RULES[name].needs}, reporter)
         for name in closed:
             allocation = RULES[name].allocate(job.space, job.budget, job.target, signals)
             entries[name] = Entry(job.space, allocation)
         spec = job.engine_spec(LevelStore(store_place(job)) if stored else None)
         with evaluators(spec, job.tokens, config, reporter) as evaluator:
+            reporter.staff(evaluator)
             if build:
                 build_store(job, evaluator, reporter)
             measurer = Measurer(evaluator, journal)
@@ -137,6 +147,7 @@ def run_comparison(
             if entry.space != job.space:
                 own = replace(spec, space=entry.space, store=None)
                 with evaluators(own, job.tokens, config, reporter) as evaluator:
+                    reporter.staff(evaluator)
                     table.execute({name: entry}, evaluator, reporter)
     return table.data
 

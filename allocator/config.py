@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -300,8 +301,8 @@ class RunConfig(_Strict):
         return {**self.model_dump(mode="json", exclude=places), **names}
 
     def to_yaml(self) -> str:
-        """Return the content of ``run.yaml``."""
-        return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+        """Return the content of ``run.yaml``: all but the address of a cluster, which is given again on a resume."""
+        return str(yaml.safe_dump(self.model_dump(mode="json", exclude={"address"}), sort_keys=False))
 
 
 def load_config(
@@ -322,11 +323,12 @@ def load_config(
         UserError: The file cannot be read, a key is unknown, or a value is not allowed.
     """
     given = {key: value for key, value in (flags or {}).items() if value is not None}
-    config = _load(file, given, assignments)
+    assignments = list(assignments)
+    config = checked(read_keys(file, given, assignments), file)
     if not resume or file is not None:
         return config
     place = {"runs_dir": config.runs_dir, "name": config.run_name}
-    return _load(None, {**_stored(config.folder), **given, **place}, assignments)
+    return checked(read_keys(None, {**_stored(config.folder), **given, **place}, assignments))
 
 
 def search_assignments(method: str | None, budget: str | None) -> list[str]:
@@ -335,11 +337,14 @@ def search_assignments(method: str | None, budget: str | None) -> list[str]:
     return [f"{key}={value}" for key, value in given.items() if value is not None]
 
 
-def _load(file: Path | None, flags: Mapping[str, Any], assignments: Iterable[str]) -> RunConfig:
-    source = "configuration"
+def read_keys(file: Path | None, flags: Mapping[str, Any], assignments: Iterable[str] = ()) -> dict[str, Any]:
+    """Return the keys of a file, overridden by flags, overridden by assignments; no value is checked yet.
+
+    Raises:
+        UserError: The file cannot be read, or an assignment is none.
+    """
     data: dict[str, Any] = {}
     if file is not None:
-        source = str(file)
         try:
             data = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
         except (OSError, UnicodeDecodeError) as error:
@@ -348,15 +353,25 @@ def _load(file: Path | None, flags: Mapping[str, Any], assignments: Iterable[str
             raise UserError(f"{file}: not YAML: {error}") from None
         if not isinstance(data, dict):
             raise UserError(f"{file}: a run file is a mapping of keys, found {type(data).__name__}")
-    data.update(flags)
+    data.update((key, value) for key, value in flags.items() if value is not None)
     for assignment in assignments:
         _assign(data, assignment)
-    _publish(data)
-    _refine(data)
+    return data
+
+
+def checked(data: Mapping[str, Any], file: Path | None = None) -> RunConfig:
+    """Return the configuration that keys are, those of a file if one is named.
+
+    Raises:
+        UserError: A key is unknown, or a value is not allowed.
+    """
+    own = copy.deepcopy(dict(data))
+    _publish(own)
+    _refine(own)
     try:
-        return RunConfig.model_validate(data)
+        return RunConfig.model_validate(own)
     except ValidationError as error:
-        raise UserError(f"{source}: {_explain(error)}") from None
+        raise UserError(f"{file or 'configuration'}: {_explain(error)}") from None
 
 
 def _stored(folder: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ lie under ``rounds/<number>``. The header of a journal says what its round begin
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,13 @@ def check_folder(folder: Path, resume: bool) -> None:
     """Check that a run can begin in a folder, or be resumed.
 
     Raises:
-        UserError: It holds a run already, or none, or cannot be written to.
+        UserError: It holds a run already, or none, cannot be written to, or would be lost with a job.
     """
+    if in_job() and not folder.is_absolute():
+        raise UserError(
+            f"{folder}: is relative to the job's working folder, and would be lost with it. "
+            "Name a folder that all nodes share by its absolute path with --runs-dir"
+        )
     if resume:
         if not (folder / "journal.jsonl").is_file():
             raise UserError(f"{folder}: no run of this name to resume. Leave out --resume to start it")
@@ -37,6 +43,11 @@ def check_folder(folder: Path, resume: bool) -> None:
     if folder.exists():
         raise UserError(f"{folder}: the run exists already. Continue it with --resume, or choose another --name")
     check_place(folder, "Choose another with --runs-dir")
+
+
+def in_job() -> bool:
+    """Whether this process is the command of a Ray job."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
 def begun(job: Job) -> Journal:
@@ -47,7 +58,12 @@ def begun(job: Job) -> Journal:
     partial.mkdir(parents=True)
     write_atomic(partial / "run.yaml", job.config.to_yaml())
     Journal.create(partial / "journal.jsonl", _header(job)).close()
-    partial.rename(folder)
+    try:
+        partial.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
+        raise UserError(f"{folder}: another process has begun the run meanwhile. Wait for it, or resume it") from None
     return Journal.resume(folder / "journal.jsonl")
 
 

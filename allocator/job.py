@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from allocator import __version__
 from allocator.config import RunConfig
 from allocator.core.budget import Budget, budget_for
 from allocator.core.costs import COSTS, check_known
@@ -363,5 +364,6 @@ def text_fingerprint(tokens: np.ndarray) -> str:
 
 def versions() -> dict[str, str]:
     """Return the versions of what results depend on."""
-    packages = ("allocator", "torch", "transformers", "numpy", "ray", "optuna", "pymoo")
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
+    packages = ("torch", "transformers", "numpy", "ray", "optuna", "pymoo")
+    own = {"python": platform.python_version(), "allocator": __version__}  # on a cluster it may not be installed
+    return {**own, **{name: metadata.version(name) for name in packages}}

@@ -31,6 +31,7 @@ from allocator.job import TRAINING, Job, prepare, versions
 from allocator.progress import Reporter, Silent
 from allocator.prune.build import prune_on_pruned_inputs
 from allocator.prune.store import LevelStore, StoreBuilder, open_store
+from allocator.recorder import Recorder
 from allocator.report import curves
 from allocator.rounds import history, next_job
 from allocator.search.decide import Decision, decide
@@ -71,7 +72,11 @@ def run_search(config: RunConfig, resume: bool = False, reporter: Reporter | Non
     Raises:
         UserError: An input is wrong. Nothing was written.
     """
-    reporter = reporter or Silent()
+    with Recorder(reporter or Silent()) as recorder:
+        return _run(config, resume, recorder)
+
+
+def _run(config: RunConfig, resume: bool, reporter: Recorder) -> Result:
     folder = config.folder
     check_folder(folder, resume)
     reporter.phase("checking")
@@ -80,15 +85,17 @@ def run_search(config: RunConfig, resume: bool = False, reporter: Reporter | Non
         reporter.say("notice: GPUs sum gradients in an order of their own; the plan may differ by rounding")
     started = time.perf_counter()
     wall: dict[str, float] = {}
-    with ExitStack() as opened:
+    with ExitStack() as locked, ExitStack() as opened:
         if resume:
             job, journal = resumed(job, reporter)
-            opened.enter_context(journal)
+            locked.enter_context(journal)
         found = find_store(job)
         opened.enter_context(cluster(config, reporter))
         if not resume:
-            journal = opened.enter_context(begun(job))
+            journal = locked.enter_context(begun(job))
+        reporter.begin(folder, len(journal))
         evaluator = opened.enter_context(evaluators(_spec(job), job.tokens, config, reporter))
+        reporter.staff(evaluator)
         while True:
             decision = _round(job, evaluator, journal, found is None, wall, reporter)
             if not config.search.brief(job.round_number):
@@ -96,7 +103,7 @@ def run_search(config: RunConfig, resume: bool = False, reporter: Reporter | Non
             journal.close()
             shutil.rmtree(folder / TRAINING, ignore_errors=True)
             job = next_job(job, decision)
-            journal = opened.enter_context(advanced(job))
+            journal = locked.enter_context(advanced(job))
             found = find_store(job)
             evaluator.renew(_spec(job))
         with _timed(wall, "execute"):
@@ -104,14 +111,16 @@ def run_search(config: RunConfig, resume: bool = False, reporter: Reporter | Non
         shutil.rmtree(folder / TRAINING, ignore_errors=True)
         plan = _plan(job, decision, measured)
         plan.save(folder / "plan.json")
-    with _timed(wall, "latency"):  # the workers are gone
-        latency = _latency(job, decision, reporter)
-    wall["total"] = time.perf_counter() - started
-    summary = {**_summary(job, journal, decision, plan, measured, wall), **latency}
-    write_json(folder / "result.json", summary)
-    from allocator.report.page import write_report
+        opened.close()  # nothing else shall run while latency is measured
+        reporter.staff(None)
+        with _timed(wall, "latency"):
+            latency = _latency(job, decision, reporter)
+        wall["total"] = time.perf_counter() - started
+        summary = {**_summary(job, journal, decision, plan, measured, wall), **latency}
+        write_json(folder / "result.json", summary)
+        from allocator.report.page import write_report
 
-    write_report(folder)
+        write_report(folder)
     return Result(folder, plan, summary)
 
 
@@ -158,7 +167,7 @@ def _spec(job: Job) -> EngineSpec:
 
 
 def _round(
-    job: Job, evaluator: Any, journal: Journal, build: bool, wall: dict[str, float], reporter: Reporter
+    job: Job, evaluator: Any, journal: Journal, build: bool, wall: dict[str, float], reporter: Recorder
 ) -> Decision:
     """Search once, on a level store that is built first if need be."""
     with _timed(wall, "store"):
@@ -191,24 +200,28 @@ def build_store(job: Job, evaluator: Any, reporter: Reporter) -> None:
     builder.finish(unit.name for unit in job.space.units)
 
 
-def _decide(job: Job, evaluator: Any, journal: Journal, reporter: Reporter) -> Decision:
+def _decide(job: Job, evaluator: Any, journal: Journal, reporter: Recorder) -> Decision:
     settings, folder = job.config.search, job.config.folder
     batches, objectives = itertools.count(1), job.config.objectives
     volume = Hypervolume(journal, curves.objectives(journal), settings.fidelities[-1]) if objectives else None
 
-    def write_front() -> None:
+    def write_front() -> int:
         kept = {} if volume is None else {"hypervolume": volume.to_json()}
-        write_json(folder / "front.json", {**curves.front(journal), **kept})
+        front = curves.front(journal)
+        write_json(folder / "front.json", {**front, **kept})
+        return len(front["points"])
 
-    def reached() -> str:
+    def reached() -> dict[str, float]:
         if volume is not None:
-            return f"hypervolume {volume.curve()[-1][-1]:.4f}"
+            return {"hypervolume": volume.curve()[-1][-1]}
         within = [o.loss for o in curves.comparable(journal) if fits(job.space, o.request.allocation, job.budget)]
-        return f"best {curves.LOSSES[job.config.loss].split(',')[0]} {min(within):.4f}" if within else ""
+        return {f"best {curves.LOSSES[job.config.loss].split(',')[0]}": min(within)} if within else {}
 
     def listen(outcomes: Sequence[Outcome]) -> None:
-        write_front()
-        reporter.step(next(batches), f"{len(journal)} evaluations, {reached()}")
+        figures = reached()
+        reporter.found(len(journal), write_front(), figures)
+        shown = "".join(f", {name} {value:.4f}" for name, value in figures.items())
+        reporter.step(next(batches), f"{len(journal)} evaluations{shown}")
 
     def phase(name: str) -> None:
         reporter.phase(f"{name}{_of_rounds(job)}", settings.num_batches if name == "search" else None)

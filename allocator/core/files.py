@@ -33,11 +33,15 @@ def file_fingerprint(path: Path) -> str:
 def write_atomic(path: Path, data: str | bytes) -> None:
     """Write a file through a temporary neighbour, so that a reader never sees half of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data.encode() if isinstance(data, str) else data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -53,6 +57,16 @@ def check_file(path: Path, flag: str) -> None:
     """
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise UserError(f"{path}: no file can be written there. Name a file in a folder that exists with {flag}")
+
+
+def check_name(name: str, where: object) -> None:
+    """Check that a name read from a file, of a module or of a file, names nothing outside the folder that it is for.
+
+    Raises:
+        UserError: It is no plain name. ``where`` says which file holds it.
+    """
+    if not name or name.startswith(".") or any(character in name for character in "/\\\0"):
+        raise UserError(f"{where}: {name!r} is no name of a module or file: it leads elsewhere. Restore what holds it")
 
 
 def check_place(path: Path, remedy: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from allocator.core.budget import Budget
 from allocator.core.costs import COSTS, counted, known, scaled
 from allocator.core.errors import UserError
-from allocator.core.files import read_json, write_json
+from allocator.core.files import check_name, read_json, write_json
 from allocator.core.space import Allocation, SearchSpace
 
 SCHEMA = 3
@@ -116,6 +116,7 @@ class Plan:
                 f"{path}: not a plan of schema {SCHEMA}: at {where}: {error.message}. Make it again with a search"
             ) from None
         for name, unit in data["units"].items():
+            check_name(name, path)
             kept, level = unit["ladder"]["kept"], unit["level"]
             if kept != sorted({*kept, unit["total"]}, reverse=True) or len({*map(len, unit["ladder"].values())}) != 1:
                 raise UserError(f"{path}: unit {name!r}: its ladder does not fall from {unit['total']} level by level")

@@ -9,6 +9,8 @@ from functools import cached_property
 from math import floor
 from typing import Any, TypeAlias
 
+from allocator.core.files import check_name
+
 Allocation: TypeAlias = tuple[int, ...]
 """One level per unit, in the order of :attr:`SearchSpace.units`. The genome."""
 
@@ -127,7 +129,13 @@ class SearchSpace:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> SearchSpace:
-        """Read what :meth:`to_json` wrote."""
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            UserError: The name of a unit is none, but a path.
+        """
+        for unit in data["units"]:
+            check_name(unit["name"], "search space")
         units = tuple(
             Unit(
                 name=unit["name"],

@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from allocator.core.errors import UserError
-from allocator.core.files import fingerprint, read_json
+from allocator.core.files import check_name, fingerprint, read_json
 from allocator.model.weights import weights_fingerprint
 
 PACKAGED = "tiny-python-llama"
@@ -56,6 +56,11 @@ class ModelFiles:
         """
         names = sorted(set(self.shards.values()))
         return fingerprint({"config": self.config, "files": {n: weights_fingerprint(self.folder / n) for n in names}})
+
+
+def model_files(folder: Path) -> list[Path]:
+    """Return the files of a model folder that a search reads."""
+    return sorted({path for pattern in _WANTED for path in folder.glob(pattern) if path.is_file()})
 
 
 def locate(model: str | Path) -> Path:
@@ -111,6 +116,7 @@ def read_model_files(folder: Path) -> ModelFiles:
     shards: dict[str, str] = {}
     dtypes: dict[str, str] = {}
     for name in names:
+        check_name(name, folder / INDEX)
         try:
             with safe_open(folder / name, framework="numpy") as file:
                 for key in file.keys():

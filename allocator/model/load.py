@@ -55,7 +55,7 @@ def shaped_model(files: ModelFiles, layout: Layout, kept: Mapping[str, int], dty
         UserError: transformers has no such architecture.
     """
     architecture = _architecture(files, files.architecture)
-    config = transformers.AutoConfig.from_pretrained(files.folder, local_files_only=True)
+    config = transformers.AutoConfig.from_pretrained(files.folder, local_files_only=True, trust_remote_code=False)
     shapes: dict[str, list[int]] = {}
     removed: dict[str, str] = {}
     for site in layout.sites:
@@ -90,7 +90,7 @@ def load_tokenizer(folder: Path) -> tuple[Callable[[str], list[int]], int]:
         UserError: The folder has no tokenizer, or the tokenizer has no end-of-text token.
     """
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"model: {folder}: no readable tokenizer: {reason}. Copy the model again") from None

@@ -113,6 +113,14 @@ def read_documents(path: Path | None) -> list[Document]:
     return documents
 
 
+def text_files(path: Path) -> list[Path]:
+    """Return the files that the documents at a path are read from."""
+    if path.is_file():
+        return [path]
+    every = [inside for inside in sorted(path.rglob("*")) if inside.is_file()]
+    return every if (path / "dataset_info.json").exists() else [f for f in every if f.suffix in _FOLDER_SUFFIXES]
+
+
 def pack(
     documents: Iterable[Document],
     encode: Callable[[str], list[int]],
@@ -165,9 +173,8 @@ def _read_folder(folder: Path) -> Iterator[Document]:
     if (folder / "dataset_info.json").exists():
         yield from _read_dataset(folder)
         return
-    for path in folder.rglob("*"):
-        if path.is_file() and path.suffix in _FOLDER_SUFFIXES:
-            yield from _read_file(path, path.relative_to(folder).as_posix(), whole=True)
+    for path in text_files(folder):
+        yield from _read_file(path, path.relative_to(folder).as_posix(), whole=True)
 
 
 def _read_dataset(folder: Path) -> Iterator[Document]:

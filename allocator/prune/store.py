@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from allocator.core.errors import UserError
-from allocator.core.files import check_place, file_fingerprint, fingerprint, read_json, write_json
+from allocator.core.files import check_name, check_place, file_fingerprint, fingerprint, read_json, write_json
 from allocator.core.space import SearchSpace
 from allocator.prune.assemble import CompactLevels
 
@@ -165,6 +165,7 @@ def open_store(folder: Path, key: Mapping[str, Any]) -> LevelStore | None:
     if strays:
         raise UserError(f"{folder / MANIFEST}: damaged: it does not name {strays[0]}, which is there. {remedy}")
     for unit, expected in manifest["units"].items():
+        check_name(unit, folder / MANIFEST)
         path = folder / f"{unit}.safetensors"
         if not path.is_file():
             raise UserError(f"{path}: missing from the level store. {remedy}")

@@ -205,6 +205,40 @@ def front_csv(front: Mapping[str, Any]) -> str:
     return text.getvalue()
 
 
+def status_lines(status: Mapping[str, Any]) -> str:
+    """Return how a run is, as :func:`allocator.status.read_status` tells it, a line for each thing."""
+    state, age = status["state"], _duration(status["age_s"])
+    states = {
+        "running": f"running, heard of {age} ago",
+        "lost": f"not running: nothing writes this run, last heard of {age} ago",
+    }
+    total, left = status["total"], status.get("phase_left_s")
+    phase = f"{status['phase']}, {status['done']} of {total}" if total else status["phase"]
+    measured = f"{status.get('evaluations', 0):,} allocations"
+    pace = status.get("evaluations_per_s")
+    lines = {
+        "state": states.get(state, f"{state} {age} ago"),
+        "error": status.get("error", ""),
+        "phase": ""
+        if state == "finished"
+        else phase
+        if left is None or state != "running"
+        else f"{phase}, about {_duration(left)} left",
+        "measured": measured if pace is None or state != "running" else f"{measured}, {pace:.3g} per second",
+        **{name: f"{value:.4f}" for name, value in status.get("reached", {}).items()},
+        "front": f"{status['front']} members" if "front" in status else "",
+        "workers": f"{status['workers']} alive" if status.get("workers") and state == "running" else "",
+    }
+    return "\n".join(f"{name:<11} {escape(text)}" for name, text in lines.items() if text)
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
 def space_table(space: SearchSpace) -> Table:
     """Return a line per unit: what it is, what its levels keep, and its parameters when dense."""
     table = _table(f"{space.pattern} search space: {_plural(len(space.units), 'unit')}")

@@ -158,7 +158,7 @@ def test_activations_that_are_not_finite(
     assert lines[-1].startswith("error: calibration: the inputs of model.layers.1.mlp.down_proj are not all finite")
     run = here / "runs" / "run"
     (partial,) = run.glob(".levels.*.partial")
-    assert {path.name for path in run.iterdir()} == {partial.name, "journal.jsonl", "run.yaml"}
+    assert {path.name for path in run.iterdir()} == {partial.name, "journal.jsonl", "run.yaml", "status.json"}
     finished = {path.stem for path in partial.glob("*.safetensors")}
     before = {"model.layers.0.self_attn", "model.layers.0.mlp"}
     assert finished == (before if inputs == "dense" else before | {"model.layers.1.self_attn"})

@@ -21,7 +21,7 @@ from allocator.search.baselines import uniform
 
 Cli = Callable[..., Any]
 
-COMMANDS = ["inspect", "search", "compare", "front", "plan", "prune", "evaluate", "report"]
+COMMANDS = ["inspect", "search", "submit", "compare", "status", "front", "plan", "prune", "evaluate", "report"]
 HEAVY = ["torch", "ray", "transformers", "pymoo", "optuna", "numpy", "matplotlib"]
 
 
@@ -144,6 +144,21 @@ def test_search(cli: Cli, search_args: list[object], here: Path) -> None:
     assert {"result.json", "checkpoint"} <= left
     assert not [name for name in left if name.startswith(".")]
     assert [path.name for path in (here / "runs").iterdir()] == ["run"]
+
+
+def test_resume_or_begin(cli: Cli, search_args: list[object], here: Path) -> None:
+    answered(cli(*search_args, "--resume-or-begin"))
+    plan = (here / "runs" / "run" / "plan.json").read_bytes()
+    assert "resuming" in answered(cli(*search_args, "--resume-or-begin")).err
+    assert (here / "runs" / "run" / "plan.json").read_bytes() == plan
+
+
+def test_status(cli: Cli, own_run: Path) -> None:
+    answer = answered(cli("status", own_run))
+    assert answer.out.startswith("state       finished ")
+    assert "allocations" in answer.out
+    assert "best KL" in answer.out
+    assert (answer.err, answered(cli("status", own_run, "--json")).json["state"]) == ("", "finished")
 
 
 def test_search_json(cli: Cli, search_args: list[object], here: Path) -> None:

@@ -153,6 +153,7 @@ def test_a_closed_rule_needs_no_level_store(cli: Cli, compare_args: list[object]
         "journal.jsonl",
         "run.yaml",
         "signals.npz",
+        "status.json",
     }
 
 
