@@ -40,6 +40,9 @@ from allocator.search.hypervolume import Hypervolume
 
 Figures = dict[str, float]
 
+_WRITTEN_S = 0.5
+"""The front is not written more often, however short the batches."""
+
 
 @dataclass(frozen=True, slots=True)
 class Result:
@@ -217,10 +220,14 @@ def _decide(job: Job, evaluator: Any, journal: Journal, reporter: Recorder) -> D
         within = [o.loss for o in curves.comparable(journal) if fits(job.space, o.request.allocation, job.budget)]
         return {f"best {curves.LOSSES[job.config.loss].split(',')[0]}": min(within)} if within else {}
 
+    written_s, shown = float("-inf"), ""
+
     def listen(outcomes: Sequence[Outcome]) -> None:
-        figures = reached()
-        reporter.found(len(journal), write_front(), figures)
-        shown = "".join(f", {name} {value:.4f}" for name, value in figures.items())
+        nonlocal written_s, shown
+        if time.monotonic() - written_s >= _WRITTEN_S:
+            written_s, figures = time.monotonic(), reached()
+            reporter.found(len(journal), write_front(), figures)
+            shown = "".join(f", {name} {value:.4f}" for name, value in figures.items())
         reporter.step(next(batches), f"{len(journal)} evaluations{shown}")
 
     def phase(name: str) -> None:
