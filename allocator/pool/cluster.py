@@ -96,7 +96,7 @@ def _connect(cpus: int, address: str | None) -> None:
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"address: no Ray cluster answers at {address} ({reason}). Start one with 'ray start --head', "
+            f"address: no Ray cluster answers at {str(address).rpartition('@')[2]} ({reason}). Start one with 'ray start --head', "
             "or leave --address out for a local one"
         ) from None
 
