@@ -4,7 +4,8 @@
 
 Every trial is a search of its own that meets one fault at a seeded moment, is resumed if it stopped, and must come to
 the plan of the undisturbed search, byte for byte. A trial that is done is a line of ``trials.jsonl`` in the work
-folder, and is not done again. Full disks are tmpfs mounts and take root; clock jumps take Debian's ``faketime``, and ``cc``.
+folder, and is not done again. Full disks are tmpfs mounts and take root; clock jumps take Debian's ``faketime`` and
+``cc``.
 """
 
 from __future__ import annotations
@@ -590,7 +591,7 @@ def make_reference(work: Path) -> dict[str, Any]:
 def run_trial(work: Path, kind: str, number: int, reference: dict[str, Any]) -> dict[str, Any]:
     """Do one trial; its seed is its kind and number."""
     draw, fault = random.Random(f"{kind} {number}"), KINDS[kind]
-    phase = fault.phases[number % len(fault.phases)]
+    phase = fault.phases[(number + [*KINDS].index(kind)) % len(fault.phases)]
     count = draw.randint(fault.least, max(fault.least, reference["counts"][phase] - 1))
     place, result = work / f"{kind}-{number}", {"survived": False, "twice": 0, "lost": 0}
     with opened(place, work / "model", draw) as trial:
