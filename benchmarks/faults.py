@@ -57,6 +57,8 @@ int clock_nanosleep(clockid_t clock, int flags, const struct timespec *asked, st
 PHASES = ("starting", "store 1", "search 1", "store 2", "search 2", "executing", "writing")
 """Of a search of two rounds; selection is the end of the second search."""
 
+COLOURS = ("#999999", "#e69f00", "#0072b2", "#d55e00", "#56b4e9", "#009e73", "#cc79a7")
+
 Moment = tuple[int, int]
 """A phase, and how many units, journal lines or checkpoints of it are on the disk."""
 
@@ -234,7 +236,7 @@ class Trial:
     address: str | None = None
     codes: list[tuple[int, int]] = field(default_factory=list)
     twice: int = 0
-    recovered_s: float = 0.0
+    recovered_s: float | None = None
     started: list[Started] = field(default_factory=list)
     logs: list[Path] = field(default_factory=list)
 
@@ -274,12 +276,12 @@ class Trial:
         begun_s = time.monotonic()
 
         def over() -> bool:
-            if since is not None and not self.recovered_s and reached(self.run) > since:
+            if since is not None and self.recovered_s is None and reached(self.run) > since:
                 self.recovered_s = time.monotonic() - begun_s
             return driver.process.poll() is not None
 
         self._wait(over, f"{driver.output.name} to end", 0.05)
-        if since is not None and not self.recovered_s:
+        if since is not None and self.recovered_s is None:
             self.recovered_s = time.monotonic() - begun_s
         self.codes.append((driver.process.returncode, expected))
 
@@ -324,7 +326,7 @@ class Trial:
             "twice": self.twice,
             "lost": len(done) - len(used) + interrupted(self.logs),
             "evaluations": len(recorded),
-            "recovered_s": round(self.recovered_s, 2),
+            "recovered_s": None if self.recovered_s is None else round(self.recovered_s, 2),
         }
 
     def clean(self) -> None:
@@ -638,7 +640,7 @@ def summary(work: Path) -> dict[str, Any]:
         own = [line for line in lines if line["kind"] == kind]
         if not own:
             continue
-        recovered = [line["recovered_s"] for line in own if line.get("recovered_s")]
+        recovered = [line["recovered_s"] for line in own if line.get("recovered_s") is not None]
         rows[kind] = {
             "trials": len(own),
             "survived": sum(line["survived"] for line in own),
@@ -646,22 +648,47 @@ def summary(work: Path) -> dict[str, Any]:
             "lost_mean": round(mean(line["lost"] for line in own), 2),
             "lost_max": max(line["lost"] for line in own),
             "recovered_s": round(mean(recovered), 1) if recovered else None,
+            "recovered_max_s": max(recovered, default=None),
         }
     return {"reference": make_reference(work), "kinds": rows, "trials": lines}
 
 
 def table(found: dict[str, Any]) -> str:
     lines = [
-        "| fault | trials | survived | measured twice | lost in flight, mean | most | seconds to recover |",
-        "|---|---|---|---|---|---|---|",
+        "| fault | trials | survived | measured twice | lost in flight, mean | most | seconds to go on | most |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for kind, row in found["kinds"].items():
-        recovered = "–" if row["recovered_s"] is None else f"{row['recovered_s']:.1f}"
+        seconds = [row["recovered_s"], row["recovered_max_s"]]
+        recovered = " | ".join("–" if each is None else f"{each:.0f}" for each in seconds)
         lines.append(
             f"| {KINDS[kind].what} | {row['trials']} | {row['survived']} | {row['twice']} | {row['lost_mean']:.1f} | "
             f"{row['lost_max']} | {recovered} |"
         )
     return "\n".join(lines)
+
+
+def figure(found: dict[str, Any]) -> str:
+    """Draw how long every trial took to go on, by fault and phase."""
+    from matplotlib.figure import Figure  # which drivers do without
+
+    from allocator.report.figures import to_svg
+
+    picture = Figure(figsize=(8.4, 3.2), layout="constrained")
+    axes = picture.subplots()
+    rows = [*found["kinds"]]
+    for phase, colour in zip(PHASES, COLOURS, strict=True):
+        own = [t for t in found["trials"] if t["phase"] == phase and t.get("recovered_s") is not None]
+        spread = [rows.index(t["kind"]) + 0.1 * (PHASES.index(phase) - 3) for t in own]
+        axes.plot([t["recovered_s"] for t in own], spread, "o", color=colour, ms=4.5, mew=0, label=phase)
+    axes.set_yticks(range(len(rows)), [KINDS[kind].what for kind in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xscale("symlog", linthresh=1)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("seconds to the next unit, journal line or checkpoint", fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    picture.legend(fontsize=7, frameon=False, loc="outside right center", title="in", title_fontsize=7)
+    return to_svg(picture, "faults")
 
 
 def main() -> None:
@@ -679,6 +706,7 @@ def main() -> None:
     run_trials(work, arguments.kinds.split(","), arguments.trials, arguments.at_once)
     found = summary(work)
     (RESULTS / "faults.json").write_text(json.dumps(found, indent=1) + "\n")
+    (RESULTS / "faults.svg").write_text(figure(found))
     print(table(found))
 
 
