@@ -271,12 +271,18 @@ class Trial:
             raise RuntimeError(f"the driver ended before the fault: {driver.output.read_text()[-2000:]}")
         time.sleep(self.delay_s)
 
-    def finish(self, driver: Started, expected: int, since: Moment | None = None) -> None:
-        """Wait for a driver to end; ``since`` is how far the run was when it had to recover."""
+    def finish(self, driver: Started, expected: int, since: Moment | None = None, once: str = "") -> None:
+        """Wait for a driver to end; ``since`` is how far the run was when it had to recover.
+
+        What is done before it says ``once`` is done by workers that outlive another driver for a moment.
+        """
         begun_s = time.monotonic()
 
         def over() -> bool:
-            if since is not None and self.recovered_s is None and reached(self.run) > since:
+            nonlocal since
+            if since is not None and once not in driver.output.read_text():
+                since = max(since, reached(self.run))
+            elif since is not None and self.recovered_s is None and reached(self.run) > since:
                 self.recovered_s = time.monotonic() - begun_s
             return driver.process.poll() is not None
 
@@ -296,8 +302,8 @@ class Trial:
     def resume(self) -> None:
         """Go on after a fault that the driver did not outlive."""
         before = known(self.run) if self.run.exists() else set()
-        since = reached(self.run)
-        self.finish(self.again(), 0, since)
+        since, once = reached(self.run), "resuming" if self.run.exists() else ""
+        self.finish(self.again(), 0, since, once)
         self._count_twice(before, self.logs[-1], 0)
 
     def victims(self, what: str = "ray::Watched") -> list[int]:
@@ -560,7 +566,7 @@ def opened(place: Path, model: Path, draw: random.Random) -> Iterator[Trial]:
     place.mkdir(parents=True)
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     # short, for the names of sockets are limited
-    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as temporary:
+    with tempfile.TemporaryDirectory(prefix="faults", ignore_cleanup_errors=True) as temporary:
         environment |= {"PYTHONPATH": str(ROOT), "RAY_TMPDIR": temporary, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
         trial = Trial(place, model, draw, environment=environment)
         try:
