@@ -478,10 +478,10 @@ def start_two(trial: Trial) -> None:
     else:
         winner = trial.start()
         trial.to_moment(winner)
-        others = [trial.start(), trial.start("--resume")]
-        for other in others:
+        winner.process.send_signal(signal.SIGSTOP)  # or it is done before the others have loaded their modules
+        for other in [trial.start(), trial.start("--resume")]:
             trial.finish(other, 2)
-        refused = others[-1]
+        winner.process.send_signal(signal.SIGCONT)
         trial.finish(winner, 0)
     for driver in trial.drivers:
         if driver is not winner and driver.output.read_text().count("error: ") != 1:
