@@ -368,9 +368,10 @@ def kill_driver(trial: Trial) -> None:
 def tear_line(trial: Trial) -> None:
     driver = trial.start()
     trial.to_moment(driver)
+    journal = trial.run / "journal.jsonl"
+    trial._wait(lambda: journal.read_bytes().count(b"\n") > 1, "an outcome")  # headers are written whole
     driver.process.kill()
     driver.process.wait()
-    journal = trial.run / "journal.jsonl"
     whole = journal.read_bytes()
     last = len(whole) - (whole.rfind(b"\n", 0, -1) + 1)
     os.truncate(journal, len(whole) - trial.draw.randint(1, last - 1))
@@ -604,7 +605,7 @@ def run_trial(work: Path, kind: str, number: int, reference: dict[str, Any]) -> 
     place, result = work / f"{kind}-{number}", {"survived": False, "twice": 0, "lost": 0}
     with opened(place, work / "model", draw) as trial:
         trial.moment = (phase, count)
-        trial.delay_s = draw.uniform(0, 0.5 * reference["wall_s"] if phase == 0 else 0.3)
+        trial.delay_s = draw.uniform(0, 0.5 * reference["wall_s"] if phase == 0 else 0.05)
         try:
             fault.meet(trial)
             result = trial.record(work / "reference" / "runs" / "run")
