@@ -186,7 +186,7 @@ class _Table:
             reporter.step(min(start + width, len(waiting)))
 
     def _run(self, batch: Sequence[Entry], evaluator: Any) -> Iterable[tuple[str, dict[str, float]]]:
-        with tempfile.TemporaryDirectory(prefix=".executing-", dir=self._folder) as scratch:
+        with tempfile.TemporaryDirectory(prefix=".executing-", dir=self._folder, ignore_cleanup_errors=True) as scratch:
             executions = [
                 Execution(entry.allocation, self._job.recompute, Path(scratch).absolute() / str(index))
                 for index, entry in enumerate(batch)

@@ -6,8 +6,10 @@ lie under ``rounds/<number>``. The header of a journal says what its round begin
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -51,20 +53,30 @@ def in_job() -> bool:
 
 
 def begun(job: Job) -> Journal:
-    """Make the folder of a job's run, and return its journal."""
+    """Make the folder of a job's run, and return its journal.
+
+    Raises:
+        UserError: Another process has made it meanwhile.
+    """
     folder = job.config.folder
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial = folder.with_name(f".{folder.name}.{socket.gethostname()}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    write_atomic(partial / "run.yaml", job.config.to_yaml())
-    Journal.create(partial / "journal.jsonl", _header(job)).close()
     try:
+        write_atomic(partial / "run.yaml", job.config.to_yaml())
+        journal = Journal.create(partial / "journal.jsonl", _header(job))
         partial.rename(folder)
     except OSError:
-        if not folder.exists():
-            raise
-        raise UserError(f"{folder}: another process has begun the run meanwhile. Wait for it, or resume it") from None
-    return Journal.resume(folder / "journal.jsonl")
+        shutil.rmtree(partial, ignore_errors=True)
+        if folder.exists():
+            raise UserError(
+                f"{folder}: another process has begun this run meanwhile. Wait for it, or choose another --name"
+            ) from None
+        raise
+    journal.path = folder / journal.path.name  # open and locked all the while
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.partial"):  # by a kill, or by who came too late
+        shutil.rmtree(left, ignore_errors=True)
+    return journal
 
 
 def resumed(job: Job, reporter: Reporter) -> tuple[Job, Journal]:
@@ -100,7 +112,8 @@ def resumed(job: Job, reporter: Reporter) -> tuple[Job, Journal]:
     reporter.say(f"resuming {folder}: {len(journal)} measurements are known")
     for left in (*folder.glob(".executing-*"), folder / _OUTDATED):
         shutil.rmtree(left, ignore_errors=True)
-    (folder / _NEXT).unlink(missing_ok=True)
+    for left in (*folder.glob(".*.tmp"), folder / _NEXT):
+        left.unlink(missing_ok=True)
     return job, journal
 
 
@@ -109,6 +122,7 @@ def advanced(job: Job) -> Journal:
 
     The round before is over as soon as the journal is that of the next. A kill before that leaves a journal which
     answers all that its round asks. The level store goes, for it is of no more use and the next needs the room.
+    The journal of the round before must still be open, so that there is no moment at which no journal is locked.
     """
     folder = job.config.folder
     archive = folder / "rounds" / str(job.round_number - 1)
@@ -117,10 +131,10 @@ def advanced(job: Job) -> Journal:
     for path, to in ((folder / "front.json", archive / "front.json"), (folder / _STORE, folder / _OUTDATED)):
         if path.exists():
             path.rename(to)
-    Journal.create(folder / _NEXT, _header(job)).close()
-    (folder / _NEXT).rename(folder / "journal.jsonl")
+    journal = Journal.create(folder / _NEXT, _header(job))
+    journal.path = journal.path.rename(folder / "journal.jsonl")
     shutil.rmtree(folder / _OUTDATED, ignore_errors=True)
-    return Journal.resume(folder / "journal.jsonl")
+    return journal
 
 
 def store_place(job: Job) -> Path:

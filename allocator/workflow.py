@@ -103,10 +103,10 @@ def _run(config: RunConfig, resume: bool, reporter: Recorder) -> Result:
             decision = _round(job, evaluator, journal, found is None, wall, reporter)
             if not config.search.brief(job.round_number):
                 break
-            journal.close()
             shutil.rmtree(folder / TRAINING, ignore_errors=True)
-            job = next_job(job, decision)
+            job, before = next_job(job, decision), journal
             journal = locked.enter_context(advanced(job))
+            before.close()
             found = find_store(job)
             evaluator.renew(_spec(job))
         with _timed(wall, "execute"):
@@ -276,7 +276,8 @@ def _execute(job: Job, folder: Path, decision: Decision, evaluator: Any, reporte
         f"searched_{other}": (decision.searched, not job.recompute),
     }
     reporter.phase("executing")
-    with tempfile.TemporaryDirectory(prefix=".executing-", dir=folder) as scratch:
+    # what a worker still writes after an error, a resume clears away
+    with tempfile.TemporaryDirectory(prefix=".executing-", dir=folder, ignore_cleanup_errors=True) as scratch:
         executions = [
             Execution(allocation, recompute, Path(scratch).absolute() / name)
             for name, (allocation, recompute) in named.items()

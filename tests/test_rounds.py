@@ -20,9 +20,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import allocator
+from allocator import folder
 from allocator.cli import main
 from allocator.config import RunConfig, load_config
 from allocator.core.budget import budget_for, denser_moves
+from allocator.core.errors import UserError
 from allocator.core.journal import Journal
 from allocator.core.plan import Plan
 from allocator.job import read_model
@@ -253,6 +255,34 @@ def test_killed_in_the_second_round_and_resumed(
         process.wait()
     assert not (tmp_path / "run" / "plan.json").exists()
     same(search(tmp_path, resume=True).folder, reference)
+
+
+def test_between_rounds_a_second_driver_is_refused_all_the_while(
+    search: Search, own_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = own_run / "journal.jsonl"
+    header = journal.read_bytes().splitlines(keepends=True)[0]
+    shutil.rmtree(own_run / "levels")
+    shutil.move(own_run / "rounds" / "1" / "journal.jsonl", journal)
+    refused: list[str] = []
+
+    def refusing(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def wrapped(*arguments: Any, **named: Any) -> Any:
+            with pytest.raises(UserError, match="another process is writing this run"):
+                Journal.resume(journal)
+            refused.append(name)
+            return original(*arguments, **named)
+
+        monkeypatch.setattr(owner, name, wrapped)
+
+    for owner, name in ((folder, "write_atomic"), (Journal, "create"), (shutil, "rmtree")):
+        refusing(owner, name)
+    search(own_run.parent, resume=True)
+    assert refused[-1] == "rmtree"
+    assert {*refused} == {"write_atomic", "create", "rmtree"}
+    assert journal.read_bytes().splitlines(keepends=True)[0] == header
 
 
 @pytest.mark.parametrize("begun", [False, True])

@@ -179,8 +179,12 @@ class Journal:
 def _lock(file: BinaryIO, path: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # who held it may have put the journal of a next round in its place meanwhile
+        held = os.path.samestat(os.fstat(file.fileno()), path.stat())
     except OSError:
-        raise UserError(f"{path}: another process is writing this run. Wait for it or stop it") from None
+        held = False
+    if not held:
+        raise UserError(f"{path}: another process is writing this run. Wait for it or stop it")
 
 
 def _parse(path: Path, data: bytes) -> tuple[dict[str, Any], dict[int, list[Outcome]]]:

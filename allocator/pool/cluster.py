@@ -95,8 +95,9 @@ def _connect(cpus: int, address: str | None) -> None:
         ray.init(address=address, **quiet)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        shown = str(address).rpartition("@")[2]
         raise UserError(
-            f"address: no Ray cluster answers at {str(address).rpartition('@')[2]} ({reason}). Start one with 'ray start --head', "
+            f"address: no Ray cluster answers at {shown} ({reason}). Start one with 'ray start --head', "
             "or leave --address out for a local one"
         ) from None
 

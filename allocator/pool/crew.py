@@ -33,6 +33,9 @@ What is the sum of n things varies less: there it is so many times over the root
 LOST = 3.0
 """A worker is given up once it has taken so many times what makes its task late."""
 
+LONG = 6.0
+"""A task that is the first of its kind is given to an idle worker too after so many times the patience."""
+
 PATIENCE_S = 10.0
 """No task is late before."""
 
@@ -231,7 +234,8 @@ class Crew:
                 self._replace(member)  # a fresh one may do, and else tells why not
                 return
             if opening or ticket in self._jobs:
-                raise error.cause if isinstance(error.cause, UserError) else error from None
+                # Ray's own is an OSError as well, but does not know its number
+                raise error.cause if isinstance(error.cause, (UserError, OSError)) else error from None
         except RayError as error:
             if opening:
                 self._unopened(member, error)
@@ -299,6 +303,15 @@ class Crew:
         cold_s = usual(False)
         return None if cold_s is None else cold_s + (warm_s or 0.0) * task.size
 
+    def _look_alone(self, member: _Member, job: _Job, took_s: float) -> None:
+        """Have a task that nothing like it was done before, and may hang, done by a member too that is idle anyway."""
+        member.late_s = LONG * self._patience_s * job.task.patience
+        idle = any(other.opening is None and other.call is None for other in self._members)
+        if took_s > member.late_s and idle and not job.again:
+            job.again = True
+            assert member.ticket is not None
+            self._waiting.append(member.ticket)
+
     def _look(self) -> None:
         """Have late tasks done by a second member too, give up members that do not come back, and break silences."""
         now_s = time.monotonic()
@@ -315,6 +328,7 @@ class Crew:
             if job is not None:  # what another has answered is as late as it was then
                 usual_s = self._usually_s(job.task, member)
                 if usual_s is None:
+                    self._look_alone(member, job, took_s)
                     continue
                 late_s = usual_s * (1 + LATE / job.task.count**0.5)
                 member.late_s = max(self._patience_s, late_s) * job.task.patience

@@ -63,9 +63,10 @@ class StoreBuilder:
         # a place of its own for every key, for runs that differ may share the store's name by mistake
         self._partial = self._folder.with_name(f".{folder.name}.{fingerprint(self._key)[7:19]}.partial")
         begun = self._partial / _KEY
-        if not begun.is_file() or read_json(begun, "key of a level store") != self._key:
+        if begun.is_file() and read_json(begun, "key of a level store") != self._key:
             shutil.rmtree(self._partial, ignore_errors=True)
-            self._partial.mkdir(parents=True)
+        if not begun.is_file():  # units come after it, so that there is none but perhaps another process
+            self._partial.mkdir(parents=True, exist_ok=True)
             write_json(begun, self._key)
 
     def __call__(self, unit: str) -> CompactLevels | None:

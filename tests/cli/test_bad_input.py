@@ -439,6 +439,28 @@ def test_run_exists(refused: Refused, search_args: Args, own_run: Path) -> None:
     assert "--name" in message
 
 
+def test_a_run_that_another_process_begins_at_the_same_moment(
+    cli: Callable[..., Any], search_args: Args, finished: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who is first has it; the other is refused, and leaves nothing."""
+    from allocator.core.journal import Journal
+
+    create, run = Journal.create, here / "runs" / "run"
+
+    def too_late(path: Path, header: Any) -> Journal:
+        shutil.copytree(finished, run)
+        return create(path, header)
+
+    monkeypatch.setattr(Journal, "create", too_late)
+    answer = cli(*search_args)
+    assert answer.code == 2
+    assert answer.err.splitlines()[-1] == (
+        "error: runs/run: another process has begun this run meanwhile. Wait for it, or choose another --name"
+    )
+    assert tree(run) == tree(finished)
+    assert list(run.parent.iterdir()) == [run]
+
+
 def test_nothing_to_resume(refused: Refused, search_args: Args) -> None:
     message = refused(*search_args, "--resume")
     assert "runs/run" in message

@@ -412,8 +412,10 @@ def test_report_of_a_run_that_measured_nothing_yet(cli: Cli, unfinished: Path) -
 
 
 def test_resume(cli: Cli, unfinished: Path, finished: Path) -> None:
-    """Nothing but the name is needed: the run knows the rest."""
+    """Nothing but the name is needed: the run knows the rest. What a kill left of files in the making goes."""
+    (unfinished / ".front.json.4711.tmp").write_text("{")
     answer = answered(cli("search", "--resume", "--name", "run"))
+    assert not list(unfinished.glob(".*"))
     assert "resuming runs/run: " in answer.err
     for name in ("plan.json", "front.json"):
         assert (unfinished / name).read_bytes() == (finished / name).read_bytes()

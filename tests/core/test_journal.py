@@ -1,3 +1,4 @@
+import fcntl
 import json
 
 import pytest
@@ -138,6 +139,20 @@ def test_a_second_writer_is_refused_and_a_reader_is_not(path):
             Journal.resume(path)
         assert len(Journal.read(path)) == 6
     Journal.resume(path).close()
+
+
+def test_a_journal_that_is_replaced_before_it_is_locked_is_refused(path, monkeypatch):
+    """As by a driver that goes on to its next round, and lets go of the journal that it replaced."""
+    flock = fcntl.flock
+
+    def late(file, how):
+        path.with_name("next").write_bytes(path.read_bytes())
+        path.with_name("next").replace(path)
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(UserError, match="another process is writing this run"):
+        Journal.resume(path)
 
 
 def test_a_refused_file_is_not_kept_locked(path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 import time
@@ -130,6 +131,21 @@ def test_a_worker_that_hangs_is_replaced(crew: Callable[..., Crew], tmp_path: Pa
     assert answers(made, 9) == expected
 
 
+def test_a_worker_that_hangs_in_the_first_task_of_its_kind_is_replaced(
+    crew: Callable[..., Crew], tmp_path: Path
+) -> None:
+    """Nothing tells how long that should take: who is idle does it too."""
+    made = crew(2)
+    answers(made, len(doubles(made, 6)))
+    before = made.actors
+    ticket = made.add(Task("stop", (5, tmp_path / "mark")))
+    assert made.next() == (ticket, 10)
+    while made.actors == before:
+        answers(made, len(doubles(made, 2)))
+        time.sleep(PATIENCE_S / 5)
+    assert made.said == ["a worker hangs, and is replaced"]
+
+
 def test_the_only_worker_that_hangs_is_replaced_and_that_is_told(crew: Callable[..., Crew], tmp_path: Path) -> None:
     made = crew(1)
     for number in range(3):
@@ -176,6 +192,14 @@ def test_what_a_task_raises_is_raised(crew: Callable[..., Crew]) -> None:
     made.add(Task("fail", ()))
     with pytest.raises(ValueError, match="as told"):
         made.next()
+
+
+def test_a_full_disk_of_a_worker_is_known_by_its_number(crew: Callable[..., Crew]) -> None:
+    made = crew(1)
+    made.add(Task("fill", ()))
+    with pytest.raises(OSError, match="No space left on device") as error:
+        made.next()
+    assert (error.value.errno, error.value.filename) == (errno.ENOSPC, "/dev/full")
 
 
 def test_mixed_hardware_is_said_once(crew: Callable[..., Crew]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -41,6 +42,9 @@ class Toy:
 
     def fail(self) -> None:
         raise ValueError("as told")
+
+    def fill(self) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/dev/full")
 
     def pid(self) -> int:
         return os.getpid()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from allocator.core.errors import UserError
+from allocator.prune import store as stores
 from allocator.prune.store import MANIFEST, StoreBuilder, create_store, open_store
 
 KEY = {"model": "sha256:a", "calibration": "sha256:b", "pruner": "sha256:c", "space": "sha256:d"}
@@ -55,6 +56,18 @@ def test_there_is_no_store_before_it_is_finished(tmp_path):
     create_store(tmp_path / "levels", KEY, list(LEVELS.items())[:1])
     assert sorted(path.name for path in (tmp_path / "levels").iterdir()) == ["layers.0.mlp.safetensors", MANIFEST]
     assert [path.name for path in tmp_path.iterdir()] == ["levels"]
+
+
+def test_two_may_begin_at_the_same_moment(tmp_path, monkeypatch):
+    write_json = stores.write_json
+
+    def slow(path, value):
+        monkeypatch.setattr(stores, "write_json", write_json)
+        StoreBuilder(tmp_path / "levels", KEY).write("layers.0.mlp", LEVELS["layers.0.mlp"])
+        write_json(path, value)
+
+    monkeypatch.setattr(stores, "write_json", slow)
+    assert "layers.0.mlp" in StoreBuilder(tmp_path / "levels", KEY)
 
 
 def test_what_was_begun_for_the_same_key_is_gone_on_with(tmp_path):
