@@ -298,6 +298,17 @@ def measure_driver() -> dict[str, Any]:
 # results
 
 
+def results() -> dict[str, Any]:
+    """Return what was measured."""
+    path = RESULTS / "scaling.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def keep(part: str, measured: Any) -> None:
+    """Put what was measured beside the other parts."""
+    (RESULTS / "scaling.json").write_text(json.dumps({**results(), part: measured}, indent=1) + "\n")
+
+
 def tables(found: dict[str, Any]) -> str:
     """Return the tables."""
     lines = []
@@ -370,25 +381,25 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[8, 64])
     parser.add_argument("--mean", type=float, default=0.5, help="Seconds of a simulated evaluation.")
     arguments = parser.parse_args()
-    path = RESULTS / "scaling.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
     if arguments.part == "real":
-        found["real"] = measure_real()
+        keep("real", measure_real())
     elif arguments.part == "driver":
-        found["driver"] = measure_driver()
+        keep("driver", measure_driver())
     elif arguments.part == "lag":
-        found["lag"] = []
+        lines = []
         for line in measure_lag(LIMIT):
             print(json.dumps(line), file=sys.stderr)
-            found["lag"].append(line)
+            lines.append(line)
+        keep("lag", lines)
     elif arguments.part == "simulated":
         for workers in arguments.workers:
-            kept = [line for line in found.get("simulated", []) if line["workers"] != workers]
+            own = []
             for line in simulate(workers, arguments.mean):
                 print(json.dumps(line), file=sys.stderr)
-                kept.append(line)
-            found["simulated"] = sorted(kept, key=lambda line: (line["workers"], line["stragglers"]))
-    path.write_text(json.dumps(found, indent=1) + "\n")
+                own.append(line)
+            others = [line for line in results().get("simulated", []) if line["workers"] != workers]
+            keep("simulated", sorted([*others, *own], key=lambda line: (line["workers"], line["stragglers"])))
+    found = results()
     print(tables(found))
     if "simulated" in found:
         draw(found["simulated"])
