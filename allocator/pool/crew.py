@@ -31,6 +31,9 @@ What is the sum of n things varies less: there it is so many times over the root
 """
 
 LOST = 3.0
+"""A worker is given up once it has taken so many times what makes its task late, and nobody else works on that."""
+
+GONE = 10.0
 """A worker is given up once it has taken so many times what makes its task late."""
 
 LONG = 6.0
@@ -151,12 +154,11 @@ class Crew:
         while not self._answers:
             assert self._jobs, "somebody waits for tasks that were not given"
             self._assign()
-            refs = list(self._waited_for)
-            done, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
-            if not done:
-                pause_s = min(1.0, self._patience_s / 10)
-                pause_s = pause_s if end_s is None else max(0.0, min(pause_s, end_s - time.monotonic()))
-                done, _ = ray.wait(refs, num_returns=1, timeout=pause_s)
+            pause_s = min(1.0, self._patience_s / 10)
+            pause_s = pause_s if end_s is None else max(0.0, min(pause_s, end_s - time.monotonic()))
+            done, others = ray.wait(list(self._waited_for), timeout=pause_s, fetch_local=False)
+            if done and others:
+                done += ray.wait(others, num_returns=len(others), timeout=0, fetch_local=False)[0]
             for ref in done:
                 self._land(ref)
             if done:
@@ -332,7 +334,7 @@ class Crew:
                     continue
                 late_s = usual_s * (1 + LATE / job.task.count**0.5)
                 member.late_s = max(self._patience_s, late_s) * job.task.patience
-            if took_s > LOST * member.late_s:
+            if took_s > (LOST if job is not None and job.members == 1 else GONE) * member.late_s:
                 self._notify("a worker hangs, and is replaced")
                 self._dead(member, "it hung")
             elif job is not None and took_s > member.late_s and not job.again:

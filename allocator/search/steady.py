@@ -67,7 +67,7 @@ class SteadyEvolution:
         self._seen = set(self._start)
         self._scored: list[dict[Allocation, float]] = [{} for _ in settings.tokens]
         self._promoted: list[set[Allocation]] = [set() for _ in settings.tokens]
-        self._parent = self._start[0]
+        self._parent, self._loss = self._start[0], float("inf")
         self._asked = self._told = self._better = 0
         self._end = ""
 
@@ -96,11 +96,10 @@ class SteadyEvolution:
         self._told += 1
         last = len(self._settings.tokens) - 1
         for outcome in outcomes:
-            rung = self._settings.tokens.index(outcome.request.tokens)
-            self._scored[rung][outcome.request.allocation] = outcome.loss
-        best = min(self._scored[last], key=lambda allocation: (self._scored[last][allocation], allocation))
-        if best != self._parent:
-            self._parent, self._better = best, self._told
+            rung, allocation = self._settings.tokens.index(outcome.request.tokens), outcome.request.allocation
+            self._scored[rung][allocation] = outcome.loss
+            if rung == last and (outcome.loss, allocation) < (self._loss, self._parent):
+                self._loss, self._parent, self._better = outcome.loss, allocation, self._told
 
     def ended(self) -> str:
         """Return why nothing more is asked."""
