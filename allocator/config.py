@@ -167,6 +167,13 @@ class WorkerSettings(_Strict):
             raise ValueError("expected a share of one GPU, or whole ones")
         return value
 
+    @field_validator("resources")
+    @classmethod
+    def _own(cls, value: dict[str, float]) -> dict[str, float]:
+        if taken := {"CPU", "GPU", "memory", "object_store_memory"} & set(value):
+            raise ValueError(f"{', '.join(sorted(taken))} is Ray's own; CPUs are threads, and GPUs worker.gpus")
+        return value
+
 
 class RunConfig(_Strict):
     """Everything a run depends on. Every default is written into ``run.yaml``.

@@ -59,7 +59,7 @@ def begun(job: Job) -> Journal:
         UserError: Another process has made it meanwhile.
     """
     folder = job.config.folder
-    partial = folder.with_name(f".{folder.name}.{socket.gethostname()}.{os.getpid()}.partial")
+    partial = folder.with_name(f".{folder.name}~{socket.gethostname()}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -74,7 +74,7 @@ def begun(job: Job) -> Journal:
             ) from None
         raise
     journal.path = folder / journal.path.name  # open and locked all the while
-    for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.partial"):  # by a kill, or by who came too late
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}~*.partial"):  # by a kill, or by who came too late
         shutil.rmtree(left, ignore_errors=True)
     return journal
 

@@ -220,14 +220,18 @@ def _decide(job: Job, evaluator: Any, journal: Journal, reporter: Recorder) -> D
         within = [o.loss for o in curves.comparable(journal) if fits(job.space, o.request.allocation, job.budget)]
         return {f"best {curves.LOSSES[job.config.loss].split(',')[0]}": min(within)} if within else {}
 
+    def write() -> str:
+        """Write the front, and return how good it is, in words."""
+        figures = reached()
+        reporter.found(len(journal), write_front(), figures)
+        return "".join(f", {name} {value:.4f}" for name, value in figures.items())
+
     written_s, shown = float("-inf"), ""
 
     def listen(outcomes: Sequence[Outcome]) -> None:
         nonlocal written_s, shown
         if time.monotonic() - written_s >= _WRITTEN_S:
-            written_s, figures = time.monotonic(), reached()
-            reporter.found(len(journal), write_front(), figures)
-            shown = "".join(f", {name} {value:.4f}" for name, value in figures.items())
+            written_s, shown = time.monotonic(), write()
         reporter.step(next(batches), f"{len(journal)} evaluations{shown}")
 
     def phase(name: str) -> None:
@@ -260,7 +264,7 @@ def _decide(job: Job, evaluator: Any, journal: Journal, reporter: Recorder) -> D
             phase,
             job.round,
         )
-    write_front()
+    write()
     return decision
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -23,6 +24,9 @@ from allocator.core.protocols import BEFORE, FEATURES, Expansion, Extra, Key, Ou
 from allocator.core.space import Allocation, SearchSpace
 
 SCHEMA = 3
+
+_LOOK_S = 0.5
+"""A lock that is held for less is not a writer's: somebody looks whether there is one."""
 
 
 class Journal:
@@ -109,8 +113,13 @@ class Journal:
         return (outcome for outcome in self._outcomes.values() if not outcome.failed)
 
     def get(self, request: Request) -> Outcome | None:
-        """Return what is known of a request."""
+        """Return what is known of a request, though it be that it cannot be measured."""
         return self._outcomes.get(request.key)
+
+    def measured(self, request: Request) -> Outcome | None:
+        """Return what was measured for a request."""
+        outcome = self.get(request)
+        return None if outcome is None or outcome.failed else outcome
 
     def append(self, outcome: Outcome, batch: int = 0) -> None:
         """Record an outcome; flushed to the system at once, to the disk by :meth:`sync`.
@@ -177,14 +186,20 @@ class Journal:
 
 
 def _lock(file: BinaryIO, path: Path) -> None:
+    end_s = time.monotonic() + _LOOK_S
+    while not _locked(file, path):
+        if time.monotonic() > end_s:
+            raise UserError(f"{path}: another process is writing this run. Wait for it or stop it")
+        time.sleep(_LOOK_S / 20)
+
+
+def _locked(file: BinaryIO, path: Path) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # who held it may have put the journal of a next round in its place meanwhile
-        held = os.path.samestat(os.fstat(file.fileno()), path.stat())
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except OSError:
-        held = False
-    if not held:
-        raise UserError(f"{path}: another process is writing this run. Wait for it or stop it")
+        return False
 
 
 def _parse(path: Path, data: bytes) -> tuple[dict[str, Any], dict[int, list[Outcome]]]:

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ import ray
 from allocator.core.errors import UserError
 
 _KNOCK_S = 10.0
+_WAIT_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +40,11 @@ class Demand:
     def room(self, node: Mapping[str, float]) -> int:
         """Return how many workers fit on a node of such resources."""
         needed = {"CPU": self.cpus, "GPU": self.gpus, **self.resources}
-        # shares of a GPU are summed in ten-thousandths by Ray
-        return min(int(node.get(kind, 0.0) / amount + 1e-4) for kind, amount in needed.items() if amount)
+        # shares of a GPU are summed in ten-thousandths by Ray, and a worker's is of one GPU
+        fits = {kind: int(node.get(kind, 0.0) / amount + 1e-4) for kind, amount in needed.items() if amount}
+        if 0 < self.gpus < 1:
+            fits["GPU"] = int(1 / self.gpus + 1e-4) * int(node.get("GPU", 0.0))
+        return min(fits.values())
 
     def __str__(self) -> str:
         gpus = [f"{self.gpus:g} GPU"] if self.gpus else []
@@ -53,7 +58,8 @@ def connected(
     """Hold a connection to a Ray cluster with room for a worker at least.
 
     A session that is open already is used, and stays open. Else a connection is made to ``address``, to the
-    cluster of the environment, or to a local cluster that lives as long as the connection.
+    cluster of the environment, or to a local cluster that lives as long as the connection. A cluster that is neither
+    local nor open may be waited for, until it has a node.
 
     Args:
         workers: How many shall work at most; ``notify`` hears where there is room for fewer.
@@ -65,10 +71,16 @@ def connected(
         UserError: No cluster answers at ``address``, or no node of it has room for a worker.
     """
     owned = not ray.is_initialized()
+    address = address or os.environ.get("RAY_ADDRESS")
     if owned:
-        _connect(workers * demand.cpus, address or os.environ.get("RAY_ADDRESS"))
+        _connect(workers * demand.cpus, address)
     try:
-        rooms = [demand.room(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+        rooms = _rooms(demand)
+        if not any(rooms) and owned and (address is not None or "RAY_JOB_ID" in os.environ):
+            notify(f"notice: no node has room for a worker ({demand}) yet; waiting {_WAIT_S / 60:.0f} minutes for one")
+            end_s = time.monotonic() + _WAIT_S
+            while not any(rooms := _rooms(demand)) and time.monotonic() < end_s:
+                time.sleep(1.0)
         if not any(rooms):
             there = ray.cluster_resources()
             amounts = ", ".join(f"{there.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU", *demand.resources))
@@ -84,6 +96,11 @@ def connected(
             ray.shutdown()
 
 
+def _rooms(demand: Demand) -> list[int]:
+    """Return how many workers each node has room for."""
+    return [demand.room(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
 def _connect(cpus: int, address: str | None) -> None:
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address is None and "RAY_JOB_ID" not in os.environ:
@@ -95,7 +112,7 @@ def _connect(cpus: int, address: str | None) -> None:
         ray.init(address=address, **quiet)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        shown = str(address).rpartition("@")[2]
+        shown = "the address of the environment" if address is None else address.rpartition("@")[2]
         raise UserError(
             f"address: no Ray cluster answers at {shown} ({reason}). Start one with 'ray start --head', "
             "or leave --address out for a local one"

@@ -31,13 +31,16 @@ What is the sum of n things varies less: there it is so many times over the root
 """
 
 LOST = 3.0
-"""A worker is given up once it has taken so many times what makes its task late, and nobody else works on that."""
+"""A worker is given up once it has taken so many times what makes its task late, and nobody else could take that."""
 
 GONE = 10.0
-"""A worker is given up once it has taken so many times what makes its task late."""
+"""A worker is given up once it has taken so many times what another took for the same task."""
 
 LONG = 6.0
-"""A task that is the first of its kind is given to an idle worker too after so many times the patience."""
+"""A task whose size tells nothing, or that is the first of its kind, is not late before so many times the patience."""
+
+_AGAIN_S = 60.0
+"""Where some workers cannot be started and others work, the next are tried after so long."""
 
 PATIENCE_S = 10.0
 """No task is late before."""
@@ -55,14 +58,14 @@ class Task:
     Attributes:
         method: Its name.
         arguments: Its arguments.
-        size: What tasks of one method take in proportion to each other.
+        size: What tasks of one method take in proportion to each other; None where that is not known.
         count: Of how many things what it takes is the sum.
         patience: Factor on the time after which it is late.
     """
 
     method: str
     arguments: tuple[Any, ...]
-    size: float = 1.0
+    size: float | None = None
     count: int = 1
     patience: float = 1.0
 
@@ -83,12 +86,13 @@ class _Member:
     """An actor; ``opening`` is what it answers once it can take tasks, ``call`` what it works on."""
 
     actor: Any
-    opening: Any
+    opening: Any = None
     renewed_s: float | None = None
     ticket: int | None = None
     call: Any = None
     since_s: float = 0.0
     late_s: float = 0.0
+    lived: bool = False
     warm: set[str] = field(default_factory=set)
 
 
@@ -116,15 +120,16 @@ class Crew:
         self._took: dict[tuple[str, bool], deque[float]] = {}
         self._usual: dict[tuple[str, bool], float] = {}
         self._hardware: set[str] = set()
-        self._stillborn = 0
-        self._moved_s = self._looked_s = time.monotonic()
+        self._stillborn = self._owed = 0
+        self._hire_at_s = 0.0
+        self._moved_s = self._looked_s = self._landed_s = time.monotonic()
         for _ in range(size):
             self._add_member()
 
     @property
     def size(self) -> int:
         """Members, those included that wait for their node."""
-        return len(self._members)
+        return len(self._members) + self._owed
 
     @property
     def alive(self) -> int:
@@ -172,18 +177,28 @@ class Crew:
         """Take note that something moves, for there is word when nothing does for long."""
         self._moved_s = time.monotonic()
 
+    def drop(self, ticket: int) -> None:
+        """Have a task not answered, whether somebody works on it or not."""
+        self._jobs.pop(ticket, None)
+
+    def settle(self) -> None:
+        """Replace members that still work on what was answered by others, or dropped: nobody does when this returns."""
+        for member in list(self._members):
+            if member.ticket is not None and member.ticket not in self._jobs:
+                self._replace(member)
+
     def renew(self, call: Callable[[Any], Any]) -> None:
         """Have every actor do something before its next task; who does not is replaced. No task may be under way."""
         assert not self._jobs, "tasks are under way"
+        self.settle()
         self._took.clear()
         self._usual.clear()
         for member in self._members:
-            for ref in (member.opening, member.call):
-                self._waited_for.pop(ref, None)
-            member.opening, member.ticket, member.call = call(member.actor), None, None
-            member.renewed_s = time.monotonic()
+            self._waited_for.pop(member.opening, None)
+            # whoever waits for a node may take its time
+            member.renewed_s = time.monotonic() if member.opening is None else None
             member.warm.clear()
-            self._waited_for[member.opening] = member
+            self._open(member, call(member.actor))
 
     def close(self) -> None:
         """Stop the actors."""
@@ -194,16 +209,22 @@ class Crew:
 
     def _add_member(self) -> None:
         actor = self._hire()
-        member = _Member(actor, actor.ready.remote())
-        self._members.append(member)
-        self._waited_for[member.opening] = member
+        self._members.append(_Member(actor))
+        self._open(self._members[-1], actor.ready.remote())
+
+    def _open(self, member: _Member, opening: Any) -> None:
+        member.opening = opening
+        self._waited_for[opening] = member
 
     def _replace(self, member: _Member) -> None:
+        self._forget(member)
+        self._add_member()
+
+    def _forget(self, member: _Member) -> None:
         for ref in (member.opening, member.call):
             self._waited_for.pop(ref, None)
         self._members.remove(member)
         _kill(member.actor)
-        self._add_member()
 
     def _assign(self) -> None:
         idle = (member for member in self._members if member.opening is None and member.call is None)
@@ -250,11 +271,17 @@ class Crew:
         assert ticket is not None
         member.call = member.ticket = None
         if (job := self._jobs.pop(ticket, None)) is not None:
-            self._note(job.task, member, time.monotonic() - member.since_s)
+            took_s = time.monotonic() - member.since_s
+            self._note(job.task, member, took_s)
+            for other in self._members:
+                if other.ticket == ticket:
+                    other.late_s = max(self._patience_s, took_s)
+            self._landed_s = time.monotonic()
             self._answers.append((ticket, result))
 
     def _opened(self, member: _Member, hardware: str | None) -> None:
         member.opening = member.renewed_s = None
+        member.lived = True
         self._stillborn = 0
         if hardware is not None and hardware not in self._hardware:
             self._hardware.add(hardware)
@@ -263,18 +290,29 @@ class Crew:
                 self._notify(f"notice: workers run on {kinds}; the plan may differ by rounding")
 
     def _unopened(self, member: _Member, error: Exception) -> None:
-        self._stillborn += 1
-        if self._stillborn >= MAX_DEATHS + len(self._members):
+        """Replace a member that did not open; pause where that goes on, and stop where nobody else works."""
+        self._stillborn += not member.lived
+        if self._stillborn < MAX_DEATHS + len(self._members):
+            self._replace(member)
+        elif any(other.lived and other is not member for other in self._members):
+            self._forget(member)
+            self._owed += 1
+            self._hire_at_s = time.monotonic() + _AGAIN_S
+            there = f"{len(self._members)} of {self.size} are there"
+            self._notify(f"a worker cannot be started, and is tried again; {there}")
+        else:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise UserError(
                 f"workers: none can be started ({reason[0]}). See the cluster's logs, then resume"
             ) from None
-        self._replace(member)
 
     def _dead(self, member: _Member, reason: str) -> None:
         """Replace a member that is lost, and say so of its task unless another still works on it."""
         ticket = member.ticket
         self._replace(member)
+        for other in self._members:  # others may have gone with it, and what they are given next shall not pay for that
+            if other.opening is None and other.call is None:
+                self._open(other, other.actor.ready.remote())
         if ticket is None or (job := self._jobs.get(ticket)) is None:
             return
         job.members -= 1
@@ -286,7 +324,7 @@ class Crew:
         """Take note of what is usual: per size, but whole for the first task of a member, which has to load things."""
         kind = (task.method, task.method in member.warm)
         took = self._took.setdefault(kind, deque(maxlen=_PEERS))
-        took.append(took_s / task.size if kind[1] else took_s)
+        took.append(took_s / (task.size or 1.0) if kind[1] else took_s)
         self._usual.pop(kind, None)
         member.warm.add(task.method)
 
@@ -299,20 +337,17 @@ class Crew:
                 self._usual[kind] = statistics.median(self._took[kind])
             return self._usual.get(kind)
 
-        warm_s = usual(True)
+        warm_s, size = usual(True), task.size or 1.0
         if task.method in member.warm:
-            return None if warm_s is None else warm_s * task.size
+            return None if warm_s is None else warm_s * size
         cold_s = usual(False)
-        return None if cold_s is None else cold_s + (warm_s or 0.0) * task.size
+        return None if cold_s is None else cold_s + (warm_s or 0.0) * size
 
-    def _look_alone(self, member: _Member, job: _Job, took_s: float) -> None:
-        """Have a task that nothing like it was done before, and may hang, done by a member too that is idle anyway."""
-        member.late_s = LONG * self._patience_s * job.task.patience
-        idle = any(other.opening is None and other.call is None for other in self._members)
-        if took_s > member.late_s and idle and not job.again:
-            job.again = True
-            assert member.ticket is not None
-            self._waiting.append(member.ticket)
+    def _late_s(self, task: Task, member: _Member) -> float:
+        """Return after which time a task is late."""
+        usual_s = self._usually_s(task, member)
+        patience_s = self._patience_s * (LONG if usual_s is None or task.size is None else 1.0)
+        return max(patience_s, (usual_s or 0.0) * (1 + LATE / task.count**0.5)) * task.patience
 
     def _look(self) -> None:
         """Have late tasks done by a second member too, give up members that do not come back, and break silences."""
@@ -320,26 +355,14 @@ class Crew:
         if now_s - self._looked_s < self._patience_s / 10:
             return
         self._looked_s = now_s
+        if self._owed and now_s >= self._hire_at_s:
+            self._owed -= 1
+            self._add_member()
         for member in list(self._members):
             if member.renewed_s is not None and now_s - member.renewed_s > LOST * self._patience_s:
                 self._replace(member)
-            if member.ticket is None:
-                continue
-            took_s = now_s - member.since_s
-            job = self._jobs.get(member.ticket)
-            if job is not None:  # what another has answered is as late as it was then
-                usual_s = self._usually_s(job.task, member)
-                if usual_s is None:
-                    self._look_alone(member, job, took_s)
-                    continue
-                late_s = usual_s * (1 + LATE / job.task.count**0.5)
-                member.late_s = max(self._patience_s, late_s) * job.task.patience
-            if took_s > (LOST if job is not None and job.members == 1 else GONE) * member.late_s:
-                self._notify("a worker hangs, and is replaced")
-                self._dead(member, "it hung")
-            elif job is not None and took_s > member.late_s and not job.again:
-                job.again = True
-                self._waiting.appendleft(member.ticket)
+            elif member.ticket is not None:
+                self._look_at(member, now_s - member.since_s)
         if now_s - self._moved_s > _SILENCE_S:
             self.stir()
             free = ray.available_resources().get("CPU", 0)
@@ -347,6 +370,25 @@ class Crew:
                 f"no worker has finished a task for {_SILENCE_S:.0f} s; {self.alive} of {self.size} workers are there, "
                 f"and {free:.0f} CPUs of the cluster are free"
             )
+
+    def _look_at(self, member: _Member, took_s: float) -> None:
+        """Judge a member that is at a task for so long."""
+        assert member.ticket is not None
+        job = self._jobs.get(member.ticket)
+        if job is None:  # another has done it, in the time that stands for late here
+            lost = took_s > GONE * member.late_s
+        else:
+            member.late_s = self._late_s(job.task, member)
+            # where nobody gets on, it is not the task; and where size tells nothing, it may just be long
+            moving = self._landed_s > member.since_s or len(self._members) == 1
+            known = job.task.size is not None and self._usually_s(job.task, member) is not None
+            lost = job.members == 1 and known and moving and took_s > LOST * member.late_s
+            if not lost and took_s > member.late_s and not job.again:
+                job.again = True
+                self._waiting.appendleft(member.ticket) if known else self._waiting.append(member.ticket)
+        if lost:
+            self._notify("a worker hangs, and is replaced")
+            self._dead(member, "it hung")
 
 
 def _kill(actor: Any) -> None:

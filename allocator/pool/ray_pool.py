@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -34,10 +34,11 @@ class _Sent:
     deaths: int = 0
     patience: float = 1.0
 
-    def task(self) -> Task:
+    def task(self, blocks: int) -> Task:
         if self.portion is None:
-            return Task("measure", (self.requests,), _size(self.requests), len(self.requests), self.patience)
-        return Task("expand", (self.requests[0], self.portion), patience=self.patience)
+            size = _size(self.requests, blocks)
+            return Task("measure", (self.requests,), size, len(self.requests), self.patience)
+        return Task("expand", (self.requests[0], self.portion), 1.0, patience=self.patience)
 
 
 class RayPool:
@@ -67,7 +68,8 @@ class RayPool:
             patience_s: No task counts as late before.
         """
         self._spec, self._notify = spec, notify
-        self._demand = demand or Demand(spec.threads)
+        self._actor = ray.remote(Worker).options(**(demand or Demand(spec.threads)).options())
+        self._blocks = 1 + max(unit.block for unit in spec.space.units)
         self._lengths = {split: ids.shape[1] for split, ids in tokens.items()}
         self._spec_ref, self._tokens_ref = ray.put(spec), ray.put(dict(tokens))
         self._sent: dict[int, _Sent] = {}
@@ -98,7 +100,7 @@ class RayPool:
                 self._portions[request.key] = {}
                 for index in range(num_portions(request.tokens, self._lengths[request.split])):
                     self._send(_Sent((request,), index))
-        for run in _runs(plain, max(1, self._crew.alive)):
+        for run in _runs(plain, self._crew.size):
             self._send(_Sent(tuple(run)))
         return self._outcomes(requests)
 
@@ -132,11 +134,10 @@ class RayPool:
         self._crew.close()
 
     def _hire(self) -> Any:
-        actor = ray.remote(Worker).options(**self._demand.options())
-        return actor.remote(self._spec_ref, self._tokens_ref)
+        return self._actor.remote(self._spec_ref, self._tokens_ref)
 
     def _send(self, sent: _Sent) -> None:
-        self._sent[self._crew.add(sent.task())] = sent
+        self._sent[self._crew.add(sent.task(self._blocks))] = sent
 
     def _outcomes(self, requests: Sequence[Request]) -> Iterator[Outcome]:
         own = {request.key for request in requests}
@@ -153,8 +154,6 @@ class RayPool:
     def _taken(self, sent: _Sent, answer: Any) -> list[Outcome]:
         """Return the outcomes that are known with an answer; send again what a worker died of."""
         request = sent.requests[0]
-        if request.key not in self._open:
-            return []  # another portion of it has failed
         if isinstance(answer, Died):
             return self._again(sent, answer)
         if sent.portion is None:
@@ -167,19 +166,23 @@ class RayPool:
         return [expanded(request, self._spec.loss, [portions[index] for index in sorted(portions)])]
 
     def _again(self, sent: _Sent, died: Died) -> list[Outcome]:
-        count, patience = len(sent.requests), 2 * sent.patience
+        count = len(sent.requests)
         if count > 1:
             self._notify("a worker died and is replaced; what it measured is measured again, in halves")
             for half in (sent.requests[: count // 2], sent.requests[count // 2 :]):
-                self._send(_Sent(half, None, 0, patience))
+                self._send(_Sent(half))
             return []
         if sent.deaths + 1 < MAX_DEATHS:
             self._notify(
                 f"a worker died and is replaced; its task is run again ({sent.deaths + 1} of {MAX_DEATHS} times)"
             )
-            self._send(_Sent(sent.requests, sent.portion, sent.deaths + 1, patience))
+            self._send(_Sent(sent.requests, sent.portion, sent.deaths + 1, 4 * sent.patience))
             return []
         self._portions.pop(sent.requests[0].key, None)
+        for ticket, other in list(self._sent.items()):  # portions that are of no more use
+            if other.requests == sent.requests:
+                self._crew.drop(ticket)
+                del self._sent[ticket]
         reason = f"{MAX_DEATHS} workers died one after the other while they measured it alone ({died.reason})"
         self._notify(f"an allocation cannot be measured: {reason}")
         return [Outcome(sent.requests[0], {}, 0.0, failed=reason)]
@@ -217,16 +220,20 @@ class RayPool:
                     "Free some memory or use fewer workers, then resume"
                 )
             self._notify(f"a worker died and is replaced; its task is run again ({deaths} of {MAX_DEATHS} times)")
-            again = replace(task, patience=2 * task.patience)
-            sent[self._crew.add(again)] = (index, again, deaths)
+            sent[self._crew.add(task)] = (index, task, deaths)
+        self._crew.settle()  # what was run twice shall not write any more
 
 
-def _size(run: Sequence[Request]) -> float:
-    """Return what a run takes, in tokens: nothing for units at its front that are as in the allocation before."""
+def _size(run: Sequence[Request], blocks: int) -> float:
+    """Return about what a run takes, in tokens through all of a model's blocks.
+
+    Units at the front that are as in the allocation before take nothing. It is a guess that costs little; what an
+    allocation is charged with is :func:`~allocator.core.effort.candidate_tokens`.
+    """
     levels_nu = np.array([request.allocation for request in run])
-    shared_n = np.cumprod(levels_nu[1:] == levels_nu[:-1], axis=1).mean(axis=1)
-    trained = sum(4 * request.training for request in run)
-    return trained + sum(r.tokens * (1.0 - share) for r, share in zip(run, [0.0, *shared_n.tolist()], strict=True))
+    shared_n = [0.0, *np.cumprod(levels_nu[1:] == levels_nu[:-1], axis=1).mean(axis=1).tolist()]
+    parts = (max((r.blocks or blocks) / blocks - share, 0.0) for r, share in zip(run, shared_n, strict=True))
+    return sum(r.tokens * part + 4 * r.training for r, part in zip(run, parts, strict=True)) + 1.0
 
 
 def _runs(requests: Sequence[Request], workers: int) -> list[list[Request]]:

@@ -96,7 +96,7 @@ def front(journal: Journal) -> dict[str, Any]:
     points = []
     for outcome in members(journal):
         allocation = outcome.request.allocation
-        again = journal.get(Request(allocation, journal.header.get("selection", 0), "selection"))
+        again = journal.measured(Request(allocation, journal.header.get("selection", 0), "selection"))
         points.append(
             {
                 **costs_of(space, allocation),
@@ -239,7 +239,7 @@ def allocations(space: SearchSpace, units: Iterable[Mapping[str, Any]]) -> dict[
 
 def marks(journal: Journal, named: Mapping[str, Allocation]) -> dict[str, Figures]:
     """Return the figures of named allocations, for those measured on the same text."""
-    found = {name: journal.get(_last(journal, allocation)) for name, allocation in named.items()}
+    found = {name: journal.measured(_last(journal, allocation)) for name, allocation in named.items()}
     return {name: _figures(journal, outcome) for name, outcome in found.items() if outcome is not None}
 
 

@@ -307,6 +307,7 @@ def decide(
     incumbents = [] if begun is None else [begun.incumbent]
     measurer = Measurer(evaluator, journal)
     scored = measurer.measure([Request(a, tokens) for a in dict.fromkeys([even, *sweep, *incumbents])])
+    measurer.require([even, *incumbents])
     listen(scored)
     best_two_rate = _best([o for o in scored if o.request.allocation in set(sweep)]).request.allocation
     phase("search")
@@ -322,6 +323,7 @@ def decide(
         found = [allocation for allocation in searcher.finalists() if allocation not in measurer.failed]
         finalists = dict.fromkeys([*incumbents, *found[:FINALISTS]])
         selected = measurer.measure([Request(a, selection_tokens, "selection", training) for a in finalists])
+        measurer.require(finalists if measurer.failed.issuperset(finalists) else ())
         chosen = _best(selected)
         winner = chosen.request.allocation
         losses = {"selection": chosen.loss, **({"incumbent": selected[0].loss} if incumbents else {})}

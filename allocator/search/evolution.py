@@ -25,8 +25,7 @@ from allocator.core.errors import UserError
 from allocator.core.protocols import Outcome, Request
 from allocator.core.space import Allocation, SearchSpace, Unit
 
-ATTEMPTS = 16
-"""How often a child is drawn for every one that is wanted, at most, for those that were proposed do not count."""
+_ATTEMPTS_PER_OFFSPRING = 16
 
 _RUN_SHARE = 0.125
 """Share of offspring that remove or restore a run of blocks, where blocks can be removed."""
@@ -236,7 +235,7 @@ class ExchangeEvolution:
     def _offspring(self) -> list[Allocation]:
         settings = self._settings
         rng = np.random.default_rng([self._seed, self._generation])
-        attempts = settings.offspring * ATTEMPTS
+        attempts = settings.offspring * _ATTEMPTS_PER_OFFSPRING
         children: list[Allocation] = []
         for child in proposals(
             self._space, self._parent, self._budget, rng, settings.max_exchanges, settings.within_kind, attempts

@@ -104,6 +104,7 @@ def decide_front(
     places = dict.fromkeys(round(place) for place in np.linspace(0, len(front) - 1, min(MEMBERS, len(front))))
     members = [front[place].request.allocation for place in places]
     again = measurer.measure([Request(allocation, selection_tokens, "selection") for allocation in members])
+    measurer.require(members if measurer.failed.issuperset(members) else ())
     again = [outcome for outcome in again if outcome.request.allocation not in measurer.failed]
     best = pareto_front(space, again, names)
     figures = np.array([[figure(space, outcome, name) for name in names] for outcome in best])
@@ -112,6 +113,7 @@ def decide_front(
     own = Budget(**{**budget.limits, **{cost: space.cost(winner, cost) for cost in costs}})
     even, sweep_ = uniform(space, own), two_rate(space, own)
     scored = measurer.measure([Request(allocation, tokens) for allocation in dict.fromkeys([even, *sweep_, winner])])
+    measurer.require([even])
     losses = {outcome.request.allocation: outcome.loss for outcome in scored}
     chosen = next(outcome for outcome in again if outcome.request.allocation == winner)
     assert fits(space, winner, budget), "every searcher keeps to the budget"

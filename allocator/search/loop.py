@@ -35,8 +35,8 @@ class Batch:
 class Measurer:
     """Answers requests from the journal, has an evaluator measure what that does not know, and counts the cost.
 
-    What cannot be measured is answered as twice as bad as the worst that was measured on the same text: no searcher
-    goes on from it, and none needs to know.
+    What cannot be measured is answered as twice as bad as the worst that was measured on the same text, so that no
+    searcher need know of it; whoever chooses leaves :attr:`failed` out.
 
     Attributes:
         spent: What the requests cost, each counted once, whether it was measured now or before a resume.
@@ -50,6 +50,7 @@ class Measurer:
         self._trained = Trained()
         self._batch = 0
         self._worst: dict[tuple[Fidelity, Extra], Outcome] = {}
+        self._stand_ins: dict[Key, Outcome] = {}
         self.failed: set[Allocation] = set()
         self._under_way = 0
         self._start_s = self._synced_s = time.perf_counter()
@@ -122,16 +123,30 @@ class Measurer:
 
     def _stand_in(self, failure: Outcome) -> Outcome:
         request = failure.request
-        worst = self._worst.get((request.fidelity, request.also)) or self._worst.get((request.fidelity, ""))
-        if worst is None:
-            raise UserError(f"evaluation: nothing can be measured on {request.tokens} tokens: {failure.failed}")
-        return replace(
-            worst,
-            request=request,
-            measured={name: 2 * value for name, value in worst.measured.items()},
-            parts=tuple(2 * part for part in worst.parts),
-            expansion=None,
-        )
+        if request.key not in self._stand_ins:
+            # an expansion that is left out says that there are no gradients
+            worst = self._worst.get((request.fidelity, "" if request.also == "expansion" else request.also))
+            if worst is None or worst.loss <= 0:
+                raise UserError(f"evaluation: nothing can be measured on {request.tokens} tokens: {failure.failed}")
+            self._stand_ins[request.key] = replace(
+                worst,
+                request=request,
+                measured={name: 2 * value for name, value in worst.measured.items()},
+                parts=tuple(2 * part for part in worst.parts),
+            )
+        return self._stand_ins[request.key]
+
+    def require(self, allocations: Iterable[Allocation]) -> None:
+        """Check that allocations could be measured without which nothing can be decided.
+
+        Raises:
+            UserError: One could not.
+        """
+        if self.failed.intersection(allocations):
+            raise UserError(
+                "evaluation: an allocation that all others are compared with cannot be measured: workers die of it. "
+                "Free some memory or use fewer workers, and begin again under another --name"
+            )
 
 
 def search(

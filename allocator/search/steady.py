@@ -22,7 +22,10 @@ from allocator.core.budget import Budget
 from allocator.core.errors import UserError
 from allocator.core.protocols import Outcome, Request
 from allocator.core.space import Allocation, SearchSpace
-from allocator.search.evolution import ATTEMPTS, proposals
+from allocator.search.evolution import proposals
+
+_ATTEMPTS = 512
+"""How often a child is drawn until it is one that was not proposed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +75,13 @@ class SteadyEvolution:
         self._end = ""
 
     def ask(self) -> Sequence[Request]:
-        """Return the next proposal, which goes by what was told so far; the first are the starts, on all tokens."""
+        """Return the next proposal, which goes by what was told so far; the first are the starts, on all tokens.
+
+        It is none where the search is over, unless what is told yet changes that.
+        """
         if self._asked == 0:
             self._asked += 1
             return [Request(allocation, self._settings.tokens[-1]) for allocation in self._start]
-        if self._end:
-            return []
         if self._asked > self._settings.trials:
             self._end = f"all {self._settings.trials} proposals are done"
             return []
@@ -86,7 +90,7 @@ class SteadyEvolution:
             return []
         request = self._promotion() or self._child()
         if request is None:
-            self._end = "no allocation is left that was not proposed"
+            self._end = f"no new allocation was drawn in {_ATTEMPTS} attempts"
             return []
         self._asked += 1
         return [request]
@@ -124,7 +128,7 @@ class SteadyEvolution:
     def _child(self) -> Request | None:
         rng = np.random.default_rng([self._seed, self._asked])
         exchanges = self._settings.max_exchanges
-        for child in proposals(self._space, self._parent, self._budget, rng, exchanges, False, ATTEMPTS):
+        for child in proposals(self._space, self._parent, self._budget, rng, exchanges, False, _ATTEMPTS):
             if child not in self._seen:
                 self._seen.add(child)
                 return Request(child, self._settings.tokens[0])

@@ -104,9 +104,9 @@ def test_a_late_task_is_run_elsewhere_and_counted_once(crew: Callable[..., Crew]
     slow = made.add(Task("double", (1, 0.2)))
     assert made.next() == (slow, 2)
     for number in range(4):  # what is usual of its sort, for both workers
-        made.add(Task("once_slow", (number, 0.0, tmp_path / "before")))
+        made.add(Task("once_slow", (number, 0.0, tmp_path / "before"), 1.0))
     answers(made, 4)
-    late = made.add(Task("once_slow", (21, 2.5 * PATIENCE_S, tmp_path / "mark")))
+    late = made.add(Task("once_slow", (21, 2.5 * PATIENCE_S, tmp_path / "mark"), 1.0))
     assert made.next() == (late, 42)
     rest = doubles(made, 8)
     assert answers(made, 8) == rest
@@ -118,10 +118,10 @@ def test_a_late_task_is_run_elsewhere_and_counted_once(crew: Callable[..., Crew]
 def test_a_worker_that_hangs_is_replaced(crew: Callable[..., Crew], tmp_path: Path) -> None:
     made = staffed(crew(2))
     for number in range(6):
-        made.add(Task("stop", (number, tmp_path)))
+        made.add(Task("stop", (number, tmp_path), 1.0))
     answers(made, 6)
     before = made.actors
-    ticket = made.add(Task("stop", (5, tmp_path / "mark")))
+    ticket = made.add(Task("stop", (5, tmp_path / "mark"), 1.0))
     assert made.next() == (ticket, 10)
     hung = int((tmp_path / "mark").read_text())
     while made.actors == before:  # the other has answered; this one is given up when it is long overdue
@@ -143,7 +143,7 @@ def test_a_worker_that_hangs_in_the_first_task_of_its_kind_is_replaced(
     made = crew(2)
     answers(made, len(doubles(made, 6)))
     before = made.actors
-    ticket = made.add(Task("stop", (5, tmp_path / "mark")))
+    ticket = made.add(Task("stop", (5, tmp_path / "mark"), 1.0))
     assert made.next() == (ticket, 10)
     while made.actors == before:
         answers(made, len(doubles(made, 2)))
@@ -154,9 +154,9 @@ def test_a_worker_that_hangs_in_the_first_task_of_its_kind_is_replaced(
 def test_the_only_worker_that_hangs_is_replaced_and_that_is_told(crew: Callable[..., Crew], tmp_path: Path) -> None:
     made = crew(1)
     for number in range(3):
-        made.add(Task("stop", (number, tmp_path)))
+        made.add(Task("stop", (number, tmp_path), 1.0))
     answers(made, 3)
-    ticket = made.add(Task("stop", (5, tmp_path / "mark")))
+    ticket = made.add(Task("stop", (5, tmp_path / "mark"), 1.0))
     assert made.next() == (ticket, Died("it hung"))
     expected = doubles(made, 3)
     assert answers(made, 3) == expected
@@ -173,6 +173,63 @@ def test_a_worker_that_dies_is_replaced_and_its_task_told(crew: Callable[..., Cr
     assert first not in made.actors
     expected = doubles(made, 6)
     assert answers(made, 6) == expected
+
+
+def test_workers_that_died_while_they_were_idle_are_charged_to_one_task_at_most(crew: Callable[..., Crew]) -> None:
+    """The first finds out; then all are asked whether they live."""
+    made = staffed(crew(4, patience_s=10.0))
+    for actor in made.actors[:3]:
+        ray.kill(actor)
+    died = 0
+    for number in range(12):
+        ticket = made.add(Task("double", (number,)))
+        answer = made.next()
+        assert answer in ((ticket, 2 * number), (ticket, Died("ActorDiedError")))
+        died += isinstance(answer[1], Died)
+    assert died <= 1
+    assert made.alive >= 1
+
+
+def test_workers_that_cannot_start_do_not_stop_those_that_work(crew: Callable[..., Crew]) -> None:
+    hired: list[Any] = []
+
+    def hire() -> Any:
+        hired.append(Toy.remote())
+        if len(hired) > 2:
+            ray.kill(hired[-1])
+        return hired[-1]
+
+    made = staffed(crew(2, hire, patience_s=10.0))
+    ray.kill(made.actors[0])
+    for number in range(40):
+        ticket = made.add(Task("double", (number, 0.1)))
+        assert made.next() in ((ticket, 2 * number), (ticket, Died("ActorDiedError")))
+    assert any("cannot be started, and is tried again; 1 of 2 are there" in message for message in made.said)
+    assert made.size == 2
+
+
+def test_a_task_of_unknown_size_is_not_taken_for_a_hang(crew: Callable[..., Crew]) -> None:
+    """However short others of its method were; where another is idle it has a try too."""
+    made = staffed(crew(1, patience_s=0.05))
+    for number in range(6):
+        made.add(Task("double", (number, 0.0)))
+    answers(made, 6)
+    ticket = made.add(Task("double", (4, 2.0)))
+    assert made.next() == (ticket, 8)
+    assert made.said == []
+
+
+def test_nobody_works_on_what_was_dropped_after_all_is_settled(crew: Callable[..., Crew]) -> None:
+    made = staffed(crew(2, patience_s=10.0))
+    before = made.actors
+    long, short = made.add(Task("double", (1, 60.0))), made.add(Task("double", (2, 0.1)))
+    assert made.next() == (short, 4)
+    made.drop(long)
+    made.settle()
+    assert len(set(before) & set(made.actors)) == 1
+    made.renew(lambda actor: actor.renew.remote())
+    expected = doubles(made, 5)
+    assert answers(made, 5) == expected
 
 
 def test_workers_that_cannot_start_stop_the_crew(crew: Callable[..., Crew]) -> None:

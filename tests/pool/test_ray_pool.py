@@ -321,6 +321,59 @@ def test_what_kills_worker_after_worker_alone_is_a_failure(bench: Bench, tmp_pat
     assert len(alone) == MAX_DEATHS - 1
 
 
+def test_workers_lost_while_they_were_idle_fail_no_allocation(bench: Bench, tmp_path: Path) -> None:
+    """As when a node is lost between two batches of one."""
+    pool = dying(bench, tmp_path / "marks", lambda requests, own: False, workers=2)
+    try:
+        while pool.alive < 2:
+            list(pool.evaluate(bench.requests))
+        for request in bench.requests[:6]:
+            for actor in pool._crew.actors:
+                ray.kill(actor)
+            (outcome,) = pool.evaluate([request])
+            assert not outcome.failed
+    finally:
+        pool.close()
+
+
+def test_what_is_left_of_an_expansion_that_fails_is_dropped(bench: Bench, tmp_path: Path) -> None:
+    tokens = {split: ids.reshape(-1, 16) for split, ids in bench.tokens.items()}
+    (tmp_path / "marks").mkdir()
+
+    class Half(Dying):
+        """The first portion kills; the second takes long."""
+
+        marks, deadly = tmp_path / "marks", None
+
+        def _hire(self) -> Any:
+            @ray.remote(max_restarts=0)
+            class Mortal:
+                def ready(self) -> str:
+                    return "toy"
+
+                def renew(self, spec: Any) -> None:
+                    pass
+
+                def expand(self, request: Request, index: int) -> None:
+                    if index == 0:
+                        os._exit(1)
+                    time.sleep(600)
+
+                def measure(self, requests: Sequence[Request]) -> list[Outcome]:
+                    return [Outcome(request, {"kl": 1.0}, 0.0) for request in requests]
+
+            return Mortal.options(num_cpus=1).remote()
+
+    pool = Half(bench.spec, tokens, 2)
+    try:
+        (outcome,) = pool.evaluate([replace(bench.requests[4], also="expansion")])
+        assert "3 workers died" in outcome.failed
+        pool.renew(bench.spec)
+        assert len(list(pool.evaluate(bench.requests))) == len(bench.requests)
+    finally:
+        pool.close()
+
+
 def test_a_task_of_another_sort_that_kills_every_worker_stops_the_run(bench: Bench, tmp_path: Path) -> None:
     """With what to do."""
     pool = dying(bench, tmp_path / "marks", lambda requests, own: True)
