@@ -87,6 +87,7 @@ class _Member:
 
     actor: Any
     opening: Any = None
+    renewing: bool = False
     renewed_s: float | None = None
     ticket: int | None = None
     call: Any = None
@@ -195,6 +196,7 @@ class Crew:
         self._usual.clear()
         for member in self._members:
             self._waited_for.pop(member.opening, None)
+            member.renewing = True
             # whoever waits for a node may take its time
             member.renewed_s = time.monotonic() if member.opening is None else None
             member.warm.clear()
@@ -253,7 +255,7 @@ class Crew:
         try:
             result = ray.get(ref)
         except RayTaskError as error:
-            if opening and member.renewed_s is not None:
+            if opening and member.renewing:
                 self._replace(member)  # a fresh one may do, and else tells why not
                 return
             if opening or ticket in self._jobs:
@@ -281,7 +283,7 @@ class Crew:
 
     def _opened(self, member: _Member, hardware: str | None) -> None:
         member.opening = member.renewed_s = None
-        member.lived = True
+        member.lived, member.renewing = True, False
         self._stillborn = 0
         if hardware is not None and hardware not in self._hardware:
             self._hardware.add(hardware)
