@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from allocator.config import RunConfig, checked
+from allocator.config import RunConfig, checked, read_keys
 from allocator.core.errors import UserError
 from allocator.model.family import families_folder
 from allocator.model.headers import PACKAGED, model_files
@@ -73,7 +73,8 @@ def pack(keys: Mapping[str, Any], file: Path | None = None, *, installed: bool =
         installed: Whether the cluster has this package.
 
     Raises:
-        UserError: A key is wrong, a file is missing, a place is not shared, or all of it is too large to send.
+        UserError: A key is wrong, a file is missing, a place is not shared, the run is there and is another search, or
+            all of it is too large to send.
     """
     config = checked(keys, file)
     if config.address is not None:
@@ -85,6 +86,7 @@ def pack(keys: Mapping[str, Any], file: Path | None = None, *, installed: bool =
                 f"{name}: {place} is relative, and would be lost with the job's working folder. "
                 f"Name a folder that all nodes share by its absolute path with {flag}"
             )
+    _check_same(config)
     # the same keys, and not all that follow from them: what is not said is for the cluster to say
     sent = {**_plain(keys), "name": config.run_name}
     files: dict[str, bytes | Path] = {} if installed else dict(_package(config.model))
@@ -109,6 +111,20 @@ def pack(keys: Mapping[str, Any], file: Path | None = None, *, installed: bool =
             f"{listed}"
         )
     return parcel
+
+
+def _check_same(config: RunConfig) -> None:
+    """Check that a run of the name, if its folder is seen from here, has these settings; the job compares the rest."""
+    stored = config.folder / "run.yaml"
+    if not stored.is_file():
+        return
+    theirs, own = (each.identity() for each in (checked(read_keys(stored, {}), stored), config))
+    for key, value in own.items():
+        if theirs.get(key) != value:
+            raise UserError(
+                f"{config.folder}: holds another search: its {key} is {theirs.get(key)}, and this one's is {value}. "
+                "Submit it with its own settings, or choose another --name"
+            )
 
 
 def _places(keys: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str, str]]:

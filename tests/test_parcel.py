@@ -163,3 +163,14 @@ def test_refused(here: Path, given: dict[str, Any], message: str) -> None:
     (here / "runs" / "notes.md").write_text("text that must not travel")
     with pytest.raises(UserError, match=message):
         pack(keys(**given))
+
+
+def test_another_search_of_the_name_is_refused_before_anything_is_sent(here: Path, tmp_path: Path) -> None:
+    """As far as its settings tell; places and numbers of workers may differ."""
+    runs = tmp_path / "shared"
+    config = pack(keys(runs_dir=str(runs), name="mine")).config
+    (runs / "mine").mkdir(parents=True)
+    (runs / "mine" / "run.yaml").write_text(config.to_yaml())
+    assert pack(keys(runs_dir=str(runs), name="mine", workers=7)).config.workers == 7
+    with pytest.raises(UserError, match=r"mine: holds another search: its seed is 0, and this one's is 1\. Submit"):
+        pack(keys(runs_dir=str(runs), name="mine", seed=1))
