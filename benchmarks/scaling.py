@@ -390,7 +390,7 @@ def main() -> None:
         for line in measure_lag(LIMIT):
             print(json.dumps(line), file=sys.stderr)
             lines.append(line)
-        keep("lag", lines)
+            keep("lag", lines)
     elif arguments.part == "simulated":
         for workers in arguments.workers:
             own = []
