@@ -31,6 +31,7 @@ SLOW = [  # for so small a model
     "tokens.test=512",
     "search.method=evolution",
     "search.evolution.generations=2000",
+    "search.evolution.patience=2000",
     "search.evolution.offspring=8",
     "search.evolution.tokens=[1024,4096]",
     "search.evolution.survivors=[2,1]",
