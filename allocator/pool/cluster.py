@@ -17,6 +17,7 @@ from allocator.core.errors import UserError
 
 _KNOCK_S = 10.0
 _WAIT_S = 600.0
+_QUIET = {"logging_level": logging.ERROR, "log_to_driver": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +73,14 @@ def connected(
     """
     owned = not ray.is_initialized()
     address = address or os.environ.get("RAY_ADDRESS")
-    if owned:
-        _connect(workers * demand.cpus, address)
+    local = address is None and "RAY_JOB_ID" not in os.environ
+    if owned and local:
+        ray.init(address="local", num_cpus=workers * demand.cpus, include_dashboard=False, **_QUIET)
+    elif owned:
+        _connect(address)
     try:
         rooms = _rooms(demand)
-        if not any(rooms) and owned and (address is not None or "RAY_JOB_ID" in os.environ):
+        if not any(rooms) and owned and not local:
             notify(f"notice: no node has room for a worker ({demand}) yet; waiting {_WAIT_S / 60:.0f} minutes for one")
             end_s = time.monotonic() + _WAIT_S
             while not any(rooms := _rooms(demand)) and time.monotonic() < end_s:
@@ -101,15 +105,11 @@ def _rooms(demand: Demand) -> list[int]:
     return [demand.room(node["Resources"]) for node in ray.nodes() if node["Alive"]]
 
 
-def _connect(cpus: int, address: str | None) -> None:
-    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if address is None and "RAY_JOB_ID" not in os.environ:
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
-        return
+def _connect(address: str | None) -> None:
     try:
         if address is not None:
             _knock(address)
-        ray.init(address=address, **quiet)
+        ray.init(address=address, **_QUIET)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         shown = "the address of the environment" if address is None else address.rpartition("@")[2]

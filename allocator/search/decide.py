@@ -323,8 +323,7 @@ def decide(
         found = [allocation for allocation in searcher.finalists() if allocation not in measurer.failed]
         finalists = dict.fromkeys([*incumbents, *found[:FINALISTS]])
         selected = measurer.measure([Request(a, selection_tokens, "selection", training) for a in finalists])
-        measurer.require(finalists if measurer.failed.issuperset(finalists) else ())
-        chosen = _best(selected)
+        chosen = _best(measurer.sound(selected))
         winner = chosen.request.allocation
         losses = {"selection": chosen.loss, **({"incumbent": selected[0].loss} if incumbents else {})}
     searched = measurer.measure([Request(winner, tokens, training=training)])[0]

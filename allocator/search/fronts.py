@@ -103,9 +103,8 @@ def decide_front(
     front = pareto_front(space, known.values(), names)
     places = dict.fromkeys(round(place) for place in np.linspace(0, len(front) - 1, min(MEMBERS, len(front))))
     members = [front[place].request.allocation for place in places]
-    again = measurer.measure([Request(allocation, selection_tokens, "selection") for allocation in members])
-    measurer.require(members if measurer.failed.issuperset(members) else ())
-    again = [outcome for outcome in again if outcome.request.allocation not in measurer.failed]
+    selected = measurer.measure([Request(allocation, selection_tokens, "selection") for allocation in members])
+    again = measurer.sound(selected)
     best = pareto_front(space, again, names)
     figures = np.array([[figure(space, outcome, name) for name in names] for outcome in best])
     lowest = min(range(len(best)), key=lambda place: best[place].loss)

@@ -143,10 +143,25 @@ class Measurer:
             UserError: One could not.
         """
         if self.failed.intersection(allocations):
-            raise UserError(
-                "evaluation: an allocation that all others are compared with cannot be measured: workers die of it. "
-                "Free some memory or use fewer workers, and begin again under another --name"
-            )
+            raise _undecidable("an allocation that all others are compared with cannot be measured")
+
+    def sound(self, outcomes: Iterable[Outcome]) -> list[Outcome]:
+        """Return those outcomes that are of what could be measured.
+
+        Raises:
+            UserError: None is.
+        """
+        found = [outcome for outcome in outcomes if outcome.request.allocation not in self.failed]
+        if not found:
+            raise _undecidable("none of the best allocations can be measured")
+        return found
+
+
+def _undecidable(what: str) -> UserError:
+    return UserError(
+        f"evaluation: {what}: workers die of it. "
+        "Free some memory or use fewer workers, and begin again under another --name"
+    )
 
 
 def search(
