@@ -9,7 +9,6 @@ monotonic clock.
 from __future__ import annotations
 
 import contextlib
-import statistics
 import time
 from collections import deque
 from collections.abc import Callable
@@ -20,15 +19,10 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from allocator.core.errors import UserError
+from allocator.pool.tasks import PATIENCE_S, Task, Usual
 
 MAX_DEATHS = 3
 """Workers that may die one after the other, of one task or before any task, until that is taken for its fault."""
-
-LATE = 2.0
-"""A task is given to a second worker once it has taken so many times what is usual more than is usual.
-
-What is the sum of n things varies less: there it is so many times over the root of n.
-"""
 
 LOST = 3.0
 """A worker is given up once it has taken so many times what makes its task late, and nobody else could take that."""
@@ -36,38 +30,12 @@ LOST = 3.0
 GONE = 10.0
 """A worker is given up once it has taken so many times what another took for the same task."""
 
-LONG = 6.0
-"""A task whose size tells nothing, or that is the first of its kind, is not late before so many times the patience."""
-
 _AGAIN_S = 60.0
 """Where some workers cannot be started and others work, the next are tried after so long."""
 
-PATIENCE_S = 10.0
-"""No task is late before."""
-
-_PEERS = 64
 _SILENCE_S = 120.0
 
 Notify = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """A call of a method of an actor that may be made twice, on two actors at once, and answers the same.
-
-    Attributes:
-        method: Its name.
-        arguments: Its arguments.
-        size: What tasks of one method take in proportion to each other; None where that is not known.
-        count: Of how many things what it takes is the sum.
-        patience: Factor on the time after which it is late.
-    """
-
-    method: str
-    arguments: tuple[Any, ...]
-    size: float | None = None
-    count: int = 1
-    patience: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +86,7 @@ class Crew:
         self._waiting: deque[int] = deque()
         self._answers: deque[tuple[int, Any]] = deque()
         self._tickets = 0
-        self._took: dict[tuple[str, bool], deque[float]] = {}
-        self._usual: dict[tuple[str, bool], float] = {}
+        self._usual = Usual(patience_s)
         self._hardware: set[str] = set()
         self._stillborn = self._owed = 0
         self._hire_at_s = 0.0
@@ -192,8 +159,7 @@ class Crew:
         """Have every actor do something before its next task; who does not is replaced. No task may be under way."""
         assert not self._jobs, "tasks are under way"
         self.settle()
-        self._took.clear()
-        self._usual.clear()
+        self._usual = Usual(self._patience_s)
         for member in self._members:
             self._waited_for.pop(member.opening, None)
             member.renewing = True
@@ -274,7 +240,8 @@ class Crew:
         member.call = member.ticket = None
         if (job := self._jobs.pop(ticket, None)) is not None:
             took_s = time.monotonic() - member.since_s
-            self._note(job.task, member, took_s)
+            self._usual.note(job.task, job.task.method in member.warm, took_s)
+            member.warm.add(job.task.method)
             for other in self._members:
                 if other.ticket == ticket:
                     other.late_s = max(self._patience_s, took_s)
@@ -322,35 +289,6 @@ class Crew:
             del self._jobs[ticket]
             self._answers.append((ticket, Died(reason)))
 
-    def _note(self, task: Task, member: _Member, took_s: float) -> None:
-        """Take note of what is usual: per size, but whole for the first task of a member, which has to load things."""
-        kind = (task.method, task.method in member.warm)
-        took = self._took.setdefault(kind, deque(maxlen=_PEERS))
-        took.append(took_s / (task.size or 1.0) if kind[1] else took_s)
-        self._usual.pop(kind, None)
-        member.warm.add(task.method)
-
-    def _usually_s(self, task: Task, member: _Member) -> float | None:
-        """Return what a task should take; None while no other of its kind is done."""
-
-        def usual(warm: bool) -> float | None:
-            kind = (task.method, warm)
-            if kind not in self._usual and self._took.get(kind):
-                self._usual[kind] = statistics.median(self._took[kind])
-            return self._usual.get(kind)
-
-        warm_s, size = usual(True), task.size or 1.0
-        if task.method in member.warm:
-            return None if warm_s is None else warm_s * size
-        cold_s = usual(False)
-        return None if cold_s is None else cold_s + (warm_s or 0.0) * size
-
-    def _late_s(self, task: Task, member: _Member) -> float:
-        """Return after which time a task is late."""
-        usual_s = self._usually_s(task, member)
-        patience_s = self._patience_s * (LONG if usual_s is None or task.size is None else 1.0)
-        return max(patience_s, (usual_s or 0.0) * (1 + LATE / task.count**0.5)) * task.patience
-
     def _look(self) -> None:
         """Have late tasks done by a second member too, give up members that do not come back, and break silences."""
         now_s = time.monotonic()
@@ -380,10 +318,10 @@ class Crew:
         if job is None:  # another has done it, in the time that stands for late here
             lost = took_s > GONE * member.late_s
         else:
-            member.late_s = self._late_s(job.task, member)
+            usual_s, member.late_s = self._usual.judge(job.task, job.task.method in member.warm)
             # where nobody gets on, it is not the task; and where size tells nothing, it may just be long
             moving = self._landed_s > member.since_s or len(self._members) == 1
-            known = job.task.size is not None and self._usually_s(job.task, member) is not None
+            known = job.task.size is not None and usual_s is not None
             lost = job.members == 1 and known and moving and took_s > LOST * member.late_s
             if not lost and took_s > member.late_s and not job.again:
                 job.again = True

@@ -16,7 +16,8 @@ from allocator.evaluate.engine import EngineSpec, Execution, expanded
 from allocator.evaluate.expansion import Portion, num_portions
 from allocator.evaluate.states import States
 from allocator.pool.cluster import Demand
-from allocator.pool.crew import MAX_DEATHS, PATIENCE_S, Crew, Died, Notify, Task
+from allocator.pool.crew import MAX_DEATHS, Crew, Died, Notify
+from allocator.pool.tasks import PATIENCE_S, Task
 from allocator.pool.worker import Worker
 from allocator.prune.assemble import CompactLevels
 from allocator.prune.problem import Problem, Progress

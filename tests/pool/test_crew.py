@@ -14,7 +14,8 @@ import pytest
 import ray
 
 from allocator.core.errors import UserError
-from allocator.pool.crew import MAX_DEATHS, Crew, Died, Task
+from allocator.pool.crew import MAX_DEATHS, Crew, Died
+from allocator.pool.tasks import Task
 
 sys.path.insert(0, str(Path(__file__).parent))
 from toys import Toy

@@ -27,8 +27,9 @@ from allocator.model.load import load_model
 from allocator.model.walk import BlockWalker
 from allocator.pool import ray_pool
 from allocator.pool.cluster import Demand, connected
-from allocator.pool.crew import MAX_DEATHS, Task
+from allocator.pool.crew import MAX_DEATHS
 from allocator.pool.ray_pool import RayPool
+from allocator.pool.tasks import Task
 from allocator.prune.assemble import CompactLevels
 from allocator.prune.build import prune_on_dense_inputs, prune_on_pruned_inputs
 from allocator.prune.problem import Calibration, Problem
