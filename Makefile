@@ -3,12 +3,15 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help install demo test test-slow lint clean
+CONSUMERS = $(patsubst tests/export/environments/%.txt,.consumers/%/.installed,$(wildcard tests/export/environments/*.txt))
+
+.PHONY: help install demo test test-slow test-consumers lint clean
 
 help:
 	@echo "make demo       run the main job on the packaged model (sets itself up)"
 	@echo "make test       run the tests (sets itself up)"
 	@echo "make test-slow  run the tests that take longer"
+	@echo "make test-consumers  hand plans to the other tools, each in an environment of its own"
 	@echo "make lint       check style, types and imports"
 
 install: $(VENV)/.installed
@@ -32,10 +35,19 @@ test: $(VENV)/.installed-test
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow
 
+.consumers/%/.installed: tests/export/environments/%.txt
+	$(PYTHON) -m venv .consumers/$*
+	@echo "installing what $< names into .consumers/$* ..."
+	.consumers/$*/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	@touch $@
+
+test-consumers: $(VENV)/.installed-test $(CONSUMERS)
+	$(BIN)/python -m pytest -m consumers
+
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .consumers

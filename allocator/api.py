@@ -14,7 +14,7 @@ from allocator.config import RunConfig, load_config, search_assignments
 from allocator.core.budget import Budget, budget_for
 from allocator.core.costs import Bound, scaled, shown
 from allocator.core.errors import UserError, did_you_mean
-from allocator.core.files import check_file, check_place, fingerprint
+from allocator.core.files import check_file, check_place, fingerprint, whole_folder
 from allocator.core.front import figure, pareto_front
 from allocator.core.front import knee as find_knee
 from allocator.core.journal import Journal
@@ -24,6 +24,9 @@ from allocator.core.protocols import Outcome
 from allocator.core.space import Allocation, SearchSpace
 from allocator.evaluate.engine import Engine, EngineSpec, check_device
 from allocator.evaluate.latency import make_table
+from allocator.export.contract import Source
+from allocator.export.contract import check as check_target
+from allocator.export.targets import TARGETS
 from allocator.job import ladders_id, read_model, read_texts, read_tokens, text_fingerprint, versions
 from allocator.model.checkpoint import count_params
 from allocator.model.family import Attention, Layout, build_space, find_family, resolve_layout
@@ -363,14 +366,7 @@ def prune(
         raise UserError(f"{out}: exists already. Name another folder with --out, or remove it")
     check_place(out, "Name another folder with --out")
     files = read_model_files(locate(model))
-    if files.fingerprint != plan.model["fingerprint"]:
-        raise UserError(
-            f"plan: made for {plan.model['id']} ({plan.model['fingerprint'][:19]}...), and {files.folder} is another "
-            f"model ({files.fingerprint[:19]}...). Name the plan's model with --model"
-        )
-    heads = any(unit.kind == "query_heads" for unit in plan.space.units)
-    layout = _layout(files, family, "query_heads" if heads else "kv_groups")
-    _check_units(plan, layout, files)
+    layout = _layout_of(plan, files, family)
     if missing := sorted(_PRUNER_KEYS - plan.pruner.keys()):
         raise UserError(
             f"plan: its pruner does not say {', '.join(missing)}, so that its weights cannot be made here. "
@@ -420,6 +416,49 @@ def prune(
     return save_pruned(plan.allocation, files, layout, plan.space, compact.__getitem__, out)
 
 
+def export(
+    source: Path | str,
+    to: str,
+    out: Path | str,
+    *,
+    model: str | Path,
+    checkpoint: Path | str | None = None,
+    family: Path | str | None = None,
+) -> list[str]:
+    """Hand a plan to another tool: write what it reads, and how to verify what it made.
+
+    Args:
+        source: A plan's file, or the folder of a run.
+        to: A target; :data:`allocator.export.targets.TARGETS` has them all.
+        out: A folder that does not exist yet.
+        model: The dense model that the plan was made for.
+        checkpoint: The executed plan, for targets that carry weights. None for ``checkpoint`` beside the plan.
+        family: The family file that the plan was made with; None for those shipped.
+
+    Returns:
+        What the target could not take over exactly, and how to go on, in lines.
+
+    Raises:
+        UserError: There is no such target, it cannot express the plan, or ``out`` exists.
+    """
+    source, out = Path(source), Path(out)
+    if to not in TARGETS:
+        raise UserError(f"--to: unknown target {to!r}{did_you_mean(to, TARGETS)}")
+    if out.exists():
+        raise UserError(f"{out}: exists already. Name another folder with --out, or remove it")
+    folder = source if source.is_dir() else source.parent
+    plan = Plan.load(source / "plan.json" if source.is_dir() else source)
+    files = read_model_files(locate(model))
+    layout = _layout_of(plan, files, family)
+    beside = folder / "checkpoint"
+    there = Path(checkpoint) if checkpoint is not None else beside if beside.is_dir() else None
+    run = folder if (folder / "journal.jsonl").exists() else None
+    target, handed = TARGETS[to], Source(plan, files, layout, run, there)
+    check_target(target, handed)
+    with whole_folder(out) as partial:
+        return target.write(handed, partial)
+
+
 def evaluate(
     checkpoint: Path | str,
     *,
@@ -464,6 +503,19 @@ def evaluate(
 def _layout(files: ModelFiles, family: Path | str | None, attention: Attention = "kv_groups") -> Layout:
     file = None if family is None else Path(family)
     return resolve_layout(find_family(str(files.config.get("model_type")), file), files, attention)
+
+
+def _layout_of(plan: Plan, files: ModelFiles, family: Path | str | None) -> Layout:
+    """Return where a plan's units are in the model that it was made for."""
+    if files.fingerprint != plan.model["fingerprint"]:
+        raise UserError(
+            f"plan: made for {plan.model['id']} ({plan.model['fingerprint'][:19]}...), and {files.folder} is another "
+            f"model ({files.fingerprint[:19]}...). Name the plan's model with --model"
+        )
+    heads = any(unit.kind == "query_heads" for unit in plan.space.units)
+    layout = _layout(files, family, "query_heads" if heads else "kv_groups")
+    _check_units(plan, layout, files)
+    return layout
 
 
 def _check_units(plan: Plan, layout: Layout, files: ModelFiles) -> None:

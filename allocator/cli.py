@@ -385,6 +385,41 @@ def prune(
 
 
 @app.command()
+def export(
+    source: Annotated[Path | None, typer.Argument(help="plan.json, or the folder of a run.")] = None,
+    to: Annotated[str | None, typer.Option(help="What for; --list tells.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write; must not exist.")] = None,
+    list_: Annotated[bool, typer.Option("--list", help="List what plans can be handed to.")] = False,
+    model: Model = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="The executed plan, where weights are asked for. [default: beside the plan]")
+    ] = None,
+    family: Family = None,
+    json_: Json = False,
+) -> None:
+    """Hand a plan to another tool, with a command that compares what it made with the plan."""
+    from allocator import api
+    from allocator.export.targets import TARGETS
+    from allocator.model.headers import PACKAGED
+
+    if list_:
+        if json_:
+            _emit({t.name: {"writes": t.writes, "patterns": [*t.patterns]} for t in TARGETS.values()})
+            return
+        from allocator.report.tables import targets_table
+
+        _print(targets_table([(t.name, t.writes, t.patterns) for t in TARGETS.values()]))
+        return
+    if source is None or to is None or out is None:
+        raise UserError("export: name a plan, --to TARGET and --out FOLDER; 'allocator export --list' has the targets")
+    lines = api.export(source, to, out, model=model or PACKAGED, checkpoint=checkpoint, family=family)
+    if json_:
+        _emit({"folder": str(out), "target": to, "notes": lines})
+        return
+    _print("\n".join([f"{out}: for {to}", *lines]))
+
+
+@app.command()
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a checkpoint.")],
     model: Model = None,

@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +50,27 @@ def write_atomic(path: Path, data: str | bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON atomically; keys keep their order."""
     write_atomic(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """Yield a new folder beside ``out``, which becomes it when the body ends and is removed when it fails.
+
+    Raises:
+        UserError: There is something at ``out``, or no folder can be made there.
+    """
+    if out.exists() or out.is_symlink():
+        raise UserError(f"{out}: exists already. Name another folder with --out, or remove it")
+    check_place(out, "Name another folder with --out")
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def check_file(path: Path, flag: str) -> None:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from allocator.core.errors import UserError
-from allocator.core.files import write_json
+from allocator.core.files import whole_folder, write_json
 from allocator.core.space import SearchSpace
 from allocator.model.family import Layout
 from allocator.model.headers import INDEX, ModelFiles, read_model_files
@@ -61,11 +61,17 @@ def write_checkpoint(files: ModelFiles, layout: Layout, replace: Callable[[str],
     Raises:
         UserError: There is such a folder, or the disk is full, or fails.
     """
-    if out.exists():
-        raise UserError(f"{out}: exists already. Name another folder, or remove it")
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    with whole_folder(out) as partial:
+        try:
+            _write(files, layout, replace, partial)
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{out}: the checkpoint cannot be written ({error}). Free some space: a search goes on with --resume, "
+                "and a plan may be executed to another disk"
+            ) from None
+
+
+def _write(files: ModelFiles, layout: Layout, replace: Callable[[str], Replacements], folder: Path) -> None:
     owners = {f"{site.name}.": site.name for site in layout.sites}
     shapes: dict[str, list[int]] = {}
     gone: set[str] = set()
@@ -92,18 +98,11 @@ def write_checkpoint(files: ModelFiles, layout: Layout, replace: Callable[[str],
                     if bias not in files.shapes and (gained := cached[1].get(bias)) is not None:
                         tensors[bias] = gained.to(tensors[name].dtype).contiguous()
                         weight_map[bias] = shard
-        try:
-            save_file(tensors, partial / shard, metadata={"format": "pt"})
-        except (SafetensorError, OSError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise UserError(
-                f"{out}: the checkpoint cannot be written ({error}). Free some space: a search goes on with --resume, "
-                "and a plan may be executed to another disk"
-            ) from None
+        save_file(tensors, folder / shard, metadata={"format": "pt"})
     removed = {site.name: site.part for site in layout.sites if f"{site.output}.weight" in gone}
     if (files.folder / INDEX).exists():
-        sizes = sum((partial / shard).stat().st_size for shard in set(weight_map.values()))
-        write_json(partial / INDEX, {"metadata": {"total_size": sizes}, "weight_map": weight_map})
+        sizes = sum((folder / shard).stat().st_size for shard in set(weight_map.values()))
+        write_json(folder / INDEX, {"metadata": {"total_size": sizes}, "weight_map": weight_map})
     config = dict(files.config)
     if shapes or removed:
         biases = sorted(name.removesuffix(".bias") for name in weight_map.keys() - files.shapes.keys())
@@ -118,12 +117,11 @@ def write_checkpoint(files: ModelFiles, layout: Layout, replace: Callable[[str],
         code = (resources.files("allocator.model") / "modeling_pruned.py").read_text(encoding="utf-8")
         assert _TEMPLATE_IMPORT in code
         line = f"from transformers import {files.architecture} as Dense"
-        (partial / "modeling_pruned.py").write_text(code.replace(_TEMPLATE_IMPORT, line), encoding="utf-8")
-    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (folder / "modeling_pruned.py").write_text(code.replace(_TEMPLATE_IMPORT, line), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for pattern in _COPIED:
         for path in files.folder.glob(pattern):
-            shutil.copy(path, partial / path.name)
-    partial.rename(out)
+            shutil.copy(path, folder / path.name)
 
 
 def count_params(folder: Path, space: SearchSpace) -> int:

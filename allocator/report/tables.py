@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -252,6 +252,17 @@ def space_table(space: SearchSpace) -> Table:
     table.add_section()
     table.add_row("embeddings, norms, head", "fixed", "", "", count(space.fixed["params"]))
     table.add_row("whole model", "", "", "", count(space.cost(space.dense)), style="bold")
+    return table
+
+
+def targets_table(targets: Iterable[tuple[str, str, Collection[str]]]) -> Table:
+    """Return a line per target of exports: its name, what is written, and the patterns it can express."""
+    table = _table("what plans can be handed to")
+    table.add_column("target", no_wrap=True)
+    table.add_column("what is written")
+    table.add_column("patterns")
+    for name, writes, patterns in targets:
+        table.add_row(name, writes, ", ".join(patterns))
     return table
 
 

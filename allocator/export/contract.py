@@ -1,0 +1,131 @@
+"""What every export keeps to.
+
+It refuses before any work what its target cannot express, writes a folder that is whole or absent, says what was lost,
+and leaves a command that compares what another tool made with the plan, matrix by matrix.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any, ClassVar
+
+from allocator.core.errors import UserError
+from allocator.core.files import write_json
+from allocator.core.plan import Plan
+from allocator.export.matrices import Matrix, matrices
+from allocator.model.family import Layout
+from allocator.model.headers import ModelFiles
+
+PLANNED = "planned.json"
+VERIFY = "verify.py"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is handed over.
+
+    Attributes:
+        plan: The plan.
+        files: The dense model; its headers are enough.
+        layout: Where the plan's units are in it.
+        run: The run that the plan came from, for targets that show a search; None for a plan alone.
+        checkpoint: The executed plan, for targets that carry weights; None where it is not at hand.
+    """
+
+    plan: Plan
+    files: ModelFiles
+    layout: Layout
+    run: Path | None = None
+    checkpoint: Path | None = None
+
+    @cached_property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """What the plan keeps of every matrix of its units."""
+        return matrices(self.plan, self.files, self.layout)
+
+
+class Target(ABC):
+    """A tool that plans are handed to.
+
+    Attributes:
+        name: What ``--to`` takes.
+        writes: What is written, in a line.
+        patterns: Of plans that it can express.
+    """
+
+    name: ClassVar[str]
+    writes: ClassVar[str]
+    patterns: ClassVar[tuple[str, ...]]
+
+    def check(self, source: Source) -> None:  # noqa: B027
+        """Check what the plan's pattern does not tell.
+
+        Raises:
+            UserError: The target cannot express this plan.
+        """
+
+    @abstractmethod
+    def write(self, source: Source, folder: Path) -> list[str]:
+        """Write into a folder that is there and empty; return what was lost, and how to go on, in lines for a user."""
+
+
+def check(target: Target, source: Source) -> None:
+    """Raise a :class:`UserError` unless a target can express a plan."""
+    pattern = source.plan.space.pattern
+    if pattern not in target.patterns:
+        raise UserError(
+            f"export: {target.name} cannot express {pattern} plans, only {' and '.join(target.patterns)} ones. "
+            f"See 'allocator export --list' for one that can"
+        )
+    target.check(source)
+
+
+def write_verify(
+    folder: Path, source: Source, *, tolerance: float = 0.0, shapes: Sequence[tuple[str, Any]] | None = None
+) -> str:
+    """Leave what compares a checkpoint with the plan, matrix by matrix, and return the command for a user.
+
+    The script needs torch and safetensors, and nothing of this package. It reads what is planned from a file beside it.
+
+    Args:
+        folder: Where to.
+        source: What is handed over.
+        tolerance: Share of a matrix by which its zeros may differ, for tools that round.
+        shapes: (module, shape) of matrices that are stored in another shape than the plan's, as padded ones are;
+            what the plan takes is zero in them.
+    """
+    stored = dict(shapes or ())
+    modules = {}
+    for matrix in source.matrices:
+        shape = list(stored.get(matrix.module, matrix.kept_shape))
+        modules[matrix.module] = {
+            "shape": shape if all(shape) else None,
+            "zeros": max(0, shape[0] * shape[1] - matrix.kept),
+            "group": None if matrix.group is None else list(matrix.group),
+        }
+    write_json(folder / PLANNED, {"tolerance": tolerance, "modules": modules})
+    copy_script(VERIFY, folder)
+    return f"python {VERIFY} CHECKPOINT"
+
+
+def copy_script(name: str, folder: Path) -> None:
+    """Copy a script of this package that runs without it."""
+    with resources.as_file(resources.files("allocator.export") / "scripts" / name) as path:
+        shutil.copyfile(path, folder / name)
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Write lines of text."""
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def command(*words: object) -> str:
+    """Return a command line for a user to copy."""
+    return shlex.join(map(str, words))

@@ -1,0 +1,95 @@
+"""What a plan keeps of every weight matrix, which is what other tools ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from allocator.core.plan import Plan
+from allocator.core.space import Unit
+from allocator.model.family import Layout, Site
+from allocator.model.headers import ModelFiles
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """One matrix of a unit, and what a plan keeps of it.
+
+    Attributes:
+        module: Its module's name.
+        unit: The plan's unit that decides.
+        part: ``attention`` or ``mlp``.
+        block: Index of the block.
+        shape: Rows and columns in the dense model.
+        kept_shape: Rows and columns that stay; (0, 0) where its unit is gone. Masks leave the dense shape.
+        kept: Weights that stay.
+        group: (n, m) where of every m consecutive weights of a row n stay, by an N:M plan; else None.
+    """
+
+    module: str
+    unit: str
+    part: str
+    block: int
+    shape: tuple[int, int]
+    kept_shape: tuple[int, int]
+    kept: int
+    group: tuple[int, int] | None = None
+
+    @property
+    def size(self) -> int:
+        """Weights in the dense model."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def sparsity(self) -> float:
+        """Share of its weights that goes, in [0, 1]."""
+        return 1.0 - self.kept / self.size
+
+    @property
+    def zeros(self) -> int:
+        """Weights of the executed matrix that are masked."""
+        return self.kept_shape[0] * self.kept_shape[1] - self.kept
+
+
+def matrices(plan: Plan, files: ModelFiles, layout: Layout) -> tuple[Matrix, ...]:
+    """Return the matrices of all units, in the order of blocks, and in a block of the family's file.
+
+    Args:
+        plan: A plan for the model.
+        files: The dense model.
+        layout: Where the plan's units are in it.
+    """
+    levels = {unit.name: (unit, level) for unit, level in zip(plan.space.units, plan.allocation, strict=True)}
+    return tuple(matrix for site in layout.sites for matrix in _of_site(site, levels, files))
+
+
+def _of_site(site: Site, levels: dict[str, tuple[Unit, int]], files: ModelFiles) -> Iterator[Matrix]:
+    def shape(module: str) -> tuple[int, int]:
+        rows, columns = files.shapes[f"{module}.weight"]
+        return rows, columns
+
+    if site.name not in levels:
+        for module in site.modules:
+            unit, level = levels[module]
+            kept, size = unit.kept[level], unit.total
+            group = unit.group and level and (kept * unit.group // size, unit.group)
+            yield Matrix(module, module, site.part, site.block, shape(module), shape(module), kept, group or None)
+        return
+    unit, level = levels[site.name]
+    items, inputs = unit.kept[level], dict(site.inputs)
+    for module in _modules(site, files):
+        rows, columns = shape(module)
+        if items == 0:
+            left = (0, 0)
+        elif module == site.output:
+            left = (rows, site.width * items)
+        else:
+            left = (inputs[module] * items if module in inputs else rows, columns)
+        yield Matrix(module, site.name, site.part, site.block, (rows, columns), left, left[0] * left[1])
+
+
+def _modules(site: Site, files: ModelFiles) -> list[str]:
+    """Return the matrices of a sub-block, also those that stay as long as anything does (key and value of heads)."""
+    names = (name.removesuffix(".weight") for name, shape in files.shapes.items() if len(shape) == 2)
+    staying = [name for name in names if name.startswith(f"{site.name}.") and name not in site.modules]
+    return [*site.modules[:-1], *sorted(staying), site.output]

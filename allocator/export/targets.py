@@ -1,0 +1,8 @@
+"""All targets, by the name that ``--to`` takes."""
+
+from __future__ import annotations
+
+from allocator.export.contract import Target
+from allocator.export.ratios import Ratios
+
+TARGETS: dict[str, Target] = {target.name: target for target in (Ratios(),)}

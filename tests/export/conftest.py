@@ -1,0 +1,122 @@
+"""Executed plans of every pattern, made without a search, and the environments of other tools."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from allocator import api
+from allocator.config import load_config
+from allocator.core.plan import Plan
+from allocator.export.contract import Source
+from allocator.job import prepare
+from allocator.model.family import Layout
+from allocator.model.headers import ModelFiles
+
+ENVIRONMENTS = Path(__file__).parents[2] / ".consumers"
+
+
+@pytest.fixture(scope="session")
+def consumer() -> Callable[..., str]:
+    """Runs a command of another tool's environment in a folder: ``consumer("torch", folder, "python", "apply.py")``."""
+
+    def run(name: str, folder: Path, program: str, *arguments: object) -> str:
+        programs = ENVIRONMENTS / name / "bin"
+        assert programs.is_dir(), f"{programs} is missing: run 'make test-consumers'"
+        command = [programs / program, *map(str, arguments)]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        return done.stdout
+
+    return run
+
+
+@dataclass(frozen=True)
+class Executed:
+    """A plan in a folder, with its checkpoint beside it.
+
+    Attributes:
+        model: The dense model.
+        folder: Holds ``plan.json`` and ``checkpoint``.
+    """
+
+    model: Path
+    folder: Path
+    files: ModelFiles
+    layout: Layout
+
+    @property
+    def plan(self) -> Plan:
+        return Plan.load(self.folder / "plan.json")
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoint"
+
+    @property
+    def source(self) -> Source:
+        return Source(self.plan, self.files, self.layout, None, self.checkpoint)
+
+
+@pytest.fixture(scope="session")
+def execute(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> Callable[..., Executed]:
+    """Executes an uneven plan: ``execute(model, "structured", ["ladder.attention=query_heads"], sparse=1)``.
+
+    Unit i is at level i modulo the length of its ladder, from ``first`` on, so that every level comes up.
+    """
+
+    def make(model: Path, pattern: str, assignments: list[str] | None = None, first: int = 0) -> Executed:
+        flags = {"model": str(model), "text": text_folder, "pattern": pattern, "workers": 0}
+        sizes = "tokens.sequence_length=64 tokens.calibration=1024 tokens.selection=64 tokens.test=64"
+        config = load_config(None, flags, [*sizes.split(), "search.tokens=[64]", *(assignments or ())])
+        job = prepare(config)
+        levels = tuple((first + i) % unit.num_levels for i, unit in enumerate(job.space.units))
+        folder = tmp_path_factory.mktemp("executed")
+        plan = Plan(
+            model=job.model_id,
+            space=job.space,
+            allocation=levels,
+            budget=type(job.budget)(params=job.space.cost(levels)),
+            pruner=job.pruner_id,
+            measured={},
+            provenance={"run": job.model_id["fingerprint"], "searcher": "by hand", "seed": 0, "versions": {}},
+        )
+        plan.save(folder / "plan.json")
+        api.prune(plan, folder / "checkpoint", model=model, text=text_folder)
+        return Executed(model, folder, job.files, job.layout)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def structured(execute: Callable[..., Executed], tiny_model: Path) -> Executed:
+    """Channels and KV groups, some sub-blocks gone."""
+    return execute(tiny_model, "structured")
+
+
+@pytest.fixture(scope="session")
+def query_heads(execute: Callable[..., Executed], tiny_model: Path) -> Executed:
+    """Channels and query heads."""
+    return execute(tiny_model, "structured", ["ladder.attention=query_heads"], first=1)
+
+
+@pytest.fixture(scope="session")
+def unstructured(execute: Callable[..., Executed], tiny_model: Path) -> Executed:
+    """Single weights, from dense to four fifths."""
+    return execute(tiny_model, "unstructured")
+
+
+@pytest.fixture(scope="session")
+def n_m(execute: Callable[..., Executed], tiny_model: Path) -> Executed:
+    """Matrices that are dense, 2:4 or 1:4."""
+    return execute(tiny_model, "n:m")
+
+
+@pytest.fixture(scope="session")
+def by_pattern(structured: Executed, unstructured: Executed, n_m: Executed) -> dict[str, Executed]:
+    """One plan of each pattern."""
+    return {"structured": structured, "unstructured": unstructured, "n:m": n_m}

@@ -1,0 +1,140 @@
+"""Every target keeps the contract: it refuses what it cannot express, and what it leaves can be verified."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from allocator import api
+from allocator.core.errors import UserError
+from allocator.export.contract import PLANNED, VERIFY, Target, check, write_verify
+from allocator.export.matrices import matrices
+from allocator.export.targets import TARGETS
+
+PATTERNS = ("structured", "unstructured", "n:m")
+
+
+def verify(folder: Path, checkpoint: Path) -> tuple[int, dict[str, str]]:
+    """Return the exit code of the command that an export left, and what it says is wrong."""
+    done = subprocess.run(
+        [sys.executable, folder / VERIFY, checkpoint, "--json"], capture_output=True, text=True, cwd="/"
+    )
+    assert done.stdout, done.stderr
+    return done.returncode, json.loads(done.stdout)["wrong"]
+
+
+def expresses(target: Target, executed: Any) -> bool:
+    try:
+        check(target, executed.source)
+    except UserError:
+        return False
+    return True
+
+
+@pytest.fixture(params=TARGETS.values(), ids=TARGETS)
+def target(request: pytest.FixtureRequest) -> Target:
+    return request.param
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_plan_is_written_or_refused_before_any_work(
+    target: Target, pattern: str, by_pattern: dict[str, Any], tmp_path: Path
+) -> None:
+    executed, out = by_pattern[pattern], tmp_path / "out"
+    if not expresses(target, executed):
+        with pytest.raises(UserError, match=r"^[^\n]+$"):
+            api.export(executed.folder, target.name, out, model=executed.model)
+        assert not list(tmp_path.iterdir())
+        return
+    lines = api.export(executed.folder, target.name, out, model=executed.model)
+    assert list(tmp_path.iterdir()) == [out]
+    assert list(out.iterdir())
+    assert all(isinstance(line, str) for line in lines)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_what_is_written_is_the_same_again(
+    target: Target, pattern: str, by_pattern: dict[str, Any], tmp_path: Path
+) -> None:
+    executed = by_pattern[pattern]
+    if not expresses(target, executed):
+        pytest.skip("cannot be expressed")
+    written = []
+    for name in ("one", "two"):
+        api.export(executed.folder, target.name, tmp_path / name, model=executed.model)
+        paths = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
+        written.append([(path.relative_to(tmp_path / name), path.read_bytes()) for path in paths])
+    assert written[0] == written[1]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_an_executed_plan_is_as_planned(pattern: str, by_pattern: dict[str, Any], tmp_path: Path) -> None:
+    executed = by_pattern[pattern]
+    write_verify(tmp_path, executed.source)
+    assert verify(tmp_path, executed.checkpoint) == (0, {})
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_the_dense_model_is_not(pattern: str, by_pattern: dict[str, Any], tmp_path: Path) -> None:
+    executed = by_pattern[pattern]
+    write_verify(tmp_path, executed.source)
+    code, wrong = verify(tmp_path, executed.model)
+    assert code == 1
+    assert wrong.keys() == {m.module for m in executed.source.matrices if m.kept < m.size}
+
+
+def test_zeros_that_are_in_the_wrong_groups_are_seen(n_m: Any, tmp_path: Path) -> None:
+    write_verify(tmp_path, n_m.source)
+    tensors = load_file(n_m.checkpoint / "model.safetensors")
+    odd = next(m for m in n_m.source.matrices if m.group)
+    weight = torch.ones(odd.shape)
+    weight.view(-1)[: odd.zeros] = 0
+    save_file(tensors | {f"{odd.module}.weight": weight}, tmp_path / "model.safetensors")
+    code, wrong = verify(tmp_path, tmp_path)
+    assert (code, [*wrong]) == (1, [odd.module])
+    assert "keeps 4 of 4" in wrong[odd.module]
+
+
+def test_a_sub_block_that_is_gone_must_be_gone(structured: Any, tmp_path: Path) -> None:
+    write_verify(tmp_path, structured.source)
+    gone = next(m for m in structured.source.matrices if not m.kept)
+    assert json.loads((tmp_path / PLANNED).read_text())["modules"][gone.module]["shape"] is None
+    tensors = load_file(structured.checkpoint / "model.safetensors")
+    save_file(tensors | {f"{gone.module}.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    assert verify(tmp_path, tmp_path) == (1, {gone.module: "is there, and should be gone"})
+
+
+@pytest.mark.parametrize("name", ["structured", "query_heads", "unstructured", "n_m"])
+def test_matrices_add_up_to_the_plan(name: str, request: pytest.FixtureRequest) -> None:
+    executed: Any = request.getfixturevalue(name)
+    plan, found = executed.plan, matrices(executed.plan, executed.files, executed.layout)
+    units = {unit.name: (unit, level) for unit, level in zip(plan.space.units, plan.allocation, strict=True)}
+    assert [*dict.fromkeys(m.unit for m in found)] == [*units]
+    shapes = {name.removesuffix(".weight"): shape for name, shape in executed.files.shapes.items() if len(shape) == 2}
+    assert {m.module: m.shape for m in found}.items() <= shapes.items()
+    for unit, level in units.values():
+        own = [m for m in found if m.unit == unit.name]
+        assert sum(m.kept for m in own) == unit.params[level] - (unit.params[0] - sum(m.size for m in own)) * bool(
+            unit.params[level]
+        )
+
+
+def test_bad_input_changes_nothing(unstructured: Any, tiny_qwen2: Path, tmp_path: Path) -> None:
+    folder, model = unstructured.folder, unstructured.model
+    with pytest.raises(UserError, match="unknown target 'ratio'; did you mean 'ratios'"):
+        api.export(folder, "ratio", tmp_path / "out", model=model)
+    with pytest.raises(UserError, match="is another model"):
+        api.export(folder, "ratios", tmp_path / "out", model=tiny_qwen2)
+    with pytest.raises(UserError, match="no such plan"):
+        api.export(tmp_path, "ratios", tmp_path / "out", model=model)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="exists already"):
+        api.export(folder, "ratios", tmp_path, model=model)
+    assert not list(tmp_path.iterdir())
