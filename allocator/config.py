@@ -443,6 +443,8 @@ def _explain(error: ValidationError) -> str:
     where = ".".join(location) or "top level"
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known: Any = RunConfig().model_dump()
+        if location[-1] in known:
+            return f"unknown key {where!r}; {location[-1]!r} is a key of the top level"
         for part in location[:-1]:
             known = known[part]
         return f"unknown key {where!r}{did_you_mean(location[-1], known)}"

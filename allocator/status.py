@@ -24,6 +24,11 @@ def read_status(run: Path) -> dict[str, Any]:
         UserError: There is no status, or it cannot be read.
     """
     path = run / NAME
+    if not run.exists():
+        raise UserError(
+            f"{run}: no such run. A job makes it once it has started, within a minute or so of 'allocator submit'; "
+            "'ray job list' has the jobs, and 'ray job logs' what they say"
+        )
     if not path.is_file() and (run / "journal.jsonl").is_file():
         raise UserError(f"{path}: no such file. The run is from before there was one; see 'allocator front {run}'")
     status = read_json(path, "status of a run")

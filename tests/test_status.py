@@ -202,6 +202,8 @@ def test_damaged(tmp_path: Path, content: str, message: str) -> None:
 
 
 def test_no_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no such run\. A job makes it once it has started"):
+        read_status(tmp_path / "submitted")
     with pytest.raises(UserError, match="no such status of a run"):
         read_status(tmp_path)
     (tmp_path / "journal.jsonl").write_text("")

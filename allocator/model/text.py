@@ -153,7 +153,8 @@ def pack(
     if len(tokens) < needed:
         raise UserError(
             f"text: {num_sequences} sequences of {sequence_length} tokens need {needed} tokens, "
-            f"the documents hold {len(tokens)}; give more text, or ask for fewer or shorter sequences"
+            f"the documents hold {len(tokens)}; give more text, or ask for fewer, with "
+            "--set tokens.calibration=N (or selection, or test), or, for the search split, its method's tokens"
         )
     return np.asarray(tokens[:needed], dtype=np.int64).reshape(num_sequences, sequence_length)
 

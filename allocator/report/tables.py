@@ -214,7 +214,8 @@ def status_lines(status: Mapping[str, Any]) -> str:
     }
     total, left = status["total"], status.get("phase_left_s")
     phase = f"{status['phase']}, {status['done']} of {total}" if total else status["phase"]
-    measured = f"{status.get('evaluations', 0):,} allocations"
+    of_round = " in this round" if "/" in status["phase"] else ""  # as in "search 2/2"
+    measured = f"{_plural(status.get('evaluations', 0), 'allocation')}{of_round}"
     pace = status.get("evaluations_per_s")
     lines = {
         "state": states.get(state, f"{state} {age} ago"),
@@ -226,7 +227,7 @@ def status_lines(status: Mapping[str, Any]) -> str:
         else f"{phase}, about {_duration(left)} left",
         "measured": measured if pace is None or state != "running" else f"{measured}, {pace:.3g} per second",
         **{name: f"{value:.4f}" for name, value in status.get("reached", {}).items()},
-        "front": f"{status['front']} members" if "front" in status else "",
+        "front": _plural(status["front"], "member") if "front" in status else "",
         "workers": f"{status['workers']} alive" if status.get("workers") and state == "running" else "",
     }
     return "\n".join(f"{name:<11} {escape(text)}" for name, text in lines.items() if text)

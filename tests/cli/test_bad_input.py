@@ -371,6 +371,7 @@ def test_unknown_key_in_set(refused: Refused, search_args: Args, key: str, near:
 
 
 def test_unknown_key_in_run_file(refused: Refused, here: Path) -> None:
+    assert "'seed' is a key of the top level" in refused("search", "--set", "search.seed=7")
     (here / "run.yaml").write_text("modell: x\n")
     message = refused("search", "run.yaml")
     assert "run.yaml" in message
