@@ -156,7 +156,9 @@ def search(
     _print(result_table(result.summary))
     if "latency" in result.summary:
         _print(prediction_table(result.summary))
+    spent = result.summary["search"]
     _print(
+        f"search      {spent['evaluations']:,} allocations measured; {spent['ended']}\n"
         f"plan        {result.folder / 'plan.json'}\n"
         f"checkpoint  {result.checkpoint}\n"
         f"report      {result.folder / 'report.html'}\n"

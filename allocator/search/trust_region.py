@@ -73,7 +73,7 @@ def trust_region(memory: Memory, settings: TrustRegionSettings) -> Script:
             fidelity += 1
             if fidelity >= len(memory.tokens) - memory.gradients:  # curvatures are never measured on all tokens
                 return "no step of the trust region is better"
-    return f"all {settings.rounds} rounds are done"
+    return "all rounds are done"
 
 
 def probe(memory: Memory, tokens: int, count: int) -> Steps:
