@@ -173,15 +173,19 @@ def find_family(model_type: str, file: Path | None = None) -> Family:
         if model_type not in family.model_types:
             raise UserError(f"family: {file}: serves {family.model_types}, and the model is of type {model_type!r}")
         return family
+    families = served_types()
+    if model_type not in families:
+        raise UserError(
+            f"model: no family file serves the model type {model_type!r}; known: {', '.join(sorted(families))}. "
+            "Draft one with 'allocator inspect MODEL --suggest', and name it with --set family=FILE"
+        )
+    return families[model_type]
+
+
+def served_types() -> dict[str, Family]:
+    """Return the families that are shipped, by the model types that they serve."""
     families = [load_family(path) for path in sorted(families_folder().glob("*.yaml"))]
-    for family in families:
-        if model_type in family.model_types:
-            return family
-    known = sorted(name for family in families for name in family.model_types)
-    raise UserError(
-        f"model: no family file serves the model type {model_type!r}; known: {', '.join(known)}. "
-        f"Write one like {families_folder() / 'llama.yaml'} and name it with --set family=FILE"
-    )
+    return {model_type: family for family in families for model_type in family.model_types}
 
 
 def resolve_layout(family: Family, files: ModelFiles, attention: Attention = "kv_groups") -> Layout:
@@ -197,8 +201,7 @@ def resolve_layout(family: Family, files: ModelFiles, attention: Attention = "kv
             divide into items, or each KV group has but one query head to lose.
     """
     shapes = files.shapes
-    pattern = re.compile(re.escape(family.blocks).replace(r"\{block\}", r"(\d+)") + r"\.")
-    numbers = sorted({int(match[1]) for name in shapes if (match := pattern.match(name))})
+    numbers = block_numbers(files, family.blocks)
     if not numbers:
         raise UserError(f"family: blocks {family.blocks!r} matches no module of {files.architecture}")
     blocks = tuple(family.blocks.format(block=number) for number in numbers)
@@ -223,6 +226,12 @@ def resolve_layout(family: Family, files: ModelFiles, attention: Attention = "kv
                 "Name it in a unit, or list it under 'skip'"
             )
     return Layout(blocks, tuple(family.tail), sites)
+
+
+def block_numbers(files: ModelFiles, blocks: str) -> list[int]:
+    """Return the numbers of a model's blocks, in order."""
+    pattern = re.compile(re.escape(blocks).replace(r"\{block\}", r"(\d+)") + r"\.")
+    return sorted({int(match[1]) for name in files.shapes if (match := pattern.match(name))})
 
 
 def _outside(files: ModelFiles) -> list[str]:

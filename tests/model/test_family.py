@@ -11,7 +11,8 @@ from torch import nn
 from allocator.core.errors import UserError
 from allocator.core.space import SearchSpace
 from allocator.model.checkpoint import read_tensors
-from allocator.model.family import build_space, families_folder, find_family, load_family, resolve_layout
+from allocator.model.draft import Covered, coverage, draft
+from allocator.model.family import build_space, families_folder, find_family, load_family, resolve_layout, served_types
 from allocator.model.headers import ModelFiles, read_model_files
 from allocator.model.load import load_model
 from allocator.model.stream import StreamedWalker
@@ -335,3 +336,31 @@ def test_a_tail_that_the_model_lacks_is_named(make_model):
     family = find_family("llama").model_copy(update={"tail": ["model.nrom", "lm_head"]})
     with pytest.raises(UserError, match=r"tail names model\.nrom, .*did you mean 'model\.norm'"):
         resolve_layout(family, files)
+
+
+DRAFTED = {"gpt_neox": ("by_part", "by_group"), "falcon": ("by_part", "by_group")}
+
+
+@pytest.mark.parametrize("kind", served_types())
+def test_a_draft_finds_what_the_shipped_file_says(make_model, tmp_path, kind):
+    """All but what shapes do not tell: how rows of a fused matrix lie, and which attributes count heads."""
+    model = make_model(kind, **({"tie_word_embeddings": False} if kind in ("phi3", "gpt_neox") else {}))
+    files = read_model_files(model)
+    path = tmp_path / "family.yaml"
+    path.write_text(draft(files).replace(*DRAFTED.get(kind, ("", ""))))
+    drafted, shipped = load_family(path), find_family(kind)
+    assert (drafted.blocks, drafted.tail, set(drafted.skip)) == (shipped.blocks, shipped.tail, set(shipped.skip))
+    for part, unit in shipped.units.items():
+        assert drafted.units[part] == (unit.model_copy(update={"counts": []}) if part == "attention" else unit)
+    assert resolve_layout(drafted, files).blocks == resolve_layout(shipped, files).blocks
+
+
+def test_what_covers_each_matrix(tiny_model, family_with):
+    files = read_model_files(tiny_model)
+    found = {each.module: each for each in coverage(files, find_family("llama", family_with(skip=["lm_head"])))}
+    assert found["model.embed_tokens"] == Covered("model.embed_tokens", (128, 32), 1, None)
+    assert found["model.layers.{block}.mlp.down_proj"] == Covered(
+        "model.layers.{block}.mlp.down_proj", (32, 48), 3, "mlp"
+    )
+    assert {each.by for each in found.values()} == {"attention", "mlp", None}
+    assert {each.module for each in coverage(files, None)} == found.keys()
