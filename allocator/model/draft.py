@@ -71,7 +71,8 @@ def draft(files: ModelFiles) -> str:
         f'blocks: "{prefix}"',
         "units:",
     ]
-    for folder in dict.fromkeys(name.rpartition(".")[0] for name in own):
+    folders = dict.fromkeys(name.rpartition(".")[0] for name in own)
+    for folder in sorted(folders, key=lambda folder: "att" not in folder):  # in the order of the forward pass
         lines += _unit(folder, {n: s for n, s in own.items() if n.rpartition(".")[0] == folder})
     lines += [
         f"tail: [{', '.join([*norms[-1:], head])}]  # what follows the blocks; the head last",
@@ -86,7 +87,7 @@ def _unit(folder: str, own: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
     inputs = [name for name in own if name != output]
     if not inputs:
         yield f"  # {output} {list(own[output])}: a unit needs inputs too; add them, or list it under skip"
-    elif re.search(r"att", folder):
+    elif "att" in folder:
         found = [next((n for n in inputs if re.search(p, n.rpartition(".")[2])), inputs[0]) for p in _PARTS.values()]
         fused = len(set(found)) == 1
         yield "  attention:"

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+from allocator.core.errors import UserError
 from allocator.model.family import Layout
 
 SEQUENCES_PER_BATCH = 4
@@ -35,6 +36,7 @@ class BlockWalker:
         self._backbone = backbone
         self.blocks = [model.get_submodule(name) for name in layout.blocks]
         self._names = layout.blocks
+        self._tail = layout.tail
         self.tail = [model.get_submodule(name) for name in layout.tail[:-1]]
         self._arguments: dict[tuple[int, ...], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
 
@@ -167,6 +169,21 @@ class BlockWalker:
             return root.get_submodule(name.removeprefix(f"{self._names[index]}."))
         except AttributeError:
             return None
+
+    @torch.no_grad()
+    def check(self, tokens_bt: torch.Tensor) -> None:
+        """Check that block by block the model computes what it computes as a whole.
+
+        Raises:
+            UserError: It does not, so that blocks or tail of its family are not all there is.
+        """
+        walked = self.logits(self.run_all(self.embed(tokens_bt))).float()
+        whole = self.model(tokens_bt, use_cache=False).logits.float()
+        if not torch.allclose(walked, whole, rtol=0.05, atol=0.05 * float(whole.abs().max())):
+            raise UserError(
+                f"family: the blocks and the tail {self._tail} are not what {type(self.model).__name__} computes. "
+                "Name in 'tail' all modules that follow the blocks, in order"
+            )
 
     def logits(self, hidden_nd: torch.Tensor) -> torch.Tensor:
         """Return logits for the output of the last block, of any leading shape. Gradients are as in :meth:`run`.

@@ -364,3 +364,12 @@ def test_what_covers_each_matrix(tiny_model, family_with):
     )
     assert {each.by for each in found.values()} == {"attention", "mlp", None}
     assert {each.module for each in coverage(files, None)} == found.keys()
+
+
+def test_a_family_that_leaves_out_what_follows_the_blocks_is_refused(tiny_model):
+    files = read_model_files(tiny_model)
+    layout = resolve_layout(find_family("llama").model_copy(update={"tail": ["lm_head"]}), files)
+    with pytest.raises(
+        UserError, match=r"the tail \('lm_head',\) are not what LlamaForCausalLM computes. Name in 'tail'"
+    ):
+        BlockWalker(load_model(files), layout).check(torch.arange(16)[None])
