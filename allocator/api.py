@@ -29,7 +29,8 @@ from allocator.export.contract import check as check_target
 from allocator.export.targets import TARGETS
 from allocator.job import ladders_id, read_model, read_texts, read_tokens, text_fingerprint, versions
 from allocator.model.checkpoint import count_params
-from allocator.model.family import Attention, Layout, build_space, find_family, resolve_layout
+from allocator.model.draft import Covered, coverage, draft
+from allocator.model.family import Attention, Layout, build_space, find_family, resolve_layout, served_types
 from allocator.model.headers import ModelFiles, locate, read_model_files
 from allocator.progress import Reporter, Silent
 from allocator.prune.build import prune_on_dense_inputs, prune_on_pruned_inputs
@@ -187,6 +188,27 @@ def inspect(config: RunConfig) -> tuple[SearchSpace, dict[str, Any]]:
     }
     aligned = alignment(config, space, budget)
     return space, {**summary, **({"align": aligned} if aligned else {})}
+
+
+def explain(config: RunConfig) -> list[Covered]:
+    """Return every matrix of a model with what covers it in its family; in none, where no family serves the model.
+
+    Raises:
+        UserError: The model or the family file cannot be read.
+    """
+    files = read_model_files(locate(config.model))
+    kind = str(files.config.get("model_type"))
+    family = find_family(kind, config.family) if config.family is not None or kind in served_types() else None
+    return coverage(files, family)
+
+
+def suggest(config: RunConfig) -> str:
+    """Return a family file for a model, drafted from its names and shapes.
+
+    Raises:
+        UserError: The model cannot be read, or has no numbered blocks.
+    """
+    return draft(read_model_files(locate(config.model)))
 
 
 def latency(config: RunConfig, out: Path | str, repeats: int = 20, reporter: Reporter | None = None) -> LatencyTable:

@@ -57,15 +57,36 @@ def inspect(
     pattern: Pattern = None,
     target: Target = None,
     constraint: Constraints = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Show which unit covers each matrix, and which none.")
+    ] = False,
+    suggest: Annotated[
+        bool, typer.Option("--suggest", help="Draft a family file for a model that none serves.")
+    ] = False,
     set_: Sets = None,
     json_: Json = False,
 ) -> None:
     """Show a model's units, ladders and exact costs, from its headers alone."""
+    from dataclasses import asdict
+
     from allocator import api
     from allocator.config import load_config
 
     flags = {"model": model, "pattern": pattern, "target": target, "constraints": constraint or None}
-    space, summary = api.inspect(load_config(None, flags, set_ or ()))
+    config = load_config(None, flags, set_ or ())
+    if suggest:
+        print(api.suggest(config), end="")
+        return
+    if explain:
+        found = api.explain(config)
+        if json_:
+            _emit([asdict(each) for each in found])
+            return
+        from allocator.report.tables import coverage_table
+
+        _print(coverage_table([(each.module, each.shape, each.count, each.by) for each in found]))
+        return
+    space, summary = api.inspect(config)
     if json_:
         _emit(summary)
         return

@@ -22,12 +22,17 @@ from allocator.core.space import SearchSpace, Unit
 settings.register_profile("tests", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("tests")
 
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
+SHAPES = {
+    "gpt2": {"n_embd": 32, "n_inner": 48, "n_layer": 2, "n_head": 4, "n_positions": 1024},
+    "falcon": {
+        "new_decoder_architecture": True,
+        "num_kv_heads": 2,
+        "ffn_hidden_size": 48,
+        "num_ln_in_parallel_attn": 2,
+    },
 }
+"""What makes a model of some families tiny where they have names of their own for it."""
+
 VOCABULARY = 128
 NUM_FILES = 240
 WORDS = (
@@ -148,10 +153,13 @@ def make_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Call
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": None,
         }
+        if kind in SHAPES:
+            known = vars(transformers.AutoConfig.for_model(kind))
+            shape = {key: value for key, value in (shape | SHAPES[kind]).items() if key in known}
         config = transformers.AutoConfig.for_model(kind, **{**shape, **overrides})
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = getattr(transformers, ARCHITECTURES[kind])(config)
+            model = transformers.AutoModelForCausalLM.from_config(config)
             for name, parameter in model.named_parameters():
                 if name.endswith(".bias") or "norm" in name:
                     parameter.data += 0.2 * torch.randn_like(parameter)

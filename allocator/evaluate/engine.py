@@ -39,6 +39,9 @@ from allocator.prune.store import LevelStore, StoreBuilder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+_CHECKED = 16
+"""Tokens on which a model, taken apart into blocks, is compared with itself."""
+
 BOUNDARY_BYTES = 256 << 20
 """Memory for hidden states between blocks from which several allocations of a batch go on."""
 
@@ -118,6 +121,8 @@ class Engine:
         self._spec = spec
         self._tokens = {split: torch.from_numpy(np.array(ids, dtype=np.int64)) for split, ids in tokens.items()}
         self._walker = self._load(spec.files)
+        some = next(iter(self._tokens.values()))[:1, :_CHECKED]
+        self._walker.check(some.to(spec.device))
         self._switchboard: Switchboard | None = None
         if spec.store is not None:
             assembler = Assembler(spec.files, spec.layout, spec.space, spec.store, self._walker.model)

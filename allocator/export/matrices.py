@@ -76,7 +76,7 @@ def _of_site(site: Site, levels: dict[str, tuple[Unit, int]], files: ModelFiles)
             yield Matrix(module, module, site.part, site.block, shape(module), shape(module), kept, group or None)
         return
     unit, level = levels[site.name]
-    items, inputs = unit.kept[level], dict(site.inputs)
+    items, inputs = unit.kept[level], site.rows
     for module in _modules(site, files):
         rows, columns = shape(module)
         if items == 0:

@@ -46,7 +46,7 @@ def read_tensors(files: ModelFiles, names: list[str]) -> dict[str, torch.Tensor]
     for shard in sorted({files.shards[name] for name in names}):
         with safe_open(files.folder / shard, framework="pt") as file:
             tensors.update({name: file.get_tensor(name) for name in names if files.shards[name] == shard})
-    return tensors
+    return {name: tensor.T.contiguous() if name in files.transposed else tensor for name, tensor in tensors.items()}
 
 
 def write_checkpoint(files: ModelFiles, layout: Layout, replace: Callable[[str], Replacements], out: Path) -> None:
@@ -90,9 +90,10 @@ def _write(files: ModelFiles, layout: Layout, replace: Callable[[str], Replaceme
                 if tensor is None:
                     gone.add(name)
                     continue
-                tensors[name] = tensor.to(_dtype(files.dtypes[name])).contiguous()
+                turned = new is not ... and name in files.transposed
+                tensors[name] = (tensor.T if turned else tensor).to(_dtype(files.dtypes[name])).contiguous()
                 weight_map[name] = shard
-                if name.endswith(".weight") and tuple(tensor.shape) != files.shapes[name]:
+                if new is not ... and name.endswith(".weight") and tuple(tensor.shape) != files.shapes[name]:
                     shapes[name.removesuffix(".weight")] = list(tensor.shape)
                     bias = name.removesuffix("weight") + "bias"
                     if bias not in files.shapes and (gained := cached[1].get(bias)) is not None:
@@ -106,11 +107,17 @@ def _write(files: ModelFiles, layout: Layout, replace: Callable[[str], Replaceme
     config = dict(files.config)
     if shapes or removed:
         biases = sorted(name.removesuffix(".bias") for name in weight_map.keys() - files.shapes.keys())
+        counts = {
+            site.name: [list(site.counts), [shapes[site.output][1] // site.width, site.total]]
+            for site in layout.sites
+            if site.counts and site.output in shapes
+        }
         config["pruned"] = {
             "architecture": files.architecture,
             "shapes": shapes,
             "biases": biases,
             "removed": removed,
+            **({"counts": counts} if counts else {}),
         }
         config["architectures"] = ["PrunedForCausalLM"]
         config["auto_map"] = {"AutoModelForCausalLM": "modeling_pruned.PrunedForCausalLM"}

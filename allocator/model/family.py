@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from allocator.core.errors import UserError, did_you_mean
 from allocator.core.space import SearchSpace, Unit
@@ -28,13 +28,27 @@ class _Strict(BaseModel):
 
 
 class KvGroups(_Strict):
-    """Attention whose key/value heads are removed together with the query heads they serve."""
+    """Attention whose key/value heads are removed together with the query heads they serve.
+
+    Query, key and value may be one matrix. Its rows are all queries, then all keys, then all values (``by_part``), or
+    queries, keys and values of one group after the other (``by_group``).
+    """
 
     kind: Literal["kv_groups"]
     query: str
     key: str
     value: str
     output: str
+    fused: Literal["by_part", "by_group"] | None = None
+    counts: list[str] = []
+    """Attributes of the module that count heads, or what is proportional to heads; ``config.x`` is one of its own."""
+
+    @model_validator(mode="after")
+    def _check_fused(self) -> KvGroups:
+        matrices = len({self.query, self.key, self.value})
+        if matrices != (3 if self.fused is None else 1):
+            raise ValueError(f"query, key and value name {matrices} matrices, and fused is {self.fused or 'not set'}")
+        return self
 
     @property
     def inputs(self) -> list[str]:
@@ -43,7 +57,11 @@ class KvGroups(_Strict):
 
 
 class Channels(_Strict):
-    """A feed-forward network whose hidden channels are removed."""
+    """A feed-forward network whose hidden channels are removed.
+
+    A matrix that is named several times has that many runs of rows, each with one row for each channel, as where gates
+    and values are one matrix.
+    """
 
     kind: Literal["channels"]
     inputs: list[str] = Field(min_length=1)
@@ -61,14 +79,23 @@ class Family(_Strict):
     skip: list[str]
 
 
+class Rows(NamedTuple):
+    """Rows of a matrix that items own: item i has [start + i·rows, start + (i+1)·rows)."""
+
+    module: str
+    rows: int
+    start: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class Site:
     """A prunable sub-block of one block, with concrete module names.
 
-    It holds ``total`` items (channels, KV groups or query heads). Item i owns rows [i·r, (i+1)·r) of each input
-    module, where r is the module's rows per item, and columns [i·width, (i+1)·width) of the output module. Query
-    heads own no rows of key and value, which stay as long as any head does, and each run of ``group`` of them,
-    which share a KV group, loses the same number.
+    It holds ``total`` items (channels, KV groups or query heads). Item i owns rows of the input modules, as ``inputs``
+    says, and columns [i·width, (i+1)·width) of the output module. A matrix in which several parts are fused has as
+    many entries in ``inputs``, which cover it from the first row to the last. Query heads own no rows of key and value,
+    which stay as long as any head does, and each run of ``group`` of them, which share a KV group, loses the same
+    number. ``counts`` are attributes of the sub-block that are proportional to items.
     """
 
     name: str
@@ -76,15 +103,24 @@ class Site:
     part: str
     block: int
     total: int
-    inputs: tuple[tuple[str, int], ...]
+    inputs: tuple[Rows, ...]
     output: str
     width: int
     group: int | None = None
+    counts: tuple[str, ...] = ()
 
     @property
     def modules(self) -> tuple[str, ...]:
         """Its matrices, the output projection last."""
-        return (*(module for module, _ in self.inputs), self.output)
+        return (*self.rows, self.output)
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """Rows of each input module that one item owns."""
+        rows: dict[str, int] = {}
+        for own in self.inputs:
+            rows[own.module] = rows.get(own.module, 0) + own.rows
+        return rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +129,7 @@ class Layout:
 
     Attributes:
         blocks: Module names of the blocks, in order.
-        tail: Modules from the last block's output to the logits.
+        tail: Modules from the last block's output to the logits; the last is the head, as the checkpoint names it.
         sites: Prunable sub-blocks, in model order.
     """
 
@@ -137,15 +173,19 @@ def find_family(model_type: str, file: Path | None = None) -> Family:
         if model_type not in family.model_types:
             raise UserError(f"family: {file}: serves {family.model_types}, and the model is of type {model_type!r}")
         return family
+    families = served_types()
+    if model_type not in families:
+        raise UserError(
+            f"model: no family file serves the model type {model_type!r}; known: {', '.join(sorted(families))}. "
+            "Draft one with 'allocator inspect MODEL --suggest', and name it with --set family=FILE"
+        )
+    return families[model_type]
+
+
+def served_types() -> dict[str, Family]:
+    """Return the families that are shipped, by the model types that they serve."""
     families = [load_family(path) for path in sorted(families_folder().glob("*.yaml"))]
-    for family in families:
-        if model_type in family.model_types:
-            return family
-    known = sorted(name for family in families for name in family.model_types)
-    raise UserError(
-        f"model: no family file serves the model type {model_type!r}; known: {', '.join(known)}. "
-        f"Write one like {families_folder() / 'llama.yaml'} and name it with --set family=FILE"
-    )
+    return {model_type: family for family in families for model_type in family.model_types}
 
 
 def resolve_layout(family: Family, files: ModelFiles, attention: Attention = "kv_groups") -> Layout:
@@ -161,8 +201,7 @@ def resolve_layout(family: Family, files: ModelFiles, attention: Attention = "kv
             divide into items, or each KV group has but one query head to lose.
     """
     shapes = files.shapes
-    pattern = re.compile(re.escape(family.blocks).replace(r"\{block\}", r"(\d+)") + r"\.")
-    numbers = sorted({int(match[1]) for name in shapes if (match := pattern.match(name))})
+    numbers = block_numbers(files, family.blocks)
     if not numbers:
         raise UserError(f"family: blocks {family.blocks!r} matches no module of {files.architecture}")
     blocks = tuple(family.blocks.format(block=number) for number in numbers)
@@ -189,6 +228,12 @@ def resolve_layout(family: Family, files: ModelFiles, attention: Attention = "kv
     return Layout(blocks, tuple(family.tail), sites)
 
 
+def block_numbers(files: ModelFiles, blocks: str) -> list[int]:
+    """Return the numbers of a model's blocks, in order."""
+    pattern = re.compile(re.escape(blocks).replace(r"\{block\}", r"(\d+)") + r"\.")
+    return sorted({int(match[1]) for name in files.shapes if (match := pattern.match(name))})
+
+
 def _outside(files: ModelFiles) -> list[str]:
     """Return modules that lie in no numbered block."""
     return [name.removesuffix(".weight") for name in files.shapes if not re.search(r"\.\d+\.", name)]
@@ -202,14 +247,15 @@ def _site(
         if f"{module}.weight" not in files.shapes:
             near = ", ".join(sorted(n for n in files.shapes if n.startswith(f"{block}."))[:12])
             raise UserError(f"family: unit {part!r} names {module}, which {files.architecture} lacks. It has {near}")
-    rows = {module: files.shapes[f"{module}.weight"][0] for module in inputs}
     columns = files.shapes[f"{output}.weight"][1]
-    total = columns if isinstance(parts, Channels) else _num_groups(files)
+    rows = {module: files.shapes[f"{module}.weight"][0] for module in inputs}
+    total = columns if isinstance(parts, Channels) else _num_groups(parts, files, rows[inputs[0]], columns)
     name = os.path.commonpath([module.replace(".", "/") for module in (*inputs, output)]).replace("/", ".")
     if name in (block, ""):
         raise UserError(f"family: the modules of unit {part!r} share no sub-block of {block}, so it cannot be removed")
+    runs = {module: inputs.count(module) if isinstance(parts, Channels) else 1 for module in inputs}
     for module, size in {**rows, output: columns}.items():
-        if size % total:
+        if size % (total * runs.get(module, 1)):
             raise UserError(f"family: {module} has {size} rows or columns, which {total} {parts.kind} do not divide")
     site = Site(
         name=name,
@@ -217,23 +263,50 @@ def _site(
         part=part,
         block=index,
         total=total,
-        inputs=tuple((module, size // total) for module, size in rows.items()),
+        inputs=_rows(parts, inputs, rows, total, columns // total),
         output=output,
         width=columns // total,
+        counts=tuple(parts.counts) if isinstance(parts, KvGroups) else (),
     )
     return _heads(site, parts, files) if isinstance(parts, KvGroups) and attention == "query_heads" else site
 
 
+def _rows(
+    parts: KvGroups | Channels, inputs: Sequence[str], rows: Mapping[str, int], total: int, width: int
+) -> tuple[Rows, ...]:
+    """Return the rows of input modules that items own; an item of attention has as many queries as ``width``."""
+    if isinstance(parts, Channels):
+        run = {module: rows[module] // inputs.count(module) for module in inputs}
+        before = [inputs[:place].count(module) for place, module in enumerate(inputs)]
+        return tuple(
+            Rows(module, run[module] // total, run[module] * number)
+            for module, number in zip(inputs, before, strict=True)
+        )
+    if parts.fused is None:
+        return tuple(Rows(module, rows[module] // total) for module in inputs)
+    module = inputs[0]
+    each = rows[module] // total
+    if parts.fused == "by_group":
+        return (Rows(module, each),)
+    rest = (each - width) // 2
+    return Rows(module, width), Rows(module, rest, total * width), Rows(module, rest, total * (width + rest))
+
+
 def _heads(site: Site, parts: KvGroups, files: ModelFiles) -> Site:
     """Return the same attention with query heads for items."""
-    heads = int(files.config["num_attention_heads"])
+    if parts.fused is not None:
+        raise UserError(
+            f"ladder.attention: queries, keys and values of {files.architecture} are one matrix, so query heads cannot "
+            "go alone. Use --set ladder.attention=kv_groups"
+        )
+    heads = _num_heads(files)
     if heads == site.total:
         raise UserError(
             f"ladder.attention: {files.architecture} has one query head per KV group, so query heads cannot go alone. "
             "Use --set ladder.attention=kv_groups"
         )
     group, odd = divmod(heads, site.total)
-    query, rows = site.inputs[parts.inputs.index(parts.query)]
+    query, rows, _ = site.inputs[parts.inputs.index(parts.query)]
     if odd or rows % group or site.width % group:
         raise UserError(
             f"family: {query} and {site.output} have {rows} rows and {site.width} columns per KV group, "
@@ -243,7 +316,7 @@ def _heads(site: Site, parts: KvGroups, files: ModelFiles) -> Site:
         site,
         kind="query_heads",
         total=heads,
-        inputs=((query, rows // group),),
+        inputs=(Rows(query, rows // group),),
         width=site.width // group,
         group=group,
     )
@@ -290,7 +363,7 @@ def build_space(
                 for module, site in matrices
             ]
     total = sum(_size(shape) for shape in shapes.values())
-    tied = max((shape for shape in shapes.values() if len(shape) == 2), key=lambda shape: shape[0])
+    tied = (int(files.config["vocab_size"]), shapes[f"{layout.sites[0].output}.weight"][0])
     head = shapes.get(f"{layout.tail[-1]}.weight", tied)
     fixed = {"params": total - sum(unit.params[0] for unit in units), "macs": _size(head)}
     return SearchSpace(pattern, tuple(units), fixed)
@@ -303,9 +376,16 @@ def _size(shape: Sequence[int]) -> int:
     return size
 
 
-def _num_groups(files: ModelFiles) -> int:
+def _num_heads(files: ModelFiles) -> int:
+    return int(files.config.get("num_attention_heads") or files.config["n_head"])
+
+
+def _num_groups(parts: KvGroups, files: ModelFiles, rows: int, columns: int) -> int:
+    """Return the KV groups of attention, from the rows of its first input and the columns of its output projection."""
+    if parts.fused is not None:
+        return (rows - columns) * _num_heads(files) // (2 * columns)
     # models from before grouped queries name query heads alone
-    return int(files.config.get("num_key_value_heads") or files.config["num_attention_heads"])
+    return int(files.config.get("num_key_value_heads") or _num_heads(files))
 
 
 def _structured_unit(site: Site, files: ModelFiles, ladder: Sequence[float] | None, align: int, bias: bool) -> Unit:
@@ -317,8 +397,8 @@ def _structured_unit(site: Site, files: ModelFiles, ladder: Sequence[float] | No
     counts = {site.total, *(round(site.total * (1.0 - s) / unit_align) * unit_align for s in ladder)}
     kept = tuple(sorted((count for count in counts if count <= site.total), reverse=True))
     owned = {name: shape for name, shape in shapes.items() if name.startswith(f"{site.name}.")}
-    matrices = {f"{module}.weight" for module, _ in site.inputs} | {f"{site.output}.weight"}
-    biases = {f"{module}.bias" for module, _ in site.inputs} & set(owned)
+    matrices = {f"{module}.weight" for module in site.modules}
+    biases = {f"{module}.bias" for module in site.rows} & set(owned)
     per_item = sum(_size(owned[name]) // site.total for name in matrices)
     per_item_bias = sum(_size(owned[name]) // site.total for name in biases)
     whole = sum(_size(shape) for name, shape in owned.items() if name not in matrices | biases)

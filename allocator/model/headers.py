@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,9 @@ PACKAGED = "tiny-python-llama"
 """Name of the model inside the package, the default of every command."""
 
 INDEX = "model.safetensors.index.json"
+_CONV1D = ("gpt2", "openai-gpt")
+"""Model types whose blocks hold transformers' ``Conv1D`` in place of linear layers."""
+
 _WANTED = ("*.json", "*.safetensors", "tokenizer*", "*.txt", "*.jinja", "*.model")
 _REMEDY = "Give a local Hugging Face folder with config.json and *.safetensors"
 
@@ -34,6 +38,7 @@ class ModelFiles:
         shapes: Shape of every tensor by name; tied tensors once.
         shards: The file, inside ``folder``, of every tensor.
         dtypes: Safetensors data type (``BF16``, ``F32``, ...) of every tensor.
+        transposed: Matrices that lie in the files the other way, inputs first, and have their usual shape here.
     """
 
     folder: Path
@@ -41,6 +46,7 @@ class ModelFiles:
     shapes: Mapping[str, tuple[int, ...]]
     shards: Mapping[str, str]
     dtypes: Mapping[str, str]
+    transposed: frozenset[str] = frozenset()
 
     @property
     def architecture(self) -> str:
@@ -100,7 +106,7 @@ def read_model_files(folder: Path) -> ModelFiles:
         raise UserError(f"model: {folder / 'config.json'}: no such file. {_REMEDY}")
     config = read_json(folder / "config.json", "model configuration")
     architectures = config.get("architectures") or ["nothing"]
-    if not str(architectures[0]).endswith("ForCausalLM"):
+    if not str(architectures[0]).endswith(("ForCausalLM", "LMHeadModel")):
         raise UserError(
             f"model: {folder}/config.json names the architecture {architectures[0]!r}, which is not a causal "
             "language model. Give a model whose architecture ends in ForCausalLM"
@@ -129,4 +135,10 @@ def read_model_files(folder: Path) -> ModelFiles:
     if config.get("tie_word_embeddings") and "lm_head.weight" in shapes:
         for table in (shapes, shards, dtypes):
             del table["lm_head.weight"]
-    return ModelFiles(folder, config, shapes, shards, dtypes)
+    transposed = frozenset(
+        name
+        for name, shape in shapes.items()
+        if config.get("model_type") in _CONV1D and len(shape) == 2 and re.search(r"\.\d+\.", name)
+    )
+    shapes |= {name: shapes[name][::-1] for name in transposed}
+    return ModelFiles(folder, config, shapes, shards, dtypes, transposed)

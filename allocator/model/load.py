@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from allocator.core.errors import UserError
 from allocator.model import modeling_pruned
@@ -39,7 +40,19 @@ def load_model(files: ModelFiles, dtype: torch.dtype = torch.float32) -> nn.Modu
             f"model: {files.folder}: {len(missing)} tensors are missing, first {missing[0]}. Copy the model again"
         )
     loaded: nn.Module = model.eval().requires_grad_(False)
+    straighten(loaded)
     return loaded
+
+
+def straighten(model: nn.Module) -> None:
+    """Put ordinary linear layers in the places of those whose weights lie the other way, inputs first."""
+    for name, old in list(model.named_modules()):
+        if isinstance(old, Conv1D):
+            weight, bias = old.weight.detach(), old.bias.detach()
+            new = nn.Linear(weight.shape[0], weight.shape[1], device="meta")
+            new.weight = nn.Parameter(weight.T.contiguous(), requires_grad=False)
+            new.bias = nn.Parameter(bias, requires_grad=False)
+            model.set_submodule(name, new)
 
 
 def shaped_model(files: ModelFiles, layout: Layout, kept: Mapping[str, int], dtype: torch.dtype) -> nn.Module:
@@ -58,21 +71,25 @@ def shaped_model(files: ModelFiles, layout: Layout, kept: Mapping[str, int], dty
     config = transformers.AutoConfig.from_pretrained(files.folder, local_files_only=True, trust_remote_code=False)
     shapes: dict[str, list[int]] = {}
     removed: dict[str, str] = {}
+    counts: dict[str, list[Any]] = {}
     for site in layout.sites:
         count = kept.get(site.name, site.total)
         if count == 0:
             removed[site.name] = site.part
         elif count < site.total:
-            columns = {module: files.shapes[f"{module}.weight"][1] for module, _ in site.inputs}
-            shapes |= {module: [rows * count, columns[module]] for module, rows in site.inputs}
+            columns = {module: files.shapes[f"{module}.weight"][1] for module in site.rows}
+            shapes |= {module: [rows * count, columns[module]] for module, rows in site.rows.items()}
             shapes[site.output] = [files.shapes[f"{site.output}.weight"][0], site.width * count]
-    config.pruned = {"shapes": shapes, "removed": removed}
+            if site.counts:
+                counts[site.name] = [list(site.counts), [count, site.total]]
+    config.pruned = {"shapes": shapes, "removed": removed, "counts": counts}
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         model: nn.Module = modeling_pruned.pruned_class(architecture)(config)
     finally:
         torch.set_default_dtype(before)
+    straighten(model)
     return model.eval().requires_grad_(False)
 
 

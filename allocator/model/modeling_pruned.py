@@ -2,12 +2,17 @@
 
 This file lies beside the weights and needs nothing but torch and transformers. `config.json` says under
 `pruned` which matrices are smaller (`shapes`: module name to [rows, columns]), which of them gained a bias
-(`biases`: module names), and which sub-blocks are gone (`removed`: module name to its part of the block).
+(`biases`: module names), which sub-blocks are gone (`removed`: module name to its part of the block), and which of
+their attributes count what is left (`counts`: module name to attribute names, and the share [kept, total]).
 """
+
+import copy
 
 import torch
 from torch import nn
 from transformers import LlamaForCausalLM as Dense
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.pytorch_utils import Conv1D
 
 
 class RemovedAttention(nn.Module):
@@ -44,16 +49,43 @@ def regroup(attention):
         attention.num_key_value_groups = len(attention.q_proj.weight) // len(attention.k_proj.weight)
 
 
+def counted(module, names):
+    """Return attributes of a module by name; `config.x` is one of the configuration."""
+    return {
+        name: getattr(module.config if name.startswith("config.") else module, name.split(".")[-1]) for name in names
+    }
+
+
+def recount(module, dense, kept, total):
+    """Set attributes that are proportional to what a module keeps, given those of the dense one.
+
+    Those of the configuration are set in a copy that the module has for itself.
+    """
+    if any(name.startswith("config.") for name in dense) and "config" in vars(module):
+        module.config = copy.copy(module.config)
+    for name, value in dense.items():
+        owner = module.config if name.startswith("config.") else module
+        setattr(owner, name.split(".")[-1], value * kept // total)
+
+
+def linear_like(old, rows, columns, bias):
+    """Return a layer of the kind of another, in another shape."""
+    like = {"device": old.weight.device, "dtype": old.weight.dtype}
+    return Conv1D(rows, columns).to(**like) if isinstance(old, Conv1D) else nn.Linear(columns, rows, bias=bias, **like)
+
+
 def resize(model, pruned):
     """Give a freshly built dense model the shapes of the checkpoint."""
     for name, part in pruned["removed"].items():
         remove(model, name, part)
     for name, (rows, columns) in pruned["shapes"].items():
         old = model.get_submodule(name)
-        like = {"device": old.weight.device, "dtype": old.weight.dtype}
         bias = old.bias is not None or name in pruned.get("biases", ())
-        model.set_submodule(name, nn.Linear(columns, rows, bias=bias, **like))
+        model.set_submodule(name, linear_like(old, rows, columns, bias))
         regroup(model.get_submodule(name.rpartition(".")[0]))
+    for name, (names, (kept, total)) in pruned.get("counts", {}).items():
+        module = model.get_submodule(name)
+        recount(module, counted(module, names), kept, total)
 
 
 def pruned_class(dense):
@@ -64,6 +96,10 @@ def pruned_class(dense):
             super().__init__(config)
             resize(self, config.pruned)
 
+    # names in checkpoints that transformers converts as it loads, which it does for its own classes only
+    PrunedForCausalLM.__name__ = f"Pruned{dense.__name__}"
+    if (conversions := get_checkpoint_conversion_mapping(dense.__name__)) is not None:
+        register_checkpoint_conversion_mapping(PrunedForCausalLM.__name__, conversions, overwrite=True)
     return PrunedForCausalLM
 
 

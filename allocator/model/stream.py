@@ -14,6 +14,7 @@ from allocator.core.errors import UserError
 from allocator.model.checkpoint import read_tensors
 from allocator.model.family import Layout
 from allocator.model.headers import ModelFiles
+from allocator.model.load import straighten
 from allocator.model.walk import BlockWalker
 
 _IGNORED = "rotary_emb.inv_freq"
@@ -36,10 +37,14 @@ class StreamedWalker(BlockWalker):
             )
         with init_empty_weights(include_buffers=False):
             model = architecture(architecture.config_class.from_dict(dict(files.config)))
+        straighten(model)
         super().__init__(model.eval().requires_grad_(False), layout)
         self._files, self._dtype = files, dtype
         inside = tuple(f"{name}." for name in layout.blocks)
-        self._fill(model, "", [name for name in files.shapes if not name.startswith(inside)])
+        # a head may have another name in the checkpoint than in the model
+        head = f"{layout.tail[-1]}."
+        self._fill(model, "", [name for name in files.shapes if not name.startswith((*inside, head))])
+        self._fill(model.get_output_embeddings(), head, [name for name in files.shapes if name.startswith(head)])
         model.tie_weights()
         missing = [name for name, p in model.named_parameters() if p.is_meta and not name.startswith(inside)]
         if missing:

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+from allocator.core.errors import UserError
 from allocator.model.family import Layout
 
 SEQUENCES_PER_BATCH = 4
@@ -34,8 +36,9 @@ class BlockWalker:
         self._backbone = backbone
         self.blocks = [model.get_submodule(name) for name in layout.blocks]
         self._names = layout.blocks
-        self.tail = [model.get_submodule(name) for name in layout.tail]
-        self._arguments: dict[tuple[int, ...], list[dict[str, Any]]] = {}
+        self._tail = layout.tail
+        self.tail = [model.get_submodule(name) for name in layout.tail[:-1]]
+        self._arguments: dict[tuple[int, ...], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -46,11 +49,11 @@ class BlockWalker:
     def embed(self, tokens_bt: torch.Tensor) -> torch.Tensor:
         """Return what enters the first block, and note the arguments that the model passes to each block."""
         entered: list[torch.Tensor] = []
-        arguments: list[dict[str, Any]] = []
+        arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             entered.append(args[0] if args else kwargs["hidden_states"])
-            arguments.append({key: value for key, value in kwargs.items() if key != "hidden_states"})
+            arguments.append((args[1:], {key: value for key, value in kwargs.items() if key != "hidden_states"}))
 
         with _replaced({block: _identity for block in self.blocks}):
             handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in self.blocks]
@@ -87,8 +90,9 @@ class BlockWalker:
         root = self.blocks[index] if block is None else block
         found = [(self._find(index, root, name), answer) for name, answer in instead.items()]
         answers = {module: lambda *_, answer=answer, **__: answer for module, answer in found if module is not None}
+        args, kwargs = self._arguments[tuple(hidden_btd.shape[:2])][index]
         with _replaced(answers), torch.set_grad_enabled(hidden_btd.requires_grad):
-            output = root(hidden_btd, **self._arguments[tuple(hidden_btd.shape[:2])][index])
+            output = root(hidden_btd, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     @contextmanager
@@ -166,15 +170,38 @@ class BlockWalker:
         except AttributeError:
             return None
 
+    @torch.no_grad()
+    def check(self, tokens_bt: torch.Tensor) -> None:
+        """Check that block by block the model computes what it computes as a whole.
+
+        Raises:
+            UserError: It does not, so that blocks or tail of its family are not all there is.
+        """
+        walked = self.logits(self.run_all(self.embed(tokens_bt))).float()
+        whole = self.model(tokens_bt, use_cache=False).logits.float()
+        if not torch.allclose(walked, whole, rtol=0.05, atol=0.05 * float(whole.abs().max())):
+            raise UserError(
+                f"family: the blocks and the tail {self._tail} are not what {type(self.model).__name__} computes. "
+                "Name in 'tail' all modules that follow the blocks, in order"
+            )
+
     def logits(self, hidden_nd: torch.Tensor) -> torch.Tensor:
-        """Return logits for the output of the last block, of any leading shape. Gradients are as in :meth:`run`."""
-        with torch.set_grad_enabled(hidden_nd.requires_grad):
-            return self.tail[-1](self.states(hidden_nd))
+        """Return logits for the output of the last block, of any leading shape. Gradients are as in :meth:`run`.
+
+        What follows the backbone is the model's own: its head, and any scale or cap.
+        """
+        states_nd = self.states(hidden_nd)
+        entering = BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=states_nd.view(1, -1, states_nd.shape[-1])
+        )
+        with _replaced({self._backbone: lambda *_, **__: entering}), torch.set_grad_enabled(hidden_nd.requires_grad):
+            logits = self.model(use_cache=False).logits
+        return logits.view(*states_nd.shape[:-1], -1)
 
     def states(self, hidden_nd: torch.Tensor) -> torch.Tensor:
         """Return what the head reads for the output of the last block, of any leading shape."""
         with torch.set_grad_enabled(hidden_nd.requires_grad):
-            for module in self.tail[:-1]:
+            for module in self.tail:
                 hidden_nd = module(hidden_nd)
             return hidden_nd
 

@@ -97,7 +97,7 @@ def shape_of(site: Site, files: ModelFiles) -> str:
 
     Such as ``channels of 704: 1+1 in, 1 out, hidden 192``.
     """
-    rows = "+".join(str(rows) for _, rows in site.inputs)
+    rows = "+".join(str(own.rows) for own in site.inputs)
     staying = "".join(f", {rows} rows stay" for rows in [_staying_rows(site, files)] if rows)
     window = _window(files.config, site.block) if site.part == "attention" else None
     seen = "" if window is None else f", window {window}"
@@ -151,13 +151,13 @@ class _Serving:
         """For each item, query position and key position: its scores, and the mix of its values."""
         if self._site.part != "attention":
             return 0
-        return self._site.inputs[0][1] + self._site.width
+        return 2 * self._site.width  # queries are as wide as what they mix
 
     def _kv_bytes(self, kept: int) -> int:
         site, work = self._site, self._work
         if site.part != "attention":
             return 0
-        rows = sum(rows for _, rows in site.inputs[1:]) * kept or _staying_rows(site, self._files)
+        rows = (sum(site.rows.values()) - site.width) * kept or _staying_rows(site, self._files)
         rows = rows if kept else 2  # what holds the place
         return work.batch * self._held(work.context) * self._bytes * rows
 

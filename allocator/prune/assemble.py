@@ -11,9 +11,9 @@ from torch.nn import functional
 
 from allocator.core.space import SearchSpace, Unit
 from allocator.model.checkpoint import Replacements, read_tensors
-from allocator.model.family import Layout, Site
+from allocator.model.family import Layout, Rows, Site
 from allocator.model.headers import ModelFiles
-from allocator.model.modeling_pruned import regroup, remove
+from allocator.model.modeling_pruned import counted, recount, regroup, remove
 from allocator.prune.masks import sparse_weight
 from allocator.prune.structured import item_columns
 
@@ -126,8 +126,10 @@ class Assembler:
     def _permute(self, site: Site, dense: dict[str, torch.Tensor]) -> None:
         """Put rows into the order of removal, or back into the checkpoint's."""
         order = self._compact(site.name)["order"].long()
-        for module, rows in site.inputs:
-            picked = item_columns(order.argsort() if site.name in self._permuted else order, rows)
+        items = order.argsort() if site.name in self._permuted else order
+        for module in site.rows:
+            runs = [own.start + item_columns(items, own.rows) for own in site.inputs if own.module == module]
+            picked = torch.cat(runs)
             for key in (f"{module}.weight", f"{module}.bias"):
                 if key in dense:
                     dense[key] = dense[key][picked.to(dense[key].device)]
@@ -135,12 +137,12 @@ class Assembler:
 
     def _prefix(self, site: Site, unit: Unit, level: int, dense: Mapping[str, torch.Tensor]) -> Replacements:
         tensors = {**dense, **self._written(site, level, dense)}
-        for module, rows in site.inputs:
+        for module in site.rows:
             for key in (f"{module}.weight", f"{module}.bias"):
                 if key in dense:
-                    # a view where there is one group
-                    by_group = dense[key].unflatten(0, (unit.num_groups, -1))
-                    tensors[key] = by_group[:, : unit.kept[level] * rows // unit.num_groups].flatten(0, 1)
+                    # a view where there is one group and one run of rows
+                    runs = [_kept(dense[key], own, unit, level) for own in site.inputs if own.module == module]
+                    tensors[key] = runs[0] if len(runs) == 1 else torch.cat(runs)
         return tensors
 
     def _written(self, site: Site, level: int, dense: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -170,9 +172,9 @@ class Switchboard:
     def __init__(self, model: nn.Module, layout: Layout, assembler: Assembler) -> None:
         """Take over a dense model."""
         self._model, self._assembler = model, assembler
-        self._parts = {site.name: site.part for site in layout.sites}
         self._originals = {site.name: model.get_submodule(site.name) for site in layout.sites}
-        self._outputs = {site.name: site.output for site in layout.sites}
+        self._sites = {site.name: site for site in layout.sites}
+        self._counts = {site.name: counted(self._originals[site.name], site.counts) for site in layout.sites}
         self._parameters = dict(model.named_parameters())
         self._levels: dict[str, tuple[int, bool] | None] = {}
 
@@ -199,7 +201,7 @@ class Switchboard:
 
     def _put(self, name: str, tensors: Replacements) -> None:
         if all(tensor is None for tensor in tensors.values()):
-            remove(self._model, name, self._parts[name])
+            remove(self._model, name, self._sites[name].part)
         else:
             if name in self._originals:
                 self._model.set_submodule(name, self._originals[name])
@@ -207,11 +209,19 @@ class Switchboard:
                 assert tensor is not None
                 # what is not there yet is a bias that pruning adds
                 self._parameters.setdefault(key, nn.Parameter(tensor, requires_grad=False)).data = tensor
-            if name in self._originals:
+            if (site := self._sites.get(name)) is not None:
                 regroup(self._originals[name])
-                bias = f"{self._outputs[name]}.bias"
-                added = self._parameters[bias] if bias in tensors else None
-                self._model.get_submodule(self._outputs[name]).register_parameter("bias", added)
+                project, kept = self._model.get_submodule(site.output), tensors[f"{site.output}.weight"]
+                assert kept is not None
+                recount(self._originals[name], self._counts[name], kept.shape[1] // site.width, site.total)
+                bias = f"{site.output}.bias"
+                project.register_parameter("bias", self._parameters[bias] if bias in tensors else None)
+
+
+def _kept(tensor: torch.Tensor, own: Rows, unit: Unit, level: int) -> torch.Tensor:
+    """Return the rows of a run, in the order of removal, that a level keeps."""
+    by_group = tensor[own.start : own.start + own.rows * unit.total].unflatten(0, (unit.num_groups, -1))
+    return by_group[:, : unit.kept[level] * own.rows // unit.num_groups].flatten(0, 1)
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:

@@ -126,6 +126,6 @@ def stages(layout: Layout, space: SearchSpace) -> list[list[Stage]]:
         if site.name in units:
             by_block[site.block].append(Stage(site, (Task(units[site.name], site.output, site.width),)))
             continue
-        inputs = tuple(Task(units[module], module, 1) for module, _ in site.inputs)
+        inputs = tuple(Task(units[module], module, 1) for module in site.rows)
         by_block[site.block] += [Stage(site, inputs), Stage(site, (Task(units[site.output], site.output, 1),))]
     return by_block

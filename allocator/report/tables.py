@@ -267,6 +267,19 @@ def targets_table(targets: Iterable[tuple[str, str, Collection[str]]]) -> Table:
     return table
 
 
+def coverage_table(rows: Iterable[tuple[str, Sequence[int], int, str | None]]) -> Table:
+    """Return a line per matrix of a model: its name, shape, in how many blocks it is, and what covers it."""
+    table = _table("matrices of the model")
+    table.add_column("module", no_wrap=True)
+    table.add_column("shape", justify="right", no_wrap=True)
+    table.add_column("times", justify="right", no_wrap=True)
+    table.add_column("covered by", no_wrap=True)
+    for module, shape, times, by in rows:
+        style = "bold red" if by is None else None
+        table.add_row(escape(module), " x ".join(map(count, shape)), count(times), by or "nothing", style=style)
+    return table
+
+
 def alignment(lack: Mapping[str, Any]) -> str:
     """Return what aligned ladders lack beside those of any width, in two lines."""
     parts = "; ".join(

@@ -10,13 +10,20 @@ from torch import nn
 
 from allocator.core.errors import UserError
 from allocator.core.space import SearchSpace
-from allocator.model.family import build_space, families_folder, find_family, load_family, resolve_layout
+from allocator.model.checkpoint import read_tensors
+from allocator.model.draft import Covered, coverage, draft
+from allocator.model.family import build_space, families_folder, find_family, load_family, resolve_layout, served_types
 from allocator.model.headers import ModelFiles, read_model_files
 from allocator.model.load import load_model
+from allocator.model.stream import StreamedWalker
+from allocator.model.walk import BlockWalker
+from allocator.prune.assemble import Assembler, Switchboard
 from allocator.prune.execute import save_pruned
+from allocator.prune.problem import stored
 from allocator.prune.pruners import PRUNERS, make_pruner
 from allocator.prune.statistics import KINDS
 
+OLD_FALCON = {"new_decoder_architecture": False, "num_ln_in_parallel_attn": None}
 MODELS = {
     "llama": ("llama", {"num_hidden_layers": 3}),
     "llama, untied": ("llama", {"tie_word_embeddings": False}),
@@ -29,6 +36,17 @@ MODELS = {
     "qwen2, untied": ("qwen2", {"tie_word_embeddings": False}),
     "qwen3": ("qwen3", {"tie_word_embeddings": True}),
     "qwen3, untied": ("qwen3", {"tie_word_embeddings": False}),
+    "gemma": ("gemma", {}),
+    "gemma2": ("gemma2", {"sliding_window": 8}),
+    "gemma3_text": ("gemma3_text", {"sliding_window": 8}),
+    "granite": ("granite", {"logits_scaling": 4.0, "residual_multiplier": 0.5}),
+    "starcoder2": ("starcoder2", {}),
+    "phi3": ("phi3", {"tie_word_embeddings": False}),
+    "gpt2": ("gpt2", {}),
+    "gpt_neox": ("gpt_neox", {"tie_word_embeddings": False}),
+    "falcon": ("falcon", {}),
+    "falcon, old, with biases": ("falcon", {**OLD_FALCON, "num_kv_heads": 4, "multi_query": False, "bias": True}),
+    "falcon, one key": ("falcon", {**OLD_FALCON, "multi_query": True}),
 }
 
 
@@ -47,18 +65,16 @@ def _resolve(folder, pattern="structured", target=0.5, **settings):
 def _levels(files, layout, space, pruner):
     """Prune from made-up statistics, for only shapes and counts matter here."""
     outputs = {site.name: (site.output, site.width) for site in layout.sites}
-    tensors = {}
-    for shard in set(files.shards.values()):
-        tensors.update(load_file(files.folder / shard))
     compact = {}
     for unit in space.units:
         module, width = outputs.get(unit.name, (unit.name, 1)) if space.pattern == "structured" else (unit.name, 1)
-        weight = tensors[f"{module}.weight"]
+        weight = read_tensors(files, [f"{module}.weight"])[f"{module}.weight"]
         statistics = KINDS[pruner.need](weight.shape[1], weight.device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             statistics.add(torch.randn(200, weight.shape[1]))
-        compact[unit.name] = pruner.levels(unit, width, weight, statistics, range(1, unit.num_levels))
+        found = pruner.levels(unit, width, weight, statistics, range(1, unit.num_levels))
+        compact[unit.name] = stored(found, weight.dtype)
     return compact
 
 
@@ -100,6 +116,40 @@ def test_unstructured_costs_are_the_nonzeros_on_disk(model, tmp_path):
         counted = sum(int(t.count_nonzero()) if name in matrices else t.numel() for name, t in _saved(out))
         assert counted == space.cost(allocation)
         assert space.cost(allocation, "macs") == space.cost(space.dense, "macs")
+
+
+@pytest.mark.parametrize("pattern", ["structured", "unstructured", "n:m"])
+def test_what_is_switched_in_is_what_is_saved(model, tmp_path, pattern):
+    """In place, in the checkpoint, and for structured units in dense shapes: the same logits."""
+    files, layout, space = _resolve(model, pattern)
+    compact = _levels(files, layout, space, make_pruner(PRUNERS[pattern][0], pattern, 0.01))
+    live = load_model(files)
+    switchboard = Switchboard(live, layout, Assembler(files, layout, space, compact.__getitem__, live))
+    tokens = torch.arange(24).view(2, 12)
+    for number, allocation in enumerate(_allocations(space)):
+        found = []
+        for wide in (True, False):
+            for unit, level in zip(space.units, allocation, strict=True):
+                switchboard.set(unit.name, level, wide)
+            found.append(live(tokens).logits)
+        save_pruned(allocation, files, layout, space, compact.__getitem__, tmp_path / str(number))
+        saved = load_model(read_model_files(tmp_path / str(number)))(tokens).logits
+        torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(saved, found[1], rtol=0, atol=1e-6)
+
+
+def test_a_walk_is_the_model(model):
+    files, layout, _ = _resolve(model)
+    live = load_model(files)
+    tokens = torch.arange(48).view(2, 24)
+    expected = live(tokens).logits
+    for walker in (BlockWalker(live, layout), StreamedWalker(files, layout)):
+        hidden = walker.embed(tokens)
+        for index in range(len(layout.blocks)):
+            with walker.held(index):
+                hidden = walker.run(index, hidden)
+        torch.testing.assert_close(walker.logits(hidden), expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(walker.logits(hidden[0]), expected[0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", PRUNERS["n:m"])
@@ -171,7 +221,7 @@ def test_layout(tiny_qwen2):
     attention, mlp = layout.sites[2:]
     assert attention.name == "model.layers.1.self_attn"
     assert attention.inputs == tuple(
-        (f"{attention.name}.{p}_proj", rows) for p, rows in (("q", 16), ("k", 8), ("v", 8))
+        (f"{attention.name}.{p}_proj", rows, 0) for p, rows in (("q", 16), ("k", 8), ("v", 8))
     )
     assert (attention.output, attention.width, attention.total) == (f"{attention.name}.o_proj", 16, 2)
     assert (mlp.output, mlp.width, mlp.total) == ("model.layers.1.mlp.down_proj", 1, 48)
@@ -233,8 +283,10 @@ def test_items_must_divide_rows(tiny_model, tmp_path):
 
 
 def test_unknown_model_types_are_named_with_those_known():
-    with pytest.raises(UserError, match="no family file serves the model type 'gpt2'; known: llama, mistral"):
-        find_family("gpt2")
+    with pytest.raises(
+        UserError, match=r"no family file serves the model type 'mamba'; known: falcon, .*llama, mistral"
+    ):
+        find_family("mamba")
 
 
 def test_a_family_of_another_model_type_is_refused(family_with):
@@ -284,3 +336,40 @@ def test_a_tail_that_the_model_lacks_is_named(make_model):
     family = find_family("llama").model_copy(update={"tail": ["model.nrom", "lm_head"]})
     with pytest.raises(UserError, match=r"tail names model\.nrom, .*did you mean 'model\.norm'"):
         resolve_layout(family, files)
+
+
+DRAFTED = {"gpt_neox": ("by_part", "by_group"), "falcon": ("by_part", "by_group")}
+
+
+@pytest.mark.parametrize("kind", served_types())
+def test_a_draft_finds_what_the_shipped_file_says(make_model, tmp_path, kind):
+    """All but what shapes do not tell: how rows of a fused matrix lie, and which attributes count heads."""
+    model = make_model(kind, **({"tie_word_embeddings": False} if kind in ("phi3", "gpt_neox") else {}))
+    files = read_model_files(model)
+    path = tmp_path / "family.yaml"
+    path.write_text(draft(files).replace(*DRAFTED.get(kind, ("", ""))))
+    drafted, shipped = load_family(path), find_family(kind)
+    assert (drafted.blocks, drafted.tail, set(drafted.skip)) == (shipped.blocks, shipped.tail, set(shipped.skip))
+    for part, unit in shipped.units.items():
+        assert drafted.units[part] == (unit.model_copy(update={"counts": []}) if part == "attention" else unit)
+    assert resolve_layout(drafted, files).blocks == resolve_layout(shipped, files).blocks
+
+
+def test_what_covers_each_matrix(tiny_model, family_with):
+    files = read_model_files(tiny_model)
+    found = {each.module: each for each in coverage(files, find_family("llama", family_with(skip=["lm_head"])))}
+    assert found["model.embed_tokens"] == Covered("model.embed_tokens", (128, 32), 1, None)
+    assert found["model.layers.{block}.mlp.down_proj"] == Covered(
+        "model.layers.{block}.mlp.down_proj", (32, 48), 3, "mlp"
+    )
+    assert {each.by for each in found.values()} == {"attention", "mlp", None}
+    assert {each.module for each in coverage(files, None)} == found.keys()
+
+
+def test_a_family_that_leaves_out_what_follows_the_blocks_is_refused(tiny_model):
+    files = read_model_files(tiny_model)
+    layout = resolve_layout(find_family("llama").model_copy(update={"tail": ["lm_head"]}), files)
+    with pytest.raises(
+        UserError, match=r"the tail \('lm_head',\) are not what LlamaForCausalLM computes. Name in 'tail'"
+    ):
+        BlockWalker(load_model(files), layout).check(torch.arange(16)[None])

@@ -90,7 +90,7 @@ def test_levels_are_the_dense_rows_of_what_is_kept(request, name):
             if unit.kept[level] == 0:
                 assert set(tensors.values()) == {None}
                 continue
-            for module, rows in site.inputs:
+            for module, rows in site.rows.items():
                 picked = item_columns(order[: unit.kept[level]], rows)
                 for key in {f"{module}.weight", f"{module}.bias"} & dense.keys():
                     assert torch.equal(tensors[key], dense[key][picked])
@@ -153,7 +153,7 @@ def test_switching_between_levels_copies_no_row(request, name):
     case = request.getfixturevalue(name)
     live = Live(case)
     for site, unit in zip(case.layout.sites, case.space.units, strict=True):
-        rows = {f"{module}.{kind}" for module, _ in site.inputs for kind in ("weight", "bias")}
+        rows = {f"{module}.{kind}" for module in site.rows for kind in ("weight", "bias")}
         places = set()
         for level in range(1, unit.num_levels):
             live.set(tuple(level if u is unit else 0 for u in case.space.units))

@@ -1,0 +1,118 @@
+"""Helping to write a family file: what a model's matrices are covered by, and a first draft from names and shapes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from allocator.core.errors import UserError
+from allocator.model.family import Family, block_numbers
+from allocator.model.headers import ModelFiles
+
+_OUTPUT = re.compile(r"(^|[._])(o|out|dense|wo|w2|c_proj|down|fc2|fc_out|dense_4h_to_h)(_proj)?$")
+_PARTS = {"query": r"(^|_)(q|query)", "key": r"(^|_)(k|key)", "value": r"(^|_)(v|value)"}
+
+
+@dataclass(frozen=True, slots=True)
+class Covered:
+    """Matrices of the same name in all blocks, or one that lies outside of them.
+
+    Attributes:
+        module: Its name, with ``{block}`` for the number of the block.
+        shape: As linear layers have it: outputs, inputs.
+        count: In how many blocks it is.
+        by: The unit that holds it, ``skip``, or None where no line of the family covers it.
+    """
+
+    module: str
+    shape: tuple[int, ...]
+    count: int
+    by: str | None
+
+
+def coverage(files: ModelFiles, family: Family | None) -> list[Covered]:
+    """Return every matrix of a model, and what covers it in a family; in none, where there is none."""
+    prefix = _prefix(files) if family is None else family.blocks
+    owners: dict[str, str] = {}
+    if family is not None:
+        owners = {module: "skip" for module in family.skip}
+        for part, unit in family.units.items():
+            owners |= {f"{prefix}.{module}": part for module in (*unit.inputs, unit.output)}
+    counts: dict[tuple[str, tuple[int, ...]], int] = {}
+    for name, shape in files.shapes.items():
+        if len(shape) >= 2:
+            key = _general(name.removesuffix(".weight"), prefix), shape
+            counts[key] = counts.get(key, 0) + 1
+    return [Covered(name, shape, count, owners.get(name)) for (name, shape), count in sorted(counts.items())]
+
+
+def draft(files: ModelFiles) -> str:
+    """Return a family file for a model, guessed from names and shapes, with comments where a guess wants a look.
+
+    Raises:
+        UserError: No part of its names looks like numbered blocks.
+    """
+    prefix = _prefix(files)
+    first = prefix.format(block=block_numbers(files, prefix)[0]) + "."
+    own = {
+        name.removeprefix(first).removesuffix(".weight"): shape
+        for name, shape in files.shapes.items()
+        if name.startswith(first) and len(shape) == 2
+    }
+    outside = [name for name in files.shapes if not name.startswith(prefix.split("{")[0])]
+    matrices = [name.removesuffix(".weight") for name in outside if len(files.shapes[name]) == 2]
+    norms = [name.removesuffix(".weight") for name in outside if len(files.shapes[name]) == 1 and ".weight" in name]
+    head = next((name for name in matrices if re.search(r"(head|embed_out)$", name)), "lm_head")
+    lines = [
+        f"# Drafted from the names and shapes of a {files.architecture}: check every line.",
+        "schema: 1",
+        f"model_types: [{files.config.get('model_type')}]",
+        f'blocks: "{prefix}"',
+        "units:",
+    ]
+    folders = dict.fromkeys(name.rpartition(".")[0] for name in own)
+    for folder in sorted(folders, key=lambda folder: "att" not in folder):  # in the order of the forward pass
+        lines += _unit(folder, {n: s for n, s in own.items() if n.rpartition(".")[0] == folder})
+    lines += [
+        f"tail: [{', '.join([*norms[-1:], head])}]  # what follows the blocks; the head last",
+        f"skip: [{', '.join(dict.fromkeys([*matrices, head]))}]",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _unit(folder: str, own: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+    """Yield the lines of one sub-block."""
+    output = next((name for name in own if _OUTPUT.search(name)), list(own)[-1])
+    inputs = [name for name in own if name != output]
+    if not inputs:
+        yield f"  # {output} {list(own[output])}: a unit needs inputs too; add them, or list it under skip"
+    elif "att" in folder:
+        found = [next((n for n in inputs if re.search(p, n.rpartition(".")[2])), inputs[0]) for p in _PARTS.values()]
+        fused = len(set(found)) == 1
+        yield "  attention:"
+        yield "    kind: kv_groups"
+        yield from (f"    {part}: {name}" for part, name in zip(_PARTS, found, strict=True))
+        if fused:
+            yield "    fused: by_part  # or by_group: do rows hold all queries first, or each group in turn?"
+            yield "    # counts: [num_heads]  # attributes of the module that count heads, if it has some"
+        yield f"    output: {output}"
+    else:
+        twice = [name for name in inputs if own[name][0] == 2 * own[output][1]]
+        yield "  mlp:"
+        yield "    kind: channels"
+        yield f"    inputs: [{', '.join(name for name in inputs for _ in range(1 + (name in twice)))}]"
+        yield f"    output: {output}"
+
+
+def _prefix(files: ModelFiles) -> str:
+    numbered = re.compile(r"^(.*?\.)\d+\.")
+    found = [match[1] for name in files.shapes if (match := numbered.match(name))]
+    if not found:
+        raise UserError(f"model: {files.folder}: no name of a tensor has a number in it, so no blocks can be told")
+    return f"{max(found, key=found.count)}{{block}}"
+
+
+def _general(name: str, prefix: str) -> str:
+    before = re.escape(prefix.split("{")[0])
+    return re.sub(rf"^{before}\d+\.", f"{prefix}.", name)

@@ -1,0 +1,99 @@
+"""Every family of models goes the whole way: inspect, search, plan, prune, and reload as stock transformers does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import allocator
+from allocator.config import load_config
+from allocator.model.family import families_folder, load_family
+from allocator.model.headers import read_model_files
+from allocator.model.load import load_model
+
+FAMILIES = {
+    "llama": ("Llama 2 and 3", {}),
+    "mistral": ("Mistral", {}),
+    "qwen2": ("Qwen 2 and 2.5", {}),
+    "qwen3": ("Qwen 3", {}),
+    "gemma": ("Gemma", {}),
+    "gemma2": ("Gemma 2", {"sliding_window": 8}),
+    "gemma3_text": ("Gemma 3, text", {"sliding_window": 8}),
+    "granite": ("Granite", {"logits_scaling": 4.0, "residual_multiplier": 0.5}),
+    "starcoder2": ("StarCoder 2", {}),
+    "phi3": ("Phi 3 and 4", {"tie_word_embeddings": False}),
+    "gpt2": ("GPT-2", {}),
+    "gpt_neox": ("GPT-NeoX, Pythia", {"tie_word_embeddings": False}),
+    "falcon": ("Falcon", {}),
+}
+"""Model types by name in words, and what makes a tiny one that has what is special to it."""
+
+PATTERNS = ("structured", "unstructured", "n:m")
+SETTINGS = (
+    "tokens.sequence_length=64 tokens.calibration=512 tokens.selection=64 tokens.test=128 search.rounds=1 "
+    "search.method=evolution search.evolution.generations=2 search.evolution.offspring=4 "
+    "search.evolution.tokens=[64] search.evolution.survivors=[1]"
+).split()
+
+
+def families_table() -> str:
+    """Return the README's table of families."""
+    lines = ["| family | model types | file |", "|---|---|---|"]
+    homes = {kind: path for path in sorted(families_folder().glob("*.yaml")) for kind in load_family(path).model_types}
+    assert homes.keys() == FAMILIES.keys()
+    for path in dict.fromkeys(homes[kind] for kind in FAMILIES):
+        kinds = [kind for kind in FAMILIES if homes[kind] == path]
+        names = ", ".join(FAMILIES[kind][0] for kind in kinds)
+        types = ", ".join(f"`{kind}`" for kind in kinds)
+        lines.append(f"| {names} | {types} | [{path.name}](search_spaces/{path.name}) |")
+    return "\n".join(lines)
+
+
+def test_the_readme_lists_what_is_tested() -> None:
+    assert families_table() in Path(__file__).parents[1].joinpath("README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_family_goes_the_whole_way(
+    kind: str, pattern: str, make_model: Callable[..., Path], text_folder: Path, tmp_path: Path
+) -> None:
+    model = make_model(kind, **FAMILIES[kind][1])
+    flags = {"model": str(model), "pattern": pattern}
+    space, _ = allocator.inspect(load_config(None, flags, []))
+    assert space.cost(space.dense) == sum(p.numel() for p in load_model(read_model_files(model)).parameters())
+
+    result = allocator.search(
+        model,
+        pattern=pattern,
+        target=0.5,
+        workers=0,
+        name="run",
+        runs_dir=tmp_path,
+        text=text_folder,
+        settings=SETTINGS,
+    )
+    measured, plan = result.summary["measured"], allocator.Plan.load(result.folder / "plan.json")
+    assert measured["searched"]["params"] == plan.space.cost(plan.allocation)
+    assert measured["dense"]["kl"] == pytest.approx(0, abs=1e-6)
+    again = allocator.evaluate(result.checkpoint, model=model, text=text_folder, tokens=128, length=64)
+    assert again["kl"] == pytest.approx(measured["searched"]["kl"], rel=1e-5)
+
+    reloaded = reload(result.checkpoint)
+    tokens = torch.arange(40).view(2, 20)
+    own = load_model(read_model_files(result.checkpoint))
+    torch.testing.assert_close(reloaded(tokens).logits, own(tokens).logits, rtol=0, atol=1e-5)
+    written = [
+        reloaded.generate(tokens, max_new_tokens=6, do_sample=False, use_cache=cached, pad_token_id=0)
+        for cached in (True, False)
+    ]
+    assert torch.equal(*written)
+
+
+def reload(checkpoint: Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True, dtype=torch.float32)
