@@ -5,6 +5,8 @@ This file lies beside the weights and needs nothing but torch and transformers. 
 (`biases`: module names), and which sub-blocks are gone (`removed`: module name to its part of the block).
 """
 
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 from transformers import LlamaForCausalLM as Dense
@@ -56,12 +58,24 @@ def resize(model, pruned):
         regroup(model.get_submodule(name.rpartition(".")[0]))
 
 
+@contextmanager
+def uniform(config):
+    """Hide `per_layer_config`, which says the same for other readers: stock classes refuse or misread it."""
+    layers = config.to_dict().get("per_layer_config")
+    if layers:
+        config.per_layer_config = None
+    yield
+    if layers:
+        config.per_layer_config = layers
+
+
 def pruned_class(dense):
     """Return the pruned counterpart of a stock causal language model class."""
 
     class PrunedForCausalLM(dense):
         def __init__(self, config):
-            super().__init__(config)
+            with uniform(config):
+                super().__init__(config)
             resize(self, config.pruned)
 
     return PrunedForCausalLM
