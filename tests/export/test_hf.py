@@ -224,3 +224,99 @@ def test_a_configuration_without_the_keys_is_refused(structured: Any) -> None:
     odd = replace(source, files=replace(source.files, config=config))
     with pytest.raises(UserError, match=r"OPTForCausalLM does not take this configuration: .*attributes are missing"):
         HuggingFace().check(odd)
+
+
+# --- another tool -----------------------------------------------------------------------------------------------
+
+CHOICES = [
+    {"text": "def block_unit(layer, level=3):", "options": [" return", " never", " river"], "answer": 0},
+    {"text": "# Often paper river", "options": [" green", " small"], "answer": 1},
+    {"text": "import tensor", "options": [" while", " budget", " plan", " ladder"], "answer": 3},
+]
+TASKS = {
+    "choice": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{text}}",
+        "doc_to_choice": "options",
+        "doc_to_target": "answer",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}],
+    },
+    "text": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "byte_perplexity"}],
+    },
+    "writing": {
+        "output_type": "generate_until",
+        "doc_to_text": "{{text}}",
+        "doc_to_target": "{{options[answer]}}",
+        "generation_kwargs": {"until": ["<|end|>"], "max_gen_toks": 8, "do_sample": False},
+        "metric_list": [{"metric": "bypass"}],
+    },
+}
+"""Local tasks of lm-evaluation-harness, of each kind of request that there is."""
+
+
+def scores(consumer: Callable[..., str], folder: Path, checkpoint: Path) -> dict[str, list[Any]]:
+    """Return what lm-evaluation-harness got from a checkpoint, by task and document."""
+    folder.mkdir()
+    (folder / "documents.jsonl").write_text("".join(json.dumps(document) + "\n" for document in CHOICES))
+    for name, task in TASKS.items():
+        data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "documents.jsonl")}}}
+        (folder / f"{name}.yaml").write_text(json.dumps({"task": f"own_{name}", **data, "test_split": "test", **task}))
+    consumer(
+        "lm-eval",
+        folder,
+        "lm-eval",
+        "run",
+        "--model",
+        "hf",
+        "--model_args",
+        f"pretrained={checkpoint},trust_remote_code=True,dtype=float32",
+        "--tasks",
+        *(f"own_{name}" for name in TASKS),
+        "--include_path",
+        folder,
+        "--output_path",
+        folder / "out",
+        "--log_samples",
+        "--device",
+        "cpu",
+    )
+    found = {}
+    for name in TASKS:
+        (path,) = (folder / "out").rglob(f"samples_own_{name}_*.jsonl")
+        samples = sorted(map(json.loads, path.read_text().splitlines()), key=lambda sample: sample["doc_id"])
+        found[name] = [sample["resps"] for sample in samples]
+    return found
+
+
+@pytest.mark.consumers
+def test_lm_evaluation_harness_runs_on_it(
+    exported: dict[str, Any],
+    consumer: Callable[..., str],
+    tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What it says of every document is what the model in this process gives, and the same for the plain checkpoint."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    each, out = exported["structured"]
+    found = scores(consumer, tmp_path / "own", out)
+    assert found == scores(consumer, tmp_path / "plain", each.checkpoint)
+    model = load_model(read_model_files(out))
+
+    def likelihood(before: list[int], after: list[int]) -> float:
+        with torch.inference_mode():
+            logs = model(torch.tensor([before + after])).logits[0].log_softmax(-1)
+        return float(sum(logs[len(before) - 1 + i, token] for i, token in enumerate(after)))
+
+    for document, choices, whole in zip(CHOICES, found["choice"], found["text"], strict=True):
+        text = tokenizer(document["text"])["input_ids"]
+        expected = [likelihood(text, tokenizer(option)["input_ids"]) for option in document["options"]]
+        np.testing.assert_allclose([float(each[0][0]) for each in choices], expected, atol=1e-3)
+        assert float(whole[0][0]) == pytest.approx(likelihood([tokenizer.eos_token_id], text), abs=1e-3)
+    assert [len(sample) for sample in found["writing"]] == [1] * len(CHOICES)
+    assert any(sample[0][0] for sample in found["writing"])
