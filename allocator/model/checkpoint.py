@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -91,7 +92,7 @@ def _write(files: ModelFiles, layout: Layout, replace: Callable[[str], Replaceme
                     gone.add(name)
                     continue
                 turned = new is not ... and name in files.transposed
-                tensors[name] = (tensor.T if turned else tensor).to(_dtype(files.dtypes[name])).contiguous()
+                tensors[name] = (tensor.T if turned else tensor).to(dtype_of(files.dtypes[name])).contiguous()
                 weight_map[name] = shard
                 if new is not ... and name.endswith(".weight") and tuple(tensor.shape) != files.shapes[name]:
                     shapes[name.removesuffix(".weight")] = list(tensor.shape)
@@ -101,9 +102,6 @@ def _write(files: ModelFiles, layout: Layout, replace: Callable[[str], Replaceme
                         weight_map[bias] = shard
         save_file(tensors, folder / shard, metadata={"format": "pt"})
     removed = {site.name: site.part for site in layout.sites if f"{site.output}.weight" in gone}
-    if (files.folder / INDEX).exists():
-        sizes = sum((folder / shard).stat().st_size for shard in set(weight_map.values()))
-        write_json(folder / INDEX, {"metadata": {"total_size": sizes}, "weight_map": weight_map})
     config = dict(files.config)
     if shapes or removed:
         biases = sorted(name.removesuffix(".bias") for name in weight_map.keys() - files.shapes.keys())
@@ -125,10 +123,30 @@ def _write(files: ModelFiles, layout: Layout, replace: Callable[[str], Replaceme
         assert _TEMPLATE_IMPORT in code
         line = f"from transformers import {files.architecture} as Dense"
         (folder / "modeling_pruned.py").write_text(code.replace(_TEMPLATE_IMPORT, line), encoding="utf-8")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_companions(folder, files, config, weight_map)
+
+
+def write_companions(folder: Path, files: ModelFiles, config: Mapping[str, Any], weight_map: Mapping[str, str]) -> None:
+    """Write what lies beside the weights: the configuration, the tokenizer, and the index where a model has one.
+
+    Args:
+        folder: Holds the weights.
+        files: The dense model.
+        config: The content of ``config.json``.
+        weight_map: The file, inside ``folder``, of every tensor.
+    """
+    if (files.folder / INDEX).exists():
+        sizes = sum((folder / shard).stat().st_size for shard in set(weight_map.values()))
+        write_json(folder / INDEX, {"metadata": {"total_size": sizes}, "weight_map": dict(weight_map)})
+    write_config(folder, config)
     for pattern in _COPIED:
         for path in files.folder.glob(pattern):
             shutil.copy(path, folder / path.name)
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write ``config.json``."""
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def count_params(folder: Path, space: SearchSpace) -> int:
@@ -149,6 +167,7 @@ def count_params(folder: Path, space: SearchSpace) -> int:
     return total
 
 
-def _dtype(name: str) -> torch.dtype:
+def dtype_of(name: str) -> torch.dtype:
+    """Return torch's type of a safetensors data type (``BF16``, ``F32``, ...)."""
     table = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
     return table[name]

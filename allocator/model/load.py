@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -91,6 +92,32 @@ def shaped_model(files: ModelFiles, layout: Layout, kept: Mapping[str, int], dty
         torch.set_default_dtype(before)
     straighten(model)
     return model.eval().requires_grad_(False)
+
+
+def stock_config(files: ModelFiles, config: Mapping[str, Any]) -> Any:
+    """Return a configuration as the model's stock class understands it.
+
+    Raises:
+        UserError: transformers has no such class, or it refuses a value.
+    """
+    architecture = _architecture(files, files.architecture)
+    try:
+        return architecture.config_class.from_dict(dict(config))
+    except (StrictDataclassError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"model: {files.architecture} does not take this configuration: {reason}") from None
+
+
+def stock_shapes(files: ModelFiles, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every parameter of the stock model that has a configuration; tied ones once.
+
+    Raises:
+        UserError: transformers has no such class, or it refuses a value.
+    """
+    architecture = _architecture(files, files.architecture)
+    with torch.device("meta"):
+        model = architecture(stock_config(files, config))
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def _architecture(files: ModelFiles, name: str) -> Any:

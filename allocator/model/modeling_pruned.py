@@ -7,6 +7,7 @@ their attributes count what is left (`counts`: module name to attribute names, a
 """
 
 import copy
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -88,12 +89,24 @@ def resize(model, pruned):
         recount(module, counted(module, names), kept, total)
 
 
+@contextmanager
+def uniform(config):
+    """Hide `per_layer_config`, which says the same for other readers: stock classes refuse or misread it."""
+    layers = config.to_dict().get("per_layer_config")
+    if layers:
+        config.per_layer_config = None
+    yield
+    if layers:
+        config.per_layer_config = layers
+
+
 def pruned_class(dense):
     """Return the pruned counterpart of a stock causal language model class."""
 
     class PrunedForCausalLM(dense):
         def __init__(self, config):
-            super().__init__(config)
+            with uniform(config):
+                super().__init__(config)
             resize(self, config.pruned)
 
     # names in checkpoints that transformers converts as it loads, which it does for its own classes only

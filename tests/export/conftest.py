@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from allocator import api
@@ -31,6 +35,75 @@ def consumer() -> Callable[..., str]:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         return done.stdout
+
+    return run
+
+
+RELOAD = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "allocator":
+            raise ImportError("allocator is not installed here")
+
+dtype, absent, tokens, out, *folders = sys.argv[1:]
+if absent == "absent":
+    sys.meta_path.insert(0, Absent())
+try:
+    import allocator
+except ImportError:
+    assert absent == "absent"
+else:
+    assert absent == "there"
+import numpy as np
+import torch
+from pathlib import Path
+from transformers import AutoModelForCausalLM
+
+torch.set_num_threads(1)
+tokens = torch.from_numpy(np.load(tokens))
+for number, folder in enumerate(folders):
+    remote = (Path(folder) / "modeling_pruned.py").exists()
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=remote, dtype=getattr(torch, dtype)).eval()
+    with torch.inference_mode():
+        written = [
+            model.generate(tokens[:, :8], max_new_tokens=12, min_new_tokens=12, do_sample=False, use_cache=cached)
+            for cached in (True, False)
+        ]
+        logits = model(tokens, use_cache=False).logits
+    np.savez(
+        Path(out) / f"{number}.npz",
+        logits=logits.numpy(),
+        cached=written[0].numpy(),
+        uncached=written[1].numpy(),
+        params=sum(p.numel() for p in {p.data_ptr(): p for p in model.parameters()}.values()),
+        name=type(model).__name__,
+    )
+"""
+
+
+@pytest.fixture(scope="session")
+def reload(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
+    """Loads checkpoints in a process that has this package or not, and returns what each gave.
+
+    ``reload(folders, dtype="float64", package="there")``; remote code is trusted where there is a modelling file.
+    """
+
+    def run(folders: list[Path], dtype: str = "float32", package: str = "absent") -> list[Any]:
+        out = tmp_path_factory.mktemp("reloaded")
+        np.save(out / "tokens.npy", np.random.default_rng(0).integers(1, 100, (2, 24)))
+        isolated = ["-I"] if package == "absent" else []
+        here = {"PYTHONPATH": str(ENVIRONMENTS.parent)} if package == "there" else {}
+        done = subprocess.run(
+            [sys.executable, *isolated, "-c", RELOAD, dtype, package, out / "tokens.npy", out, *folders],
+            env={**os.environ, "HF_MODULES_CACHE": str(out / "modules"), "HF_HUB_OFFLINE": "1", **here},
+            cwd=out,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return [np.load(out / f"{number}.npz") for number in range(len(folders))]
 
     return run
 
@@ -64,17 +137,24 @@ class Executed:
 
 @pytest.fixture(scope="session")
 def execute(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> Callable[..., Executed]:
-    """Executes an uneven plan: ``execute(model, "structured", ["ladder.attention=query_heads"], sparse=1)``.
+    """Executes an uneven plan: ``execute(model, "structured", ["ladder.attention=query_heads"], first=1)``.
 
-    Unit i is at level i modulo the length of its ladder, from ``first`` on, so that every level comes up.
+    Unit i is at level i modulo the length of its ladder, from ``first`` on, so that every level comes up; or units are
+    at ``levels``.
     """
 
-    def make(model: Path, pattern: str, assignments: list[str] | None = None, first: int = 0) -> Executed:
+    def make(
+        model: Path,
+        pattern: str,
+        assignments: list[str] | None = None,
+        first: int = 0,
+        levels: tuple[int, ...] | None = None,
+    ) -> Executed:
         flags = {"model": str(model), "text": text_folder, "pattern": pattern, "workers": 0}
         sizes = "tokens.sequence_length=64 tokens.calibration=1024 tokens.selection=64 tokens.test=64"
         config = load_config(None, flags, [*sizes.split(), "search.tokens=[64]", *(assignments or ())])
         job = prepare(config)
-        levels = tuple((first + i) % unit.num_levels for i, unit in enumerate(job.space.units))
+        levels = levels or tuple((first + i) % unit.num_levels for i, unit in enumerate(job.space.units))
         folder = tmp_path_factory.mktemp("executed")
         plan = Plan(
             model=job.model_id,
