@@ -58,11 +58,14 @@ class Target(ABC):
         name: What ``--to`` takes.
         writes: What is written, in a line.
         patterns: Of plans that it can express.
+        varies: Patterns of files of which the same plan does not give the same bytes, since another program writes
+            numbers into them that it draws.
     """
 
     name: ClassVar[str]
     writes: ClassVar[str]
     patterns: ClassVar[tuple[str, ...]]
+    varies: ClassVar[tuple[str, ...]] = ()
 
     def check(self, source: Source) -> None:  # noqa: B027
         """Check what the plan's pattern does not tell.
