@@ -7,12 +7,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from allocator.api import compare, evaluate, export, inspect, prune, search
+    from allocator.api import compare, evaluate, export, import_plan, inspect, prune, search
     from allocator.core.errors import UserError
     from allocator.core.plan import Plan
 
 __version__ = "0.1.0"
-__all__ = ["Plan", "UserError", "compare", "evaluate", "export", "inspect", "prune", "search"]
+__all__ = ["Plan", "UserError", "compare", "evaluate", "export", "import_plan", "inspect", "prune", "search"]
 
 _HOMES = {"Plan": "core.plan", "UserError": "core.errors"}
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from allocator.adoption import adopt
 from allocator.alignment import alignment
 from allocator.comparison import comparison_config, run_comparison
 from allocator.config import RunConfig, load_config, search_assignments
@@ -32,6 +33,7 @@ from allocator.model.checkpoint import count_params
 from allocator.model.draft import Covered, coverage, draft
 from allocator.model.family import Attention, Layout, build_space, find_family, resolve_layout, served_types
 from allocator.model.headers import ModelFiles, locate, read_model_files
+from allocator.model.ratios import Levels
 from allocator.progress import Reporter, Silent
 from allocator.prune.build import prune_on_dense_inputs, prune_on_pruned_inputs
 from allocator.prune.execute import save_pruned
@@ -479,6 +481,41 @@ def export(
     check_target(target, handed)
     with whole_folder(out) as partial:
         return target.write(handed, partial)
+
+
+def import_plan(
+    path: Path | str,
+    *,
+    model: str | Path | None = None,
+    pattern: str | None = None,
+    text: Path | str | None = None,
+    level_zero: float | None = None,
+    level_step: int | None = None,
+    settings: Sequence[str] = (),
+) -> tuple[Plan, list[str]]:
+    """Make a plan of an allocation that another tool chose, to be executed, measured and compared here.
+
+    Args:
+        path: Shares that go by module (``ratios.json`` or ``modules.csv`` of ``export``), shares by block (``.npy``, a
+            JSON list or text, as of OWL), or levels of EvoPress, Týr-the-Pruner or DarwinLM.
+        model: A Hugging Face folder or hub id; None for the packaged model.
+        pattern: ``structured``, ``unstructured`` or ``n:m``.
+        text: Calibration text; None for the Python standard library.
+        level_zero: The sparsity of level 0, for levels without ``metadata.pth`` beside them.
+        level_step: How many weights of every matrix a level is, likewise.
+        settings: Any other key of a run file, such as ``"pruner.name=wanda"``.
+
+    Returns:
+        The plan, and what rounding changed, in lines.
+
+    Raises:
+        UserError: The file cannot be understood, or does not fit the model.
+    """
+    if (level_zero is None) != (level_step is None):
+        raise UserError("levels: --level-zero and --level-step say together what levels mean. Give both, or neither")
+    levels = None if level_zero is None or level_step is None else Levels(level_zero, level_step)
+    flags = {"model": None if model is None else str(model), "pattern": pattern, "text": text, "workers": 0}
+    return adopt(Path(path), load_config(None, flags, settings), levels)
 
 
 def evaluate(

@@ -442,6 +442,39 @@ def export(
     _print("\n".join([f"{out}: for {to}", *lines]))
 
 
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="Shares by module or by block, or levels.")],
+    out: Annotated[Path, typer.Option(help="The plan's file.")],
+    model: Model = None,
+    pattern: Pattern = None,
+    text: Text = None,
+    level_zero: Annotated[float | None, typer.Option(help="Sparsity of level 0. [default: metadata.pth's]")] = None,
+    level_step: Annotated[int | None, typer.Option(help="Weights of a level. [default: metadata.pth's]")] = None,
+    set_: Sets = None,
+    json_: Json = False,
+) -> None:
+    """Make a plan of an allocation that another tool chose: ratios, OWL's list, or levels of EvoPress."""
+    from allocator import api
+    from allocator.core.files import check_file
+
+    check_file(out, "--out")
+    made, lines = api.import_plan(
+        file,
+        model=model,
+        pattern=pattern,
+        text=text,
+        level_zero=level_zero,
+        level_step=level_step,
+        settings=set_ or (),
+    )
+    made.save(out)
+    if json_:
+        _emit({"plan": str(out), "notes": lines})
+        return
+    _print("\n".join([f"plan  {out}", *lines, f"next  allocator prune {out} --out FOLDER"]))
+
+
 @app.command()
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a checkpoint.")],

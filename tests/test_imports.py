@@ -17,13 +17,14 @@ ALLOWED = {
     "prune": {"core", "model", "prune"},
     "evaluate": {"core", "model", "prune", "evaluate"},
     "pool": {"core", "model", "prune", "evaluate", "pool"},
-    "export": {"core", "model", "prune", "export"},
+    "export": {"core", "model", "prune", "report", "export"},
 }
 HOMES = {
     "ray": {"pool"},
     "transformers": {"model", "export"},
     "pymoo": {"search"},
-    "optuna": {"search"},
+    "optuna": {"search", "export"},
+    "mlflow": {"export"},
 }
 NO_TORCH = {"core", "search", "report"}
 MODULES = sorted(ROOT.rglob("*.py"))

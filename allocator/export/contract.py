@@ -9,7 +9,7 @@ from __future__ import annotations
 import shlex
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
@@ -58,11 +58,14 @@ class Target(ABC):
         name: What ``--to`` takes.
         writes: What is written, in a line.
         patterns: Of plans that it can express.
+        varies: Patterns of files of which the same plan does not give the same bytes, since another program writes
+            numbers into them that it draws.
     """
 
     name: ClassVar[str]
     writes: ClassVar[str]
     patterns: ClassVar[tuple[str, ...]]
+    varies: ClassVar[tuple[str, ...]] = ()
 
     def check(self, source: Source) -> None:  # noqa: B027
         """Check what the plan's pattern does not tell.
@@ -88,7 +91,12 @@ def check(target: Target, source: Source) -> None:
 
 
 def write_verify(
-    folder: Path, source: Source, *, tolerance: float = 0.0, shapes: Sequence[tuple[str, Any]] | None = None
+    folder: Path,
+    source: Source,
+    *,
+    tolerance: float = 0.0,
+    shapes: Sequence[tuple[str, Any]] | None = None,
+    kept: Mapping[str, int] | None = None,
 ) -> str:
     """Leave what compares a checkpoint with the plan, matrix by matrix, and return the command for a user.
 
@@ -100,14 +108,15 @@ def write_verify(
         tolerance: Share of a matrix by which its zeros may differ, for tools that round.
         shapes: (module, shape) of matrices that are stored in another shape than the plan's, as padded ones are;
             what the plan takes is zero in them.
+        kept: Weights that stay in modules of which the target leaves another number than the plan.
     """
-    stored = dict(shapes or ())
+    stored, left = dict(shapes or ()), kept or {}
     modules = {}
     for matrix in source.matrices:
         shape = list(stored.get(matrix.module, matrix.kept_shape))
         modules[matrix.module] = {
             "shape": shape if all(shape) else None,
-            "zeros": max(0, shape[0] * shape[1] - matrix.kept),
+            "zeros": max(0, shape[0] * shape[1] - left.get(matrix.module, matrix.kept)),
             "group": None if matrix.group is None else list(matrix.group),
         }
     write_json(folder / PLANNED, {"tolerance": tolerance, "modules": modules})

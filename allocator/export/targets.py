@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from allocator.export.contract import Target
+from allocator.export.darwinlm import DarwinLM
+from allocator.export.evopress import EvoPress
 from allocator.export.hf import HuggingFace
 from allocator.export.hf_padded import HuggingFacePadded
+from allocator.export.mlflow import MLflow
+from allocator.export.optuna import Optuna
 from allocator.export.ratios import Ratios
+from allocator.export.tyr import Tyr
 
-TARGETS: dict[str, Target] = {target.name: target for target in (HuggingFace(), HuggingFacePadded(), Ratios())}
+_ALL = (HuggingFace(), HuggingFacePadded(), EvoPress(), Tyr(), DarwinLM(), Ratios(), Optuna(), MLflow())
+
+TARGETS: dict[str, Target] = {target.name: target for target in _ALL}

@@ -21,7 +21,20 @@ from allocator.search.baselines import uniform
 
 Cli = Callable[..., Any]
 
-COMMANDS = ["inspect", "search", "submit", "compare", "status", "front", "plan", "prune", "evaluate", "report"]
+COMMANDS = [
+    "inspect",
+    "search",
+    "submit",
+    "compare",
+    "status",
+    "front",
+    "plan",
+    "prune",
+    "export",
+    "import",
+    "evaluate",
+    "report",
+]
 HEAVY = ["torch", "ray", "transformers", "pymoo", "optuna", "numpy", "matplotlib"]
 
 

@@ -15,7 +15,9 @@ import pytest
 
 from allocator import api
 from allocator.config import load_config
+from allocator.core.journal import Journal
 from allocator.core.plan import Plan
+from allocator.core.protocols import Outcome, Request
 from allocator.export.contract import Source
 from allocator.job import prepare
 from allocator.model.family import Layout
@@ -194,6 +196,20 @@ def unstructured(execute: Callable[..., Executed], tiny_model: Path) -> Executed
 def n_m(execute: Callable[..., Executed], tiny_model: Path) -> Executed:
     """Matrices that are dense, 2:4 or 1:4."""
     return execute(tiny_model, "n:m")
+
+
+@pytest.fixture(scope="session")
+def searched(tiny_model: Path, text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of a search of a front, of which one allocation could not be measured. Read only."""
+    settings = (
+        "tokens.sequence_length=64 tokens.calibration=512 tokens.selection=256 tokens.test=512 search.tokens=[64,128] "
+        "search.nsga.generations=3 search.nsga.population=8 search.nsga.profile=64 search.nsga.tokens=128"
+    ).split()
+    where = {"runs_dir": tmp_path_factory.mktemp("runs"), "name": "searched", "text": text_folder, "workers": 0}
+    folder = api.search(tiny_model, objectives=["params"], method="nsga2", settings=settings, **where).folder
+    with Journal.resume(folder / "journal.jsonl") as journal:
+        journal.append(Outcome(Request(journal.space.sparsest, 64), {}, 1.5, journal.loss, failed="3 workers died"), 99)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,9 @@ def verify(folder: Path, checkpoint: Path) -> tuple[int, dict[str, str]]:
     return done.returncode, json.loads(done.stdout)["wrong"]
 
 
-def expresses(target: Target, executed: Any) -> bool:
+def expresses(target: Target, executed: Any, run: Path | None = None) -> bool:
     try:
-        check(target, executed.source)
+        check(target, replace(executed.source, run=run))
     except UserError:
         return False
     return True
@@ -66,11 +67,26 @@ def test_what_is_written_is_the_same_again(
     executed = by_pattern[pattern]
     if not expresses(target, executed):
         pytest.skip("cannot be expressed")
+    assert_the_same_again(target, executed.folder, executed.model, tmp_path)
+
+
+def test_a_run_is_written_the_same_again(
+    target: Target, searched: Path, structured: Any, tiny_model: Path, tmp_path: Path
+) -> None:
+    if not expresses(target, replace(structured, folder=searched), searched):
+        pytest.skip("cannot be expressed here")
+    assert_the_same_again(target, searched, tiny_model, tmp_path)
+
+
+def assert_the_same_again(target: Target, folder: Path, model: Path, to: Path) -> None:
+    """All but what the target says to vary."""
     written = []
-    for name in ("one", "two"):
-        api.export(executed.folder, target.name, tmp_path / name, model=executed.model)
-        paths = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
-        written.append([(path.relative_to(tmp_path / name), path.read_bytes()) for path in paths])
+    for out in (to / "one", to / "two"):
+        api.export(folder, target.name, out, model=model)
+        varying = {path for pattern in target.varies for path in out.glob(pattern)}
+        assert all([*out.glob(pattern)] for pattern in target.varies)
+        paths = sorted(path for path in out.rglob("*") if path.is_file() and path not in varying)
+        written.append([(path.relative_to(out), path.read_bytes()) for path in paths])
     assert written[0] == written[1]
 
 
