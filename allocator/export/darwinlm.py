@@ -82,10 +82,10 @@ def _readme(lists: dict[str, list[int]]) -> list[str]:
     )
     measure = command(
         *("python", "lmeval.py", "--model", "hf", "--model_args", "pretrained=MODEL"),
-        *("--sparse_weights_path", "DATABASE", "--sparse_config_path", LEVELS, "--tasks", "TASKS"),
+        *("--sparse_weights_path", "DATABASE", "--sparse_config_path", f"HERE/{LEVELS}", "--tasks", "TASKS"),
     )
     return [
-        "A plan as levels of DarwinLM (https://github.com/IST-DASLab/DarwinLM). In its folder:",
+        "A plan as levels of DarwinLM (https://github.com/IST-DASLab/DarwinLM). In its folder, with this one as HERE:",
         "",
         f"  {prune}",
         f"  {measure}",
