@@ -85,7 +85,7 @@ def _readme(lists: dict[str, list[int]]) -> list[str]:
         *("--sparse_weights_path", "DATABASE", "--sparse_config_path", f"HERE/{LEVELS}", "--tasks", "TASKS"),
     )
     return [
-        "A plan as levels of DarwinLM (https://github.com/IST-DASLab/DarwinLM). HERE is this folder. In that of DarwinLM:",
+        "A plan as levels of DarwinLM (https://github.com/IST-DASLab/DarwinLM). In its folder, with this one as HERE:",
         "",
         f"  {prune}",
         f"  {measure}",
