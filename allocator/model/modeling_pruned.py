@@ -108,11 +108,10 @@ def pruned_class(dense):
             with uniform(config):
                 super().__init__(config)
             resize(self, config.pruned)
+            # names that transformers converts as it loads; it looks for them by the class, and this is none of its own
+            conversions = get_checkpoint_conversion_mapping(dense.__name__) or []
+            register_checkpoint_conversion_mapping(type(self).__name__, conversions, overwrite=True)
 
-    # names in checkpoints that transformers converts as it loads, which it does for its own classes only
-    PrunedForCausalLM.__name__ = f"Pruned{dense.__name__}"
-    if (conversions := get_checkpoint_conversion_mapping(dense.__name__)) is not None:
-        register_checkpoint_conversion_mapping(PrunedForCausalLM.__name__, conversions, overwrite=True)
     return PrunedForCausalLM
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, LlamaForCausalLM, OPTConfig
+from transformers import AutoConfig, LlamaForCausalLM
 
 from allocator import api
 from allocator.core.errors import UserError
@@ -218,12 +218,16 @@ def test_a_gone_sub_block_must_be_gone(structured: Any, tmp_path: Path) -> None:
         HuggingFace().check(replace(structured.source, checkpoint=odd))
 
 
-def test_a_configuration_without_the_keys_is_refused(structured: Any) -> None:
-    source = structured.source
-    config = {**OPTConfig(num_attention_heads=4).to_dict(), "architectures": ["OPTForCausalLM"]}
-    odd = replace(source, files=replace(source.files, config=config))
-    with pytest.raises(UserError, match=r"OPTForCausalLM does not take this configuration: .*attributes are missing"):
-        HuggingFace().check(odd)
+@pytest.mark.parametrize("kind", ["gpt2", "phi3"])
+def test_other_families_go_without_per_layer_config(
+    execute: Callable[..., Any], make_model: Callable[..., Path], tmp_path: Path, kind: str
+) -> None:
+    each = execute(make_model(kind), "structured")
+    api.export(each.folder, "hf", tmp_path / "out", model=each.model)
+    config, plain = (AutoConfig.from_pretrained(f) for f in (tmp_path / "out", each.checkpoint))
+    assert config.to_dict() == plain.to_dict()
+    with pytest.raises(UserError, match=r"hf-padded knows the configuration keys of Llama-like models alone"):
+        api.export(each.folder, "hf-padded", tmp_path / "padded", model=each.model)
 
 
 # --- another tool -----------------------------------------------------------------------------------------------
