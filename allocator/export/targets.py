@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from allocator.export.contract import Target
 from allocator.export.ratios import Ratios
+from allocator.export.torchao import TorchAo
 
-TARGETS: dict[str, Target] = {target.name: target for target in (Ratios(),)}
+TARGETS: dict[str, Target] = {target.name: target for target in (TorchAo(), Ratios())}
