@@ -125,9 +125,9 @@ def write_verify(
 
 
 def copy_script(name: str, folder: Path) -> None:
-    """Copy a script of this package that runs without it."""
+    """Copy a script of this package that runs without it; one of a target's own lies in a folder of that target."""
     with resources.as_file(resources.files("allocator.export") / "scripts" / name) as path:
-        shutil.copyfile(path, folder / name)
+        shutil.copyfile(path, folder / path.name)
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:

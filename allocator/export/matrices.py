@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 
 from allocator.core.plan import Plan
 from allocator.core.space import Unit
@@ -49,6 +51,12 @@ class Matrix:
     def zeros(self) -> int:
         """Weights of the executed matrix that are masked."""
         return self.kept_shape[0] * self.kept_shape[1] - self.kept
+
+
+def share(part: int, whole: int) -> float:
+    """Return ``part / whole``, rounded up: who multiplies and rounds, to the nearest or down, has ``part`` again."""
+    quotient = part / whole
+    return quotient if Fraction(quotient) >= Fraction(part, whole) else math.nextafter(quotient, math.inf)
 
 
 def matrices(plan: Plan, files: ModelFiles, layout: Layout) -> tuple[Matrix, ...]:

@@ -119,10 +119,7 @@ def _write(files: ModelFiles, layout: Layout, replace: Callable[[str], Replaceme
         }
         config["architectures"] = ["PrunedForCausalLM"]
         config["auto_map"] = {"AutoModelForCausalLM": "modeling_pruned.PrunedForCausalLM"}
-        code = (resources.files("allocator.model") / "modeling_pruned.py").read_text(encoding="utf-8")
-        assert _TEMPLATE_IMPORT in code
-        line = f"from transformers import {files.architecture} as Dense"
-        (folder / "modeling_pruned.py").write_text(code.replace(_TEMPLATE_IMPORT, line), encoding="utf-8")
+        write_modelling(folder, files.architecture)
     write_companions(folder, files, config, weight_map)
 
 
@@ -147,6 +144,14 @@ def write_companions(folder: Path, files: ModelFiles, config: Mapping[str, Any],
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     """Write ``config.json``."""
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def write_modelling(folder: Path, architecture: str) -> None:
+    """Write the modelling file that loads a compact checkpoint without this package."""
+    code = (resources.files("allocator.model") / "modeling_pruned.py").read_text(encoding="utf-8")
+    assert _TEMPLATE_IMPORT in code
+    line = f"from transformers import {architecture} as Dense"
+    (folder / "modeling_pruned.py").write_text(code.replace(_TEMPLATE_IMPORT, line), encoding="utf-8")
 
 
 def count_params(folder: Path, space: SearchSpace) -> int:
