@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from allocator.core.errors import UserError
+from allocator.core.files import read_json
 from allocator.export.contract import Source, Target, write_verify
-from allocator.export.weights import executed, head_dim, sizes
+from allocator.export.weights import COMPARE, executed, head_dim, sizes
 from allocator.model.checkpoint import write_config
 from allocator.model.load import stock_config
 
@@ -25,30 +26,35 @@ class HuggingFace(Target):
     """
 
     name = "hf"
-    writes = "checkpoint of smaller layers with per_layer_config, or dense with zeros"
+    writes = "checkpoint with per_layer_config; of masks, dense with zeros"
     patterns = ("structured", "unstructured", "n:m")
 
     def check(self, source: Source) -> None:
         """Check the checkpoint, and that the configuration knows the keys that differ."""
         executed(source, self.name)
-        try:
-            stock_config(source.files, {**source.files.config, **_heterogeneous(source)})
-        except UserError as error:
-            raise UserError(f"export: {error}. The checkpoint of 'allocator prune' loads without that key") from None
+        known = stock_config(source.files, source.files.config)
+        layers = _heterogeneous(source).get("per_layer_config", {})
+        for key in sorted({key for layer in layers.values() for key in layer} - {"skip"}):
+            if not hasattr(known, key):
+                raise UserError(
+                    f"export: hf: layers differ in {key}, which the configuration of {source.files.architecture} does "
+                    "not have. Use the checkpoint of 'allocator prune', which loads without it"
+                )
 
     def write(self, source: Source, folder: Path) -> list[str]:
         """Copy the checkpoint, and say in its configuration how layers differ."""
-        checkpoint = executed(source, self.name)
-        for path in checkpoint.folder.iterdir():
+        assert source.checkpoint is not None
+        for path in source.checkpoint.iterdir():
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)
-        write_config(folder, {**checkpoint.config, **_heterogeneous(source)})
-        verify = write_verify(folder, source)
-        if "auto_map" in checkpoint.config:
+        config = read_json(source.checkpoint / "config.json", "model configuration")
+        write_config(folder, {**config, **_heterogeneous(source)})
+        write_verify(folder, source)
+        if "auto_map" in config:
             how = "it loads in transformers with trust_remote_code=True: stock classes do not build from such a key yet"
         else:
             how = "it loads in transformers as the dense model does; its zeros save neither memory nor time"
-        return [how, f"to compare it with the plan: {verify}"]
+        return [how, COMPARE]
 
 
 def _heterogeneous(source: Source) -> dict[str, Any]:
