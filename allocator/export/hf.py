@@ -6,11 +6,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from allocator.core.errors import UserError
+from allocator.core.files import read_json
 from allocator.export.contract import Source, Target, write_verify
-from allocator.export.weights import executed, head_dim, in_keys_of_llama, sizes
+from allocator.export.weights import COMPARE, executed, head_dim, in_keys_of_llama, sizes
 from allocator.model.checkpoint import write_config
-from allocator.model.load import stock_config
 
 
 class HuggingFace(Target):
@@ -21,34 +20,31 @@ class HuggingFace(Target):
     model what differs in a layer, unless the configuration allows that. It is allowed: ``LlamaConfig`` reads the number
     of heads whenever it is made. (transformers then warns, once for each key.) Models are built by the modelling file
     beside the weights, which has the shapes from ``pruned`` and hides the key from the stock class, today's and one
-    that builds from it.
+    that builds from it. Configurations without Llama's keys, or of fused matrices, go without it.
     """
 
     name = "hf"
-    writes = "checkpoint of smaller layers with per_layer_config, or dense with zeros"
+    writes = "checkpoint with per_layer_config; of masks, dense with zeros"
     patterns = ("structured", "unstructured", "n:m")
 
     def check(self, source: Source) -> None:
-        """Check the checkpoint, and that the configuration knows the keys that differ."""
+        """Check the checkpoint."""
         executed(source, self.name)
-        try:
-            stock_config(source.files, {**source.files.config, **_heterogeneous(source)})
-        except UserError as error:
-            raise UserError(f"export: {error}. The checkpoint of 'allocator prune' loads without that key") from None
 
     def write(self, source: Source, folder: Path) -> list[str]:
         """Copy the checkpoint, and say in its configuration how layers differ."""
-        checkpoint = executed(source, self.name)
-        for path in checkpoint.folder.iterdir():
+        assert source.checkpoint is not None
+        for path in source.checkpoint.iterdir():
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)
-        write_config(folder, {**checkpoint.config, **_heterogeneous(source)})
-        verify = write_verify(folder, source)
-        if "auto_map" in checkpoint.config:
+        config = read_json(source.checkpoint / "config.json", "model configuration")
+        write_config(folder, {**config, **_heterogeneous(source)})
+        write_verify(folder, source)
+        if "auto_map" in config:
             how = "it loads in transformers with trust_remote_code=True: stock classes do not build from such a key yet"
         else:
             how = "it loads in transformers as the dense model does; its zeros save neither memory nor time"
-        return [how, f"to compare it with the plan: {verify}"]
+        return [how, COMPARE]
 
 
 def _heterogeneous(source: Source) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from allocator.core.errors import UserError
 from allocator.core.space import Unit
 from allocator.export.contract import Source, Target, write_verify
-from allocator.export.weights import executed, head_dim, in_keys_of_llama, sizes
+from allocator.export.weights import COMPARE, executed, head_dim, in_keys_of_llama, sizes
 from allocator.model.checkpoint import dtype_of, read_tensors, write_companions
 from allocator.model.headers import ModelFiles
 from allocator.model.load import stock_config, stock_shapes
@@ -29,7 +29,7 @@ class HuggingFacePadded(Target):
     """
 
     name = "hf-padded"
-    writes = "checkpoint of the stock class, its layers padded with zeros to the widest"
+    writes = "checkpoint of the stock class, padded to the widest layer"
     patterns = ("structured",)
 
     def check(self, source: Source) -> None:
@@ -56,8 +56,8 @@ class HuggingFacePadded(Target):
                 ) from None
         write_companions(folder, files, model.config, homes)
         stored = [(matrix.module, model.shapes[f"{matrix.module}.weight"]) for matrix in source.matrices]
-        verify = write_verify(folder, source, shapes=stored)
-        return [_saving(source, model), f"to compare it with the plan: {verify}"]
+        write_verify(folder, source, shapes=stored)
+        return [_saving(source, model), COMPARE]
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 from typing import Any
 
 import torch
 
 from allocator.core.errors import UserError
 from allocator.core.space import Unit
-from allocator.export.contract import Source
+from allocator.export.contract import VERIFY, Source
 from allocator.model.checkpoint import read_tensors
 from allocator.model.headers import ModelFiles, read_model_files
+
+COMPARE = f"to compare it with the plan, in its folder: python {VERIFY} ."
+"""What is said of a checkpoint that has the script beside it."""
 
 _REMEDY = "Make it with 'allocator prune PLAN --out FOLDER', and name it with --checkpoint FOLDER"
 
@@ -25,7 +29,7 @@ def executed(source: Source, target: str) -> ModelFiles:
     folder = source.checkpoint
     if folder is None or not folder.is_dir():
         where = "beside the plan" if folder is None else f"at {folder}"
-        raise UserError(f"export: {target} carries weights, and no checkpoint of the plan is {where}. {_REMEDY}")
+        raise UserError(f"export: {target} carries weights, and there is no checkpoint {where}. {_REMEDY}")
     files = read_model_files(folder)
     if wrong := next(_wrong(source, files), None):
         raise UserError(f"export: {folder} is no checkpoint of this plan: {wrong}. {_REMEDY}")
@@ -46,6 +50,9 @@ def _wrong(source: Source, files: ModelFiles) -> Iterator[str]:
             left = int(torch.count_nonzero(read_tensors(files, [name])[name]))
             if left > matrix.kept:
                 yield f"{name} has {left} weights that are not zero, and {matrix.kept} are planned"
+    plan, held = source.plan, sum(map(prod, files.shapes.values()))
+    if plan.space.pattern == "structured" and held != plan.space.cost(plan.allocation):
+        yield f"it holds {held:,} parameters, and {plan.space.cost(plan.allocation):,} are planned"
 
 
 def _shown(shape: tuple[int, ...]) -> str:
