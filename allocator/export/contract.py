@@ -118,10 +118,20 @@ def write_verify(
             "shape": shape if all(shape) else None,
             "zeros": max(0, shape[0] * shape[1] - left.get(matrix.module, matrix.kept)),
             "group": None if matrix.group is None else list(matrix.group),
+            "transposed": f"{matrix.module}.weight" in source.files.transposed,
         }
     write_json(folder / PLANNED, {"tolerance": tolerance, "modules": modules})
     copy_script(VERIFY, folder)
     return f"python {VERIFY} CHECKPOINT"
+
+
+def refuse_transposed(target: Target, source: Source) -> None:
+    """Raise a :class:`UserError` where matrices are not those of linear layers, which some tools look for alone."""
+    if source.files.transposed:
+        raise UserError(
+            f"export: {target.name} knows linear layers, and those of {source.files.architecture} are Conv1D, inputs "
+            "first. Use --to ratios, or --to hf for the executed plan"
+        )
 
 
 def copy_script(name: str, folder: Path) -> None:

@@ -41,7 +41,7 @@ class DarwinLM(Target):
 
     def check(self, source: Source) -> None:
         """Check what DarwinLM supposes of heads."""
-        heads, attention = num_heads(source), outputs(source)[0]
+        attention, heads = outputs(source)[0], num_heads(source)
         if attention.shape[0] % heads or attention.shape[1] != attention.shape[0]:
             raise UserError(
                 f"export: DarwinLM takes the size of a head for hidden_size / {heads}, and {attention.module} is "

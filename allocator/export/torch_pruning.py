@@ -9,6 +9,7 @@ from allocator.core.errors import UserError
 from allocator.core.files import write_json
 from allocator.core.space import Unit
 from allocator.export.contract import Source, Target, copy_script, write_verify
+from allocator.export.weights import in_keys_of_llama
 from allocator.model.checkpoint import write_modelling
 from allocator.model.family import Site
 
@@ -22,6 +23,11 @@ class TorchPruning(Target):
 
     def check(self, source: Source) -> None:
         """Raise where the plan takes whole sub-blocks, adds biases, or takes KV groups of several query heads."""
+        if not in_keys_of_llama(source):
+            raise UserError(
+                f"export: torch-pruning is told of heads in the way of Llama-like models, and this is a "
+                f"{source.files.architecture}. Use --to ratios, or --to hf for the executed plan"
+            )
         grouped = source.files.config["num_attention_heads"] != _kv_heads(source)
         for unit, level in zip(source.plan.space.units, source.plan.allocation, strict=True):
             if unit.kept[level] == 0:

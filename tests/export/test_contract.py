@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,16 @@ def expresses(target: Target, executed: Any, run: Path | None = None) -> bool:
     except UserError:
         return False
     return True
+
+
+def targets_table() -> str:
+    """Return the README's table of targets, whose rows the tests of this folder prove."""
+    lines = ["| `--to` | what is written | plans |", "|---|---|---|"]
+    return "\n".join(lines + [f"| `{t.name}` | {t.writes} | {', '.join(t.patterns)} |" for t in TARGETS.values()])
+
+
+def test_the_readme_lists_the_targets() -> None:
+    assert targets_table() in Path(__file__).parents[2].joinpath("README.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(params=TARGETS.values(), ids=TARGETS)
@@ -88,6 +99,23 @@ def assert_the_same_again(target: Target, folder: Path, model: Path, to: Path) -
         paths = sorted(path for path in out.rglob("*") if path.is_file() and path not in varying)
         written.append([(path.relative_to(out), path.read_bytes()) for path in paths])
     assert written[0] == written[1]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("kind", ["gpt2", "phi3", "gpt_neox", "falcon", "starcoder2"])
+def test_other_families_are_written_or_refused(
+    kind: str, pattern: str, make_model: Callable[..., Path], execute: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Matrices of several parts, matrices that lie inputs first, and configurations with keys of their own."""
+    executed = execute(make_model(kind), pattern)
+    write_verify(tmp_path, executed.source)
+    assert verify(tmp_path, executed.checkpoint) == (0, {})
+    written = []
+    for target in TARGETS.values():
+        if expresses(target, executed):
+            api.export(executed.folder, target.name, tmp_path / target.name, model=executed.model)
+            written.append(target.name)
+    assert {"hf", "ratios"} <= {*written}
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

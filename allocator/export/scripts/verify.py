@@ -53,6 +53,7 @@ def main():
             if planned["shape"] is None:
                 rows[name] = {"planned": 1.0, "achieved": 0.0, "wrong": "is there, and should be gone"}
                 continue
+            weight = weight.T if planned["transposed"] else weight
             wrong, zeros = compare(weight.to(torch.float32), planned, plan["tolerance"])
             rows[name] = {
                 "planned": planned["zeros"] / weight.numel(),
