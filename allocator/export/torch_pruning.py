@@ -81,7 +81,7 @@ def _arguments(source: Source) -> dict[str, Any]:
         widths |= dict.fromkeys(modules, ratio)
         if site.part == "attention":
             heads |= dict.fromkeys(modules, ratio)
-            counts |= {m: site.total if m in dict(site.inputs) else _kv_heads(source) for m in modules}
+            counts |= {m: site.total if m in site.rows else _kv_heads(source) for m in modules}
     return {
         "pruning_ratio_dict": widths,
         "head_pruning_ratio_dict": heads,
