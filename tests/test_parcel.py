@@ -82,7 +82,10 @@ def test_what_was_sent_runs_from_its_folder(tmp_path: Path) -> None:
         check=True,
     )
     inside = tmp_path / "job" / "allocator"
-    assert done.stdout.split() == [str(inside / "__init__.py"), str(inside / "search_spaces" / "llama.yaml")]
+    package, *families = done.stdout.split()
+    assert package == str(inside / "__init__.py")
+    shipped = (ROOT / "search_spaces").glob("*.yaml")
+    assert sorted(families) == sorted(str(inside / "search_spaces" / path.name) for path in shipped)
     assert COMMAND.split()[:4] == ["python", "-m", "allocator", "search"]
 
 

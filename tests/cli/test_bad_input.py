@@ -180,7 +180,9 @@ def test_unknown_architecture(refused: Refused, tiny_model: Path, here: Path) ->
     )
     message = refused("search", "--model", here / "model")
     assert "'mamba'" in message
-    assert "known: llama, mistral, qwen2, qwen3" in message
+    assert "known: falcon, gemma" in message
+    assert "llama, mistral, phi3, qwen2, qwen3" in message
+    assert "allocator inspect MODEL --suggest" in message
     assert "--set family=FILE" in message
 
 

@@ -26,7 +26,7 @@ def check_order(model):
     LLM Compressor gives out the sparsities in the order of `named_modules()`, whatever the order of `targets`.
     """
     with torch.device("meta"):
-        built = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+        built = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model, trust_remote_code=False))
     names = [name for name, _ in built.named_modules()]
     for stage in yaml.safe_load(RECIPE.read_text()).values():
         for group in stage.values():
@@ -46,7 +46,7 @@ def main():
     parser.add_argument("--length", type=int, default=512, help="tokens of each (default: %(default)s)")
     arguments = parser.parse_args()
     check_order(arguments.model)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=False)
     tokens = sequences(arguments.text, tokenizer, arguments.samples, arguments.length)
     oneshot(
         model=arguments.model,

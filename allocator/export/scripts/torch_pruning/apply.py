@@ -59,7 +59,7 @@ def save(model, before, source, out):
     """Save, and say in the configuration which matrices are smaller."""
     weights = {name.removesuffix(".weight"): list(value.shape) for name, value in model.named_parameters()}
     model.save_pretrained(out)
-    AutoTokenizer.from_pretrained(source).save_pretrained(out)
+    AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(out)
     shutil.copy(HERE / MODELLING, out / MODELLING)
     config = json.loads((Path(source) / "config.json").read_text())
     config["pruned"] = {
@@ -79,7 +79,9 @@ def main():
     parser.add_argument("model", help="folder of the dense model")
     parser.add_argument("out", type=Path, help="folder to write")
     arguments = parser.parse_args()
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto", attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        arguments.model, dtype="auto", attn_implementation="eager", trust_remote_code=False
+    ).eval()
     before = {name.removesuffix(".weight"): list(value.shape) for name, value in model.named_parameters()}
     prune(model, json.loads((HERE / "ratios.json").read_text()))
     save(model, before, arguments.model, arguments.out)

@@ -62,8 +62,8 @@ def main():
     parser.add_argument("--length", type=int, default=512, help="tokens of each (default: %(default)s)")
     arguments = parser.parse_args()
     entries = json.loads(ENTRIES.read_text())
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto").eval()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto", trust_remote_code=False).eval()
     stored = model.state_dict().keys()
     if arguments.wanda:
         tokens = sequences(arguments.wanda, tokenizer, arguments.samples, arguments.length)
