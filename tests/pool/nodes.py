@@ -55,6 +55,8 @@ class Operator:
             self._steps += 1
             if self._steps == 4:
                 self._cluster.remove_node(self._node, allow_graceful=False)
+        elif self.alive[-1] > 1:
+            time.sleep(0.5)  # or the search is over before Ray tells of it
 
 
 def main(folder: Path, model: str, text: str, settings: list[str]) -> None:

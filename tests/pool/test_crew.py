@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import ray
+from ray.exceptions import RayActorError
 
 from allocator.core.errors import UserError
 from allocator.pool.crew import MAX_DEATHS, Crew, Died
@@ -179,8 +180,12 @@ def test_a_worker_that_dies_is_replaced_and_its_task_told(crew: Callable[..., Cr
 def test_workers_that_died_while_they_were_idle_are_charged_to_one_task_at_most(crew: Callable[..., Crew]) -> None:
     """The first finds out; then all are asked whether they live."""
     made = staffed(crew(4, patience_s=10.0))
-    for actor in made.actors[:3]:
+    killed = made.actors[:3]
+    for actor in killed:
         ray.kill(actor)
+    for actor in killed:
+        with pytest.raises(RayActorError):  # they die a moment after they are told to
+            ray.get(actor.ready.remote())
     died = 0
     for number in range(12):
         ticket = made.add(Task("double", (number,)))
