@@ -401,6 +401,7 @@ def test_same_plan_for_any_number_of_workers_that_train(
     assert not (result.folder / "training").exists()
 
 
+@pytest.mark.slow
 def test_killed_while_it_trains_and_resumed(
     drive: Callable[..., Driver], finished_trained: Any, tiny_model: Path, text_folder: Path, tmp_path: Path
 ) -> None:

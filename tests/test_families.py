@@ -34,6 +34,13 @@ FAMILIES = {
 """Model types by name in words, and what makes a tiny one that has what is special to it."""
 
 PATTERNS = ("structured", "unstructured", "n:m")
+CASES = [
+    pytest.param(kind, pattern, marks=[] if pattern == "structured" or kind in ("llama", "gpt2") else pytest.mark.slow)
+    for kind in FAMILIES
+    for pattern in PATTERNS
+]
+"""Masks are made in one way for all families but those whose matrices lie inputs first."""
+
 SETTINGS = (
     "tokens.sequence_length=64 tokens.calibration=512 tokens.selection=64 tokens.test=128 search.rounds=1 "
     "search.method=evolution search.evolution.generations=2 search.evolution.offspring=4 "
@@ -58,8 +65,7 @@ def test_the_readme_lists_what_is_tested() -> None:
     assert families_table() in Path(__file__).parents[1].joinpath("README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize(("kind", "pattern"), CASES)
 def test_a_family_goes_the_whole_way(
     kind: str, pattern: str, make_model: Callable[..., Path], text_folder: Path, tmp_path: Path
 ) -> None:

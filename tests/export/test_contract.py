@@ -102,7 +102,9 @@ def assert_the_same_again(target: Target, folder: Path, model: Path, to: Path) -
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("kind", ["gpt2", "phi3", "gpt_neox", "falcon", "starcoder2"])
+@pytest.mark.parametrize(
+    "kind", ["gpt2", "phi3", *(pytest.param(k, marks=pytest.mark.slow) for k in ("gpt_neox", "falcon", "starcoder2"))]
+)
 def test_other_families_are_written_or_refused(
     kind: str, pattern: str, make_model: Callable[..., Path], execute: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -52,7 +52,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return made
 
 
-@pytest.fixture(scope="module", params=["absent", "there"])
+@pytest.fixture(scope="module", params=["absent", pytest.param("there", marks=pytest.mark.slow)])
 def reloaded(request: pytest.FixtureRequest, exported: Any, reload: Callable[..., Any]) -> dict[str, Any]:
     """What the plain checkpoint and the export gave, by case, in a process with and without this package."""
     names = exported if request.param == "absent" else STRUCTURED
