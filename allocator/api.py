@@ -15,7 +15,7 @@ from allocator.config import RunConfig, load_config, search_assignments
 from allocator.core.budget import Budget, budget_for
 from allocator.core.costs import Bound, scaled, shown
 from allocator.core.errors import UserError, did_you_mean
-from allocator.core.files import check_file, check_place, fingerprint, whole_folder
+from allocator.core.files import check_file, check_new_folder, fingerprint, whole_folder
 from allocator.core.front import figure, pareto_front
 from allocator.core.front import knee as find_knee
 from allocator.core.journal import Journal
@@ -200,7 +200,7 @@ def explain(config: RunConfig) -> list[Covered]:
     """
     files = read_model_files(locate(config.model))
     kind = str(files.config.get("model_type"))
-    family = find_family(kind, config.family) if config.family is not None or kind in served_types() else None
+    family = served_types().get(kind) if config.family is None else find_family(kind, config.family)
     return coverage(files, family)
 
 
@@ -386,9 +386,7 @@ def prune(
         raise UserError(f"execution: expected assemble or recompute, found {execution!r}")
     plan = plan if isinstance(plan, Plan) else Plan.load(plan)
     reporter, out = reporter or Silent(), Path(out)
-    if out.exists():
-        raise UserError(f"{out}: exists already. Name another folder with --out, or remove it")
-    check_place(out, "Name another folder with --out")
+    check_new_folder(out)
     files = read_model_files(locate(model))
     layout = _layout_of(plan, files, family)
     if missing := sorted(_PRUNER_KEYS - plan.pruner.keys()):
@@ -468,8 +466,7 @@ def export(
     source, out = Path(source), Path(out)
     if to not in TARGETS:
         raise UserError(f"--to: unknown target {to!r}{did_you_mean(to, TARGETS)}")
-    if out.exists():
-        raise UserError(f"{out}: exists already. Name another folder with --out, or remove it")
+    check_new_folder(out)
     folder = source if source.is_dir() else source.parent
     plan = Plan.load(source / "plan.json" if source.is_dir() else source)
     files = read_model_files(locate(model))

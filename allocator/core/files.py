@@ -52,6 +52,17 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
+def check_new_folder(out: Path) -> None:
+    """Check that nothing is at ``out``, and that a folder can be made there.
+
+    Raises:
+        UserError: Something is, or none can.
+    """
+    if out.exists() or out.is_symlink():
+        raise UserError(f"{out}: exists already. Name another folder with --out, or remove it")
+    check_place(out, "Name another folder with --out")
+
+
 @contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
     """Yield a new folder beside ``out``, which becomes it when the body ends and is removed when it fails.
@@ -59,9 +70,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
     Raises:
         UserError: There is something at ``out``, or no folder can be made there.
     """
-    if out.exists() or out.is_symlink():
-        raise UserError(f"{out}: exists already. Name another folder with --out, or remove it")
-    check_place(out, "Name another folder with --out")
+    check_new_folder(out)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

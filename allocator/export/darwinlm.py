@@ -8,6 +8,7 @@ from allocator.core.errors import UserError
 from allocator.export.contract import Source, Target, command, write_verify
 from allocator.export.levels import (
     LEVELS,
+    MODULES,
     Rounded,
     apportion,
     dense_shapes,
@@ -18,8 +19,6 @@ from allocator.export.levels import (
     write_levels,
     zeroed,
 )
-
-_MODULES = r".*layers.*((q|k|v|o|gate|up|down)_proj)$"
 
 
 class DarwinLM(Target):
@@ -74,7 +73,7 @@ class DarwinLM(Target):
 def _readme(lists: dict[str, list[int]]) -> list[str]:
     prune = command(
         *("torchrun", "--nproc-per-node=1", "struct_prune.py", "--model_name_or_path", "MODEL"),
-        *("--prunable_modules", _MODULES, "--pre_block_modules", "model.embed_tokens", "model.rotary_emb"),
+        *("--prunable_modules", MODULES, "--pre_block_modules", "model.embed_tokens", "model.rotary_emb"),
         *("--block_modules", "model.layers", "--calibration_data", "DATA"),
         *("--mlp_prune_name", "down_proj", "--attn_prune_name", "o_proj"),
         *(word for name, counts in lists.items() for word in (f"--{name}", *counts)),

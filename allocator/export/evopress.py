@@ -6,11 +6,10 @@ from math import ceil
 from pathlib import Path
 
 from allocator.export.contract import Source, Target, command, write_verify
-from allocator.export.levels import LEVELS, Rounded, apportion, lost, write_levels
+from allocator.export.levels import LEVELS, MODULES, Rounded, apportion, lost, write_levels
 
 _STEPS = 16
 _TOLERANCE = 0.001  # its pruner rounds in blocks of columns
-_MODULES = r".*layers.*((q|k|v|o|gate|up|down)_proj)$"
 
 
 class EvoPress(Target):
@@ -57,7 +56,7 @@ def limits(base: float, step: float) -> tuple[int, int]:
 def _readme(base: float, step: int) -> list[str]:
     prune = command(
         *("torchrun", "--nproc-per-node=1", "prune.py", "--model_name_or_path", "MODEL"),
-        *("--prunable_modules", _MODULES, "--pre_block_modules", "model.embed_tokens", "model.rotary_emb"),
+        *("--prunable_modules", MODULES, "--pre_block_modules", "model.embed_tokens", "model.rotary_emb"),
         *("--block_modules", "model.layers", "--calibration_data", "DATA"),
         *("--sparsity", base, "--weights_diff", step, "--num_levels", _STEPS, "--save_dir", "DATABASE"),
     )

@@ -21,6 +21,8 @@ from allocator.export.contract import Source, write_lines
 from allocator.export.matrices import Matrix
 
 LEVELS, METADATA = "levels.txt", "metadata.pth"
+MODULES = r".*layers.*((q|k|v|o|gate|up|down)_proj)$"
+"""What the peers of IST Austria are told to prune."""
 
 _OUTPUTS = re.compile(r"model\.layers\.\d+\.(self_attn\.o_proj|mlp\.down_proj)")
 

@@ -9,7 +9,7 @@ from fractions import Fraction
 
 from allocator.core.plan import Plan
 from allocator.core.space import Unit
-from allocator.model.family import Layout, Site
+from allocator.model.family import Layout, Site, staying
 from allocator.model.headers import ModelFiles
 
 
@@ -98,6 +98,4 @@ def _of_site(site: Site, levels: dict[str, tuple[Unit, int]], files: ModelFiles)
 
 def _modules(site: Site, files: ModelFiles) -> list[str]:
     """Return the matrices of a sub-block, also those that stay as long as anything does (key and value of heads)."""
-    names = (name.removesuffix(".weight") for name, shape in files.shapes.items() if len(shape) == 2)
-    staying = [name for name in names if name.startswith(f"{site.name}.") and name not in site.modules]
-    return [*site.modules[:-1], *sorted(staying), site.output]
+    return [*site.modules[:-1], *staying(site, files), site.output]

@@ -228,6 +228,14 @@ def resolve_layout(family: Family, files: ModelFiles, attention: Attention = "kv
     return Layout(blocks, tuple(family.tail), sites)
 
 
+def staying(site: Site, files: ModelFiles) -> list[str]:
+    """Return matrices that stay as long as any item of a sub-block does: key and value beside query heads."""
+    inside = (
+        n.removesuffix(".weight") for n, s in files.shapes.items() if n.startswith(f"{site.name}.") and len(s) == 2
+    )
+    return sorted(module for module in inside if module not in site.modules)
+
+
 def block_numbers(files: ModelFiles, blocks: str) -> list[int]:
     """Return the numbers of a model's blocks, in order."""
     pattern = re.compile(re.escape(blocks).replace(r"\{block\}", r"(\d+)") + r"\.")

@@ -51,19 +51,16 @@ def regroup(attention):
 
 
 def counted(module, names):
-    """Return attributes of a module by name; `config.x` is one of the configuration."""
+    """Return attributes of a module by name; `config.x` is one of the configuration, which it then has for itself."""
+    if any(name.startswith("config.") for name in names):
+        module.config = copy.copy(module.config)
     return {
         name: getattr(module.config if name.startswith("config.") else module, name.split(".")[-1]) for name in names
     }
 
 
 def recount(module, dense, kept, total):
-    """Set attributes that are proportional to what a module keeps, given those of the dense one.
-
-    Those of the configuration are set in a copy that the module has for itself.
-    """
-    if any(name.startswith("config.") for name in dense) and "config" in vars(module):
-        module.config = copy.copy(module.config)
+    """Set attributes that are proportional to what a module keeps, given those of the dense one by `counted`."""
     for name, value in dense.items():
         owner = module.config if name.startswith("config.") else module
         setattr(owner, name.split(".")[-1], value * kept // total)

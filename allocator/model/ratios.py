@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from allocator.core.errors import UserError, did_you_mean
-from allocator.model.family import Layout, Site
+from allocator.model.family import Layout, Site, staying
 from allocator.model.headers import ModelFiles
 
 METADATA = "metadata.pth"
@@ -54,7 +54,7 @@ def read_ratios(path: Path, layout: Layout, files: ModelFiles, levels: Levels | 
     if isinstance(found, list):
         ratios = _by_block(path, found, layout)
     else:
-        known = {module for site in layout.sites for module in _matrices(site, files)}
+        known = {module for site in layout.sites for module in (*site.modules, *staying(site, files))}
         for module in found:
             if module not in known:
                 raise UserError(f"{path}: the model has no prunable matrix {module!r}{did_you_mean(module, known)}")
@@ -98,12 +98,6 @@ def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"{name!r} is there twice")
         found[name] = value
     return found
-
-
-def _matrices(site: Site, files: ModelFiles) -> list[str]:
-    """Return the matrices of a sub-block, also those that no item owns rows of."""
-    prefix = f"{site.name}."
-    return [n.removesuffix(".weight") for n, s in files.shapes.items() if n.startswith(prefix) and len(s) == 2]
 
 
 def _by_block(path: Path, ratios: Sequence[float], layout: Layout) -> dict[str, float]:

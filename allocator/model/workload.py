@@ -23,7 +23,7 @@ from typing import Any
 from allocator.core.errors import UserError
 from allocator.core.latency import LatencyTable
 from allocator.core.space import Cost, SearchSpace, Unit
-from allocator.model.family import Layout, Site
+from allocator.model.family import Layout, Site, staying
 from allocator.model.headers import ModelFiles
 
 _BYTES = {
@@ -210,10 +210,8 @@ def width_of(files: ModelFiles, name: str) -> int:
 
 
 def _staying_rows(site: Site, files: ModelFiles) -> int:
-    """Return the rows of matrices that stay as long as any item does: key and value beside query heads."""
-    own = {f"{module}.weight" for module in site.modules}
-    inside = {name: shape for name, shape in files.shapes.items() if name.startswith(f"{site.name}.")}
-    return sum(shape[0] for name, shape in inside.items() if len(shape) == 2 and name not in own)
+    """Return the rows of matrices that stay as long as any item does."""
+    return sum(files.shapes[f"{module}.weight"][0] for module in staying(site, files))
 
 
 def _window(config: Mapping[str, Any], block: int) -> int | None:
