@@ -87,15 +87,17 @@ def _write(files: ModelFiles, layout: Layout, replace: Callable[[str], Replaceme
                 if owner is not None and cached[0] != owner:
                     cached = (owner, replace(owner))
                 new = cached[1].get(name, ...) if owner is not None else ...
-                tensor = file.get_tensor(name) if new is ... else new
-                if tensor is None:
+                if new is None:
                     gone.add(name)
                     continue
-                turned = new is not ... and name in files.transposed
-                tensors[name] = (tensor.T if turned else tensor).to(dtype_of(files.dtypes[name])).contiguous()
                 weight_map[name] = shard
-                if new is not ... and name.endswith(".weight") and tuple(tensor.shape) != files.shapes[name]:
-                    shapes[name.removesuffix(".weight")] = list(tensor.shape)
+                if new is ...:
+                    tensors[name] = file.get_tensor(name)
+                    continue
+                as_stored = new.T if name in files.transposed else new
+                tensors[name] = as_stored.to(dtype_of(files.dtypes[name])).contiguous()
+                if name.endswith(".weight") and tuple(new.shape) != files.shapes[name]:
+                    shapes[name.removesuffix(".weight")] = list(new.shape)
                     bias = name.removesuffix("weight") + "bias"
                     if bias not in files.shapes and (gained := cached[1].get(bias)) is not None:
                         tensors[bias] = gained.to(tensors[name].dtype).contiguous()
