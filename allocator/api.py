@@ -31,7 +31,7 @@ from allocator.export.targets import TARGETS
 from allocator.job import ladders_id, read_model, read_texts, read_tokens, text_fingerprint, versions
 from allocator.model.checkpoint import count_params
 from allocator.model.draft import Covered, coverage, draft
-from allocator.model.family import Attention, Layout, build_space, find_family, resolve_layout, served_types
+from allocator.model.family import Layout, build_space, find_family, open_model, resolve_layout, served_types
 from allocator.model.headers import ModelFiles, locate, read_model_files
 from allocator.model.ratios import Levels
 from allocator.progress import Reporter, Silent
@@ -201,7 +201,7 @@ def explain(config: RunConfig) -> list[Covered]:
     files = read_model_files(locate(config.model))
     kind = str(files.config.get("model_type"))
     family = served_types().get(kind) if config.family is None else find_family(kind, config.family)
-    return coverage(files, family)
+    return coverage(files if family is None else files.renamed(family.renamed), family)
 
 
 def suggest(config: RunConfig) -> str:
@@ -387,8 +387,7 @@ def prune(
     plan = plan if isinstance(plan, Plan) else Plan.load(plan)
     reporter, out = reporter or Silent(), Path(out)
     check_new_folder(out)
-    files = read_model_files(locate(model))
-    layout = _layout_of(plan, files, family)
+    files, layout = _model_of(plan, model, family)
     if missing := sorted(_PRUNER_KEYS - plan.pruner.keys()):
         raise UserError(
             f"plan: its pruner does not say {', '.join(missing)}, so that its weights cannot be made here. "
@@ -422,9 +421,8 @@ def prune(
             "version if it was the standard library, or put the plan together from its run's level store with "
             "--execution assemble --store FOLDER"
         )
-    pruner = make_pruner(
-        settings["name"], plan.space.pattern, settings.get("damping", 0.01), settings.get("bias", False)
-    )
+    damping, bias, experts = settings.get("damping", 0.01), settings.get("bias", False), settings.get("experts")
+    pruner = make_pruner(settings["name"], plan.space.pattern, damping, bias, experts)
     reporter.phase("pruning", len(layout.blocks))
     spec = EngineSpec(files, layout, plan.space, None, pruner, settings["dtype"], settings["threads"])
     calibration = spec.calibration(tokens["calibration"], reporter.step, reporter.say)
@@ -469,8 +467,7 @@ def export(
     check_new_folder(out)
     folder = source if source.is_dir() else source.parent
     plan = Plan.load(source / "plan.json" if source.is_dir() else source)
-    files = read_model_files(locate(model))
-    layout = _layout_of(plan, files, family)
+    files, layout = _model_of(plan, model, family)
     beside = folder / "checkpoint"
     there = Path(checkpoint) if checkpoint is not None else beside if beside.is_dir() else None
     run = folder if (folder / "journal.jsonl").exists() else None
@@ -542,36 +539,42 @@ def evaluate(
     """
     if tokens % length:
         raise UserError(f"tokens: {tokens} is not a multiple of the sequence length {length}")
-    files, pruned = read_model_files(locate(model)), read_model_files(locate(checkpoint))
+    (files, names), pruned = open_model(locate(model), _path(family)), read_model_files(locate(checkpoint))
     dense, own = _shape(files), _shape(pruned)
     if own != dense:
         raise UserError(
             f"{pruned.folder}: made from {own}, and {files.folder} is {dense}. "
             "Name the dense model that it was made from with --model"
         )
-    layout = _layout(files, family)
+    pattern = "structured" if "pruned" in pruned.config else "unstructured"
+    layout = resolve_layout(names, files, experts="whole" if pattern == "structured" else "inside")
     packed = read_tokens(None if text is None else Path(text), files.folder, {"test": tokens}, length)
-    space = build_space(layout, files, "structured" if "pruned" in pruned.config else "unstructured", target=0.5)
+    space = build_space(layout, files, pattern, target=0.5)
     engine = Engine(EngineSpec(files, layout, space, store=None), packed)
-    return {"params": count_params(pruned.folder, space), **engine.measure_checkpoint(pruned.folder, "test", tokens)}
+    return {"params": count_params(pruned.folder, space, files.renames), **engine.measure_checkpoint(pruned.folder, "test", tokens)}
 
 
-def _layout(files: ModelFiles, family: Path | str | None, attention: Attention = "kv_groups") -> Layout:
-    file = None if family is None else Path(family)
-    return resolve_layout(find_family(str(files.config.get("model_type")), file), files, attention)
+def _path(file: Path | str | None) -> Path | None:
+    return None if file is None else Path(file)
 
 
-def _layout_of(plan: Plan, files: ModelFiles, family: Path | str | None) -> Layout:
-    """Return where a plan's units are in the model that it was made for."""
+def _model_of(plan: Plan, model: Path | str, family: Path | str | None) -> tuple[ModelFiles, Layout]:
+    """Return the model that a plan was made for, and where the plan's units are in it."""
+    files, names = open_model(locate(model), _path(family))
     if files.fingerprint != plan.model["fingerprint"]:
         raise UserError(
             f"plan: made for {plan.model['id']} ({plan.model['fingerprint'][:19]}...), and {files.folder} is another "
             f"model ({files.fingerprint[:19]}...). Name the plan's model with --model"
         )
-    heads = any(unit.kind == "query_heads" for unit in plan.space.units)
-    layout = _layout(files, family, "query_heads" if heads else "kv_groups")
+    kinds = {unit.kind for unit in plan.space.units}
+    layout = resolve_layout(
+        names,
+        files,
+        "query_heads" if "query_heads" in kinds else "kv_groups",
+        "whole" if "experts" in kinds else "inside",
+    )
     _check_units(plan, layout, files)
-    return layout
+    return files, layout
 
 
 def _check_units(plan: Plan, layout: Layout, files: ModelFiles) -> None:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from allocator.core.costs import COSTS, Bound
 from allocator.core.errors import UserError, did_you_mean
-from allocator.model.family import Attention
+from allocator.model.family import Attention, Experts
 from allocator.model.headers import PACKAGED
 from allocator.search.decide import SearchSettings, best_for
 from allocator.search.presets import PRESETS, preset
@@ -44,12 +44,15 @@ class LadderSettings(_Strict):
         patterns: Levels beside dense of the n:m pattern: how many weights of each group are kept.
         attention: What structured pruning removes from attention: KV groups with the query heads that they
             serve, or query heads alone, equally many from every KV group.
+        experts: What structured pruning removes from a mixture of experts: ``whole`` experts, or channels ``inside``
+            of each.
     """
 
     sparsities: tuple[float, ...] | None = Field(default=None, max_length=128)
     align: int = Field(default=1, ge=1)
     patterns: tuple[str, ...] = Field(default=("2:4", "1:4"), max_length=128)
     attention: Attention = "kv_groups"
+    experts: Experts = "whole"
 
     @field_validator("sparsities")
     @classmethod
@@ -85,6 +88,8 @@ class PrunerSettings(_Strict):
         execution: How the chosen plan becomes a checkpoint: pruned again along its own path (``recompute``), or put
             together from the store (``assemble``); None for ``recompute`` where the pruner chooses new values.
         bias: Whether structured pruning gives back the mean output of what is lost, as a bias.
+        experts: How whole experts are chosen: by what is lost of the mixture's output without them
+            (``reconstruction``), or by what the router gives them (``routing``).
     """
 
     name: str | None = None
@@ -93,6 +98,7 @@ class PrunerSettings(_Strict):
     along: Path | None = None
     execution: Literal["recompute", "assemble"] | None = None
     bias: bool = False
+    experts: Literal["reconstruction", "routing"] = "reconstruction"
 
     @field_validator("along")
     @classmethod

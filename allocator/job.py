@@ -23,8 +23,8 @@ from allocator.core.plan import Plan
 from allocator.core.space import Allocation, SearchSpace
 from allocator.evaluate.engine import EngineSpec, check_device
 from allocator.evaluate.training import Training
-from allocator.model.family import Layout, build_space, find_family, resolve_layout
-from allocator.model.headers import ModelFiles, locate, read_model_files
+from allocator.model.family import Layout, build_space, open_model, resolve_layout
+from allocator.model.headers import ModelFiles, locate
 from allocator.model.load import load_tokenizer
 from allocator.model.text import pack, read_documents, split_of
 from allocator.model.workload import Workload, served
@@ -191,11 +191,10 @@ def read_model(config: RunConfig) -> tuple[ModelFiles, Layout, SearchSpace]:
     """
     if config.target is not None and not 0.0 < config.target < 1.0:
         raise UserError(f"target: expected a share in (0, 1), found {config.target}. 0.5 removes half of the units")
-    files = read_model_files(locate(config.model))
+    files, family = open_model(locate(config.model), config.family)
     if "pruned" in files.config:
         raise UserError(f"model: {files.folder} is pruned already. Give the dense model that it was made from")
-    family = find_family(str(files.config.get("model_type")), config.family)
-    ladder = config.ladder
+    ladder, structured = config.ladder, config.pattern == "structured"
     if config.pattern == "n:m" and ladder.sparsities is not None:
         raise UserError(
             f"ladder.sparsities: the levels of n:m are those of ladder.patterns, {', '.join(ladder.patterns)}. "
@@ -206,12 +205,12 @@ def read_model(config: RunConfig) -> tuple[ModelFiles, Layout, SearchSpace]:
             f"search.rounds: every round halves the steps of ladders, and those of n:m are the patterns "
             f"{', '.join(ladder.patterns)}. Leave search.rounds out, or use --pattern unstructured"
         )
-    if ladder.attention == "query_heads" and config.pattern != "structured":
+    if ladder.attention == "query_heads" and not structured:
         raise UserError(
             f"ladder.attention: query_heads serves structured pruning, and the pattern is {config.pattern}. "
             "Leave it out"
         )
-    layout = resolve_layout(family, files, ladder.attention)
+    layout = resolve_layout(family, files, ladder.attention, ladder.experts if structured else "inside")
     build = partial(
         build_space,
         layout,
@@ -255,7 +254,9 @@ def prepare(config: RunConfig) -> Job:
             )
     budget = budget_for(space, config.target, config.bounds)
     settings = config.pruner
-    pruner = make_pruner(settings.name or PRUNERS[config.pattern][0], config.pattern, settings.damping, settings.bias)
+    whole = settings.experts if any(unit.kind == "experts" for unit in space.units) else None
+    name = settings.name or PRUNERS[config.pattern][0]
+    pruner = make_pruner(name, config.pattern, settings.damping, settings.bias, whole)
     wanted = {
         "calibration": config.tokens.calibration,
         "search": config.search.fidelities[-1],

@@ -16,6 +16,22 @@ from allocator.model.family import families_folder, load_family
 from allocator.model.headers import read_model_files
 from allocator.model.load import load_model
 
+LATENT = {
+    "num_key_value_heads": 4,
+    "head_dim": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 12,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.5,
+}
+"""A tiny DeepSeek."""
+
 FAMILIES = {
     "llama": ("Llama 2 and 3", {}),
     "mistral": ("Mistral", {}),
@@ -30,6 +46,16 @@ FAMILIES = {
     "gpt2": ("GPT-2", {}),
     "gpt_neox": ("GPT-NeoX, Pythia", {"tie_word_embeddings": False}),
     "falcon": ("Falcon", {}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "sliding_window": 8}),
+    "qwen3_moe": (
+        "Qwen 3 MoE",
+        {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "mlp_only_layers": [0]},
+    ),
+    "deepseek_v2": ("DeepSeek 2", LATENT | {"num_experts_per_tok": 2, "topk_method": "greedy"}),
+    "deepseek_v3": (
+        "DeepSeek 3",
+        LATENT | {"q_lora_rank": 12, "num_experts_per_tok": 3, "n_group": 2, "topk_group": 1, "norm_topk_prob": True},
+    ),
 }
 """Model types by name in words, and what makes a tiny one that has what is special to it."""
 
@@ -72,7 +98,9 @@ def test_a_family_goes_the_whole_way(
     model = make_model(kind, **FAMILIES[kind][1])
     flags = {"model": str(model), "pattern": pattern}
     space, _ = allocator.inspect(load_config(None, flags, []))
-    assert space.cost(space.dense) == sum(p.numel() for p in load_model(read_model_files(model)).parameters())
+    dense = load_model(read_model_files(model))
+    kept = [buffer for name, buffer in dense.named_buffers() if name in dense.state_dict()]
+    assert space.cost(space.dense) == sum(tensor.numel() for tensor in (*dense.parameters(), *kept))
 
     result = allocator.search(
         model,

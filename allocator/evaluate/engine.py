@@ -127,7 +127,7 @@ class Engine:
         if spec.store is not None:
             assembler = Assembler(spec.files, spec.layout, spec.space, spec.store, self._walker.model)
             self._switchboard = Switchboard(self._walker.model, spec.layout, assembler)
-            self._expander = Expander(self._walker, spec.layout, spec.space, assembler)
+            self._expander = Expander(self._walker, spec.layout, spec.space, assembler, self._switchboard)
         self._trainer: Trainer | None = None
         if spec.store is not None and spec.training is not None:
             self._trainer = Trainer(

@@ -6,6 +6,9 @@ what the unit's error has in common with the errors of all others, which is what
 of its evaluations on. The rest is the unit's own curvature, to a good approximation proportional to the mean square of
 what the level changes in the unit's output, by a factor that hardly changes as the search moves.
 
+Whole experts change what a router chooses, which is no change of weights: for these, the gradient is that in their
+output, and the mixture is run at every level on the tokens that reach it.
+
 Second-order Taylor saliency goes back to Optimal Brain Damage (LeCun et al., 1989); here it is of whole levels, with
 whatever refit they have, around an allocation that is pruned already.
 
@@ -25,7 +28,7 @@ from allocator.core.space import Allocation, SearchSpace
 from allocator.evaluate.teacher import Lesson, Sums, Teacher
 from allocator.model.family import Layout
 from allocator.model.walk import SEQUENCES_PER_BATCH, BlockWalker
-from allocator.prune.assemble import Assembler
+from allocator.prune.assemble import Assembler, Switchboard
 
 LESSONS_PER_PORTION = 2
 """Batches of sequences that are expanded together; others may be expanded elsewhere. Part of the numerics."""
@@ -80,8 +83,16 @@ def _sum(tables: Sequence[_Rows], scale: float) -> _Rows:
 class Expander:
     """Expands the loss of a live model, whose units are in dense shapes at some allocation."""
 
-    def __init__(self, walker: BlockWalker, layout: Layout, space: SearchSpace, assembler: Assembler) -> None:
-        self._walker, self._space, self._assembler = walker, space, assembler
+    def __init__(
+        self,
+        walker: BlockWalker,
+        layout: Layout,
+        space: SearchSpace,
+        assembler: Assembler,
+        switchboard: Switchboard,
+    ) -> None:
+        self._walker, self._space, self._assembler, self._switchboard = walker, space, assembler, switchboard
+        self._routers = {site.name: router for site in layout.sites if site.experts for router in site.rows}
         outputs = {site.name: site.output for site in layout.sites}
         self._modules = [outputs.get(unit.name, unit.name) for unit in space.units]
 
@@ -115,25 +126,30 @@ class Expander:
                 block_in_btd = states.pop().detach().requires_grad_()
                 with walker.listening(index, modules) as (inputs, outputs):
                     block_out_btd = walker.run(index, block_in_btd)
-                wanted = [block_in_btd, *(outputs[module] for module in modules)]
+                reached = [module for module in modules if module in outputs]  # by a router, not all may be
+                wanted = [block_in_btd, *(outputs[module] for module in reached)]
                 gradients[number], *found = torch.autograd.grad(block_out_btd, wanted, gradients[number])
-                for module, delta in zip(modules, found, strict=True):
+                for module, delta in zip(reached, found, strict=True):
                     entering[module].append(inputs[module].detach().flatten(0, -2))
                     deltas[module].append(delta.flatten(0, -2))
             for place, module in zip(units, modules, strict=True):
-                input_ni, delta_no = (torch.cat(table.pop(module)).float() for table in (entering, deltas))
-                gradient_oi, gradient_o = delta_no.T @ input_ni, delta_no.sum(0)
-                slope[place], size[place] = self._unit(
-                    place, allocation[place], gradient_oi, gradient_o, input_ni[list(some)]
-                )
+                if not entering[module]:
+                    slope[place] = size[place] = (0.0,) * space.units[place].num_levels
+                    continue
+                input_ni, delta_no = (torch.cat(table.pop(module)) for table in (entering, deltas))
+                own = range(some.start, min(some.stop, len(input_ni)), some.step)
+                expand = self._mixture if module in self._routers else self._unit
+                slope[place], size[place] = expand(place, allocation[place], input_ni, delta_no.float(), own)
         positions = sum(lesson.positions for lesson in lessons)
         return Portion(sums, positions, tuple(slope), tuple(size), len(some))
 
     def _unit(
-        self, place: int, own: int, gradient_oi: torch.Tensor, gradient_o: torch.Tensor, some_ni: torch.Tensor
+        self, place: int, own: int, input_ni: torch.Tensor, delta_no: torch.Tensor, some: range
     ) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Return first-order changes of the loss, and squared changes of the output, for each level of a unit."""
         unit, module = self._space.units[place], self._modules[place]
+        input_ni = input_ni.float()
+        gradient_oi, gradient_o, some_ni = delta_no.T @ input_ni, delta_no.sum(0), input_ni[list(some)]
         before = self._assembler.wide(unit.name, own)
         slopes, sizes = [], []
         for level in range(unit.num_levels):
@@ -144,6 +160,22 @@ class Expander:
             change_no = some_ni @ change_oi.T + change_o
             sizes.append(float(change_no.square().sum(dtype=torch.float64)))
         return tuple(slopes), tuple(sizes)
+
+    @torch.no_grad()
+    def _mixture(
+        self, place: int, own: int, input_ni: torch.Tensor, delta_no: torch.Tensor, some: range
+    ) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return the same for whole experts, which are run at every level."""
+        unit, model = self._space.units[place], self._walker.model
+        answers = []
+        for level in range(unit.num_levels):
+            self._switchboard.set(unit.name, level)
+            _, weights_nk, chosen_nk = model.get_submodule(self._routers[unit.name])(input_ni)
+            answers.append(model.get_submodule(unit.name)(input_ni, chosen_nk, weights_nk).float())
+        self._switchboard.set(unit.name, own)
+        changes = [answer_no - answers[own] for answer_no in answers]
+        slopes = tuple(float((delta_no * change_no).sum(dtype=torch.float64)) for change_no in changes)
+        return slopes, tuple(float(change_no[list(some)].square().sum(dtype=torch.float64)) for change_no in changes)
 
 
 def _change(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], key: str) -> torch.Tensor:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from allocator.core.errors import UserError
 from allocator.core.files import whole_folder, write_json
 from allocator.core.space import SearchSpace
-from allocator.model.family import Layout
+from allocator.model.family import Layout, Site
 from allocator.model.headers import INDEX, ModelFiles, read_model_files
 from allocator.model.memory import give_back
 
@@ -46,7 +46,8 @@ def read_tensors(files: ModelFiles, names: list[str]) -> dict[str, torch.Tensor]
     tensors = {}
     for shard in sorted({files.shards[name] for name in names}):
         with safe_open(files.folder / shard, framework="pt") as file:
-            tensors.update({name: file.get_tensor(name) for name in names if files.shards[name] == shard})
+            own = [name for name in names if files.shards[name] == shard]
+            tensors.update({name: file.get_tensor(files.stored.get(name, name)) for name in own})
     return {name: tensor.T.contiguous() if name in files.transposed else tensor for name, tensor in tensors.items()}
 
 
@@ -73,56 +74,69 @@ def write_checkpoint(files: ModelFiles, layout: Layout, replace: Callable[[str],
 
 
 def _write(files: ModelFiles, layout: Layout, replace: Callable[[str], Replacements], folder: Path) -> None:
-    owners = {f"{site.name}.": site.name for site in layout.sites}
     shapes: dict[str, list[int]] = {}
     gone: set[str] = set()
     weight_map: dict[str, str] = {}
+    added: list[str] = []
     cached: tuple[str, Replacements] = ("", {})
+    owners = {name: site.name for site in layout.sites for name in files.shapes if site.owns(name)}
     for shard in sorted(set(files.shards.values())):
         tensors: dict[str, torch.Tensor] = {}
         give_back()
         with safe_open(files.folder / shard, framework="pt") as file:
             for name in sorted(key for key, home in files.shards.items() if home == shard):
-                owner = next((site for prefix, site in owners.items() if name.startswith(prefix)), None)
+                owner, stored = owners.get(name), files.stored.get(name, name)
                 if owner is not None and cached[0] != owner:
                     cached = (owner, replace(owner))
                 new = cached[1].get(name, ...) if owner is not None else ...
                 if new is None:
                     gone.add(name)
                     continue
-                weight_map[name] = shard
+                weight_map[stored] = shard
                 if new is ...:
-                    tensors[name] = file.get_tensor(name)
+                    tensors[stored] = file.get_tensor(stored)
                     continue
                 as_stored = new.T if name in files.transposed else new
-                tensors[name] = as_stored.to(dtype_of(files.dtypes[name])).contiguous()
+                tensors[stored] = as_stored.to(dtype_of(files.dtypes[name])).contiguous()
                 if name.endswith(".weight") and tuple(new.shape) != files.shapes[name]:
                     shapes[name.removesuffix(".weight")] = list(new.shape)
                     bias = name.removesuffix("weight") + "bias"
                     if bias not in files.shapes and (gained := cached[1].get(bias)) is not None:
-                        tensors[bias] = gained.to(tensors[name].dtype).contiguous()
-                        weight_map[bias] = shard
+                        beside = stored.removesuffix("weight") + "bias"
+                        tensors[beside] = gained.to(tensors[stored].dtype).contiguous()
+                        weight_map[beside] = shard
+                        added.append(bias.removesuffix(".bias"))
         save_file(tensors, folder / shard, metadata={"format": "pt"})
     removed = {site.name: site.part for site in layout.sites if f"{site.output}.weight" in gone}
     config = dict(files.config)
-    if shapes or removed:
-        biases = sorted(name.removesuffix(".bias") for name in weight_map.keys() - files.shapes.keys())
+    if shapes or gone:
         counts = {
             site.name: [list(site.counts), [shapes[site.output][1] // site.width, site.total]]
             for site in layout.sites
             if site.counts and site.output in shapes
         }
+        experts = {each.name: [*each.rows, _kept_experts(each, layout, gone)] for each in layout.mixtures}
+        routers = {router for router, _ in experts.values()}
         config["pruned"] = {
             "architecture": files.architecture,
-            "shapes": shapes,
-            "biases": biases,
+            "shapes": {module: shape for module, shape in shapes.items() if module not in routers},
+            "biases": sorted(added),
             "removed": removed,
             **({"counts": counts} if counts else {}),
+            **({"experts": experts} if experts else {}),
+            **({"renamed": dict(files.renames)} if files.stored else {}),
         }
         config["architectures"] = ["PrunedForCausalLM"]
         config["auto_map"] = {"AutoModelForCausalLM": "modeling_pruned.PrunedForCausalLM"}
         write_modelling(folder, files.architecture)
     write_companions(folder, files, config, weight_map)
+
+
+def _kept_experts(mixture: Site, layout: Layout, gone: set[str]) -> list[int]:
+    """Return the numbers of experts that a router still knows; of those that lost all channels it does."""
+    whole = mixture.name in {site.name for site in layout.sites}
+    matrices = [f"{expert[0]}.weight" for expert in mixture.experts]
+    return [number for number, name in enumerate(matrices) if not whole or name not in gone]
 
 
 def write_companions(folder: Path, files: ModelFiles, config: Mapping[str, Any], weight_map: Mapping[str, str]) -> None:
@@ -156,14 +170,14 @@ def write_modelling(folder: Path, architecture: str) -> None:
     (folder / "modeling_pruned.py").write_text(code.replace(_TEMPLATE_IMPORT, line), encoding="utf-8")
 
 
-def count_params(folder: Path, space: SearchSpace) -> int:
+def count_params(folder: Path, space: SearchSpace, renames: Mapping[str, str] | None = None) -> int:
     """Count the parameters of a saved checkpoint as the budget counts them.
 
     Structured: elements of all tensors. Unstructured: of a unit's matrix, at most the kept positions are not
     zero, and kept weights may happen to be zero; so what is counted is the dense count less the zeros of
     unit matrices.
     """
-    files = read_model_files(folder)
+    files = read_model_files(folder).renamed(renames or {})
     total = 0
     matrices = {f"{unit.name}.weight" for unit in space.units if unit.kind == "matrix"}
     for name, shape in files.shapes.items():

@@ -8,7 +8,9 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from importlib import resources
+from math import floor
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -17,10 +19,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from allocator.core.errors import UserError, did_you_mean
 from allocator.core.space import SearchSpace, Unit
-from allocator.model.headers import ModelFiles
+from allocator.model.headers import ModelFiles, read_model_files
 
 Attention = Literal["kv_groups", "query_heads"]
 """What attention loses: KV groups with the query heads they serve, or query heads alone."""
+
+Experts = Literal["whole", "inside"]
+"""What a mixture of experts loses: whole experts with their rows of the router, or channels inside of experts."""
+
+_EXPERT_INPUTS, _EXPERT_OUTPUT = ("gate_proj", "up_proj"), "down_proj"
+"""What the parts of an expert are called where each has a module of its own, as here."""
 
 
 class _Strict(BaseModel):
@@ -42,18 +50,22 @@ class KvGroups(_Strict):
     fused: Literal["by_part", "by_group"] | None = None
     counts: list[str] = []
     """Attributes of the module that count heads, or what is proportional to heads; ``config.x`` is one of its own."""
+    cache: str | None = None
+    """The matrix whose outputs are cached, where keys and values themselves are not."""
 
     @model_validator(mode="after")
     def _check_fused(self) -> KvGroups:
         matrices = len({self.query, self.key, self.value})
-        if matrices != (3 if self.fused is None else 1):
+        # one that holds key and value alone has those of each group in turn
+        if matrices not in ((2, 3) if self.fused is None else (1,)):
             raise ValueError(f"query, key and value name {matrices} matrices, and fused is {self.fused or 'not set'}")
         return self
 
     @property
     def inputs(self) -> list[str]:
         """Modules whose rows belong to groups."""
-        return [self.query, self.key, self.value]
+        parts = [self.query, self.key, self.value]
+        return parts if self.fused else list(dict.fromkeys(parts))
 
 
 class Channels(_Strict):
@@ -68,15 +80,33 @@ class Channels(_Strict):
     output: str
 
 
+class Mixture(_Strict):
+    """A mixture of experts: a router, and experts by number, each with a gate, an up and a down projection."""
+
+    kind: Literal["experts"]
+    router: str
+    experts: str
+    shared: Channels | None = None
+    """What every token passes beside its experts."""
+    dense: Channels | None = None
+    """What blocks without experts have in their place."""
+
+
+Part = KvGroups | Channels | Mixture
+
+
 class Family(_Strict):
     """One naming family, as a file of ``search_spaces/`` describes it."""
 
     schema_: Literal[1] = Field(alias="schema")
     model_types: list[str] = Field(min_length=1)
     blocks: str = Field(pattern=r"\{block\}")
-    units: dict[Literal["attention", "mlp"], Annotated[KvGroups | Channels, Field(discriminator="kind")]]
+    units: dict[Literal["attention", "mlp"], Annotated[Part, Field(discriminator="kind")]]
     tail: list[str] = Field(min_length=1)
     skip: list[str]
+    """Matrices that stay; ``{block}`` stands for every block."""
+    renamed: dict[str, str] = {}
+    """Parts of names in the files that the model calls otherwise."""
 
 
 class Rows(NamedTuple):
@@ -96,6 +126,10 @@ class Site:
     many entries in ``inputs``, which cover it from the first row to the last. Query heads own no rows of key and value,
     which stay as long as any head does, and each run of ``group`` of them, which share a KV group, loses the same
     number. ``counts`` are attributes of the sub-block that are proportional to items.
+
+    Whole experts own a row each of a router beside them, and every matrix in ``experts``; ``least`` of them stay, or
+    none does. What is ``routed`` is one of several sub-blocks in a module, whose sum that module adds: experts, channels
+    inside of one, and what all tokens pass beside them.
     """
 
     name: str
@@ -108,11 +142,26 @@ class Site:
     width: int
     group: int | None = None
     counts: tuple[str, ...] = ()
+    cached: str | None = None
+    routed: str | None = None
+    experts: tuple[tuple[str, ...], ...] = ()
+    least: int = 0
+    used: Fraction = Fraction(1)
+    """Share of the tokens that pass it, where a router divides them evenly."""
+
+    @property
+    def roots(self) -> tuple[str, ...]:
+        """Modules that are gone when nothing of it is kept."""
+        return (self.name, *self.rows) if self.experts else (self.name,)
 
     @property
     def modules(self) -> tuple[str, ...]:
         """Its matrices, the output projection last."""
-        return (*self.rows, self.output)
+        return (*self.rows, *itertools.chain(*self.experts)) if self.experts else (*self.rows, self.output)
+
+    def owns(self, tensor: str) -> bool:
+        """Whether a tensor, by its name, is in it."""
+        return any(tensor.startswith(f"{root}.") for root in self.roots)
 
     @property
     def rows(self) -> dict[str, int]:
@@ -131,11 +180,13 @@ class Layout:
         blocks: Module names of the blocks, in order.
         tail: Modules from the last block's output to the logits; the last is the head, as the checkpoint names it.
         sites: Prunable sub-blocks, in model order.
+        mixtures: Mixtures of experts with whole experts for items, whether that is what they lose or not.
     """
 
     blocks: tuple[str, ...]
     tail: tuple[str, ...]
     sites: tuple[Site, ...]
+    mixtures: tuple[Site, ...] = ()
 
 
 def families_folder() -> Path:
@@ -188,13 +239,31 @@ def served_types() -> dict[str, Family]:
     return {model_type: family for family in families for model_type in family.model_types}
 
 
-def resolve_layout(family: Family, files: ModelFiles, attention: Attention = "kv_groups") -> Layout:
+def open_model(folder: Path, file: Path | None = None) -> tuple[ModelFiles, Family]:
+    """Return a model with the names that transformers has for its modules, and its family.
+
+    Args:
+        folder: The model.
+        file: The family's file; None for one of those shipped.
+
+    Raises:
+        UserError: See :func:`~allocator.model.headers.read_model_files` and :func:`find_family`.
+    """
+    files = read_model_files(folder)
+    family = find_family(str(files.config.get("model_type")), file)
+    return files.renamed(family.renamed), family
+
+
+def resolve_layout(
+    family: Family, files: ModelFiles, attention: Attention = "kv_groups", experts: Experts = "whole"
+) -> Layout:
     """Find the family's modules in a model, and check that they cover every weight matrix.
 
     Args:
         family: The names.
         files: The model.
         attention: What attention loses.
+        experts: What a mixture of experts loses.
 
     Raises:
         UserError: A named module is missing, a matrix is covered by no unit and no ``skip`` line, shapes do not
@@ -205,19 +274,25 @@ def resolve_layout(family: Family, files: ModelFiles, attention: Attention = "kv
     if not numbers:
         raise UserError(f"family: blocks {family.blocks!r} matches no module of {files.architecture}")
     blocks = tuple(family.blocks.format(block=number) for number in numbers)
-    sites = tuple(
-        _site(part, parts, block, index, files, attention)
-        for index, block in enumerate(blocks)
-        for part, parts in family.units.items()
-    )
+    sites: list[Site] = []
+    mixtures: list[Site] = []
+    for index, block in enumerate(blocks):
+        for part, parts in family.units.items():
+            if isinstance(parts, Mixture) and f"{block}.{parts.router}.weight" in files.shapes:
+                mixtures.append(_mixture(part, parts, block, index, files))
+                sites += _parts_of(mixtures[-1], parts, block, files, experts)
+            else:
+                own = parts.dense or parts if isinstance(parts, Mixture) else parts
+                sites.append(_site(part, own, block, index, files, attention))
     tied = {family.tail[-1]} if files.config.get("tie_word_embeddings") else set()
     for module in {*family.tail} - tied:
         if f"{module}.weight" not in shapes:
             raise UserError(
                 f"family: tail names {module}, which {files.architecture} lacks{did_you_mean(module, _outside(files))}"
             )
-    units = family.units.values()
-    covered = {*family.skip, *(f"{b}.{name}" for b in blocks for unit in units for name in (*unit.inputs, unit.output))}
+    covered = {one.format(block=number) for names in family.skip for number in numbers for one in _either(names)}
+    covered |= {module for site in sites for module in site.modules}
+    covered |= {f"{block}.{name}" for block in blocks for unit in family.units.values() for name in _beside(unit)}
     for name, shape in shapes.items():
         module = name.removesuffix(".weight")
         if len(shape) >= 2 and module not in covered:
@@ -225,14 +300,17 @@ def resolve_layout(family: Family, files: ModelFiles, attention: Attention = "kv
                 f"family: matrix {module} {list(shape)} of {files.architecture} is in no unit. "
                 "Name it in a unit, or list it under 'skip'"
             )
-    return Layout(blocks, tuple(family.tail), sites)
+    return Layout(blocks, tuple(family.tail), tuple(sites), tuple(mixtures))
+
+
+def _beside(unit: Part) -> list[str]:
+    """Return names of matrices of a unit that a sub-block may hold without pruning them."""
+    return unit.inputs if isinstance(unit, KvGroups) else [unit.router] if isinstance(unit, Mixture) else []
 
 
 def staying(site: Site, files: ModelFiles) -> list[str]:
     """Return matrices that stay as long as any item of a sub-block does: key and value beside query heads."""
-    inside = (
-        n.removesuffix(".weight") for n, s in files.shapes.items() if n.startswith(f"{site.name}.") and len(s) == 2
-    )
+    inside = (n.removesuffix(".weight") for n, s in files.shapes.items() if site.owns(n) and len(s) == 2)
     return sorted(module for module in inside if module not in site.modules)
 
 
@@ -247,10 +325,86 @@ def _outside(files: ModelFiles) -> list[str]:
     return [name.removesuffix(".weight") for name in files.shapes if not re.search(r"\.\d+\.", name)]
 
 
-def _site(
-    part: str, parts: KvGroups | Channels, block: str, index: int, files: ModelFiles, attention: Attention
-) -> Site:
-    inputs, output = [f"{block}.{name}" for name in parts.inputs], f"{block}.{parts.output}"
+def _either(names: str) -> list[str]:
+    """Return the names of which one is there: ``a | b``."""
+    return [name.strip() for name in names.split("|")]
+
+
+def _parts_of(mixture: Site, parts: Mixture, block: str, files: ModelFiles, experts: Experts) -> list[Site]:
+    """Return the sub-blocks of a mixture: whole experts or each of them, and what all tokens pass."""
+    around = ".".join(os.path.commonprefix([module.split(".") for module in mixture.roots]))
+    own = [mixture] if experts == "whole" else [_inside(mixture, number, files) for number in range(mixture.total)]
+    if parts.shared is not None:
+        own.append(_site(mixture.part, parts.shared, block, mixture.block, files, "kv_groups"))
+    return [replace(site, routed=around) for site in own]
+
+
+def _mixture(part: str, parts: Mixture, block: str, index: int, files: ModelFiles) -> Site:
+    """Return whole experts as items."""
+    router, name = f"{block}.{parts.router}", f"{block}.{parts.experts}"
+    for module in (router, f"{name}.0.{_EXPERT_OUTPUT}"):
+        if f"{module}.weight" not in files.shapes:
+            near = ", ".join(sorted(n for n in files.shapes if n.startswith(f"{block}."))[:12])
+            raise UserError(
+                f"family: unit {part!r} looks for {module}, which {files.architecture} lacks. It has {near}. "
+                "Experts are looked for one by one: save a model that stacks them with transformers' save_pretrained, "
+                "and say under 'renamed' what the files call their gate_proj, up_proj and down_proj"
+            )
+    total = files.shapes[f"{router}.weight"][0]
+    experts = tuple(
+        tuple(f"{name}.{number}.{matrix}" for matrix in (*_EXPERT_INPUTS, _EXPERT_OUTPUT)) for number in range(total)
+    )
+    shapes = {tuple(files.shapes.get(f"{module}.weight", ()) for module in expert) for expert in experts}
+    if len(shapes) > 1 or any(len(shape) != 2 for shape in next(iter(shapes))):
+        raise UserError(f"family: {router} has {total} rows, and there are not as many experts of one shape in {name}")
+    groups, least = _routing(files, total)
+    return Site(
+        name=name,
+        kind="experts",
+        part=part,
+        block=index,
+        total=total,
+        inputs=(Rows(router, 1),),
+        output=name,
+        width=1,
+        group=total // groups if groups > 1 else None,
+        experts=experts,
+        least=least,
+        used=Fraction(int(files.config["num_experts_per_tok"]), total),
+    )
+
+
+def _routing(files: ModelFiles, total: int) -> tuple[int, int]:
+    """Return in how many groups a router sees its experts, and how many must stay for it to pick what it picks."""
+    picked = int(files.config["num_experts_per_tok"])
+    groups = int(files.config.get("n_group") or 1)
+    if total % groups:
+        raise UserError(f"family: {total} experts of {files.architecture} do not divide into {groups} groups (n_group)")
+    # a group is judged by its two best
+    each = -(-picked // int(files.config.get("topk_group") or 1))
+    return groups, groups * max(each, 2) if files.config.get("n_group") else picked
+
+
+def _inside(mixture: Site, number: int, files: ModelFiles) -> Site:
+    """Return one expert with channels as items."""
+    *inputs, output = mixture.experts[number]
+    return Site(
+        name=f"{mixture.name}.{number}",
+        kind="channels",
+        part=mixture.part,
+        block=mixture.block,
+        total=files.shapes[f"{output}.weight"][1],
+        inputs=tuple(Rows(module, 1) for module in inputs),
+        output=output,
+        width=1,
+        used=mixture.used,
+    )
+
+
+def _site(part: str, parts: Part, block: str, index: int, files: ModelFiles, attention: Attention) -> Site:
+    if isinstance(parts, Mixture):
+        return _mixture(part, parts, block, index, files)  # which says what it looks for
+    inputs, output = [_there(block, name, files) for name in parts.inputs], f"{block}.{parts.output}"
     for module in (*inputs, output):
         if f"{module}.weight" not in files.shapes:
             near = ", ".join(sorted(n for n in files.shapes if n.startswith(f"{block}."))[:12])
@@ -275,8 +429,15 @@ def _site(
         output=output,
         width=columns // total,
         counts=tuple(parts.counts) if isinstance(parts, KvGroups) else (),
+        cached=f"{block}.{parts.cache}" if isinstance(parts, KvGroups) and parts.cache else None,
     )
     return _heads(site, parts, files) if isinstance(parts, KvGroups) and attention == "query_heads" else site
+
+
+def _there(block: str, names: str, files: ModelFiles) -> str:
+    """Return the module of a block that one of several names is for; the first, if there is none."""
+    modules = [f"{block}.{name}" for name in _either(names)]
+    return next((module for module in modules if f"{module}.weight" in files.shapes), modules[0])
 
 
 def _rows(
@@ -314,7 +475,7 @@ def _heads(site: Site, parts: KvGroups, files: ModelFiles) -> Site:
             "Use --set ladder.attention=kv_groups"
         )
     group, odd = divmod(heads, site.total)
-    query, rows, _ = site.inputs[parts.inputs.index(parts.query)]
+    query, rows, _ = site.inputs[0]
     if odd or rows % group or site.width % group:
         raise UserError(
             f"family: {query} and {site.output} have {rows} rows and {site.width} columns per KV group, "
@@ -360,7 +521,12 @@ def build_space(
     shapes = files.shapes
     ladders = ladder if isinstance(ladder, Mapping) else defaultdict[str, Sequence[float] | None](lambda: ladder)
     if pattern == "structured":
-        units = [_structured_unit(site, files, ladders[site.name], align, bias) for site in layout.sites]
+        units = [
+            _experts_unit(site, files, ladders[site.name])
+            if site.experts
+            else _structured_unit(site, files, ladders[site.name], align, bias)
+            for site in layout.sites
+        ]
     else:
         matrices = [(m, site) for site in layout.sites for m in site.modules]
         if pattern == "n:m":
@@ -371,10 +537,15 @@ def build_space(
                 for module, site in matrices
             ]
     total = sum(_size(shape) for shape in shapes.values())
-    tied = (int(files.config["vocab_size"]), shapes[f"{layout.sites[0].output}.weight"][0])
+    tied = (int(files.config["vocab_size"]), hidden_size(layout, files))
     head = shapes.get(f"{layout.tail[-1]}.weight", tied)
     fixed = {"params": total - sum(unit.params[0] for unit in units), "macs": _size(head)}
     return SearchSpace(pattern, tuple(units), fixed)
+
+
+def hidden_size(layout: Layout, files: ModelFiles) -> int:
+    """Return the width of what blocks pass on."""
+    return files.shapes[f"{layout.sites[0].modules[-1]}.weight"][0]
 
 
 def _size(shape: Sequence[int]) -> int:
@@ -404,7 +575,7 @@ def _structured_unit(site: Site, files: ModelFiles, ladder: Sequence[float] | No
     unit_align = align if site.kind == "channels" else site.total // (site.group or site.total)
     counts = {site.total, *(round(site.total * (1.0 - s) / unit_align) * unit_align for s in ladder)}
     kept = tuple(sorted((count for count in counts if count <= site.total), reverse=True))
-    owned = {name: shape for name, shape in shapes.items() if name.startswith(f"{site.name}.")}
+    owned = {name: shape for name, shape in shapes.items() if site.owns(name)}
     matrices = {f"{module}.weight" for module in site.modules}
     biases = {f"{module}.bias" for module in site.rows} & set(owned)
     per_item = sum(_size(owned[name]) // site.total for name in matrices)
@@ -416,7 +587,24 @@ def _structured_unit(site: Site, files: ModelFiles, ladder: Sequence[float] | No
     params = tuple(
         count and count * (per_item + per_item_bias) + whole + (added if count < site.total else 0) for count in kept
     )
-    macs = tuple(count and count * per_item + staying for count in kept)
+    macs = tuple(count and floor(site.used * (count * per_item + staying)) for count in kept)
+    return Unit(site.name, site.kind, site.part, site.block, site.total, kept, params, macs, site.group)
+
+
+def _experts_unit(site: Site, files: ModelFiles, ladder: Sequence[float] | None) -> Unit:
+    """Return whole experts: as many as the router picks stay, or none does. A token passes as many as before."""
+    shapes, step = files.shapes, site.total // (site.group or site.total)
+    if ladder is None:
+        ladder = [eighth / 8 for eighth in range(1, 9)]
+    wished = {round(site.total * (1.0 - share) / step) * step for share in ladder}
+    kept = tuple(sorted({site.total, *(count and max(count, site.least) for count in wished)}, reverse=True))
+    owned = sum(_size(shape) for name, shape in shapes.items() if site.owns(name))
+    expert = sum(_size(shapes[f"{module}.weight"]) for module in site.experts[0])
+    (router,) = site.rows
+    columns = shapes[f"{router}.weight"][1]
+    picked = site.used.numerator * site.total // site.used.denominator
+    params = tuple(count * (owned // site.total) for count in kept)
+    macs = tuple(count and count * columns + picked * expert for count in kept)
     return Unit(site.name, site.kind, site.part, site.block, site.total, kept, params, macs, site.group)
 
 
@@ -426,7 +614,7 @@ def _matrix_unit(module: str, site: Site, shape: Sequence[int], ladder: Sequence
         ladder = [target + step * 0.075 for step in range(-4, 5)]
     counts = {columns, *(round(columns * (1.0 - min(1.0, s))) for s in ladder if s > 0)}
     kept = tuple(rows * count for count in sorted(counts, reverse=True))
-    macs = tuple(itertools.repeat(rows * columns, len(kept)))
+    macs = tuple(itertools.repeat(floor(site.used * rows * columns), len(kept)))
     return Unit(module, "matrix", site.part, site.block, rows * columns, kept, kept, macs)
 
 
@@ -442,5 +630,5 @@ def _grouped_unit(module: str, site: Site, shape: Sequence[int], patterns: Seque
             "or use --pattern unstructured"
         )
     kept = (total, *(total // group * count for count in counts))
-    macs = tuple(itertools.repeat(total, len(kept)))
+    macs = tuple(itertools.repeat(floor(site.used * total), len(kept)))
     return Unit(module, "matrix", site.part, site.block, total, kept, kept, macs, group)

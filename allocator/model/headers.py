@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -39,6 +39,8 @@ class ModelFiles:
         shards: The file, inside ``folder``, of every tensor.
         dtypes: Safetensors data type (``BF16``, ``F32``, ...) of every tensor.
         transposed: Matrices that lie in the files the other way, inputs first, and have their usual shape here.
+        stored: What the files call tensors that have another name here, which is that of the model.
+        renames: Parts of names of the files, and what they are here.
     """
 
     folder: Path
@@ -47,6 +49,22 @@ class ModelFiles:
     shards: Mapping[str, str]
     dtypes: Mapping[str, str]
     transposed: frozenset[str] = frozenset()
+    stored: Mapping[str, str] = field(default_factory=dict)
+    renames: Mapping[str, str] = field(default_factory=dict)
+
+    def renamed(self, table: Mapping[str, str]) -> ModelFiles:
+        """Return the same files with parts of names replaced, as ``{"block_sparse_moe": "mlp"}`` says."""
+        if not table:
+            return self
+        stored = {_renamed(name, table): self.stored.get(name, name) for name in self.shapes}
+        names = {old: new for new, old in zip(stored, self.shapes, strict=True)}
+        tables = (self.shapes, self.shards, self.dtypes)
+        shapes, shards, dtypes = ({names[name]: value for name, value in each.items()} for each in tables)
+        transposed = frozenset(names[name] for name in self.transposed)
+        stored = {name: old for name, old in stored.items() if name != old}
+        return replace(
+            self, shapes=shapes, shards=shards, dtypes=dtypes, transposed=transposed, stored=stored, renames=dict(table)
+        )
 
     @property
     def architecture(self) -> str:
@@ -92,6 +110,12 @@ def locate(model: str | Path) -> Path:
         raise UserError(
             f"model: {model}: no such folder, and the hub did not give a model of that name ({reason}). {_REMEDY}"
         ) from None
+
+
+def _renamed(name: str, table: Mapping[str, str]) -> str:
+    for old, new in table.items():
+        name = f".{name}.".replace(f".{old}.", f".{new}.")[1:-1]
+    return name
 
 
 def read_model_files(folder: Path) -> ModelFiles:

@@ -46,9 +46,11 @@ def load_model(files: ModelFiles, dtype: torch.dtype = torch.float32) -> nn.Modu
 
 
 def straighten(model: nn.Module) -> None:
-    """Put ordinary linear layers in the places of those whose weights lie the other way, inputs first."""
+    """Put ordinary linear layers in the places of matrices that lie the other way, inputs first, or are stacked."""
     for name, old in list(model.named_modules()):
-        if isinstance(old, Conv1D):
+        if modeling_pruned.stacked(old):
+            model.set_submodule(name, modeling_pruned.split(old))
+        elif isinstance(old, Conv1D):
             weight, bias = old.weight.detach(), old.bias.detach()
             new = nn.Linear(weight.shape[0], weight.shape[1], device="meta")
             new.weight = nn.Parameter(weight.T.contiguous(), requires_grad=False)
@@ -73,9 +75,12 @@ def shaped_model(files: ModelFiles, layout: Layout, kept: Mapping[str, int], dty
     shapes: dict[str, list[int]] = {}
     removed: dict[str, str] = {}
     counts: dict[str, list[Any]] = {}
+    experts: dict[str, list[Any]] = {}
     for site in layout.sites:
         count = kept.get(site.name, site.total)
-        if count == 0:
+        if site.experts:
+            experts[site.name] = [*site.rows, list(range(count))]
+        elif count == 0:
             removed[site.name] = site.part
         elif count < site.total:
             columns = {module: files.shapes[f"{module}.weight"][1] for module in site.rows}
@@ -83,7 +88,7 @@ def shaped_model(files: ModelFiles, layout: Layout, kept: Mapping[str, int], dty
             shapes[site.output] = [files.shapes[f"{site.output}.weight"][0], site.width * count]
             if site.counts:
                 counts[site.name] = [list(site.counts), [count, site.total]]
-    config.pruned = {"shapes": shapes, "removed": removed, "counts": counts}
+    config.pruned = {"shapes": shapes, "removed": removed, "counts": counts, "experts": experts}
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

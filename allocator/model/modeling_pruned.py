@@ -2,8 +2,10 @@
 
 This file lies beside the weights and needs nothing but torch and transformers. `config.json` says under
 `pruned` which matrices are smaller (`shapes`: module name to [rows, columns]), which of them gained a bias
-(`biases`: module names), which sub-blocks are gone (`removed`: module name to its part of the block), and which of
-their attributes count what is left (`counts`: module name to attribute names, and the share [kept, total]).
+(`biases`: module names), which sub-blocks are gone (`removed`: module name to its part of the block), which of
+their attributes count what is left (`counts`: module name to attribute names, and the share [kept, total]), which
+experts stay (`experts`: module name to that of their router, and their numbers), and which parts of names the files
+call otherwise than the model does (`renamed`).
 """
 
 import copy
@@ -12,7 +14,9 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from transformers import LlamaForCausalLM as Dense
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.pytorch_utils import Conv1D
 
 
@@ -36,6 +40,93 @@ class RemovedMLP(nn.Module):
 
     def forward(self, hidden_states):
         return torch.zeros_like(hidden_states)
+
+
+class Expert(nn.Module):
+    """One expert of a mixture."""
+
+    def __init__(self, gate_proj, up_proj, down_proj, act_fn):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj, self.act_fn = gate_proj, up_proj, down_proj, act_fn
+
+    def forward(self, hidden_states):
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class Experts(nn.Module):
+    """A module for each expert, under its number, in place of stacked matrices. A router counts those that are here."""
+
+    def __init__(self, experts):
+        super().__init__()
+        for number, expert in experts.items():
+            self.add_module(number, expert)
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        total = torch.zeros_like(hidden_states)
+        for place, expert in enumerate(self.children()):
+            token, choice = torch.where(top_k_index == place)
+            if len(token):
+                weighted = expert(hidden_states[token]) * top_k_weights[token, choice, None]
+                total.index_add_(0, token, weighted.to(total.dtype))
+        return total
+
+
+class RemovedExperts(nn.Module):
+    """Experts that add nothing."""
+
+    def forward(self, hidden_states, *routing):
+        return torch.zeros_like(hidden_states)
+
+
+class RemovedRouter(nn.Module):
+    """A router that has nothing to choose from."""
+
+    def forward(self, hidden_states):
+        return None, None, None
+
+
+def stacked(module):
+    """Say whether a module holds the gated experts of a mixture as stacked matrices, outputs first, without biases."""
+    shapes = [tuple(parameter.shape) for parameter in module.parameters(recurse=False)]
+    if len(shapes) != 2 or not hasattr(module, "gate_up_proj") or not hasattr(module, "act_fn"):
+        return False
+    (count, rows, hidden), down = module.gate_up_proj.shape, module.down_proj.shape
+    return tuple(down) == (count, hidden, rows // 2)
+
+
+def split(module):
+    """Return stacked experts one by one; their matrices are views."""
+
+    def linear(weight):
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        return layer
+
+    def expert(gate_up, down):
+        gate, up = gate_up.chunk(2)
+        return Expert(linear(gate), linear(up), linear(down), module.act_fn)
+
+    pairs = zip(module.gate_up_proj.detach(), module.down_proj.detach(), strict=True)
+    return Experts({str(number): expert(*pair) for number, pair in enumerate(pairs)})
+
+
+def choose(model, name, router, kept, experts, gate):
+    """Put some of a mixture's experts, by number, in its place, and say so to their router; its rows are as given."""
+    if kept:
+        model.set_submodule(name, Experts({str(number): experts.get_submodule(str(number)) for number in kept}))
+        model.set_submodule(router, gate)
+        gate.num_experts = len(kept)
+    else:
+        model.set_submodule(name, RemovedExperts())
+        model.set_submodule(router, RemovedRouter())
+
+
+def cut(router, kept):
+    """Give a router the shapes of one of so many experts."""
+    for name, parameter in router.named_parameters():
+        setattr(router, name, nn.Parameter(parameter.detach()[:kept].clone(), requires_grad=False))
+    for name, buffer in router.named_buffers():
+        setattr(router, name, buffer[:kept].clone())
 
 
 def remove(model, name, part):
@@ -74,6 +165,10 @@ def linear_like(old, rows, columns, bias):
 
 def resize(model, pruned):
     """Give a freshly built dense model the shapes of the checkpoint."""
+    for name, (router, kept) in pruned.get("experts", {}).items():
+        gate = model.get_submodule(router)
+        cut(gate, len(kept))
+        choose(model, name, router, kept, split(model.get_submodule(name)), gate)
     for name, part in pruned["removed"].items():
         remove(model, name, part)
     for name, (rows, columns) in pruned["shapes"].items():
@@ -97,6 +192,26 @@ def uniform(config):
         config.per_layer_config = layers
 
 
+def rename(model, dense, renamed):
+    """Have names of tensors converted as for the dense model, while nothing is stacked.
+
+    transformers looks for conversions by the name of a class, or else by the type of a model; that of the class counts.
+    """
+    own = [WeightRenaming(rf"\.{old}\.", f".{new}.") for old, new in renamed.items()]
+    for module in model.modules():
+        if not isinstance(module, PreTrainedModel):
+            continue
+        found = get_checkpoint_conversion_mapping((dense if module is model else type(module)).__name__)
+        if found is None:
+            found = get_checkpoint_conversion_mapping(module.config.model_type) or []
+        kept = [conversion for conversion in found if isinstance(conversion, WeightRenaming)]
+        if module is model:
+            register_checkpoint_conversion_mapping(type(module).__name__, kept + own, overwrite=True)
+        elif len(kept) < len(found):
+            module.__class__ = type(f"Pruned{type(module).__name__}", (type(module),), {})
+            register_checkpoint_conversion_mapping(type(module).__name__, [], overwrite=True)
+
+
 def pruned_class(dense):
     """Return the pruned counterpart of a stock causal language model class."""
 
@@ -105,9 +220,7 @@ def pruned_class(dense):
             with uniform(config):
                 super().__init__(config)
             resize(self, config.pruned)
-            # names that transformers converts as it loads; it looks for them by the class, and this is none of its own
-            conversions = get_checkpoint_conversion_mapping(dense.__name__) or []
-            register_checkpoint_conversion_mapping(type(self).__name__, conversions, overwrite=True)
+            rename(self, dense, config.pruned.get("renamed", {}))
 
     return PrunedForCausalLM
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.modeling_outputs import BaseModelOutput
 
 from allocator.core.errors import UserError
 from allocator.model.family import Layout
@@ -192,9 +193,7 @@ class BlockWalker:
         What follows the backbone is the model's own: its head, and any scale or cap.
         """
         states_nd = self.states(hidden_nd)
-        entering = BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=states_nd.view(1, -1, states_nd.shape[-1])
-        )
+        entering = _Output(last_hidden_state=states_nd.view(1, -1, states_nd.shape[-1]))
         with _replaced({self._backbone: lambda *_, **__: entering}), torch.set_grad_enabled(hidden_nd.requires_grad):
             logits = self.model(use_cache=False).logits
         return logits.view(*states_nd.shape[:-1], -1)
@@ -209,6 +208,15 @@ class BlockWalker:
 
 class _EverythingHeard(Exception):  # noqa: N818 - it ends a pass, and is no error
     """All modules of interest were reached."""
+
+
+@dataclass
+class _Output(BaseModelOutput):
+    """What a backbone returns, in so far as a head reads it; what it only passes on is not there."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
 
 
 def _identity(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -23,7 +23,7 @@ from typing import Any
 from allocator.core.errors import UserError
 from allocator.core.latency import LatencyTable
 from allocator.core.space import Cost, SearchSpace, Unit
-from allocator.model.family import Layout, Site, staying
+from allocator.model.family import Layout, Site, hidden_size, staying
 from allocator.model.headers import ModelFiles
 
 _BYTES = {
@@ -101,7 +101,10 @@ def shape_of(site: Site, files: ModelFiles) -> str:
     staying = "".join(f", {rows} rows stay" for rows in [_staying_rows(site, files)] if rows)
     window = _window(files.config, site.block) if site.part == "attention" else None
     seen = "" if window is None else f", window {window}"
-    hidden = files.shapes[f"{site.output}.weight"][0]
+    hidden = files.shapes[f"{site.modules[-1]}.weight"][0]
+    if site.experts:
+        channels = files.shapes[f"{site.modules[-1]}.weight"][1]
+        return f"{site.kind} of {site.total}, {site.used * site.total} picked: {channels} channels, hidden {hidden}"
     return f"{site.kind} of {site.total}: {rows} in, {site.width} out, hidden {hidden}{staying}{seen}"
 
 
@@ -110,7 +113,7 @@ class _Serving:
 
     def __init__(self, site: Site, files: ModelFiles, work: Workload, table: LatencyTable | None) -> None:
         self._site, self._files, self._work, self._table = site, files, work, table
-        self._bytes = width_of(files, f"{site.output}.weight")
+        self._bytes = width_of(files, f"{site.modules[-1]}.weight")
 
     def costs(self, unit: Unit) -> dict[Cost, tuple[int, ...]]:
         """Return the costs of every level."""
@@ -151,13 +154,17 @@ class _Serving:
         """For each item, query position and key position: its scores, and the mix of its values."""
         if self._site.part != "attention":
             return 0
-        return 2 * self._site.width  # queries are as wide as what they mix
+        # queries are as wide as what they mix, unless keys and values are made of one matrix of their own
+        queries = self._site.inputs[0].rows if self._site.cached else self._site.width
+        return queries + self._site.width
 
     def _kv_bytes(self, kept: int) -> int:
         site, work = self._site, self._work
         if site.part != "attention":
             return 0
         rows = (sum(site.rows.values()) - site.width) * kept or _staying_rows(site, self._files)
+        if site.cached is not None:
+            rows = self._files.shapes[f"{site.cached}.weight"][0]
         rows = rows if kept else 2  # what holds the place
         return work.batch * self._held(work.context) * self._bytes * rows
 
@@ -197,8 +204,7 @@ def _check(table: LatencyTable, files: ModelFiles, layout: Layout, work: Workloa
 
 def size_of(files: ModelFiles, layout: Layout) -> dict[str, int]:
     """Return what the time beside sub-blocks depends on."""
-    hidden = files.shapes[f"{layout.sites[0].output}.weight"][0]
-    return {"hidden": hidden, "vocabulary": int(files.config["vocab_size"]), "blocks": len(layout.blocks)}
+    return {"hidden": hidden_size(layout, files), "vocabulary": int(files.config["vocab_size"]), "blocks": len(layout.blocks)}
 
 
 def width_of(files: ModelFiles, name: str) -> int:

@@ -13,7 +13,7 @@ from allocator.core.space import SearchSpace, Unit
 from allocator.model.checkpoint import Replacements, read_tensors
 from allocator.model.family import Layout, Rows, Site
 from allocator.model.headers import ModelFiles
-from allocator.model.modeling_pruned import counted, recount, regroup, remove
+from allocator.model.modeling_pruned import choose, counted, recount, regroup, remove
 from allocator.prune.masks import sparse_weight
 from allocator.prune.structured import item_columns
 
@@ -63,8 +63,8 @@ class Assembler:
         self._outputs: OrderedDict[tuple[str, int], torch.Tensor] = OrderedDict()
         self._room = OUTPUT_BYTES
         if model is not None:
-            for name in self._units:
-                own = dict(model.get_submodule(name).named_parameters(prefix=name))
+            for name, unit in self._units.items():
+                own = _tensors(model, self._roots(name), buffers=unit.kind == "experts")
                 for parameter in own.values():
                     parameter.data = _aligned(parameter.data)
                 self._dense[name] = {key: parameter.detach() for key, parameter in own.items()}
@@ -80,6 +80,8 @@ class Assembler:
             return {**dense, weight: sparse_weight(self._compact(name), level, dense[weight])}
         if unit.kept[level] == 0:
             return dict.fromkeys(dense)
+        if unit.kind == "experts":
+            return dict(dense) if level == 0 else self._chosen(self._sites[name], unit, level, dense)
         if (level > 0) != (name in self._permuted):
             self._permute(self._sites[name], dense)
         return dict(dense) if level == 0 else self._prefix(self._sites[name], unit, level, dense)
@@ -87,7 +89,7 @@ class Assembler:
     def wide(self, name: str, level: int) -> dict[str, torch.Tensor]:
         """Return every tensor of a unit at a level in the shapes of the dense one, whose outputs are the same.
 
-        A structured unit's rows are in the order of removal, and its output projection is zero where it reads what is
+        Whole experts have no such form: fewer rows of a router are another choice. A structured unit's rows are in the order of removal, and its output projection is zero where it reads what is
         removed. So the weights of two levels can be subtracted.
         """
         unit = self._units[name]
@@ -117,9 +119,25 @@ class Assembler:
             tensors.update(self.unit(unit.name, levels[unit.name]))
         return tensors
 
+    def _roots(self, name: str) -> tuple[str, ...]:
+        return self._sites[name].roots if name in self._sites else (name,)
+
+    def _chosen(self, site: Site, unit: Unit, level: int, dense: Mapping[str, torch.Tensor]) -> Replacements:
+        """Return the tensors of the experts that stay, and their rows of the router."""
+        by_group = self._compact(site.name)["order"].long().view(unit.num_groups, -1)
+        kept = by_group[:, : unit.kept[level] // unit.num_groups].flatten().sort().values
+        stay = {module for number in kept.tolist() for module in site.experts[number]}
+        whole = {module for expert in site.experts for module in expert}
+        return {
+            key: (dense[key] if module in stay else None) if module in whole else dense[key][kept.to(dense[key].device)]
+            for key in dense
+            for module in (key.rpartition(".")[0],)
+        }
+
     def _dense_tensors(self, name: str) -> dict[str, torch.Tensor]:
         if name not in self._dense:
-            names = [key for key in self._files.shapes if key.startswith(f"{name}.")]
+            inside = tuple(f"{root}." for root in self._roots(name))
+            names = [key for key in self._files.shapes if key.startswith(inside)]
             self._dense[name] = {key: _aligned(tensor) for key, tensor in read_tensors(self._files, names).items()}
         return self._dense[name]
 
@@ -172,14 +190,15 @@ class Switchboard:
     def __init__(self, model: nn.Module, layout: Layout, assembler: Assembler) -> None:
         """Take over a dense model."""
         self._model, self._assembler = model, assembler
-        self._originals = {site.name: model.get_submodule(site.name) for site in layout.sites}
+        self._originals = {name: model.get_submodule(name) for site in layout.sites for name in site.roots}
         self._sites = {site.name: site for site in layout.sites}
         self._counts = {site.name: counted(self._originals[site.name], site.counts) for site in layout.sites}
-        self._parameters = dict(model.named_parameters())
+        self._parameters = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         self._levels: dict[str, tuple[int, bool] | None] = {}
 
     def set(self, name: str, level: int, wide: bool = False) -> None:
-        """Put a unit at a level, ``wide`` in dense shapes; nothing happens if it is there."""
+        """Put a unit at a level, ``wide`` in dense shapes where it has such; nothing happens if it is there."""
+        wide = wide and not (name in self._sites and self._sites[name].experts)
         if self._levels.get(name, (0, False)) == (level, wide):
             return
         self._put(name, self._assembler.wide(name, level) if wide else self._assembler.unit(name, level))
@@ -200,7 +219,9 @@ class Switchboard:
         self._levels[name] = None
 
     def _put(self, name: str, tensors: Replacements) -> None:
-        if all(tensor is None for tensor in tensors.values()):
+        if name in self._sites and self._sites[name].experts:
+            self._choose(self._sites[name], tensors)
+        elif all(tensor is None for tensor in tensors.values()):
             remove(self._model, name, self._sites[name].part)
         else:
             if name in self._originals:
@@ -216,6 +237,26 @@ class Switchboard:
                 recount(self._originals[name], self._counts[name], kept.shape[1] // site.width, site.total)
                 bias = f"{site.output}.bias"
                 project.register_parameter("bias", self._parameters[bias] if bias in tensors else None)
+
+
+    def _choose(self, site: Site, tensors: Replacements) -> None:
+        """Have a router choose from some experts."""
+        (router,) = site.rows
+        kept = [number for number, (module, *_) in enumerate(site.experts) if tensors[f"{module}.weight"] is not None]
+        choose(self._model, site.name, router, kept, self._originals[site.name], self._originals[router])
+        for key, tensor in tensors.items():
+            if key.startswith(f"{router}.") and tensor is not None:
+                self._parameters[key].data = tensor
+
+
+def _tensors(model: nn.Module, names: Sequence[str], buffers: bool) -> dict[str, torch.Tensor]:
+    """Return parameters of modules by name, and ``buffers``: a router may keep a bias in one."""
+    found: dict[str, torch.Tensor] = {}
+    for name in names:
+        module = model.get_submodule(name)
+        found |= dict(module.named_parameters(prefix=name))
+        found |= dict(module.named_buffers(prefix=name)) if buffers else {}
+    return found
 
 
 def _kept(tensor: torch.Tensor, own: Rows, unit: Unit, level: int) -> torch.Tensor:

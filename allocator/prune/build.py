@@ -17,7 +17,7 @@ import torch
 from allocator.core.space import Allocation
 from allocator.model.memory import give_back
 from allocator.prune.assemble import CompactLevels
-from allocator.prune.problem import Calibration, Problem, Solve, stages
+from allocator.prune.problem import Calibration, Problem, Solve, routers, stages
 from allocator.prune.statistics import collected
 from allocator.prune.streams import TwoStreams
 
@@ -45,7 +45,7 @@ def prune_on_dense_inputs(
         tasks = [task for stage in block for task in stage.tasks] if index in chosen else []
         with walker.held(index):
             modules = [task.module for task in tasks]
-            with collected(walker.model, modules, calibration.pruner.need) as statistics:
+            with collected(walker.model, modules, calibration.pruner.need, routers(tasks)) as statistics:
                 hidden = [walker.run(index, batch) for batch in hidden]
         problems = []
         for task in tasks:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 
@@ -24,24 +25,46 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One unit to prune: the matrix whose inputs matter, and its columns per item."""
+    """One unit to prune: the matrix whose inputs matter, and its columns per item.
+
+    Of whole experts that is the router, and ``experts`` is the name of what it chooses from.
+    """
 
     unit: Unit
     module: str
     width: int
+    experts: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Units of one sub-block that are pruned from inputs that only the stages before have a part in."""
+    """Units that are pruned from inputs that only the stages before have a part in.
 
-    site: Site
+    Attributes:
+        sites: Their sub-blocks: one, or several whose sum is added.
+        tasks: The units.
+        writes: Whether this is the last stage of these sub-blocks, after which it is known what they add.
+    """
+
+    sites: tuple[Site, ...]
     tasks: tuple[Task, ...]
+    writes: bool
 
     @property
-    def writes(self) -> bool:
-        """Whether this is the output projection, which adds to the residual stream."""
-        return self.tasks[0].module == self.site.output
+    def site(self) -> Site:
+        """The sub-block, where there is one."""
+        (site,) = self.sites
+        return site
+
+    @property
+    def routed(self) -> bool:
+        """Whether tokens reach these sub-blocks as a router says, so that none has a target of its own."""
+        return self.sites[0].routed is not None
+
+    @property
+    def adds(self) -> str:
+        """The module whose output is what these sub-blocks add to the residual stream."""
+        return self.sites[0].routed or self.sites[0].output
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,14 +141,28 @@ def stored(compact: CompactLevels, dtype: torch.dtype) -> CompactLevels:
     return {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in compact.items()}
 
 
+def routers(tasks: Iterable[Task]) -> dict[str, str]:
+    """Return routers whose experts are units, each with the name of its experts."""
+    return {task.module: task.experts for task in tasks if task.experts is not None}
+
+
 def stages(layout: Layout, space: SearchSpace) -> list[list[Stage]]:
     """Return the stages of every block, in the order of the forward pass."""
     units = {unit.name: unit for unit in space.units}
     by_block: list[list[Stage]] = [[] for _ in layout.blocks]
-    for site in layout.sites:
-        if site.name in units:
-            by_block[site.block].append(Stage(site, (Task(units[site.name], site.output, site.width),)))
-            continue
-        inputs = tuple(Task(units[module], module, 1) for module in site.rows)
-        by_block[site.block] += [Stage(site, inputs), Stage(site, (Task(units[site.output], site.output, 1),))]
+    for _, group in groupby(layout.sites, lambda site: (site.block, site.routed or site.name)):
+        sites = tuple(group)
+        before: list[Task] = []
+        last: list[Task] = []
+        for site in sites:
+            if site.experts:
+                (router,) = site.rows
+                last.append(Task(units[site.name], router, site.width, site.name))
+            elif site.name in units:
+                last.append(Task(units[site.name], site.output, site.width))
+            else:
+                before += [Task(units[module], module, 1) for module in site.rows]
+                last.append(Task(units[site.output], site.output, 1))
+        own = [Stage(sites, tuple(before), writes=False)] if before else []
+        by_block[sites[0].block] += [*own, Stage(sites, tuple(last), writes=True)]
     return by_block

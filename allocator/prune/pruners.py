@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from allocator.core.errors import UserError
 from allocator.core.space import Unit
+from allocator.prune.experts import Criterion
 from allocator.prune.factorise import Report, silent
 from allocator.prune.sparsegpt import SparseGpt
 from allocator.prune.statistics import Need, Statistics
@@ -30,7 +31,7 @@ class LocalPruner(Protocol):
 
     - structured: ``order`` [items], the items from the last removed to the first, so that a level keeps a prefix
       (of every group's part of the order, where the unit has groups); ``output.<level>`` [out, kept columns], the
-      refitted output projection, its columns in that order; perhaps ``bias.<level>`` [out];
+      refitted output projection, its columns in that order, but for whole experts; perhaps ``bias.<level>`` [out];
     - nested masks: ``removed_at`` [out, in], uint8, the first level that removes each weight;
     - masks with values: ``mask.<level>``, uint8, the kept positions packed eight to a byte in row-major order,
       the lowest bit first, and ``values.<level>``, the kept values in that order.
@@ -39,7 +40,7 @@ class LocalPruner(Protocol):
     name: str
     need: Need
 
-    def settings(self) -> Mapping[str, float]:
+    def settings(self) -> Mapping[str, Any]:
         """Return what the result depends on, for manifests and plans."""
         ...
 
@@ -65,7 +66,9 @@ class LocalPruner(Protocol):
         ...
 
 
-def make_pruner(name: str, pattern: str, damping: float, bias: bool = False) -> LocalPruner:
+def make_pruner(
+    name: str, pattern: str, damping: float, bias: bool = False, experts: Criterion | None = None
+) -> LocalPruner:
     """Return the pruner of a name.
 
     Args:
@@ -73,6 +76,7 @@ def make_pruner(name: str, pattern: str, damping: float, bias: bool = False) -> 
         pattern: What it removes.
         damping: See :class:`~allocator.prune.structured.Obs`.
         bias: Likewise.
+        experts: Likewise.
 
     Raises:
         UserError: There is none of that name for the pattern, or it cannot fit a bias.
@@ -84,7 +88,7 @@ def make_pruner(name: str, pattern: str, damping: float, bias: bool = False) -> 
     if bias and pattern != "structured":
         raise UserError(f"pruner.bias: {name} fits no bias; structured pruning does. Leave it out")
     if name == "obs":
-        return Obs(damping, bias)
+        return Obs(damping, bias, experts)
     if name == "sparsegpt":
         return SparseGpt(damping)
     return Wanda() if name == "wanda" else Magnitude()

@@ -135,11 +135,11 @@ def hill_exponent(weight_oi: torch.Tensor) -> float:
 
 
 def _fluctuation(site: Site, weights: Mapping[str, torch.Tensor], moments: Mapping[str, Statistics]) -> np.ndarray:
-    weight_oi, own = weights[site.output].double(), _moments(moments, site.output)
-    score_i = own.variance_i * weight_oi.square().sum(0)
+    outputs = [expert[-1] for expert in site.experts] or [site.output]
+    score_i = torch.cat([_moments(moments, m).variance_i * weights[m].double().square().sum(0) for m in outputs])
     spread = score_i.std() if len(score_i) > 1 else torch.zeros(())
     standard_i = (score_i - score_i.mean()) / (spread if spread > 0 else 1.0)
-    return np.asarray(standard_i.view(site.total, site.width).mean(1).cpu().numpy())
+    return np.asarray(standard_i.view(site.total, -1).mean(1).cpu().numpy())
 
 
 def _moments(moments: Mapping[str, Statistics], module: str) -> Moments:

@@ -1,20 +1,29 @@
 """What is to be known about the inputs of a matrix: their norms, their moments, or their Gram matrix.
 
-Shapes: n tokens, i input features. ``input_ni``, ``gram_ii``, ``square_i``.
+Shapes: n tokens, i input features, e experts. ``input_ni``, ``gram_ii``, ``square_i``, ``mass_e``.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
 
 from allocator.core.errors import UserError
+from allocator.prune.experts import gates
 
 Need = Literal["nothing", "norms", "moments", "gram"]
+
+GRAM_BYTES = 64 << 20
+"""Memory for the products of experts' outputs, which says how many tokens are looked at. Part of the numerics."""
+
+_CHUNK = 64
+"""Tokens of which the outputs of all experts are held at once."""
 
 
 class Gram:
@@ -75,7 +84,8 @@ class Moments:
     @property
     def variance_i(self) -> torch.Tensor:
         """Variance of every input feature over the tokens."""
-        return (self.square_i / self.count - (self.sum_i / self.count).square()).clamp_min(0.0)
+        count = max(1, self.count)  # no token may have been sent to an expert
+        return (self.square_i / count - (self.sum_i / count).square()).clamp_min(0.0)
 
     def add(self, input_ni: torch.Tensor) -> None:
         """Add a batch."""
@@ -87,6 +97,50 @@ class Moments:
     def check(self, module: str) -> None:
         """Raise if an activation was not finite."""
         _check_finite(self.square_i, module)
+
+
+class Routing:
+    """What a router makes of the calibration text, and what every expert would answer.
+
+    Attributes:
+        mass_e: Sum over all tokens of the weights by which each expert's output is multiplied.
+        inputs: Tokens that are looked at more closely, [n, in]; the first ones.
+        gram_nee: For each of these, the inner products of what all experts answer, whether it is sent to them or not.
+        router: A copy of the router, dense.
+    """
+
+    def __init__(self, router: nn.Module, experts: nn.Module) -> None:
+        self._experts, self.router = experts, copy.deepcopy(router)
+        total = router.get_parameter("weight").shape[0]
+        self._most = max(1, GRAM_BYTES // (4 * total * total))
+        self.mass_e = torch.zeros(total, dtype=torch.float64)
+        self.inputs: list[torch.Tensor] = []
+        self._grams: list[torch.Tensor] = []
+        self.count = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the experts behind: what is known of them is small, and may be used elsewhere."""
+        return {key: value for key, value in vars(self).items() if key != "_experts"}
+
+    @property
+    def gram_nee(self) -> torch.Tensor:
+        """See above."""
+        return torch.cat(self._grams)
+
+    def add(self, input_ni: torch.Tensor) -> None:
+        """Add a batch."""
+        self.mass_e += gates(self.router, input_ni, range(len(self.mass_e))).double().sum(0).cpu()
+        own_ni = input_ni[: self._most - self.count]
+        self.count += len(own_ni)
+        for chunk_ni in own_ni.split(_CHUNK):
+            answers_eno = torch.stack([expert(chunk_ni) for expert in self._experts.children()]).float()
+            self.inputs.append(chunk_ni)
+            self._grams.append(torch.einsum("eno,fno->nef", answers_eno, answers_eno).cpu())
+
+    def check(self, module: str) -> None:
+        """Raise if an activation was not finite."""
+        _check_finite(self.mass_e, module)
+        _check_finite(self.gram_nee, module)
 
 
 class Nothing:
@@ -102,8 +156,8 @@ class Nothing:
         """Nothing can be wrong."""
 
 
-Statistics: TypeAlias = Gram | Norms | Moments | Nothing
-"""What is gathered, by what is needed. Moments are for allocation rules, the others for pruners."""
+Statistics: TypeAlias = Gram | Norms | Moments | Nothing | Routing
+"""What is gathered, by what is needed. Moments are for allocation rules, routing is for whole experts."""
 
 KINDS: Mapping[Need, Callable[[int, torch.device], Statistics]] = {
     "gram": Gram,
@@ -113,20 +167,37 @@ KINDS: Mapping[Need, Callable[[int, torch.device], Statistics]] = {
 }
 
 
-def start(model: nn.Module, modules: Sequence[str], need: Need) -> dict[str, Statistics]:
-    """Return empty statistics of the inputs of named linear modules, on their devices."""
-    weights = {name: model.get_parameter(f"{name}.weight") for name in modules}
-    return {name: KINDS[need](weight.shape[1], weight.device) for name, weight in weights.items()}
+def start(
+    model: nn.Module, modules: Sequence[str], need: Need, mixtures: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, Statistics]:
+    """Return empty statistics of the inputs of named linear modules, on their devices.
+
+    Args:
+        model: Holds them.
+        modules: Their names.
+        need: What is gathered of them.
+        mixtures: Routers among them, by name, with the name of their experts; what they choose is gathered.
+    """
+
+    def kind(name: str) -> Statistics:
+        if name in mixtures:
+            return Routing(model.get_submodule(name), model.get_submodule(mixtures[name]))
+        weight = model.get_parameter(f"{name}.weight")
+        return KINDS[need](weight.shape[1], weight.device)
+
+    return {name: kind(name) for name in modules}
 
 
 @contextmanager
-def collected(model: nn.Module, modules: Sequence[str], need: Need) -> Iterator[dict[str, Statistics]]:
-    """Collect statistics of the inputs of named linear modules while the body runs the model.
+def collected(
+    model: nn.Module, modules: Sequence[str], need: Need, mixtures: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[dict[str, Statistics]]:
+    """Collect statistics of the inputs of named linear modules while the body runs the model. See :func:`start`.
 
     Raises:
         UserError: At the end, if an input was NaN or infinite; names the module.
     """
-    gathered = start(model, modules, need)
+    gathered = start(model, modules, need, mixtures)
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def add(module: nn.Module, args: tuple[Any, ...]) -> None:

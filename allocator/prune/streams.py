@@ -5,6 +5,9 @@ and that of an output projection also makes up for what the residual stream alre
 nearest on the inputs at hand, W* = argmin ‖Y - X̃Wᵀ‖² + λ‖W - W_dense‖², takes the place of the dense one, and every
 pruner solves the same problem as before, for ‖Y - X̃Ŵᵀ‖² = ‖Y - X̃W*ᵀ‖² + ‖X̃(W* - Ŵ)ᵀ‖² but for the damping λ.
 
+Where a router sends other tokens to an expert once blocks are pruned, there is no dense output on the same tokens to
+aim at: experts, and what stands beside them, answer on their own inputs as they did.
+
 Shapes: n tokens, o output and i input features of one matrix.
 """
 
@@ -20,7 +23,7 @@ from allocator.core.space import Unit
 from allocator.model.family import Site
 from allocator.prune.assemble import Assembler, CompactLevels, Switchboard
 from allocator.prune.factorise import Report, factorise
-from allocator.prune.problem import Calibration, Problem, Stage, Task
+from allocator.prune.problem import Calibration, Problem, Stage, Task, routers, stages
 from allocator.prune.statistics import Gram, Statistics, start
 from allocator.prune.structured import centred, item_columns
 
@@ -62,17 +65,18 @@ class TwoStreams:
             calibration.files, layout, calibration.space, self.compact.__getitem__, self._walker.model
         )
         self._switchboard = Switchboard(self._walker.model, layout, assembler)
-        sites = [site for site in layout.sites if site.block == index]
-        # what sub-blocks add, by output projection, batch by batch: all of the dense block, and those that are settled
+        every = [stage for stage in stages(layout, calibration.space)[index] if stage.writes]
+        names = [name for stage in every for name in dict.fromkeys((_around(stage), stage.adds))]
+        # what sub-blocks add, by the module that gives it, batch by batch: all of the dense block, and those settled
         self._given: list[dict[str, torch.Tensor]] = []
         self._added: list[dict[str, torch.Tensor]] = [{} for _ in pruned]
         self._entered: list[torch.Tensor] = []  # the output projection of the sub-block at hand
         self._leaving: list[torch.Tensor] = []
         for batch in dense:
-            with self._walker.listening(index, [*(s.name for s in sites), *(s.output for s in sites)]) as (_, heard):
+            with self._walker.listening(index, names) as (_, heard):
                 self._leaving.append(self._walker.run(index, batch))
-            self._given.append({site.output: heard[site.output] for site in sites})
-        self._passed_over = {site.output: _passed_over(site, heard) for site in sites}  # of any batch
+            self._given.append({stage.adds: heard[stage.adds] for stage in every})
+        self._passed_over = {stage.adds: _passed_over(stage, heard) for stage in every}  # of any batch
         self._adds_up = self._check_sum(layout.blocks[index])
 
     def problems(self, stage: Stage, wanted: Mapping[Task, tuple[int, ...]]) -> list[Problem]:
@@ -80,14 +84,14 @@ class TwoStreams:
         pruner, modules = self._calibration.pruner, [task.module for task in wanted]
         if not modules:
             return []
-        gathered = start(self._walker.model, modules, pruner.need)
+        gathered = start(self._walker.model, modules, pruner.need, routers(wanted))
         for dense, given, pruned, added in zip(self._dense, self._given, self._pruned, self._added, strict=True):
             entering = self._entering(modules, pruned, added)
             if self._projects(stage):
-                self._entered.append(entering[stage.site.output])
-            for module in modules:
-                gathered[module].add(entering[module].flatten(0, -2))
-            if pruner.need != "gram":
+                self._entered.append(entering[stage.adds])
+            for module, entered in entering.items():  # no token of a batch may have been sent to an expert
+                gathered[module].add(entered.flatten(0, -2))
+            if pruner.need != "gram" or stage.routed:
                 continue
             whole = given
             if not stage.writes:
@@ -108,10 +112,10 @@ class TwoStreams:
 
     def settle(self, stage: Stage) -> None:
         """Put what was pruned into the block, at its level of the path; know what a sub-block adds when it is done."""
-        site, units = stage.site, [task.unit for task in stage.tasks]
+        units, adds = [task.unit for task in stage.tasks], stage.adds
         if self._projects(stage) and not self._entered:  # no problem was asked for
             self._entered = [
-                self._entering([site.output], hidden, added)[site.output]
+                self._entering([adds], hidden, added)[adds]
                 for hidden, added in zip(self._pruned, self._added, strict=True)
             ]
         if self._levels is not None:
@@ -120,20 +124,26 @@ class TwoStreams:
                     self._switchboard.set(unit.name, level, wide=True)
         if not stage.writes:
             return
-        if not self._projects(stage):
-            totals = self._average_over_levels(site)
+        if self._projects(stage) and self._levels is None:
+            self._switchboard.blend(stage.site.name, _shares(units[0]))
+            totals = self._projected(stage.site, pruned=True)
+        elif self._projects(stage):
+            totals = self._projected(stage.site, pruned=self._levels[units[0].name] > 0)
         elif self._levels is None:
-            self._switchboard.blend(site.name, _shares(units[0]))
-            totals = self._projected(site, pruned=True)
+            totals = self._average_over_levels(stage)
         else:
-            totals = self._projected(site, pruned=self._levels[units[0].name] > 0)
+            totals = [
+                self._walker.hear(self._index, hidden, [adds], instead=self._known(added))[adds]
+                for hidden, added in zip(self._pruned, self._added, strict=True)
+            ]
         for added, total in zip(self._added, totals, strict=True):
-            added[site.output] = total
+            added[adds] = total
         self._entered = []
 
     def _projects(self, stage: Stage) -> bool:
         """Whether what a sub-block adds follows from what enters its output projection: all but averages of several."""
-        return stage.writes and (self._levels is not None or stage.tasks[0].unit.name == stage.site.name)
+        alone = not stage.routed and stage.writes
+        return alone and (self._levels is not None or stage.tasks[0].unit.name == stage.site.name)
 
     def leaving(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Return what leaves the block, dense and pruned, batch by batch."""
@@ -160,7 +170,7 @@ class TwoStreams:
     def _problem(self, task: Task, levels: tuple[int, ...], statistics: Statistics) -> Problem:
         statistics.check(task.module)
         weight = dense_weight = self._calibration.dense_weight(task)
-        if isinstance(statistics, Gram):
+        if isinstance(statistics, Gram) and statistics.answer_io is not None:
             settings = self._calibration.pruner.settings()
             weight = nearest(
                 dense_weight,
@@ -180,12 +190,13 @@ class TwoStreams:
             return [project(entered[..., columns]) for entered in self._entered]
         return [project(entered) for entered in self._entered]
 
-    def _average_over_levels(self, site: Site) -> list[torch.Tensor]:
-        """Return the average of what a sub-block of several units gives over its levels, batch by batch.
+    def _average_over_levels(self, stage: Stage) -> list[torch.Tensor]:
+        """Return the average of what sub-blocks of several units give over their levels, batch by batch.
 
-        A level counts as much as it keeps. Units are at the same level together, and the sub-block is run at each.
+        A level counts as much as it keeps. Units are at the same level together, and the sub-blocks are run at each.
         """
-        units = [unit for unit in self._calibration.space.units if unit.name in site.modules]
+        names = {name for site in stage.sites for name in (site.name, *site.modules)}
+        units = [unit for unit in self._calibration.space.units if unit.name in names]
         totals = [torch.zeros_like(hidden, dtype=torch.float32) for hidden in self._pruned]
         for level, share in enumerate(_shares(max(units, key=lambda unit: unit.num_levels))):
             if share == 0:
@@ -193,8 +204,8 @@ class TwoStreams:
             for unit in units:
                 self._switchboard.set(unit.name, min(level, unit.num_levels - 1))
             for batch, (hidden, added) in enumerate(zip(self._pruned, self._added, strict=True)):
-                given = self._walker.hear(self._index, hidden, [site.output], instead=self._known(added))
-                totals[batch] = totals[batch] + given[site.output] * share
+                given = self._walker.hear(self._index, hidden, [stage.adds], instead=self._known(added))
+                totals[batch] = totals[batch] + given[stage.adds] * share
         return [total.to(self._walker.dtype) for total in totals]
 
     def _check_sum(self, name: str) -> bool:
@@ -218,14 +229,19 @@ def _shares(unit: Unit) -> list[float]:
     return [kept / sum(unit.kept) for kept in unit.kept]
 
 
-def _passed_over(site: Site, heard: Mapping[str, Any]) -> tuple[str, tuple[Any, ...] | None]:
+def _around(stage: Stage) -> str:
+    """Return the module that holds all that a stage's sub-blocks are."""
+    return stage.adds if stage.routed else stage.site.name
+
+
+def _passed_over(stage: Stage, heard: Mapping[str, Any]) -> tuple[str, tuple[Any, ...] | None]:
     """Return which module need not run where it is known what a sub-block adds, and what it returns besides.
 
     That is the sub-block if it returns what its output projection gives, alone (None) or first of several.
     """
-    whole, own = heard[site.name], heard[site.output]
+    whole, own = heard[_around(stage)], heard[stage.adds]
     first, rest = (whole[0], whole[1:]) if isinstance(whole, tuple) else (whole, None)
-    return (site.name, rest) if torch.equal(first, own) else (site.output, None)
+    return (_around(stage), rest) if torch.equal(first, own) else (stage.adds, None)
 
 
 def nearest(

@@ -7,13 +7,15 @@ Shapes: o output features, i input features of the output projection, m items of
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
 from allocator.core.space import Unit
+from allocator.prune.experts import Criterion, expert_order
 from allocator.prune.factorise import Report, factorise, silent
 from allocator.prune.removal import obs_order
-from allocator.prune.statistics import Gram, Need, Statistics
+from allocator.prune.statistics import Gram, Need, Routing, Statistics
 
 _NOISE = 1e-5
 """A variance below this share of the mean square is what fp32 sums leave of a constant."""
@@ -34,13 +36,20 @@ class Obs:
     name = "obs"
     need: Need = "gram"
 
-    def __init__(self, damping: float = 0.01, bias: bool = False) -> None:
-        """Add ``damping`` times the mean of H's diagonal to that diagonal; with ``bias``, fit an intercept."""
-        self.damping, self.bias = damping, bias
+    def __init__(self, damping: float = 0.01, bias: bool = False, experts: Criterion | None = None) -> None:
+        """Add ``damping`` times the mean of H's diagonal to that diagonal.
 
-    def settings(self) -> Mapping[str, float]:
+        Args:
+            damping: λ.
+            bias: Fit an intercept.
+            experts: How whole experts are chosen, where there are any.
+        """
+        self.damping, self.bias, self.experts = damping, bias, experts
+
+    def settings(self) -> Mapping[str, Any]:
         """Return what the result depends on."""
-        return {"damping": self.damping, "bias": self.bias}
+        chosen = {} if self.experts is None else {"experts": self.experts}
+        return {"damping": self.damping, "bias": self.bias, **chosen}
 
     def levels(
         self,
@@ -53,8 +62,13 @@ class Obs:
     ) -> dict[str, torch.Tensor]:
         """Return ``order`` [items] and, for each wanted level that keeps something, ``output.<level>``.
 
-        With ``bias`` also ``bias.<level>`` [out], what is to be added to the output projection's bias.
+        With ``bias`` also ``bias.<level>`` [out], what is to be added to the output projection's bias. Whole experts
+        have an order alone: those that stay are as they were.
         """
+        if isinstance(statistics, Routing):
+            assert self.experts is not None
+            least = min(count for count in unit.kept if count)
+            return {"order": expert_order(statistics, self.experts, unit.num_groups, least).to(torch.int32)}
         assert isinstance(statistics, Gram)
         weight_oi, gram_ii, sum_i = (
             tensor.to("cpu", torch.float64) for tensor in (weight_oi, statistics.gram_ii, statistics.sum_i)

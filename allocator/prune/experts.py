@@ -1,0 +1,115 @@
+"""Which experts of a mixture go first: by what the router gives them, or by what is lost without them.
+
+Shapes: n tokens, e experts, i input features, k experts that a token is sent to. ``input_ni``, ``gate_ne``,
+``gram_nee``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from allocator.prune.statistics import Routing
+
+Criterion = Literal["reconstruction", "routing"]
+"""How experts are chosen: see :func:`by_reconstruction` and :func:`by_routing`."""
+
+def gates(router: nn.Module, input_ni: torch.Tensor, kept: Sequence[int]) -> torch.Tensor:
+    """Return the weight of every expert for every token, [n, e], where a router knows some experts only."""
+    total = router.get_parameter("weight").shape[0]
+    chosen = torch.tensor(list(kept), device=input_ni.device)
+    part = copy.copy(router)
+    part._parameters = {
+        name: nn.Parameter(each.detach()[chosen], requires_grad=False) for name, each in router.named_parameters()
+    }
+    part._buffers = {name: each[chosen] for name, each in router.named_buffers()}
+    part.num_experts = len(kept)
+    _, weight_nk, place_nk = part.forward(input_ni)
+    gate_ne = torch.zeros(len(input_ni), total, device=input_ni.device)
+    return gate_ne.scatter_(1, chosen[place_nk], weight_nk.float())
+
+
+def expert_order(routing: Routing, criterion: Criterion, num_groups: int, least: int) -> torch.Tensor:
+    """Return experts from the last removed to the first, one group after the other.
+
+    Args:
+        routing: What is known of them.
+        criterion: How they are chosen.
+        num_groups: Runs of equally many experts. They go in rounds: in each, every group loses one.
+        least: So many stay, for the router picks as many; which of them would go first, their gates say.
+    """
+    if criterion == "routing":
+        first = by_routing(routing, num_groups)
+    elif num_groups == 1:
+        first = by_reconstruction(routing, least)
+    else:
+        first = by_contribution(routing, num_groups, least)
+    per_group = len(first) // num_groups
+    groups = [[e for e in first if e // per_group == group] for group in range(num_groups)]
+    return torch.tensor([e for group in groups for e in reversed(group)])
+
+
+def by_routing(routing: Routing, num_groups: int) -> list[int]:
+    """Return experts in the order in which they go: those first to which the router gives least, all tokens together."""
+    return routing.mass_e.argsort(stable=True).tolist()
+
+
+def by_reconstruction(routing: Routing, least: int) -> list[int]:
+    """Return experts in the order in which they go: always the one without which the output is least changed.
+
+    With d the change of a token's gates, G the products of experts' outputs, the squared error of the mixture's output
+    is dᵀGd, summed over tokens. Tokens that were sent to an expert that goes are routed again among the rest, as the
+    pruned model routes them. Lu et al. (ACL 2024) compare all subsets of experts by this error; here they go one by one.
+    """
+    input_ni, gram_nee = torch.cat(routing.inputs), routing.gram_nee
+    total = len(routing.mass_e)
+    whole_ne = gates(routing.router, input_ni, range(total)).cpu()
+    kept, first = list(range(total)), []
+    gate_ne = whole_ne
+    while len(kept) > least:
+        error_n = _errors(gate_ne - whole_ne, gram_nee)
+        best: tuple[float, int, torch.Tensor, torch.Tensor] | None = None
+        for expert in kept:
+            sent = gate_ne[:, expert].nonzero().flatten()
+            rest = [e for e in kept if e != expert]
+            again_ne = gates(routing.router, input_ni[sent.to(input_ni.device)], rest).cpu()
+            change = _errors(again_ne - whole_ne[sent], gram_nee[sent]).sum() - error_n[sent].sum()
+            if best is None or float(change) < best[0]:
+                best = float(change), expert, sent, again_ne
+        assert best is not None
+        _, expert, sent, again_ne = best
+        gate_ne = gate_ne.index_copy(0, sent, again_ne)
+        kept.remove(expert)
+        first.append(expert)
+    return first + sorted(kept, key=lambda e: float(routing.mass_e[e]))
+
+
+def by_contribution(routing: Routing, num_groups: int, least: int) -> list[int]:
+    """Return experts in the order in which they go, one of every group in each round, for routers that judge groups.
+
+    Always the one whose output, times its gate, is least over all tokens (REAP, Lasby et al., 2025); after every round
+    tokens are routed again.
+    """
+    input_ni = torch.cat(routing.inputs)
+    norm_ne = routing.gram_nee.diagonal(dim1=1, dim2=2).sqrt()
+    total = len(routing.mass_e)
+    per_group = total // num_groups
+    kept, first = list(range(total)), []
+    while kept:
+        if len(kept) >= least:
+            score_e = (gates(routing.router, input_ni, kept).cpu() * norm_ne).double().sum(0)
+        for group in range(num_groups):
+            own = [e for e in kept if e // per_group == group]
+            first.append(min(own, key=lambda e: float(score_e[e])))
+            kept.remove(first[-1])
+    return first
+
+
+def _errors(change_ne: torch.Tensor, gram_nee: torch.Tensor) -> torch.Tensor:
+    """Return dᵀGd for each token, in float64."""
+    return torch.einsum("ne,nef,nf->n", change_ne.double(), gram_nee.double(), change_ne.double())
