@@ -30,6 +30,9 @@ FAMILIES = {
     "gpt2": ("GPT-2", {}),
     "gpt_neox": ("GPT-NeoX, Pythia", {"tie_word_embeddings": False}),
     "falcon": ("Falcon", {}),
+    "opt": ("OPT", {}),
+    "olmo2": ("OLMo 2", {}),
+    "olmo3": ("OLMo 3", {"sliding_window": 8}),
 }
 """Model types by name in words, and what makes a tiny one that has what is special to it."""
 

@@ -73,7 +73,7 @@ def write_checkpoint(files: ModelFiles, layout: Layout, replace: Callable[[str],
 
 
 def _write(files: ModelFiles, layout: Layout, replace: Callable[[str], Replacements], folder: Path) -> None:
-    owners = {f"{site.name}.": site.name for site in layout.sites}
+    owners = {f"{root}.": site.name for site in layout.sites for root in site.roots}
     shapes: dict[str, list[int]] = {}
     gone: set[str] = set()
     weight_map: dict[str, str] = {}
@@ -103,12 +103,15 @@ def _write(files: ModelFiles, layout: Layout, replace: Callable[[str], Replaceme
                         tensors[bias] = gained.to(tensors[name].dtype).contiguous()
                         weight_map[bias] = shard
         save_file(tensors, folder / shard, metadata={"format": "pt"})
-    removed = {site.name: site.part for site in layout.sites if f"{site.output}.weight" in gone}
+    removed: dict[str, str] = {}
+    for site in layout.sites:
+        if f"{site.output}.weight" in gone:
+            removed |= site.removal
     config = dict(files.config)
     if shapes or removed:
         biases = sorted(name.removesuffix(".bias") for name in weight_map.keys() - files.shapes.keys())
         counts = {
-            site.name: [list(site.counts), [shapes[site.output][1] // site.width, site.total]]
+            site.home: [list(site.counts), [shapes[site.output][1] // site.width, site.total]]
             for site in layout.sites
             if site.counts and site.output in shapes
         }

@@ -22,7 +22,7 @@ class Covered:
         module: Its name, with ``{block}`` for the number of the block.
         shape: As linear layers have it: outputs, inputs.
         count: In how many blocks it is.
-        by: The unit that holds it, ``skip``, or None where no line of the family covers it.
+        by: The unit that holds it, ``skip``, ``entry`` or ``tail``, or None where no line of the family covers it.
     """
 
     module: str
@@ -36,7 +36,9 @@ def coverage(files: ModelFiles, family: Family | None) -> list[Covered]:
     prefix = _prefix(files) if family is None else family.blocks
     owners: dict[str, str] = {}
     if family is not None:
-        owners = {module: "skip" for module in family.skip}
+        owners = {module.removesuffix("?"): "entry" for module in family.entry}
+        owners |= {module.removesuffix("?"): "tail" for module in family.tail}
+        owners |= dict.fromkeys(family.skip, "skip")
         for part, unit in family.units.items():
             owners |= {f"{prefix}.{module}": part for module in (*unit.inputs, unit.output)}
     counts: dict[tuple[str, tuple[int, ...]], int] = {}
@@ -55,15 +57,18 @@ def draft(files: ModelFiles) -> str:
     """
     prefix = _prefix(files)
     first = prefix.format(block=block_numbers(files, prefix)[0]) + "."
-    own = {
+    inside = {
         name.removeprefix(first).removesuffix(".weight"): shape
         for name, shape in files.shapes.items()
-        if name.startswith(first) and len(shape) == 2
+        if name.startswith(first) and name.endswith(".weight")
     }
+    own = {name: shape for name, shape in inside.items() if len(shape) == 2}
+    vectors = {name: shape for name, shape in inside.items() if len(shape) == 1}
     outside = [name for name in files.shapes if not name.startswith(prefix.split("{")[0])]
     matrices = [name.removesuffix(".weight") for name in outside if len(files.shapes[name]) == 2]
     norms = [name.removesuffix(".weight") for name in outside if len(files.shapes[name]) == 1 and ".weight" in name]
     head = next((name for name in matrices if re.search(r"(head|embed_out)$", name)), "lm_head")
+    entry, leaving = ([name for name in matrices if re.search(rf"proj(ect)?_{way}$", name)] for way in ("in", "out"))
     lines = [
         f"# Drafted from the names and shapes of a {files.architecture}: check every line.",
         "schema: 1",
@@ -73,16 +78,19 @@ def draft(files: ModelFiles) -> str:
     ]
     folders = dict.fromkeys(name.rpartition(".")[0] for name in own)
     for folder in sorted(folders, key=lambda folder: "att" not in folder):  # in the order of the forward pass
-        lines += _unit(folder, {n: s for n, s in own.items() if n.rpartition(".")[0] == folder})
+        its, beside = ({n: s for n, s in of.items() if n.rpartition(".")[0] == folder} for of in (own, vectors))
+        lines += _unit(folder, its, beside)
+    lines += [f"entry: [{', '.join(entry)}]  # between the embeddings and the blocks"] if entry else []
+    staying = [name for name in dict.fromkeys([*matrices, head]) if name not in (*entry, *leaving)]
     lines += [
-        f"tail: [{', '.join([*norms[-1:], head])}]  # what follows the blocks; the head last",
-        f"skip: [{', '.join(dict.fromkeys([*matrices, head]))}]",
+        f"tail: [{', '.join([*norms[-1:], *leaving, head])}]  # what follows the blocks; the head last",
+        f"skip: [{', '.join(staying)}]",
     ]
     return "\n".join(lines) + "\n"
 
 
-def _unit(folder: str, own: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
-    """Yield the lines of one sub-block."""
+def _unit(folder: str, own: Mapping[str, tuple[int, ...]], vectors: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+    """Yield the lines of one sub-block, from its matrices and its norms."""
     output = next((name for name in own if _OUTPUT.search(name)), list(own)[-1])
     inputs = [name for name in own if name != output]
     if not inputs:
@@ -95,8 +103,12 @@ def _unit(folder: str, own: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
         yield from (f"    {part}: {name}" for part, name in zip(_PARTS, found, strict=True))
         if fused:
             yield "    fused: by_part  # or by_group: do rows hold all queries first, or each group in turn?"
-            yield "    # counts: [num_heads]  # attributes of the module that count heads, if it has some"
         yield f"    output: {output}"
+        yield "    # counts: [num_heads]  # attributes of the module that count heads, if it has some"
+        queries, keys, _ = (own[name][:1] for name in found)
+        if not fused and queries in vectors.values():
+            norms = [name for name, shape in vectors.items() if shape in (queries, keys)]
+            yield f"    norms: [{', '.join(norms)}]  # over all heads, so that none can go alone"
     else:
         twice = [name for name in inputs if own[name][0] == 2 * own[output][1]]
         yield "  mlp:"

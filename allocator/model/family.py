@@ -6,7 +6,7 @@ import itertools
 import os
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -23,11 +23,21 @@ Attention = Literal["kv_groups", "query_heads"]
 """What attention loses: KV groups with the query heads they serve, or query heads alone."""
 
 
+_Part = Literal["attention", "mlp"]
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class KvGroups(_Strict):
+class _Parts(_Strict):
+    output: str
+    remove: list[str] = []
+    """Modules that go when nothing is left, where they are not all of the module that the matrices share: what leads to
+    the output projection, and that. By default, matrices that share but the block go by themselves."""
+
+
+class KvGroups(_Parts):
     """Attention whose key/value heads are removed together with the query heads they serve.
 
     Query, key and value may be one matrix. Its rows are all queries, then all keys, then all values (``by_part``), or
@@ -38,10 +48,13 @@ class KvGroups(_Strict):
     query: str
     key: str
     value: str
-    output: str
     fused: Literal["by_part", "by_group"] | None = None
     counts: list[str] = []
-    """Attributes of the module that count heads, or what is proportional to heads; ``config.x`` is one of its own."""
+    """Attributes of the module that the matrices share, which count heads or what is proportional to heads:
+    ``config.x`` is one of its configuration, ``self.x`` one of a module inside it."""
+    norms: list[str] = []
+    """Norms over all heads at once, of queries or keys. Without some heads the others would be divided by something
+    else, so attention goes as a whole or not at all."""
 
     @model_validator(mode="after")
     def _check_fused(self) -> KvGroups:
@@ -56,7 +69,7 @@ class KvGroups(_Strict):
         return [self.query, self.key, self.value]
 
 
-class Channels(_Strict):
+class Channels(_Parts):
     """A feed-forward network whose hidden channels are removed.
 
     A matrix that is named several times has that many runs of rows, each with one row for each channel, as where gates
@@ -65,7 +78,6 @@ class Channels(_Strict):
 
     kind: Literal["channels"]
     inputs: list[str] = Field(min_length=1)
-    output: str
 
 
 class Family(_Strict):
@@ -74,8 +86,11 @@ class Family(_Strict):
     schema_: Literal[1] = Field(alias="schema")
     model_types: list[str] = Field(min_length=1)
     blocks: str = Field(pattern=r"\{block\}")
-    units: dict[Literal["attention", "mlp"], Annotated[KvGroups | Channels, Field(discriminator="kind")]]
+    units: dict[_Part, Annotated[KvGroups | Channels, Field(discriminator="kind")]]
+    entry: list[str] = []
+    """Matrices between the embeddings and the first block, which work for every token as those of the tail do."""
     tail: list[str] = Field(min_length=1)
+    """From the blocks to the logits, the head last. What ends in ``?`` is not in every model, here and in ``entry``."""
     skip: list[str]
 
 
@@ -95,10 +110,15 @@ class Site:
     says, and columns [i·width, (i+1)·width) of the output module. A matrix in which several parts are fused has as
     many entries in ``inputs``, which cover it from the first row to the last. Query heads own no rows of key and value,
     which stay as long as any head does, and each run of ``group`` of them, which share a KV group, loses the same
-    number. ``counts`` are attributes of the sub-block that are proportional to items.
+    number. ``counts`` are attributes of its ``home`` that are proportional to items.
+
+    It consists of its ``roots``: usually one module, whose name it has. Where it has no module of its own, they are
+    what leads to the output projection, and that; it has then the name of the module that its matrices share, or of
+    the output projection where they share but the block.
     """
 
     name: str
+    roots: tuple[str, ...]
     kind: str
     part: str
     block: int
@@ -122,6 +142,23 @@ class Site:
             rows[own.module] = rows.get(own.module, 0) + own.rows
         return rows
 
+    @property
+    def home(self) -> str:
+        """The module that its matrices share: the sub-block, or the block."""
+        return _shared(self.modules)
+
+    @property
+    def removal(self) -> dict[str, str]:
+        """What takes the place of each of its roots when it goes; see :func:`~.modeling_pruned.remove`."""
+        if len(self.roots) == 1:
+            return {self.roots[0]: self.part}
+        inner = "attention" if self.part == "attention" else "input"
+        return {root: "output" if root == self.output else inner for root in self.roots}
+
+    def owns(self, tensor: str) -> bool:
+        """Whether a tensor is one of its own, and goes with it."""
+        return any(tensor.startswith(f"{root}.") for root in self.roots)
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
@@ -131,11 +168,13 @@ class Layout:
         blocks: Module names of the blocks, in order.
         tail: Modules from the last block's output to the logits; the last is the head, as the checkpoint names it.
         sites: Prunable sub-blocks, in model order.
+        around: Matrices before and behind the blocks that work for every token.
     """
 
     blocks: tuple[str, ...]
     tail: tuple[str, ...]
     sites: tuple[Site, ...]
+    around: tuple[str, ...] = ()
 
 
 def families_folder() -> Path:
@@ -206,18 +245,21 @@ def resolve_layout(family: Family, files: ModelFiles, attention: Attention = "kv
         raise UserError(f"family: blocks {family.blocks!r} matches no module of {files.architecture}")
     blocks = tuple(family.blocks.format(block=number) for number in numbers)
     sites = tuple(
-        _site(part, parts, block, index, files, attention)
+        _site(part, family.units, block, index, files, attention)
         for index, block in enumerate(blocks)
-        for part, parts in family.units.items()
+        for part in family.units
     )
     tied = {family.tail[-1]} if files.config.get("tie_word_embeddings") else set()
-    for module in {*family.tail} - tied:
-        if f"{module}.weight" not in shapes:
+    entry, tail = _there(family.entry, shapes), _there(family.tail, shapes)
+    for key, module in (*(("entry", module) for module in entry), *(("tail", module) for module in tail)):
+        if f"{module}.weight" not in shapes and module not in tied:
             raise UserError(
-                f"family: tail names {module}, which {files.architecture} lacks{did_you_mean(module, _outside(files))}"
+                f"family: {key} names {module}, which {files.architecture} lacks{did_you_mean(module, _outside(files))}"
             )
+    around = tuple(module for module in (*entry, *tail[:-1]) if len(shapes[f"{module}.weight"]) == 2)
     units = family.units.values()
-    covered = {*family.skip, *(f"{b}.{name}" for b in blocks for unit in units for name in (*unit.inputs, unit.output))}
+    inside = (f"{b}.{name}" for b in blocks for unit in units for name in (*unit.inputs, unit.output))
+    covered = {*family.skip, *around, *inside}
     for name, shape in shapes.items():
         module = name.removesuffix(".weight")
         if len(shape) >= 2 and module not in covered:
@@ -225,14 +267,18 @@ def resolve_layout(family: Family, files: ModelFiles, attention: Attention = "kv
                 f"family: matrix {module} {list(shape)} of {files.architecture} is in no unit. "
                 "Name it in a unit, or list it under 'skip'"
             )
-    return Layout(blocks, tuple(family.tail), sites)
+    return Layout(blocks, tail, sites, around)
+
+
+def _there(modules: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
+    """Return names of modules without those that a model may lack, and does."""
+    names = [(module, module.removesuffix("?")) for module in modules]
+    return tuple(name for module, name in names if module == name or f"{name}.weight" in shapes)
 
 
 def staying(site: Site, files: ModelFiles) -> list[str]:
     """Return matrices that stay as long as any item of a sub-block does: key and value beside query heads."""
-    inside = (
-        n.removesuffix(".weight") for n, s in files.shapes.items() if n.startswith(f"{site.name}.") and len(s) == 2
-    )
+    inside = (n.removesuffix(".weight") for n, s in files.shapes.items() if site.owns(n) and len(s) == 2)
     return sorted(module for module in inside if module not in site.modules)
 
 
@@ -247,9 +293,20 @@ def _outside(files: ModelFiles) -> list[str]:
     return [name.removesuffix(".weight") for name in files.shapes if not re.search(r"\.\d+\.", name)]
 
 
+def _shared(modules: Iterable[str]) -> str:
+    """Return the innermost module that holds all of some modules."""
+    return os.path.commonpath([module.replace(".", "/") for module in modules]).replace("/", ".")
+
+
 def _site(
-    part: str, parts: KvGroups | Channels, block: str, index: int, files: ModelFiles, attention: Attention
+    part: _Part,
+    units: Mapping[_Part, KvGroups | Channels],
+    block: str,
+    index: int,
+    files: ModelFiles,
+    attention: Attention,
 ) -> Site:
+    parts = units[part]
     inputs, output = [f"{block}.{name}" for name in parts.inputs], f"{block}.{parts.output}"
     for module in (*inputs, output):
         if f"{module}.weight" not in files.shapes:
@@ -258,15 +315,16 @@ def _site(
     columns = files.shapes[f"{output}.weight"][1]
     rows = {module: files.shapes[f"{module}.weight"][0] for module in inputs}
     total = columns if isinstance(parts, Channels) else _num_groups(parts, files, rows[inputs[0]], columns)
-    name = os.path.commonpath([module.replace(".", "/") for module in (*inputs, output)]).replace("/", ".")
-    if name in (block, ""):
-        raise UserError(f"family: the modules of unit {part!r} share no sub-block of {block}, so it cannot be removed")
+    home = _shared([*inputs, output])
+    others = [f"{block}.{m}" for other, its in units.items() if other != part for m in (*its.inputs, its.output)]
+    alone = home != block and not any(module.startswith(f"{home}.") for module in others)
     runs = {module: inputs.count(module) if isinstance(parts, Channels) else 1 for module in inputs}
     for module, size in {**rows, output: columns}.items():
         if size % (total * runs.get(module, 1)):
             raise UserError(f"family: {module} has {size} rows or columns, which {total} {parts.kind} do not divide")
     site = Site(
-        name=name,
+        name=home if alone else output,
+        roots=_roots(part, parts, block, home if alone else None, files),
         kind=parts.kind,
         part=part,
         block=index,
@@ -276,7 +334,54 @@ def _site(
         width=columns // total,
         counts=tuple(parts.counts) if isinstance(parts, KvGroups) else (),
     )
-    return _heads(site, parts, files) if isinstance(parts, KvGroups) and attention == "query_heads" else site
+    if isinstance(parts, Channels):
+        return site
+    _check_norms(site, parts, block, files)
+    return _heads(site, parts, files) if attention == "query_heads" else site
+
+
+def _roots(part: _Part, parts: KvGroups | Channels, block: str, home: str | None, files: ModelFiles) -> tuple[str, ...]:
+    """Return the modules that a sub-block consists of; ``home`` is its own, if it has one."""
+    inputs, output = [f"{block}.{name}" for name in parts.inputs], f"{block}.{parts.output}"
+    roots = [f"{block}.{name}" for name in parts.remove]
+    if not roots and home is not None:
+        return (home,)
+    if not roots:
+        leading = [_shared(inputs)] if part == "attention" else [*dict.fromkeys(inputs)]
+        roots = [*leading, output]
+    held = {root: [m for m in (*inputs, output) if f"{m}.".startswith(f"{root}.")] for root in roots}
+    wrong = [root for root, modules in held.items() if not modules]
+    wrong += {*inputs, output} - {module for modules in held.values() for module in modules}
+    if len(roots) > 1 and output not in roots:
+        wrong.append(output)
+    # attention returns more than a matrix does, and keeps its place in the cache
+    if part == "attention" and (block in roots or {*inputs} & {*roots}):
+        wrong += {*inputs} & {*roots} or {block}
+    if wrong:
+        raise UserError(
+            f"family: unit {part!r} of {files.architecture} cannot be removed as {', '.join(roots)}, for {wrong[0]}. "
+            "Name under 'remove' the modules that go with it: of attention the one that holds queries, keys and "
+            "values, and the output projection itself where it lies beside what stays"
+        )
+    return tuple(roots)
+
+
+def _check_norms(site: Site, parts: KvGroups, block: str, files: ModelFiles) -> None:
+    """Raise where a norm over all heads is not named as one, or what is named is none."""
+    named = {f"{block}.{norm}.weight" for norm in parts.norms}
+    if missing := sorted(named - files.shapes.keys()):
+        raise UserError(f"family: norms of unit {site.part!r} names {missing[0]}, which {files.architecture} lacks")
+    widths = {(own.rows * site.total,) for own in site.inputs}
+    odd = sorted(
+        name
+        for name, shape in files.shapes.items()
+        if site.total > 1 and site.owns(name) and name.endswith(".weight") and shape in widths
+    )
+    if odd:
+        raise UserError(
+            f"family: {odd[0]} of {files.architecture} is as long as all heads together. If it is a norm, name it in "
+            f"unit {site.part!r} under 'norms': attention then goes as a whole or not at all"
+        )
 
 
 def _rows(
@@ -306,6 +411,11 @@ def _heads(site: Site, parts: KvGroups, files: ModelFiles) -> Site:
         raise UserError(
             f"ladder.attention: queries, keys and values of {files.architecture} are one matrix, so query heads cannot "
             "go alone. Use --set ladder.attention=kv_groups"
+        )
+    if parts.norms:
+        raise UserError(
+            f"ladder.attention: {files.architecture} has norms over all heads, so that query heads cannot go alone. "
+            "Use --set ladder.attention=kv_groups, which takes the whole attention"
         )
     heads = _num_heads(files)
     if heads == site.total:
@@ -371,9 +481,11 @@ def build_space(
                 for module, site in matrices
             ]
     total = sum(_size(shape) for shape in shapes.values())
-    tied = (int(files.config["vocab_size"]), shapes[f"{layout.sites[0].output}.weight"][0])
+    last = next((m for m in reversed(layout.tail[:-1]) if m in layout.around), layout.sites[0].output)
+    tied = (int(files.config["vocab_size"]), shapes[f"{last}.weight"][0])
     head = shapes.get(f"{layout.tail[-1]}.weight", tied)
-    fixed = {"params": total - sum(unit.params[0] for unit in units), "macs": _size(head)}
+    macs = _size(head) + sum(_size(shapes[f"{module}.weight"]) for module in layout.around)
+    fixed = {"params": total - sum(unit.params[0] for unit in units), "macs": macs}
     return SearchSpace(pattern, tuple(units), fixed)
 
 
@@ -389,7 +501,12 @@ def _num_heads(files: ModelFiles) -> int:
 
 
 def _num_groups(parts: KvGroups, files: ModelFiles, rows: int, columns: int) -> int:
-    """Return the KV groups of attention, from the rows of its first input and the columns of its output projection."""
+    """Return the KV groups of attention, from the rows of its first input and the columns of its output projection.
+
+    Those that cannot go one without the other count as one.
+    """
+    if parts.norms:
+        return 1
     if parts.fused is not None:
         return (rows - columns) * _num_heads(files) // (2 * columns)
     # models from before grouped queries name query heads alone
@@ -404,7 +521,7 @@ def _structured_unit(site: Site, files: ModelFiles, ladder: Sequence[float] | No
     unit_align = align if site.kind == "channels" else site.total // (site.group or site.total)
     counts = {site.total, *(round(site.total * (1.0 - s) / unit_align) * unit_align for s in ladder)}
     kept = tuple(sorted((count for count in counts if count <= site.total), reverse=True))
-    owned = {name: shape for name, shape in shapes.items() if name.startswith(f"{site.name}.")}
+    owned = {name: shape for name, shape in shapes.items() if site.owns(name)}
     matrices = {f"{module}.weight" for module in site.modules}
     biases = {f"{module}.bias" for module in site.rows} & set(owned)
     per_item = sum(_size(owned[name]) // site.total for name in matrices)

@@ -64,7 +64,11 @@ class Assembler:
         self._room = OUTPUT_BYTES
         if model is not None:
             for name in self._units:
-                own = dict(model.get_submodule(name).named_parameters(prefix=name))
+                own = {
+                    key: parameter
+                    for root in self._roots(name)
+                    for key, parameter in model.get_submodule(root).named_parameters(prefix=root)
+                }
                 for parameter in own.values():
                     parameter.data = _aligned(parameter.data)
                 self._dense[name] = {key: parameter.detach() for key, parameter in own.items()}
@@ -103,12 +107,17 @@ class Assembler:
             order = item_columns(compact["order"].long(), site.width)
             return {**dense, key: whole_oi[:, order.to(whole_oi.device)]}
         if unit.kept[level] == 0:
-            gone = {name: torch.zeros_like(tensor) for name, tensor in dense.items() if name.startswith(site.output)}
+            output = f"{site.output}."
+            gone = {name: torch.zeros_like(tensor) for name, tensor in dense.items() if name.startswith(output)}
             return {**dense, **gone}
         written = self._written(site, level, dense)
         by_group = written[key].unflatten(1, (unit.num_groups, -1))
         lost = whole_oi.shape[1] // unit.num_groups - by_group.shape[2]
         return {**dense, **written, key: functional.pad(by_group, (0, lost)).flatten(1)}
+
+    def whole(self, name: str) -> bool:
+        """Whether a sub-block is a unit, and not its matrices."""
+        return name in self._units and self._units[name].kind != "matrix"
 
     def site(self, name: str, levels: Mapping[str, int]) -> Replacements:
         """Return every tensor of a sub-block, whose units are at ``levels``."""
@@ -117,9 +126,14 @@ class Assembler:
             tensors.update(self.unit(unit.name, levels[unit.name]))
         return tensors
 
+    def _roots(self, name: str) -> tuple[str, ...]:
+        """Return the modules that a unit consists of."""
+        return (name,) if self._units[name].kind == "matrix" else self._sites[name].roots
+
     def _dense_tensors(self, name: str) -> dict[str, torch.Tensor]:
         if name not in self._dense:
-            names = [key for key in self._files.shapes if key.startswith(f"{name}.")]
+            inside = tuple(f"{root}." for root in self._roots(name))
+            names = [key for key in self._files.shapes if key.startswith(inside)]
             self._dense[name] = {key: _aligned(tensor) for key, tensor in read_tensors(self._files, names).items()}
         return self._dense[name]
 
@@ -172,9 +186,11 @@ class Switchboard:
     def __init__(self, model: nn.Module, layout: Layout, assembler: Assembler) -> None:
         """Take over a dense model."""
         self._model, self._assembler = model, assembler
-        self._originals = {site.name: model.get_submodule(site.name) for site in layout.sites}
-        self._sites = {site.name: site for site in layout.sites}
-        self._counts = {site.name: counted(self._originals[site.name], site.counts) for site in layout.sites}
+        # those that are units; the others never lose a module, nor an item
+        self._sites = {site.name: site for site in layout.sites if assembler.whole(site.name)}
+        self._originals = {root: model.get_submodule(root) for site in self._sites.values() for root in site.roots}
+        self._homes = {name: model.get_submodule(site.home) for name, site in self._sites.items()}
+        self._counts = {name: counted(self._homes[name], site.counts) for name, site in self._sites.items()}
         self._parameters = dict(model.named_parameters())
         self._levels: dict[str, tuple[int, bool] | None] = {}
 
@@ -201,19 +217,21 @@ class Switchboard:
 
     def _put(self, name: str, tensors: Replacements) -> None:
         if all(tensor is None for tensor in tensors.values()):
-            remove(self._model, name, self._sites[name].part)
+            for root, part in self._sites[name].removal.items():
+                remove(self._model, root, part)
         else:
-            if name in self._originals:
-                self._model.set_submodule(name, self._originals[name])
+            site = self._sites.get(name)
+            for root in () if site is None else site.roots:
+                self._model.set_submodule(root, self._originals[root])
             for key, tensor in tensors.items():
                 assert tensor is not None
                 # what is not there yet is a bias that pruning adds
                 self._parameters.setdefault(key, nn.Parameter(tensor, requires_grad=False)).data = tensor
-            if (site := self._sites.get(name)) is not None:
-                regroup(self._originals[name])
+            if site is not None:
+                regroup(self._homes[name])
                 project, kept = self._model.get_submodule(site.output), tensors[f"{site.output}.weight"]
                 assert kept is not None
-                recount(self._originals[name], self._counts[name], kept.shape[1] // site.width, site.total)
+                recount(self._homes[name], self._counts[name], kept.shape[1] // site.width, site.total)
                 bias = f"{site.output}.bias"
                 project.register_parameter("bias", self._parameters[bias] if bias in tensors else None)
 

@@ -123,7 +123,7 @@ def stages(layout: Layout, space: SearchSpace) -> list[list[Stage]]:
     units = {unit.name: unit for unit in space.units}
     by_block: list[list[Stage]] = [[] for _ in layout.blocks]
     for site in layout.sites:
-        if site.name in units:
+        if space.pattern == "structured":
             by_block[site.block].append(Stage(site, (Task(units[site.name], site.output, site.width),)))
             continue
         inputs = tuple(Task(units[module], module, 1) for module in site.rows)
