@@ -38,11 +38,13 @@ FAMILIES = {
 
 PATTERNS = ("structured", "unstructured", "n:m")
 CASES = [
-    pytest.param(kind, pattern, marks=[] if pattern == "structured" or kind in ("llama", "gpt2") else pytest.mark.slow)
+    pytest.param(
+        kind, pattern, marks=[] if pattern == "structured" or kind in ("llama", "gpt2", "opt") else pytest.mark.slow
+    )
     for kind in FAMILIES
     for pattern in PATTERNS
 ]
-"""Masks are made in one way for all families but those whose matrices lie inputs first."""
+"""Masks are made in one way for all families but those whose matrices lie inputs first, or in the block itself."""
 
 SETTINGS = (
     "tokens.sequence_length=64 tokens.calibration=512 tokens.selection=64 tokens.test=128 search.rounds=1 "

@@ -107,7 +107,10 @@ def _unit(folder: str, own: Mapping[str, tuple[int, ...]], vectors: Mapping[str,
         yield "    # counts: [num_heads]  # attributes of the module that count heads, if it has some"
         queries, keys, _ = (own[name][:1] for name in found)
         if not fused and queries in vectors.values():
-            norms = [name for name, shape in vectors.items() if shape in (queries, keys)]
+            norms = sorted(
+                (name for name, shape in vectors.items() if shape in (queries, keys)),
+                key=lambda name: not re.search(_PARTS["query"], name.rpartition(".")[2]),
+            )
             yield f"    norms: [{', '.join(norms)}]  # over all heads, so that none can go alone"
     else:
         twice = [name for name in inputs if own[name][0] == 2 * own[output][1]]

@@ -379,8 +379,9 @@ def _check_norms(site: Site, parts: KvGroups, block: str, files: ModelFiles) -> 
     )
     if odd:
         raise UserError(
-            f"family: {odd[0]} of {files.architecture} is as long as all heads together. If it is a norm, name it in "
-            f"unit {site.part!r} under 'norms': attention then goes as a whole or not at all"
+            f"family: {odd[0]} of {files.architecture} is as long as all heads together. If it norms queries or keys, "
+            f"name it in unit {site.part!r} under 'norms': attention then goes as a whole or not at all. If it lies "
+            "behind the output projection, name under 'remove' what goes without it"
         )
 
 
@@ -482,8 +483,7 @@ def build_space(
             ]
     total = sum(_size(shape) for shape in shapes.values())
     last = next((m for m in reversed(layout.tail[:-1]) if m in layout.around), layout.sites[0].output)
-    tied = (int(files.config["vocab_size"]), shapes[f"{last}.weight"][0])
-    head = shapes.get(f"{layout.tail[-1]}.weight", tied)
+    head = shapes.get(f"{layout.tail[-1]}.weight") or (int(files.config["vocab_size"]), shapes[f"{last}.weight"][0])
     macs = _size(head) + sum(_size(shapes[f"{module}.weight"]) for module in layout.around)
     fixed = {"params": total - sum(unit.params[0] for unit in units), "macs": macs}
     return SearchSpace(pattern, tuple(units), fixed)
