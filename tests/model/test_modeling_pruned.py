@@ -173,10 +173,13 @@ def test_units_have_addresses_in_the_model(encoder):
             assert (part == "output") == (root == site.output and len(site.roots) > 1)
 
 
+@pytest.mark.parametrize("encoder", ["vit"], indirect=True)
+def test_what_vit_consists_of(encoder):
+    assert [site.roots for site in encoder.layout.sites[:2]] == [("layers.0.attention",), ("layers.0.mlp",)]
+
+
+@pytest.mark.parametrize("encoder", ["bert", "roberta"], indirect=True)
 def test_what_bert_consists_of(encoder):
-    if encoder.kind == "vit":
-        assert [site.roots for site in encoder.layout.sites[:2]] == [("layers.0.attention",), ("layers.0.mlp",)]
-        return
     attention, mlp = encoder.layout.sites[:2]
     block = "encoder.layer.0"
     assert (attention.name, attention.home) == (f"{block}.attention", f"{block}.attention")
@@ -205,6 +208,7 @@ def test_a_configuration_that_is_counted_becomes_the_modules_own():
     assert (model.config.num_attention_heads, attention.self.all_head_size) == (4, 24)
 
 
+@pytest.mark.parametrize("encoder", ["bert", "roberta"], indirect=True)
 @pytest.mark.parametrize(
     ("part", "changes", "message"),
     [
@@ -224,8 +228,6 @@ def test_a_configuration_that_is_counted_becomes_the_modules_own():
     ],
 )
 def test_what_cannot_be_removed_is_named(encoder, tmp_path, part, changes, message):
-    if encoder.kind == "vit":
-        pytest.skip("its sub-blocks are modules")
     blocks, units, head, skip = ENCODERS[encoder.kind]
     units = {**units, part: {**units[part], **changes}}
     family = _family(tmp_path / "family.yaml", encoder.kind, blocks, units, head, skip)

@@ -118,8 +118,9 @@ def test_along_a_path_refits_make_up_for_what_the_residual_stream_lacks(request,
         norm = f"{case.layout.blocks[site.block]}.{NORMS[name][site.part == 'mlp']}"
         x, residual, _ = _streams(walker.model, case.tokens, site.output, norm)
         _, whole_residual, whole_output = _streams(whole, case.tokens, site.output, norm)
-        dense = whole.get_submodule(site.output).weight.double()
-        target = whole_output + whole_residual - residual
+        project = whole.get_submodule(site.output)
+        dense, bias = project.weight.double(), 0.0 if project.bias is None else project.bias.double()
+        target = whole_output - bias + whole_residual - residual
         damping = 0.01 * x.square().sum(0).mean()
         rows = torch.cat([x, damping.sqrt() * torch.eye(x.shape[1])])
         nearest = torch.linalg.lstsq(rows, torch.cat([target, damping.sqrt() * dense.T])).solution
