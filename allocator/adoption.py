@@ -12,7 +12,8 @@ from allocator.core.files import fingerprint
 from allocator.core.plan import Plan
 from allocator.core.space import SearchSpace, Unit
 from allocator.job import Job, prepare, serving, versions
-from allocator.model.family import Site, build_space
+from allocator.model.family import Site, build_space, staying
+from allocator.model.headers import ModelFiles
 from allocator.model.ratios import Levels, read_ratios
 
 _NAMED = 3
@@ -68,7 +69,8 @@ def _asked(path: Path, job: Job, ratios: Mapping[str, float]) -> dict[str, float
         UserError: One is not named, or its matrices disagree.
     """
     if job.space.pattern == "structured":
-        asked = {site.name: share for site in job.layout.sites if (share := _share(path, site, ratios)) is not None}
+        shares = {site.name: _share(path, site, job.files, ratios) for site in job.layout.sites}
+        asked = {name: share for name, share in shares.items() if share is not None}
     else:
         asked = {unit.name: ratios[unit.name] for unit in job.space.units if unit.name in ratios}
     if missing := [unit.name for unit in job.space.units if unit.name not in asked]:
@@ -78,7 +80,7 @@ def _asked(path: Path, job: Job, ratios: Mapping[str, float]) -> dict[str, float
     return asked
 
 
-def _share(path: Path, site: Site, ratios: Mapping[str, float]) -> float | None:
+def _share(path: Path, site: Site, files: ModelFiles, ratios: Mapping[str, float]) -> float | None:
     """Return what a sub-block shall lose, which all of its matrices must agree in; None where none is named."""
     own = {module: ratios[module] for module in site.modules if module in ratios}
     if not own:
@@ -86,11 +88,11 @@ def _share(path: Path, site: Site, ratios: Mapping[str, float]) -> float | None:
     share = own.get(site.output, next(iter(own.values())))
     kept = round(site.total * (1 - share))
     # matrices without rows of items, as key and value of query heads, stay until all goes
-    staying = {m: s for m, s in ratios.items() if m.startswith(f"{site.name}.") and m not in site.modules}
+    beside = {module: ratios[module] for module in staying(site, files) if module in ratios}
     odd = {m: s for m, s in own.items() if round(site.total * (1 - s)) != kept}
-    odd |= {m: s for m, s in staying.items() if s != (0.0 if kept else 1.0)}
+    odd |= {m: s for m, s in beside.items() if s != (0.0 if kept else 1.0)}
     if odd:
-        named = ", ".join(f"{s:.4g} ({m.removeprefix(site.name)[1:]})" for m, s in {**own, **staying}.items())
+        named = ", ".join(f"{s:.4g} ({m.removeprefix(site.home)[1:]})" for m, s in {**own, **beside}.items())
         raise UserError(
             f"{path}: the matrices of {site.name} lose {site.kind} together, and are asked to lose "
             f"{named}. Give them one share, see --set ladder.attention, or use --pattern unstructured"

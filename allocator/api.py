@@ -551,7 +551,10 @@ def evaluate(
     packed = read_tokens(None if text is None else Path(text), files.folder, {"test": tokens}, length)
     space = build_space(layout, files, pattern, target=0.5)
     engine = Engine(EngineSpec(files, layout, space, store=None), packed)
-    return {"params": count_params(pruned.folder, space, files.renames), **engine.measure_checkpoint(pruned.folder, "test", tokens)}
+    return {
+        "params": count_params(pruned.folder, space, files.renames),
+        **engine.measure_checkpoint(pruned.folder, "test", tokens),
+    }
 
 
 def _path(file: Path | str | None) -> Path | None:

@@ -30,6 +30,8 @@ SHAPES = {
         "ffn_hidden_size": 48,
         "num_ln_in_parallel_attn": 2,
     },
+    "bert": {"is_decoder": True},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "init_std": 0.2, "dropout": 0.0},
 }
 """What makes a model of some families tiny where they have names of their own for it."""
 

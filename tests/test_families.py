@@ -46,10 +46,34 @@ FAMILIES = {
     "gpt2": ("GPT-2", {}),
     "gpt_neox": ("GPT-NeoX, Pythia", {"tie_word_embeddings": False}),
     "falcon": ("Falcon", {}),
+    "opt": ("OPT", {}),
+    "olmo2": ("OLMo 2", {}),
+    "olmo3": ("OLMo 3", {"sliding_window": 8}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "sliding_window": 8}),
     "qwen3_moe": (
         "Qwen 3 MoE",
         {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "mlp_only_layers": [0]},
+    ),
+    "qwen2_moe": (
+        "Qwen 2 MoE",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 16,
+        },
+    ),
+    "olmoe": ("OLMoE", {"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24}),
+    "glm4_moe": (
+        "GLM 4 MoE",
+        {
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "first_k_dense_replace": 1,
+            "n_group": 1,
+            "topk_group": 1,
+        },
     ),
     "deepseek_v2": ("DeepSeek 2", LATENT | {"num_experts_per_tok": 2, "topk_method": "greedy"}),
     "deepseek_v3": (
@@ -61,11 +85,13 @@ FAMILIES = {
 
 PATTERNS = ("structured", "unstructured", "n:m")
 CASES = [
-    pytest.param(kind, pattern, marks=[] if pattern == "structured" or kind in ("llama", "gpt2") else pytest.mark.slow)
+    pytest.param(
+        kind, pattern, marks=[] if pattern == "structured" or kind in ("llama", "gpt2", "opt") else pytest.mark.slow
+    )
     for kind in FAMILIES
     for pattern in PATTERNS
 ]
-"""Masks are made in one way for all families but those whose matrices lie inputs first."""
+"""Masks are made in one way for all families but those whose matrices lie inputs first, or in the block itself."""
 
 SETTINGS = (
     "tokens.sequence_length=64 tokens.calibration=512 tokens.selection=64 tokens.test=128 search.rounds=1 "

@@ -24,7 +24,8 @@ class Unit:
 
     Attributes:
         name: Module name in the model, such as ``model.layers.0.mlp``.
-        kind: ``channels``, ``kv_groups``, ``query_heads``, ``experts`` or ``matrix``: what is counted in ``total`` and ``kept``.
+        kind: ``channels``, ``kv_groups``, ``query_heads``, ``experts`` or ``matrix``: what is counted in ``total`` and
+            ``kept``.
         part: Which side of a block it belongs to, ``attention`` or ``mlp``.
         block: Index of the block that holds it.
         total: Channels, KV groups, query heads or weights in the dense unit.

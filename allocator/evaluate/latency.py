@@ -146,24 +146,27 @@ def _in_turns(
         for place, kept in enumerate(shapes):
             with _placed(device, settings.threads):
                 model = shaped_model(files, layout, kept, getattr(torch, settings.dtype))
-                _timed(model, settings, repeats, device, found[place])
+                _timed(model, layout, settings, repeats, device, found[place])
                 del model  # before the next one is made
             step((turn * len(shapes) + place + 1) // turns)
     return found
 
 
 @torch.no_grad()
-def _timed(model: nn.Module, settings: LatencySettings, repeats: int, device: str, times: Times) -> None:
+def _timed(
+    model: nn.Module, layout: Layout, settings: LatencySettings, repeats: int, device: str, times: Times
+) -> None:
     """Append the times of some repeats."""
     clock = _Clock(device)
     handles = []
     names = list(times[_PHASES[0]][1])
-    for name in names:
-        module = model.get_submodule(name)
-        handles += [
-            module.register_forward_pre_hook(lambda *_, name=name: clock.note(name)),
-            module.register_forward_hook(lambda *_, name=name: clock.note(name)),
-        ]
+    for site in layout.sites:
+        if site.name in names:
+            first, last = model.get_submodule(site.roots[0]), model.get_submodule(site.roots[-1])
+            handles += [
+                first.register_forward_pre_hook(lambda *_, name=site.name: clock.note(name)),
+                last.register_forward_hook(lambda *_, name=site.name: clock.note(name)),
+            ]
     vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     generator = torch.Generator().manual_seed(0)
     length = settings.prompt + settings.generate // 2

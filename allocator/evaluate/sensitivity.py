@@ -59,7 +59,9 @@ def _slope(
     seed: tuple[int, int],
 ) -> float:
     """Return the size of the loss's slope along one direction, from what enters the unit's block."""
-    modules = {site.name: site.modules for site in spec.layout.sites}.get(unit.name, (unit.name,))
+    modules: tuple[str, ...] = (unit.name,)
+    if unit.kind != "matrix":
+        modules = next(site.modules for site in spec.layout.sites if site.name == unit.name)
     weights = [walker.model.get_parameter(f"{module}.weight") for module in modules]
     generator = torch.Generator().manual_seed(seed[0] * _DIRECTIONS + seed[1])
     directions = [torch.randn(weight.shape, generator=generator).to(weight.device) for weight in weights]

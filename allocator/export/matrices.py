@@ -76,7 +76,7 @@ def _of_site(site: Site, levels: dict[str, tuple[Unit, int]], files: ModelFiles)
         rows, columns = files.shapes[f"{module}.weight"]
         return rows, columns
 
-    if site.name not in levels:
+    if site.name not in levels or levels[site.name][0].kind == "matrix":
         for module in site.modules:
             unit, level = levels[module]
             kept, size = unit.kept[level], unit.total

@@ -107,8 +107,9 @@ def _ignored(source: Source) -> list[str]:
         name.removesuffix(".weight"): shape for name, shape in source.files.shapes.items() if name.endswith(".weight")
     }
     matrices = [name for name, shape in names.items() if len(shape) == 2 and name not in inputs]
-    inside = tuple(f"{site.name}." for site in source.layout.sites)
-    norms = [f"{name}.weight" for name, shape in names.items() if len(shape) == 1 and name.startswith(inside)]
+    sites = source.layout.sites
+    vectors = [f"{name}.weight" for name, shape in names.items() if len(shape) == 1]
+    norms = [name for name in vectors if any(site.owns(name) for site in sites)]
     return sorted({*matrices, *norms, source.layout.tail[-1]})
 
 

@@ -80,4 +80,4 @@ def sizes(unit: Unit, items: int, config: Any) -> dict[str, int]:
         return {"intermediate_size": items}
     if unit.kind == "query_heads":
         return {"num_attention_heads": items}
-    return {"num_key_value_heads": items, "num_attention_heads": items * config["num_attention_heads"] // unit.total}
+    return {key: items * config[key] // unit.total for key in ("num_key_value_heads", "num_attention_heads")}

@@ -107,11 +107,14 @@ def _write(files: ModelFiles, layout: Layout, replace: Callable[[str], Replaceme
                         weight_map[beside] = shard
                         added.append(bias.removesuffix(".bias"))
         save_file(tensors, folder / shard, metadata={"format": "pt"})
-    removed = {site.name: site.part for site in layout.sites if f"{site.output}.weight" in gone}
+    removed: dict[str, str] = {}
+    for site in layout.sites:
+        if f"{site.output}.weight" in gone:
+            removed |= site.removal
     config = dict(files.config)
     if shapes or gone:
         counts = {
-            site.name: [list(site.counts), [shapes[site.output][1] // site.width, site.total]]
+            site.home: [list(site.counts), [shapes[site.output][1] // site.width, site.total]]
             for site in layout.sites
             if site.counts and site.output in shapes
         }

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from allocator.core.errors import UserError
-from allocator.model.family import Family, block_numbers
+from allocator.model.family import Family
 from allocator.model.headers import ModelFiles
 
 _OUTPUT = re.compile(r"(^|[._])(o|out|dense|wo|w2|c_proj|down|fc2|fc_out|dense_4h_to_h)(_proj)?$")
@@ -19,10 +19,10 @@ class Covered:
     """Matrices of the same name in all blocks, or one that lies outside of them.
 
     Attributes:
-        module: Its name, with ``{block}`` for the number of the block.
+        module: Its name, with ``{block}`` for the number of the block, and ``{expert}`` for that of an expert.
         shape: As linear layers have it: outputs, inputs.
-        count: In how many blocks it is.
-        by: The unit that holds it, ``skip``, or None where no line of the family covers it.
+        count: How many there are of that name and shape.
+        by: The unit that holds it, ``skip``, ``entry`` or ``tail``, or None where no line of the family covers it.
     """
 
     module: str
@@ -36,9 +36,11 @@ def coverage(files: ModelFiles, family: Family | None) -> list[Covered]:
     prefix = _prefix(files) if family is None else family.blocks
     owners: dict[str, str] = {}
     if family is not None:
-        owners = {module: "skip" for module in family.skip}
+        owners = {module.removesuffix("?"): "entry" for module in family.entry}
+        owners |= {module.removesuffix("?"): "tail" for module in family.tail}
+        owners |= {module.removesuffix("?"): "skip" for module in family.skip}
         for part, unit in family.units.items():
-            owners |= {f"{prefix}.{module}": part for module in (*unit.inputs, unit.output)}
+            owners |= {f"{prefix}.{module}": part for module in unit.names}
     counts: dict[tuple[str, tuple[int, ...]], int] = {}
     for name, shape in files.shapes.items():
         if len(shape) >= 2:
@@ -54,16 +56,18 @@ def draft(files: ModelFiles) -> str:
         UserError: No part of its names looks like numbered blocks.
     """
     prefix = _prefix(files)
-    first = prefix.format(block=block_numbers(files, prefix)[0]) + "."
-    own = {
-        name.removeprefix(first).removesuffix(".weight"): shape
+    inside = {
+        _general(name.removesuffix(".weight"), prefix).removeprefix(f"{prefix}."): shape
         for name, shape in files.shapes.items()
-        if name.startswith(first) and len(shape) == 2
+        if name.startswith(prefix.split("{")[0]) and name.endswith(".weight")
     }
+    own = {name: shape for name, shape in inside.items() if len(shape) == 2}
+    vectors = {name: shape for name, shape in inside.items() if len(shape) == 1}
     outside = [name for name in files.shapes if not name.startswith(prefix.split("{")[0])]
     matrices = [name.removesuffix(".weight") for name in outside if len(files.shapes[name]) == 2]
     norms = [name.removesuffix(".weight") for name in outside if len(files.shapes[name]) == 1 and ".weight" in name]
     head = next((name for name in matrices if re.search(r"(head|embed_out)$", name)), "lm_head")
+    entry, leaving = ([name for name in matrices if re.search(rf"proj(ect)?_{way}$", name)] for way in ("in", "out"))
     lines = [
         f"# Drafted from the names and shapes of a {files.architecture}: check every line.",
         "schema: 1",
@@ -71,18 +75,45 @@ def draft(files: ModelFiles) -> str:
         f'blocks: "{prefix}"',
         "units:",
     ]
+    if experts := next((name.partition(".{expert}.")[0] for name in own if ".{expert}." in name), None):
+        around = f"{experts.rpartition('.')[0]}."
+        lines += _mixture(experts, {name: shape for name, shape in own.items() if name.startswith(around)})
+        own = {name: shape for name, shape in own.items() if not name.startswith(around)}
     folders = dict.fromkeys(name.rpartition(".")[0] for name in own)
     for folder in sorted(folders, key=lambda folder: "att" not in folder):  # in the order of the forward pass
-        lines += _unit(folder, {n: s for n, s in own.items() if n.rpartition(".")[0] == folder})
+        its, beside = ({n: s for n, s in of.items() if n.rpartition(".")[0] == folder} for of in (own, vectors))
+        lines += _unit(folder, its, beside)
+    lines += [f"entry: [{', '.join(entry)}]  # between the embeddings and the blocks"] if entry else []
+    staying = [name for name in dict.fromkeys([*matrices, head]) if name not in (*entry, *leaving)]
     lines += [
-        f"tail: [{', '.join([*norms[-1:], head])}]  # what follows the blocks; the head last",
-        f"skip: [{', '.join(dict.fromkeys([*matrices, head]))}]",
+        f"tail: [{', '.join([*norms[-1:], *leaving, head])}]  # what follows the blocks; the head last",
+        f"skip: [{', '.join(staying)}]",
     ]
     return "\n".join(lines) + "\n"
 
 
-def _unit(folder: str, own: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
-    """Yield the lines of one sub-block."""
+def _mixture(experts: str, own: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+    """Yield the lines of a mixture of experts, from the matrices of the module that holds them."""
+    around, parts = experts.rpartition(".")[0], [n.rpartition(".")[2] for n in own if n.startswith(f"{experts}.")]
+    beside = [name for name in own if not name.startswith(f"{experts}.")]
+    router = next((name for name in beside if re.search(r"(gate|router)$", name)), f"{around}.gate")
+    yield "  mlp:"
+    yield "    kind: experts"
+    yield f"    router: {router}"
+    yield f"    experts: {experts}"
+    if missing := {"gate_proj", "up_proj", "down_proj"} - {*parts}:
+        yield f"    # each has {', '.join(parts)}: say at the end which are {', '.join(sorted(missing))},"
+        yield "    # renamed: {w1: gate_proj, w3: up_proj, w2: down_proj}"
+    for key, folder in (("dense", around), ("shared", "")):
+        names = [n for n in beside if n != router and (n.rpartition(".")[0] == folder) == (key == "dense")]
+        output = next((name for name in names if _OUTPUT.search(name)), None)
+        if output is not None:
+            inputs = ", ".join(name for name in names if name != output and name.startswith(output.rpartition(".")[0]))
+            yield f"    {key}: {{kind: channels, inputs: [{inputs}], output: {output}}}"
+
+
+def _unit(folder: str, own: Mapping[str, tuple[int, ...]], vectors: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+    """Yield the lines of one sub-block, from its matrices and its norms."""
     output = next((name for name in own if _OUTPUT.search(name)), list(own)[-1])
     inputs = [name for name in own if name != output]
     if not inputs:
@@ -95,8 +126,15 @@ def _unit(folder: str, own: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
         yield from (f"    {part}: {name}" for part, name in zip(_PARTS, found, strict=True))
         if fused:
             yield "    fused: by_part  # or by_group: do rows hold all queries first, or each group in turn?"
-            yield "    # counts: [num_heads]  # attributes of the module that count heads, if it has some"
         yield f"    output: {output}"
+        yield "    # counts: [num_heads]  # attributes of the module that count heads, if it has some"
+        queries, keys, _ = (own[name][:1] for name in found)
+        if not fused and queries in vectors.values():
+            norms = sorted(
+                (name for name, shape in vectors.items() if shape in (queries, keys)),
+                key=lambda name: not re.search(_PARTS["query"], name.rpartition(".")[2]),
+            )
+            yield f"    norms: [{', '.join(norms)}]  # over all heads, so that none can go alone"
     else:
         twice = [name for name in inputs if own[name][0] == 2 * own[output][1]]
         yield "  mlp:"
@@ -115,4 +153,4 @@ def _prefix(files: ModelFiles) -> str:
 
 def _general(name: str, prefix: str) -> str:
     before = re.escape(prefix.split("{")[0])
-    return re.sub(rf"^{before}\d+\.", f"{prefix}.", name)
+    return re.sub(r"(?<=\.)\d+(?=\.)", "{expert}", re.sub(rf"^{before}\d+\.", f"{prefix}.", name))

@@ -6,7 +6,7 @@ import itertools
 import os
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from importlib import resources
@@ -31,11 +31,21 @@ _EXPERT_INPUTS, _EXPERT_OUTPUT = ("gate_proj", "up_proj"), "down_proj"
 """What the parts of an expert are called where each has a module of its own, as here."""
 
 
+Part = Literal["attention", "mlp"]
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class KvGroups(_Strict):
+class _Parts(_Strict):
+    output: str
+    remove: list[str] = []
+    """Modules that go when nothing is left, where they are not all of the module that the matrices share: what leads to
+    the output projection, and that. By default, matrices that share but the block go by themselves."""
+
+
+class KvGroups(_Parts):
     """Attention whose key/value heads are removed together with the query heads they serve.
 
     Query, key and value may be one matrix. Its rows are all queries, then all keys, then all values (``by_part``), or
@@ -46,10 +56,13 @@ class KvGroups(_Strict):
     query: str
     key: str
     value: str
-    output: str
     fused: Literal["by_part", "by_group"] | None = None
     counts: list[str] = []
-    """Attributes of the module that count heads, or what is proportional to heads; ``config.x`` is one of its own."""
+    """Attributes of the module that the matrices share, which count heads or what is proportional to heads:
+    ``config.x`` is one of its configuration, ``self.x`` one of a module inside it."""
+    norms: list[str] = []
+    """Norms over all heads at once, of queries or keys. Without some heads the others would be divided by something
+    else, so attention goes as a whole or not at all."""
     cache: str | None = None
     """The matrix whose outputs are cached, where keys and values themselves are not."""
 
@@ -67,8 +80,13 @@ class KvGroups(_Strict):
         parts = [self.query, self.key, self.value]
         return parts if self.fused else list(dict.fromkeys(parts))
 
+    @property
+    def names(self) -> list[str]:
+        """Names of its matrices in a block."""
+        return _each(*self.inputs, self.output)
 
-class Channels(_Strict):
+
+class Channels(_Parts):
     """A feed-forward network whose hidden channels are removed.
 
     A matrix that is named several times has that many runs of rows, each with one row for each channel, as where gates
@@ -77,7 +95,11 @@ class Channels(_Strict):
 
     kind: Literal["channels"]
     inputs: list[str] = Field(min_length=1)
-    output: str
+
+    @property
+    def names(self) -> list[str]:
+        """Names of its matrices in a block."""
+        return _each(*self.inputs, self.output)
 
 
 class Mixture(_Strict):
@@ -87,12 +109,15 @@ class Mixture(_Strict):
     router: str
     experts: str
     shared: Channels | None = None
-    """What every token passes beside its experts."""
+    """What every token passes beside its experts, where a model has that."""
     dense: Channels | None = None
     """What blocks without experts have in their place."""
 
-
-Part = KvGroups | Channels | Mixture
+    @property
+    def names(self) -> list[str]:
+        """Names of its matrices in a block, with ``{expert}`` for the number of an expert."""
+        own = [f"{self.experts}.{{expert}}.{matrix}" for matrix in (*_EXPERT_INPUTS, _EXPERT_OUTPUT)]
+        return [self.router, *own, *(name for part in (self.shared, self.dense) if part for name in part.names)]
 
 
 class Family(_Strict):
@@ -101,8 +126,11 @@ class Family(_Strict):
     schema_: Literal[1] = Field(alias="schema")
     model_types: list[str] = Field(min_length=1)
     blocks: str = Field(pattern=r"\{block\}")
-    units: dict[Literal["attention", "mlp"], Annotated[Part, Field(discriminator="kind")]]
+    units: dict[Part, Annotated[KvGroups | Channels | Mixture, Field(discriminator="kind")]]
+    entry: list[str] = []
+    """Matrices between the embeddings and the first block, which work for every token as those of the tail do."""
     tail: list[str] = Field(min_length=1)
+    """From the blocks to the logits, the head last. What ends in ``?`` is not in every model, here and in ``entry``."""
     skip: list[str]
     """Matrices that stay; ``{block}`` stands for every block."""
     renamed: dict[str, str] = {}
@@ -125,16 +153,21 @@ class Site:
     says, and columns [i·width, (i+1)·width) of the output module. A matrix in which several parts are fused has as
     many entries in ``inputs``, which cover it from the first row to the last. Query heads own no rows of key and value,
     which stay as long as any head does, and each run of ``group`` of them, which share a KV group, loses the same
-    number. ``counts`` are attributes of the sub-block that are proportional to items.
+    number. ``counts`` are attributes of its ``home`` that are proportional to items.
+
+    It consists of its ``roots``: usually one module, whose name it has. Where it has no module of its own, they are
+    what leads to the output projection, and that; it has then the name of the module that its matrices share, or of
+    the output projection where they share but the block.
 
     Whole experts own a row each of a router beside them, and every matrix in ``experts``; ``least`` of them stay, or
-    none does. What is ``routed`` is one of several sub-blocks in a module, whose sum that module adds: experts, channels
+    none does. What is ``routed`` is one of several sub-blocks of a module, which adds their sum: experts, channels
     inside of one, and what all tokens pass beside them.
     """
 
     name: str
+    roots: tuple[str, ...]
     kind: str
-    part: str
+    part: Part
     block: int
     total: int
     inputs: tuple[Rows, ...]
@@ -150,18 +183,9 @@ class Site:
     """Share of the tokens that pass it, where a router divides them evenly."""
 
     @property
-    def roots(self) -> tuple[str, ...]:
-        """Modules that are gone when nothing of it is kept."""
-        return (self.name, *self.rows) if self.experts else (self.name,)
-
-    @property
     def modules(self) -> tuple[str, ...]:
         """Its matrices, the output projection last."""
         return (*self.rows, *itertools.chain(*self.experts)) if self.experts else (*self.rows, self.output)
-
-    def owns(self, tensor: str) -> bool:
-        """Whether a tensor, by its name, is in it."""
-        return any(tensor.startswith(f"{root}.") for root in self.roots)
 
     @property
     def rows(self) -> dict[str, int]:
@@ -170,6 +194,23 @@ class Site:
         for own in self.inputs:
             rows[own.module] = rows.get(own.module, 0) + own.rows
         return rows
+
+    @property
+    def home(self) -> str:
+        """The module that its matrices share: the sub-block, or the block."""
+        return _shared(self.modules)
+
+    @property
+    def removal(self) -> dict[str, str]:
+        """What takes the place of each of its roots when it goes; see :func:`~.modeling_pruned.remove`."""
+        if len(self.roots) == 1:
+            return {self.roots[0]: self.part}
+        inner = "attention" if self.part == "attention" else "input"
+        return {root: "output" if root == self.output else inner for root in self.roots}
+
+    def owns(self, tensor: str) -> bool:
+        """Whether a tensor is one of its own, and goes with it."""
+        return any(tensor.startswith(f"{root}.") for root in self.roots)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,12 +221,14 @@ class Layout:
         blocks: Module names of the blocks, in order.
         tail: Modules from the last block's output to the logits; the last is the head, as the checkpoint names it.
         sites: Prunable sub-blocks, in model order.
+        around: Matrices before and behind the blocks that work for every token.
         mixtures: Mixtures of experts with whole experts for items, whether that is what they lose or not.
     """
 
     blocks: tuple[str, ...]
     tail: tuple[str, ...]
     sites: tuple[Site, ...]
+    around: tuple[str, ...] = ()
     mixtures: tuple[Site, ...] = ()
 
 
@@ -278,21 +321,24 @@ def resolve_layout(
     mixtures: list[Site] = []
     for index, block in enumerate(blocks):
         for part, parts in family.units.items():
-            if isinstance(parts, Mixture) and f"{block}.{parts.router}.weight" in files.shapes:
+            if isinstance(parts, Mixture) and (f"{block}.{parts.router}.weight" in shapes or parts.dense is None):
                 mixtures.append(_mixture(part, parts, block, index, files))
-                sites += _parts_of(mixtures[-1], parts, block, files, experts)
+                sites += _parts_of(mixtures[-1], parts, family, block, files, experts)
             else:
-                own = parts.dense or parts if isinstance(parts, Mixture) else parts
-                sites.append(_site(part, own, block, index, files, attention))
+                own = parts.dense if isinstance(parts, Mixture) else parts
+                assert own is not None
+                sites.append(_site(part, own, family, block, index, files, attention))
     tied = {family.tail[-1]} if files.config.get("tie_word_embeddings") else set()
-    for module in {*family.tail} - tied:
-        if f"{module}.weight" not in shapes:
+    entry, tail = _there(family.entry, shapes), _there(family.tail, shapes)
+    for key, module in (*(("entry", module) for module in entry), *(("tail", module) for module in tail)):
+        if f"{module}.weight" not in shapes and module not in tied:
             raise UserError(
-                f"family: tail names {module}, which {files.architecture} lacks{did_you_mean(module, _outside(files))}"
+                f"family: {key} names {module}, which {files.architecture} lacks{did_you_mean(module, _outside(files))}"
             )
-    covered = {one.format(block=number) for names in family.skip for number in numbers for one in _either(names)}
+    around = tuple(module for module in (*entry, *tail[:-1]) if len(shapes[f"{module}.weight"]) == 2)
+    covered = {*around, *(name.removesuffix("?").format(block=number) for name in family.skip for number in numbers)}
     covered |= {module for site in sites for module in site.modules}
-    covered |= {f"{block}.{name}" for block in blocks for unit in family.units.values() for name in _beside(unit)}
+    covered |= {f"{block}.{name}" for block in blocks for unit in family.units.values() for name in unit.names}
     for name, shape in shapes.items():
         module = name.removesuffix(".weight")
         if len(shape) >= 2 and module not in covered:
@@ -300,12 +346,13 @@ def resolve_layout(
                 f"family: matrix {module} {list(shape)} of {files.architecture} is in no unit. "
                 "Name it in a unit, or list it under 'skip'"
             )
-    return Layout(blocks, tuple(family.tail), tuple(sites), tuple(mixtures))
+    return Layout(blocks, tail, tuple(sites), around, tuple(mixtures))
 
 
-def _beside(unit: Part) -> list[str]:
-    """Return names of matrices of a unit that a sub-block may hold without pruning them."""
-    return unit.inputs if isinstance(unit, KvGroups) else [unit.router] if isinstance(unit, Mixture) else []
+def _there(modules: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
+    """Return names of modules without those that a model may lack, and does."""
+    names = [(module, module.removesuffix("?")) for module in modules]
+    return tuple(name for module, name in names if module == name or f"{name}.weight" in shapes)
 
 
 def staying(site: Site, files: ModelFiles) -> list[str]:
@@ -325,21 +372,18 @@ def _outside(files: ModelFiles) -> list[str]:
     return [name.removesuffix(".weight") for name in files.shapes if not re.search(r"\.\d+\.", name)]
 
 
-def _either(names: str) -> list[str]:
-    """Return the names of which one is there: ``a | b``."""
-    return [name.strip() for name in names.split("|")]
-
-
-def _parts_of(mixture: Site, parts: Mixture, block: str, files: ModelFiles, experts: Experts) -> list[Site]:
+def _parts_of(
+    mixture: Site, parts: Mixture, family: Family, block: str, files: ModelFiles, experts: Experts
+) -> list[Site]:
     """Return the sub-blocks of a mixture: whole experts or each of them, and what all tokens pass."""
-    around = ".".join(os.path.commonprefix([module.split(".") for module in mixture.roots]))
+    around = _shared(mixture.roots)
     own = [mixture] if experts == "whole" else [_inside(mixture, number, files) for number in range(mixture.total)]
-    if parts.shared is not None:
-        own.append(_site(mixture.part, parts.shared, block, mixture.block, files, "kv_groups"))
+    if parts.shared is not None and any(f"{block}.{name}.weight" in files.shapes for name in parts.shared.names):
+        own.append(_site(mixture.part, parts.shared, family, block, mixture.block, files, "kv_groups"))
     return [replace(site, routed=around) for site in own]
 
 
-def _mixture(part: str, parts: Mixture, block: str, index: int, files: ModelFiles) -> Site:
+def _mixture(part: Part, parts: Mixture, block: str, index: int, files: ModelFiles) -> Site:
     """Return whole experts as items."""
     router, name = f"{block}.{parts.router}", f"{block}.{parts.experts}"
     for module in (router, f"{name}.0.{_EXPERT_OUTPUT}"):
@@ -360,6 +404,7 @@ def _mixture(part: str, parts: Mixture, block: str, index: int, files: ModelFile
     groups, least = _routing(files, total)
     return Site(
         name=name,
+        roots=(name, router),
         kind="experts",
         part=part,
         block=index,
@@ -390,6 +435,7 @@ def _inside(mixture: Site, number: int, files: ModelFiles) -> Site:
     *inputs, output = mixture.experts[number]
     return Site(
         name=f"{mixture.name}.{number}",
+        roots=(f"{mixture.name}.{number}",),
         kind="channels",
         part=mixture.part,
         block=mixture.block,
@@ -401,10 +447,21 @@ def _inside(mixture: Site, number: int, files: ModelFiles) -> Site:
     )
 
 
-def _site(part: str, parts: Part, block: str, index: int, files: ModelFiles, attention: Attention) -> Site:
-    if isinstance(parts, Mixture):
-        return _mixture(part, parts, block, index, files)  # which says what it looks for
-    inputs, output = [_there(block, name, files) for name in parts.inputs], f"{block}.{parts.output}"
+def _shared(modules: Iterable[str]) -> str:
+    """Return the innermost module that holds all of some modules."""
+    return os.path.commonpath([module.replace(".", "/") for module in modules]).replace("/", ".")
+
+
+def _site(
+    part: Part,
+    parts: KvGroups | Channels,
+    family: Family,
+    block: str,
+    index: int,
+    files: ModelFiles,
+    attention: Attention,
+) -> Site:
+    inputs, output = [_either(block, names, files) for names in parts.inputs], f"{block}.{parts.output}"
     for module in (*inputs, output):
         if f"{module}.weight" not in files.shapes:
             near = ", ".join(sorted(n for n in files.shapes if n.startswith(f"{block}."))[:12])
@@ -412,15 +469,16 @@ def _site(part: str, parts: Part, block: str, index: int, files: ModelFiles, att
     columns = files.shapes[f"{output}.weight"][1]
     rows = {module: files.shapes[f"{module}.weight"][0] for module in inputs}
     total = columns if isinstance(parts, Channels) else _num_groups(parts, files, rows[inputs[0]], columns)
-    name = os.path.commonpath([module.replace(".", "/") for module in (*inputs, output)]).replace("/", ".")
-    if name in (block, ""):
-        raise UserError(f"family: the modules of unit {part!r} share no sub-block of {block}, so it cannot be removed")
+    home = _shared([*inputs, output])
+    others = [f"{block}.{m}" for other, its in family.units.items() if other != part for m in its.names]
+    alone = home != block and not any(module.startswith(f"{home}.") for module in others)
     runs = {module: inputs.count(module) if isinstance(parts, Channels) else 1 for module in inputs}
     for module, size in {**rows, output: columns}.items():
         if size % (total * runs.get(module, 1)):
             raise UserError(f"family: {module} has {size} rows or columns, which {total} {parts.kind} do not divide")
     site = Site(
-        name=name,
+        name=home if alone else output,
+        roots=_roots(part, parts, block, home if alone else None, files),
         kind=parts.kind,
         part=part,
         block=index,
@@ -431,12 +489,65 @@ def _site(part: str, parts: Part, block: str, index: int, files: ModelFiles, att
         counts=tuple(parts.counts) if isinstance(parts, KvGroups) else (),
         cached=f"{block}.{parts.cache}" if isinstance(parts, KvGroups) and parts.cache else None,
     )
-    return _heads(site, parts, files) if isinstance(parts, KvGroups) and attention == "query_heads" else site
+    if isinstance(parts, Channels):
+        return site
+    _check_norms(site, parts, block, files)
+    return _heads(site, parts, files) if attention == "query_heads" else site
 
 
-def _there(block: str, names: str, files: ModelFiles) -> str:
-    """Return the module of a block that one of several names is for; the first, if there is none."""
-    modules = [f"{block}.{name}" for name in _either(names)]
+def _roots(part: Part, parts: KvGroups | Channels, block: str, home: str | None, files: ModelFiles) -> tuple[str, ...]:
+    """Return the modules that a sub-block consists of; ``home`` is its own, if it has one."""
+    inputs, output = [_either(block, names, files) for names in parts.inputs], f"{block}.{parts.output}"
+    roots = [f"{block}.{name}" for name in parts.remove]
+    if not roots and home is not None:
+        return (home,)
+    if not roots:
+        leading = [_shared(inputs)] if part == "attention" else [*dict.fromkeys(inputs)]
+        roots = [*leading, output]
+    held = {root: [m for m in (*inputs, output) if f"{m}.".startswith(f"{root}.")] for root in roots}
+    wrong = [root for root, modules in held.items() if not modules]
+    wrong += {*inputs, output} - {module for modules in held.values() for module in modules}
+    if len(roots) > 1 and output not in roots:
+        wrong.append(output)
+    # attention returns more than a matrix does, and keeps its place in the cache
+    if part == "attention" and (block in roots or {*inputs} & {*roots}):
+        wrong += {*inputs} & {*roots} or {block}
+    if wrong:
+        raise UserError(
+            f"family: unit {part!r} of {files.architecture} cannot be removed as {', '.join(roots)}, for {wrong[0]}. "
+            "Name under 'remove' the modules that go with it: of attention the one that holds queries, keys and "
+            "values, and the output projection itself where it lies beside what stays"
+        )
+    return tuple(roots)
+
+
+def _check_norms(site: Site, parts: KvGroups, block: str, files: ModelFiles) -> None:
+    """Raise where a norm over all heads is not named as one, or what is named is none."""
+    named = {f"{block}.{norm}.weight" for norm in parts.norms}
+    if missing := sorted(named - files.shapes.keys()):
+        raise UserError(f"family: norms of unit {site.part!r} names {missing[0]}, which {files.architecture} lacks")
+    widths = {(own.rows * site.total,) for own in site.inputs}
+    odd = sorted(
+        name
+        for name, shape in files.shapes.items()
+        if site.total > 1 and site.owns(name) and name.endswith(".weight") and shape in widths
+    )
+    if odd:
+        raise UserError(
+            f"family: {odd[0]} of {files.architecture} is as long as all heads together. If it norms queries or keys, "
+            f"name it in unit {site.part!r} under 'norms': attention then goes as a whole or not at all. If it lies "
+            "behind the output projection, name under 'remove' what goes without it"
+        )
+
+
+def _each(*names: str) -> list[str]:
+    """Return every name, of ``a | b`` both."""
+    return [name.strip() for each in names for name in each.split("|")]
+
+
+def _either(block: str, names: str, files: ModelFiles) -> str:
+    """Return the module of a block that has one of the names ``a | b``; the first, if there is none."""
+    modules = [f"{block}.{name}" for name in _each(names)]
     return next((module for module in modules if f"{module}.weight" in files.shapes), modules[0])
 
 
@@ -467,6 +578,11 @@ def _heads(site: Site, parts: KvGroups, files: ModelFiles) -> Site:
         raise UserError(
             f"ladder.attention: queries, keys and values of {files.architecture} are one matrix, so query heads cannot "
             "go alone. Use --set ladder.attention=kv_groups"
+        )
+    if parts.norms:
+        raise UserError(
+            f"ladder.attention: {files.architecture} has norms over all heads, so that query heads cannot go alone. "
+            "Use --set ladder.attention=kv_groups, which takes the whole attention"
         )
     heads = _num_heads(files)
     if heads == site.total:
@@ -537,9 +653,10 @@ def build_space(
                 for module, site in matrices
             ]
     total = sum(_size(shape) for shape in shapes.values())
-    tied = (int(files.config["vocab_size"]), hidden_size(layout, files))
-    head = shapes.get(f"{layout.tail[-1]}.weight", tied)
-    fixed = {"params": total - sum(unit.params[0] for unit in units), "macs": _size(head)}
+    last = next((m for m in reversed(layout.tail[:-1]) if m in layout.around), layout.sites[0].modules[-1])
+    head = shapes.get(f"{layout.tail[-1]}.weight") or (int(files.config["vocab_size"]), shapes[f"{last}.weight"][0])
+    macs = _size(head) + sum(_size(shapes[f"{module}.weight"]) for module in layout.around)
+    fixed = {"params": total - sum(unit.params[0] for unit in units), "macs": macs}
     return SearchSpace(pattern, tuple(units), fixed)
 
 
@@ -560,7 +677,12 @@ def _num_heads(files: ModelFiles) -> int:
 
 
 def _num_groups(parts: KvGroups, files: ModelFiles, rows: int, columns: int) -> int:
-    """Return the KV groups of attention, from the rows of its first input and the columns of its output projection."""
+    """Return the KV groups of attention, from the rows of its first input and the columns of its output projection.
+
+    Those that cannot go one without the other count as one.
+    """
+    if parts.norms:
+        return 1
     if parts.fused is not None:
         return (rows - columns) * _num_heads(files) // (2 * columns)
     # models from before grouped queries name query heads alone

@@ -53,17 +53,24 @@ class ModelFiles:
     renames: Mapping[str, str] = field(default_factory=dict)
 
     def renamed(self, table: Mapping[str, str]) -> ModelFiles:
-        """Return the same files with parts of names replaced, as ``{"block_sparse_moe": "mlp"}`` says."""
+        """Return the same files with parts of names replaced, as ``{"block_sparse_moe": "mlp"}`` says.
+
+        Raises:
+            UserError: Two tensors would have one name.
+        """
         if not table:
             return self
-        stored = {_renamed(name, table): self.stored.get(name, name) for name in self.shapes}
-        names = {old: new for new, old in zip(stored, self.shapes, strict=True)}
-        tables = (self.shapes, self.shards, self.dtypes)
-        shapes, shards, dtypes = ({names[name]: value for name, value in each.items()} for each in tables)
-        transposed = frozenset(names[name] for name in self.transposed)
-        stored = {name: old for name, old in stored.items() if name != old}
+        names = {name: _renamed(name, table) for name in self.shapes}
+        if len({*names.values()}) < len(names):
+            raise UserError(f"family: renamed {dict(table)} gives two tensors of {self.folder} one name")
         return replace(
-            self, shapes=shapes, shards=shards, dtypes=dtypes, transposed=transposed, stored=stored, renames=dict(table)
+            self,
+            shapes={names[name]: shape for name, shape in self.shapes.items()},
+            shards={names[name]: shard for name, shard in self.shards.items()},
+            dtypes={names[name]: dtype for name, dtype in self.dtypes.items()},
+            transposed=frozenset(names[name] for name in self.transposed),
+            stored={new: old for old, new in names.items() if new != old},
+            renames=dict(table),
         )
 
     @property

@@ -81,13 +81,13 @@ def shaped_model(files: ModelFiles, layout: Layout, kept: Mapping[str, int], dty
         if site.experts:
             experts[site.name] = [*site.rows, list(range(count))]
         elif count == 0:
-            removed[site.name] = site.part
+            removed |= site.removal
         elif count < site.total:
             columns = {module: files.shapes[f"{module}.weight"][1] for module in site.rows}
             shapes |= {module: [rows * count, columns[module]] for module, rows in site.rows.items()}
             shapes[site.output] = [files.shapes[f"{site.output}.weight"][0], site.width * count]
             if site.counts:
-                counts[site.name] = [list(site.counts), [count, site.total]]
+                counts[site.home] = [list(site.counts), [count, site.total]]
     config.pruned = {"shapes": shapes, "removed": removed, "counts": counts, "experts": experts}
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)

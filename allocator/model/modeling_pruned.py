@@ -2,8 +2,8 @@
 
 This file lies beside the weights and needs nothing but torch and transformers. `config.json` says under
 `pruned` which matrices are smaller (`shapes`: module name to [rows, columns]), which of them gained a bias
-(`biases`: module names), which sub-blocks are gone (`removed`: module name to its part of the block), which of
-their attributes count what is left (`counts`: module name to attribute names, and the share [kept, total]), which
+(`biases`: module names), which modules are gone (`removed`: module name to what takes its place, see `remove`), which
+of their attributes count what is left (`counts`: module name to attribute names, and the share [kept, total]), which
 experts stay (`experts`: module name to that of their router, and their numbers), and which parts of names the files
 call otherwise than the model does (`renamed`).
 """
@@ -27,11 +27,12 @@ class RemovedAttention(nn.Module):
         super().__init__()
         self.layer_idx = layer_idx
 
-    def forward(self, hidden_states, past_key_values=None, **kwargs):
-        if past_key_values is not None:
+    def forward(self, hidden_states, *args, past_key_values=None, layer_past=None, **kwargs):
+        cache = layer_past if past_key_values is None else past_key_values
+        if cache is not None:
             batch, length, _ = hidden_states.shape
             placeholder = hidden_states.new_zeros(batch, 1, length, 1)
-            past_key_values.update(placeholder, placeholder, self.layer_idx)
+            cache.update(placeholder, placeholder, self.layer_idx)
         return torch.zeros_like(hidden_states), None
 
 
@@ -40,6 +41,17 @@ class RemovedMLP(nn.Module):
 
     def forward(self, hidden_states):
         return torch.zeros_like(hidden_states)
+
+
+class RemovedOutput(nn.Module):
+    """An output projection that gives nothing."""
+
+    def __init__(self, out_features):
+        super().__init__()
+        self.out_features = out_features
+
+    def forward(self, hidden_states):
+        return hidden_states.new_zeros(*hidden_states.shape[:-1], self.out_features)
 
 
 class Expert(nn.Module):
@@ -130,9 +142,19 @@ def cut(router, kept):
 
 
 def remove(model, name, part):
-    """Put a module that adds nothing in the place of the sub-block `name`."""
+    """Put a module without parameters in the place of another.
+
+    A sub-block, which is `attention` or `mlp`, then adds nothing. One that is no module of its own goes in pieces: its
+    attention proper, or what is `input` to its output projection, and that `output`.
+    """
     old = model.get_submodule(name)
-    model.set_submodule(name, RemovedAttention(old.layer_idx) if part == "attention" else RemovedMLP())
+    if part == "attention":
+        new = RemovedAttention(getattr(old, "layer_idx", None))  # encoders number no layers, and have no cache
+    elif part == "output":
+        new = RemovedOutput(old.nf if isinstance(old, Conv1D) else old.out_features)
+    else:
+        new = nn.Identity() if part == "input" else RemovedMLP()
+    model.set_submodule(name, new)
 
 
 def regroup(attention):
@@ -141,20 +163,26 @@ def regroup(attention):
         attention.num_key_value_groups = len(attention.q_proj.weight) // len(attention.k_proj.weight)
 
 
+def owner(module, name):
+    """Return what has the attribute `name` of a module: itself, what is inside it (`self.x`), or a configuration."""
+    for part in name.split(".")[:-1]:
+        module = getattr(module, part)
+    return module
+
+
 def counted(module, names):
-    """Return attributes of a module by name; `config.x` is one of the configuration, which it then has for itself."""
-    if any(name.startswith("config.") for name in names):
-        module.config = copy.copy(module.config)
-    return {
-        name: getattr(module.config if name.startswith("config.") else module, name.split(".")[-1]) for name in names
-    }
+    """Return attributes of a module by name; a configuration of which one is (`config.x`) is then the module's own."""
+    for path in {name.rpartition(".")[0] for name in names}:
+        if path.rpartition(".")[2] == "config":
+            holder = owner(module, path)
+            holder.config = copy.copy(holder.config)
+    return {name: getattr(owner(module, name), name.rpartition(".")[2]) for name in names}
 
 
 def recount(module, dense, kept, total):
     """Set attributes that are proportional to what a module keeps, given those of the dense one by `counted`."""
     for name, value in dense.items():
-        owner = module.config if name.startswith("config.") else module
-        setattr(owner, name.split(".")[-1], value * kept // total)
+        setattr(owner(module, name), name.rpartition(".")[2], value * kept // total)
 
 
 def linear_like(old, rows, columns, bias):

@@ -80,8 +80,8 @@ class StreamedWalker(BlockWalker):
                 owner = root.get_submodule(module)
             except AttributeError:
                 owner = nn.Module()
-            if attribute in owner._buffers:  # of a precision of its own
-                owner._buffers[attribute] = tensor.to(owner._buffers[attribute].dtype, copy=True)
+            if (buffer := owner._buffers.get(attribute)) is not None:  # of a precision of its own
+                owner._buffers[attribute] = tensor.to(buffer.dtype, copy=True)
                 continue
             if attribute not in owner._parameters:
                 raise UserError(f"model: {self._files.folder}: {self._files.architecture} has no parameter {name}")

@@ -32,7 +32,7 @@ class BlockWalker:
 
     def __init__(self, model: nn.Module, layout: Layout) -> None:
         self.model = model
-        backbone = model.base_model  # without the head
+        backbone = model.get_decoder()  # type: ignore[operator]  # without the head
         assert isinstance(backbone, nn.Module)
         self._backbone = backbone
         self.blocks = [model.get_submodule(name) for name in layout.blocks]

@@ -8,7 +8,8 @@ tokens of the prompt and c = n + generated those of the whole context:
     kv_bytes      batch * c * (key rows + value rows) * bytes per number
     weight_bytes  parameters * bytes per number
 
-The head runs on the last token of every prompt only, as generation does. A layer with a sliding window of w keeps w - 1
+The head runs on the last token of every prompt only, as generation does; other matrices around the blocks run on all.
+A layer with a sliding window of w keeps w - 1
 tokens. Attention that is removed holds its place in the cache with one number for keys and one for values. Masked
 weights are stored and computed as others are: of all these, single weights and N:M change none.
 """
@@ -83,6 +84,8 @@ def served(
     fixed: dict[Cost, int] = {**space.fixed, **beside}
     for cost in ("prefill_macs", "decode_macs"):
         fixed[cost] += work.batch * space.fixed["macs"]
+    around = sum(prod(files.shapes[f"{module}.weight"]) for module in layout.around)
+    fixed["prefill_macs"] += work.batch * (work.prompt - 1) * around
     fixed["weight_bytes"] = bytes_ - sum(each["weight_bytes"][0] for each in others)
     if table is not None:
         fixed["prefill_ms"] += table.fixed.prefill_ns
@@ -204,7 +207,11 @@ def _check(table: LatencyTable, files: ModelFiles, layout: Layout, work: Workloa
 
 def size_of(files: ModelFiles, layout: Layout) -> dict[str, int]:
     """Return what the time beside sub-blocks depends on."""
-    return {"hidden": hidden_size(layout, files), "vocabulary": int(files.config["vocab_size"]), "blocks": len(layout.blocks)}
+    return {
+        "hidden": hidden_size(layout, files),
+        "vocabulary": int(files.config["vocab_size"]),
+        "blocks": len(layout.blocks),
+    }
 
 
 def width_of(files: ModelFiles, name: str) -> int:

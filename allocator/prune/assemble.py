@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -89,8 +90,9 @@ class Assembler:
     def wide(self, name: str, level: int) -> dict[str, torch.Tensor]:
         """Return every tensor of a unit at a level in the shapes of the dense one, whose outputs are the same.
 
-        Whole experts have no such form: fewer rows of a router are another choice. A structured unit's rows are in the order of removal, and its output projection is zero where it reads what is
-        removed. So the weights of two levels can be subtracted.
+        Whole experts have no such form: fewer rows of a router are another choice. A structured unit's rows are in the
+        order of removal, and its output projection is zero where it reads what is removed. So the weights of two levels
+        can be subtracted.
         """
         unit = self._units[name]
         dense = self._dense_tensors(name)
@@ -105,12 +107,17 @@ class Assembler:
             order = item_columns(compact["order"].long(), site.width)
             return {**dense, key: whole_oi[:, order.to(whole_oi.device)]}
         if unit.kept[level] == 0:
-            gone = {name: torch.zeros_like(tensor) for name, tensor in dense.items() if name.startswith(site.output)}
+            output = f"{site.output}."
+            gone = {name: torch.zeros_like(tensor) for name, tensor in dense.items() if name.startswith(output)}
             return {**dense, **gone}
         written = self._written(site, level, dense)
         by_group = written[key].unflatten(1, (unit.num_groups, -1))
         lost = whole_oi.shape[1] // unit.num_groups - by_group.shape[2]
         return {**dense, **written, key: functional.pad(by_group, (0, lost)).flatten(1)}
+
+    def whole(self, name: str) -> bool:
+        """Whether a sub-block is a unit, and not its matrices."""
+        return name in self._units and self._units[name].kind != "matrix"
 
     def site(self, name: str, levels: Mapping[str, int]) -> Replacements:
         """Return every tensor of a sub-block, whose units are at ``levels``."""
@@ -120,7 +127,8 @@ class Assembler:
         return tensors
 
     def _roots(self, name: str) -> tuple[str, ...]:
-        return self._sites[name].roots if name in self._sites else (name,)
+        """Return the modules that a unit consists of."""
+        return (name,) if self._units[name].kind == "matrix" else self._sites[name].roots
 
     def _chosen(self, site: Site, unit: Unit, level: int, dense: Mapping[str, torch.Tensor]) -> Replacements:
         """Return the tensors of the experts that stay, and their rows of the router."""
@@ -190,10 +198,12 @@ class Switchboard:
     def __init__(self, model: nn.Module, layout: Layout, assembler: Assembler) -> None:
         """Take over a dense model."""
         self._model, self._assembler = model, assembler
-        self._originals = {name: model.get_submodule(name) for site in layout.sites for name in site.roots}
-        self._sites = {site.name: site for site in layout.sites}
-        self._counts = {site.name: counted(self._originals[site.name], site.counts) for site in layout.sites}
-        self._parameters = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        # those that are units; the others never lose a module, nor an item
+        self._sites = {site.name: site for site in layout.sites if assembler.whole(site.name)}
+        self._originals = {root: model.get_submodule(root) for site in self._sites.values() for root in site.roots}
+        self._homes = {name: model.get_submodule(site.home) for name, site in self._sites.items()}
+        self._counts = {name: counted(self._homes[name], site.counts) for name, site in self._sites.items()}
+        self._parameters: dict[str, Any] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         self._levels: dict[str, tuple[int, bool] | None] = {}
 
     def set(self, name: str, level: int, wide: bool = False) -> None:
@@ -222,22 +232,23 @@ class Switchboard:
         if name in self._sites and self._sites[name].experts:
             self._choose(self._sites[name], tensors)
         elif all(tensor is None for tensor in tensors.values()):
-            remove(self._model, name, self._sites[name].part)
+            for root, part in self._sites[name].removal.items():
+                remove(self._model, root, part)
         else:
-            if name in self._originals:
-                self._model.set_submodule(name, self._originals[name])
+            site = self._sites.get(name)
+            for root in () if site is None else site.roots:
+                self._model.set_submodule(root, self._originals[root])
             for key, tensor in tensors.items():
                 assert tensor is not None
                 # what is not there yet is a bias that pruning adds
                 self._parameters.setdefault(key, nn.Parameter(tensor, requires_grad=False)).data = tensor
-            if (site := self._sites.get(name)) is not None:
-                regroup(self._originals[name])
+            if site is not None:
+                regroup(self._homes[name])
                 project, kept = self._model.get_submodule(site.output), tensors[f"{site.output}.weight"]
                 assert kept is not None
-                recount(self._originals[name], self._counts[name], kept.shape[1] // site.width, site.total)
+                recount(self._homes[name], self._counts[name], kept.shape[1] // site.width, site.total)
                 bias = f"{site.output}.bias"
                 project.register_parameter("bias", self._parameters[bias] if bias in tensors else None)
-
 
     def _choose(self, site: Site, tensors: Replacements) -> None:
         """Have a router choose from some experts."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 Criterion = Literal["reconstruction", "routing"]
 """How experts are chosen: see :func:`by_reconstruction` and :func:`by_routing`."""
 
+
 def gates(router: nn.Module, input_ni: torch.Tensor, kept: Sequence[int]) -> torch.Tensor:
     """Return the weight of every expert for every token, [n, e], where a router knows some experts only."""
     total = router.get_parameter("weight").shape[0]
@@ -28,7 +29,7 @@ def gates(router: nn.Module, input_ni: torch.Tensor, kept: Sequence[int]) -> tor
         name: nn.Parameter(each.detach()[chosen], requires_grad=False) for name, each in router.named_parameters()
     }
     part._buffers = {name: each[chosen] for name, each in router.named_buffers()}
-    part.num_experts = len(kept)
+    part.__dict__["num_experts"] = len(kept)
     _, weight_nk, place_nk = part.forward(input_ni)
     gate_ne = torch.zeros(len(input_ni), total, device=input_ni.device)
     return gate_ne.scatter_(1, chosen[place_nk], weight_nk.float())
@@ -44,7 +45,7 @@ def expert_order(routing: Routing, criterion: Criterion, num_groups: int, least:
         least: So many stay, for the router picks as many; which of them would go first, their gates say.
     """
     if criterion == "routing":
-        first = by_routing(routing, num_groups)
+        first = by_routing(routing)
     elif num_groups == 1:
         first = by_reconstruction(routing, least)
     else:
@@ -54,9 +55,10 @@ def expert_order(routing: Routing, criterion: Criterion, num_groups: int, least:
     return torch.tensor([e for group in groups for e in reversed(group)])
 
 
-def by_routing(routing: Routing, num_groups: int) -> list[int]:
-    """Return experts in the order in which they go: those first to which the router gives least, all tokens together."""
-    return routing.mass_e.argsort(stable=True).tolist()
+def by_routing(routing: Routing) -> list[int]:
+    """Return experts in the order in which they go: first those to which the router gives least, over all tokens."""
+    order: list[int] = routing.mass_e.argsort(stable=True).tolist()
+    return order
 
 
 def by_reconstruction(routing: Routing, least: int) -> list[int]:
@@ -64,7 +66,8 @@ def by_reconstruction(routing: Routing, least: int) -> list[int]:
 
     With d the change of a token's gates, G the products of experts' outputs, the squared error of the mixture's output
     is dᵀGd, summed over tokens. Tokens that were sent to an expert that goes are routed again among the rest, as the
-    pruned model routes them. Lu et al. (ACL 2024) compare all subsets of experts by this error; here they go one by one.
+    pruned model routes them. Lu et al. (ACL 2024) compare all subsets of experts by this error; here one goes after
+    the other.
     """
     input_ni, gram_nee = torch.cat(routing.inputs), routing.gram_nee
     total = len(routing.mass_e)

@@ -150,6 +150,7 @@ def stages(layout: Layout, space: SearchSpace) -> list[list[Stage]]:
     """Return the stages of every block, in the order of the forward pass."""
     units = {unit.name: unit for unit in space.units}
     by_block: list[list[Stage]] = [[] for _ in layout.blocks]
+    structured = space.pattern == "structured"
     for _, group in groupby(layout.sites, lambda site: (site.block, site.routed or site.name)):
         sites = tuple(group)
         before: list[Task] = []
@@ -158,7 +159,7 @@ def stages(layout: Layout, space: SearchSpace) -> list[list[Stage]]:
             if site.experts:
                 (router,) = site.rows
                 last.append(Task(units[site.name], router, site.width, site.name))
-            elif site.name in units:
+            elif structured:
                 last.append(Task(units[site.name], site.output, site.width))
             else:
                 before += [Task(units[module], module, 1) for module in site.rows]

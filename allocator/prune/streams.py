@@ -59,8 +59,8 @@ class TwoStreams:
         self._dense, self._pruned = dense, pruned
         self._walker, layout = calibration.walker, calibration.layout
         # within a sub-block of several matrices, dense outputs are asked for when some of them are pruned already
-        structured = calibration.space.pattern == "structured"
-        self._whole = None if structured else copy.deepcopy(self._walker.blocks[index])
+        self._structured = calibration.space.pattern == "structured"
+        self._whole = None if self._structured else copy.deepcopy(self._walker.blocks[index])
         assembler = Assembler(
             calibration.files, layout, calibration.space, self.compact.__getitem__, self._walker.model
         )
@@ -100,14 +100,14 @@ class TwoStreams:
             for module in modules:
                 bias = getattr(self._walker.model.get_submodule(module), "bias", None)
                 # in fp32, and differences first: what is lost is small beside the stream that it is lost from
-                target = whole[module].float() - (0.0 if bias is None else bias.float())
+                target = _flat(whole[module]) - (0.0 if bias is None else bias.float())
                 if stage.writes and self._adds_up:
-                    target = target + (dense.float() - pruned.float())
+                    target = target + (_flat(dense) - _flat(pruned))
                     for earlier in added:
-                        target = target + (given[earlier].float() - added[earlier].float())
+                        target = target + (_flat(given[earlier]) - _flat(added[earlier]))
                 statistics = gathered[module]
                 assert isinstance(statistics, Gram)
-                statistics.aim(entering[module].flatten(0, -2), target.flatten(0, -2))
+                statistics.aim(entering[module].flatten(0, -2), target)
         return [self._problem(task, levels, gathered[task.module]) for task, levels in wanted.items()]
 
     def settle(self, stage: Stage) -> None:
@@ -127,7 +127,7 @@ class TwoStreams:
         if self._projects(stage) and self._levels is None:
             self._switchboard.blend(stage.site.name, _shares(units[0]))
             totals = self._projected(stage.site, pruned=True)
-        elif self._projects(stage):
+        elif self._levels is not None and self._projects(stage):
             totals = self._projected(stage.site, pruned=self._levels[units[0].name] > 0)
         elif self._levels is None:
             totals = self._average_over_levels(stage)
@@ -142,8 +142,7 @@ class TwoStreams:
 
     def _projects(self, stage: Stage) -> bool:
         """Whether what a sub-block adds follows from what enters its output projection: all but averages of several."""
-        alone = not stage.routed and stage.writes
-        return alone and (self._levels is not None or stage.tasks[0].unit.name == stage.site.name)
+        return stage.writes and not stage.routed and (self._levels is not None or self._structured)
 
     def leaving(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Return what leaves the block, dense and pruned, batch by batch."""
@@ -185,7 +184,7 @@ class TwoStreams:
     def _projected(self, site: Site, pruned: bool) -> list[torch.Tensor]:
         """Return what a sub-block's output projection makes of what entered it, batch by batch."""
         project = self._walker.model.get_submodule(site.output)
-        if pruned and site.name in self.compact:  # its columns are in the order of removal
+        if pruned and self._structured and site.name in self.compact:  # its columns are in the order of removal
             columns = item_columns(self.compact[site.name]["order"].long(), site.width)
             return [project(entered[..., columns]) for entered in self._entered]
         return [project(entered) for entered in self._entered]
@@ -197,7 +196,7 @@ class TwoStreams:
         """
         names = {name for site in stage.sites for name in (site.name, *site.modules)}
         units = [unit for unit in self._calibration.space.units if unit.name in names]
-        totals = [torch.zeros_like(hidden, dtype=torch.float32) for hidden in self._pruned]
+        totals = [torch.zeros_like(given[stage.adds], dtype=torch.float32) for given in self._given]
         for level, share in enumerate(_shares(max(units, key=lambda unit: unit.num_levels))):
             if share == 0:
                 continue
@@ -209,8 +208,8 @@ class TwoStreams:
         return [total.to(self._walker.dtype) for total in totals]
 
     def _check_sum(self, name: str) -> bool:
-        leaving, entered = self._leaving[0].float(), self._dense[0].float()
-        missing = leaving - entered - sum(added.float() for added in self._given[0].values())
+        leaving, entered = _flat(self._leaving[0]), _flat(self._dense[0])
+        missing = leaving - entered - sum(_flat(added) for added in self._given[0].values())
         allowed = (
             _ADDS_UP * (leaving - entered).norm() + _ROUNDINGS * torch.finfo(self._walker.dtype).eps * leaving.norm()
         )
@@ -222,6 +221,11 @@ class TwoStreams:
             "cannot make up for what the residual stream lacks"
         )
         return False
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    """Return features of tokens, [n, features], in float32: some sub-blocks work on sequences, some on all tokens."""
+    return tensor.flatten(0, -2).float()
 
 
 def _shares(unit: Unit) -> list[float]:

@@ -32,6 +32,8 @@ CASES = {
     "norms of heads": ("qwen3", HEADS, {"attention": "query_heads", "bias": True}),
     "added biases": ("llama", {}, {"bias": True}),
     "biases of its own": ("llama", {"attention_bias": True, "mlp_bias": True}, {"bias": True}),
+    "no module of its own": ("opt", {}, {}),
+    "norms over all heads": ("olmo2", {}, {}),
 }
 SEQUENCES = 18
 TOKENS = SEQUENCES * 32

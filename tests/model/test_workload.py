@@ -18,6 +18,8 @@ MODELS = {
     "biases": ("qwen2", {}, "kv_groups"),
     "a window": ("mistral", {"sliding_window": 9}, "kv_groups"),
     "query heads": ("llama", {"num_key_value_heads": 2}, "query_heads"),
+    "projections around the blocks": ("opt", {"word_embed_proj_dim": 24}, "kv_groups"),
+    "whole attention or none": ("olmo3", {"sliding_window": 9}, "kv_groups"),
 }
 WORK = Workload(batch=2, prompt=12, generate=5)
 

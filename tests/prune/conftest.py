@@ -84,6 +84,17 @@ def structured_bf16(make_case, tiny_model_bf16) -> Case:
 
 
 @pytest.fixture(scope="session")
+def structured_opt(make_case, make_model) -> Case:
+    """Its feed-forward network is no module of its own, and works on all tokens of a batch at once."""
+    return make_case(make_model("opt"), "structured", "obs")
+
+
+@pytest.fixture(scope="session")
+def unstructured_opt(make_case, make_model) -> Case:
+    return make_case(make_model("opt"), "unstructured", "sparsegpt")
+
+
+@pytest.fixture(scope="session")
 def unstructured(make_case, tiny_model) -> Case:
     return make_case(tiny_model, "unstructured", "wanda")
 

@@ -9,7 +9,8 @@ from allocator.prune.assemble import Assembler, Switchboard
 from allocator.prune.execute import save_pruned
 from allocator.prune.structured import item_columns
 
-CASES = ["structured", "structured_qwen2", "structured_bf16", "unstructured", "sparsegpt", "n_m"]
+CASES = ["structured", "structured_qwen2", "structured_bf16", "structured_opt"]
+CASES += ["unstructured", "sparsegpt", "unstructured_opt", "n_m"]
 
 
 @pytest.fixture(params=CASES)
@@ -126,7 +127,7 @@ def test_order_of_items_does_not_change_the_function(structured, tokens):
     torch.testing.assert_close(live.set(allocation).logits(probe), masked, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["structured", "structured_qwen2"])
+@pytest.mark.parametrize("name", ["structured", "structured_qwen2", "structured_opt"])
 @pytest.mark.parametrize("blocks", [{0}, {1}, {0, 1, 2}])
 @torch.inference_mode()
 def test_cached_forward_equals_uncached_with_attention_removed(request, name, blocks, tokens, tmp_path):
@@ -212,6 +213,7 @@ MORE = {
     "query heads": ("qwen2", {**HEADS, "tie_word_embeddings": False}, {"attention": "query_heads"}),
     "query heads with norms": ("qwen3", HEADS, {"attention": "query_heads", "bias": True}),
     "added biases": ("llama", {}, {"bias": True}),
+    "norms over all heads": ("olmo2", {}, {}),
     "biases of its own": ("llama", {"attention_bias": True, "mlp_bias": True}, {"bias": True}),
 }
 
@@ -258,7 +260,7 @@ def test_in_dense_shapes_levels_differ_in_what_is_written_alone(any_case):
         levels = [assembler.wide(unit.name, level) for level in range(unit.num_levels)]
         assembler.unit(unit.name, 0)
         again = [assembler.wide(unit.name, level) for level in reversed(range(unit.num_levels))][::-1]
-        module = sites[unit.name].output if unit.name in sites else unit.name
+        module = sites[unit.name].output if unit.kind != "matrix" else unit.name
         dense = levels[0]
         for level, (tensors, other) in enumerate(zip(levels, again, strict=True)):
             assert tensors.keys() == other.keys()

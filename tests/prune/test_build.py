@@ -94,23 +94,33 @@ def _streams(model, tokens, module, norm):
             model(batch, use_cache=False)
     for handle in handles:
         handle.remove()
-    return [torch.cat([batch.flatten(0, 1) for batch in table]).double() for table in (inputs, residuals, outputs)]
+    return [torch.cat([batch.flatten(0, -2) for batch in table]).double() for table in (inputs, residuals, outputs)]
 
 
-def test_along_a_path_refits_make_up_for_what_the_residual_stream_lacks(structured, middle, along):
+NORMS = {
+    "structured": ("input_layernorm", "post_attention_layernorm"),
+    "structured_opt": ("self_attn_layer_norm", "final_layer_norm"),
+}
+"""Of each case, the norms before attention and before the feed-forward network."""
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_along_a_path_refits_make_up_for_what_the_residual_stream_lacks(request, name):
     """Each refit again, by least squares on whole models, pruned up to the unit and dense."""
-    case, walker, whole = structured, structured.walker(), structured.walker().model
+    case = request.getfixturevalue(name)
+    middle = tuple(1 if unit.part == "attention" else 4 for unit in case.space.units)
+    along = dict(prune_on_pruned_inputs(case.calibration(), middle, every_level=False))
+    walker, whole = case.walker(), case.walker().model
     switchboard = Switchboard(
         walker.model, case.layout, Assembler(case.files, case.layout, case.space, along.__getitem__, walker.model)
     )
     for site, unit, level in zip(case.layout.sites, case.space.units, middle, strict=True):
-        norm = f"model.layers.{site.block}." + (
-            "input_layernorm" if site.part == "attention" else "post_attention_layernorm"
-        )
+        norm = f"{case.layout.blocks[site.block]}.{NORMS[name][site.part == 'mlp']}"
         x, residual, _ = _streams(walker.model, case.tokens, site.output, norm)
         _, whole_residual, whole_output = _streams(whole, case.tokens, site.output, norm)
-        dense = whole.get_submodule(site.output).weight.double()
-        target = whole_output + whole_residual - residual
+        project = whole.get_submodule(site.output)
+        dense, bias = project.weight.double(), 0.0 if project.bias is None else project.bias.double()
+        target = whole_output - bias + whole_residual - residual
         damping = 0.01 * x.square().sum(0).mean()
         rows = torch.cat([x, damping.sqrt() * torch.eye(x.shape[1])])
         nearest = torch.linalg.lstsq(rows, torch.cat([target, damping.sqrt() * dense.T])).solution
