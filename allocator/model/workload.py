@@ -9,9 +9,9 @@ tokens of the prompt and c = n + generated those of the whole context:
     weight_bytes  parameters * bytes per number
 
 The head runs on the last token of every prompt only, as generation does; other matrices around the blocks run on all.
-A layer with a sliding window of w keeps w - 1
-tokens. Attention that is removed holds its place in the cache with one number for keys and one for values. Masked
-weights are stored and computed as others are: of all these, single weights and N:M change none.
+A layer with a sliding window of w keeps w - 1 tokens. Attention that is removed holds its place in the cache with one
+number for keys and one for values. Masked weights are stored and computed as others are: of all these, single weights
+and N:M change none.
 """
 
 from __future__ import annotations
