@@ -90,9 +90,11 @@ def inspect(
     if json_:
         _emit(summary)
         return
-    from allocator.report.tables import alignment, bounds, space_table
+    from allocator.report.tables import alignment, bounds, space_table, undivided
 
     _print(space_table(space))
+    if (line := undivided(space)) is not None:
+        _print(line)
     _print(f"{summary['asked']}: {bounds(summary['budget'])}; uniform has {summary['uniform']['params']:,} parameters")
     if "align" in summary:
         _print(alignment(summary["align"]))

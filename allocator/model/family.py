@@ -496,7 +496,7 @@ def _site(
 
 
 def _roots(part: Part, parts: KvGroups | Channels, block: str, home: str | None, files: ModelFiles) -> tuple[str, ...]:
-    """Return the modules that a sub-block consists of; ``home`` is its own, if it has one."""
+    """Return the modules that a sub-block consists of, in the order of the forward pass; ``home`` is one of its own."""
     inputs, output = [_either(block, names, files) for names in parts.inputs], f"{block}.{parts.output}"
     roots = [f"{block}.{name}" for name in parts.remove]
     if not roots and home is not None:
@@ -506,12 +506,12 @@ def _roots(part: Part, parts: KvGroups | Channels, block: str, home: str | None,
         roots = [*leading, output]
     held = {root: [m for m in (*inputs, output) if f"{m}.".startswith(f"{root}.")] for root in roots}
     wrong = [root for root, modules in held.items() if not modules]
-    wrong += {*inputs, output} - {module for modules in held.values() for module in modules}
+    wrong += sorted({*inputs, output} - {module for modules in held.values() for module in modules})
     if len(roots) > 1 and output not in roots:
         wrong.append(output)
     # attention returns more than a matrix does, and keeps its place in the cache
-    if part == "attention" and (block in roots or {*inputs} & {*roots}):
-        wrong += {*inputs} & {*roots} or {block}
+    if part == "attention":
+        wrong += [root for root in roots if root in (block, *inputs)]
     if wrong:
         raise UserError(
             f"family: unit {part!r} of {files.architecture} cannot be removed as {', '.join(roots)}, for {wrong[0]}. "

@@ -9,9 +9,10 @@ tokens of the prompt and c = n + generated those of the whole context:
     weight_bytes  parameters * bytes per number
 
 The head runs on the last token of every prompt only, as generation does; other matrices around the blocks run on all.
-A layer with a sliding window of w keeps w - 1
-tokens. Attention that is removed holds its place in the cache with one number for keys and one for values. Masked
-weights are stored and computed as others are: of all these, single weights and N:M change none.
+A layer with a sliding window of w keeps w - 1 tokens. Latent attention caches what keys and values are made of, and
+makes them again at every step. Attention that is removed holds its place in the cache with one number for keys and one
+for values. Of experts a token passes as many as its router picks, whichever stay; a router is taken to use the channels
+of all alike. Masked weights are stored and computed as others are: of all these, single weights and N:M change none.
 """
 
 from __future__ import annotations
@@ -123,7 +124,8 @@ class _Serving:
         site, work = self._site, self._work
         scores = self._score_macs
         prefill = work.batch * work.prompt * work.prompt * scores
-        decode = work.batch * self._seen(work.context) * scores
+        seen = self._seen(work.context)
+        decode = work.batch * (seen * scores + (seen - 1) * self._expanded_macs)
         levels = range(unit.num_levels)
         found: dict[Cost, tuple[int, ...]] = {
             "prefill_macs": tuple(work.batch * work.prompt * unit.macs[lv] + prefill * unit.kept[lv] for lv in levels),
@@ -141,9 +143,11 @@ class _Serving:
         """Return what attention costs beside its matrices, and the time of the whole, when nothing is removed."""
         site, work = self._site, self._work
         macs = work.batch * site.total * self._score_macs
+        seen = self._seen(work.context)
+        expanded = work.batch * site.total * (seen - 1) * self._expanded_macs
         found = {
             "prefill_macs": macs * work.prompt * work.prompt,
-            "decode_macs": macs * self._seen(work.context),
+            "decode_macs": macs * seen + expanded,
             "weight_bytes": 0,
             "kv_bytes": self._kv_bytes(site.total),
         }
@@ -160,6 +164,14 @@ class _Serving:
         # queries are as wide as what they mix, unless keys and values are made of one matrix of their own
         queries = self._site.inputs[0].rows if self._site.cached else self._site.width
         return queries + self._site.width
+
+    @property
+    def _expanded_macs(self) -> int:
+        """For each item, what it takes to make its key and value of what is cached of one token."""
+        if self._site.cached is None:
+            return 0
+        shapes = self._files.shapes
+        return sum(own.rows * shapes[f"{own.module}.weight"][1] for own in self._site.inputs[1:])
 
     def _kv_bytes(self, kept: int) -> int:
         site, work = self._site, self._work

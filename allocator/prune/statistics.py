@@ -132,9 +132,9 @@ class Routing:
         self.mass_e += gates(self.router, input_ni, range(len(self.mass_e))).double().sum(0).cpu()
         own_ni = input_ni[: self._most - self.count]
         self.count += len(own_ni)
+        self.inputs.append(own_ni.clone())  # a view would be sent elsewhere with all that it is a view of
         for chunk_ni in own_ni.split(_CHUNK):
             answers_eno = torch.stack([expert(chunk_ni) for expert in self._experts.children()]).float()
-            self.inputs.append(chunk_ni)
             self._grams.append(torch.einsum("eno,fno->nef", answers_eno, answers_eno).cpu())
 
     def check(self, module: str) -> None:

@@ -256,6 +256,14 @@ def space_table(space: SearchSpace) -> Table:
     return table
 
 
+def undivided(space: SearchSpace) -> str | None:
+    """Return which units lose all or nothing, in a line; None where every unit can lose a part."""
+    parts = sorted({unit.part for unit in space.units if unit.kind != "matrix" and unit.total == 1})
+    if not parts:
+        return None
+    return f"{' and '.join(parts)} goes as a whole or not at all: its heads share their keys, or a norm"
+
+
 def targets_table(targets: Iterable[tuple[str, str, Collection[str]]]) -> Table:
     """Return a line per target of exports: its name, what is written, and the patterns it can express."""
     table = _table("what plans can be handed to")

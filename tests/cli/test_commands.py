@@ -100,6 +100,13 @@ def test_inspect(cli: Cli, tiny_model: Path) -> None:
     assert answer.err == ""
 
 
+def test_inspect_says_what_goes_as_a_whole(cli: Cli, tiny_model: Path, make_model: Callable[..., Path]) -> None:
+    line = "attention goes as a whole or not at all"
+    assert line in answered(cli("inspect", make_model("olmo2"))).out
+    assert line not in answered(cli("inspect", make_model("olmo2"), "--pattern", "unstructured")).out
+    assert line not in answered(cli("inspect", tiny_model)).out
+
+
 @pytest.mark.parametrize("pattern", ["structured", "unstructured"])
 def test_inspect_json(cli: Cli, tiny_model: Path, pattern: str) -> None:
     data = answered(cli("inspect", tiny_model, "--pattern", pattern, "--target", 0.4, "--json")).json

@@ -75,7 +75,7 @@ def _allocations(space):
     """Whole, emptiest, and of everything something: a wholly removed unit before, between and after others."""
     count = len(space.units)
     ladder = [unit.num_levels - 1 for unit in space.units]
-    mixed = tuple((1, ladder[index], 2, 0, ladder[index] // 2)[index % 5] for index in range(count))
+    mixed = tuple((1, ladder[index], min(2, ladder[index]), 0, ladder[index] // 2)[index % 5] for index in range(count))
     turned = tuple((0, 1, ladder[index])[index % 3] for index in range(count))
     return [space.dense, space.sparsest, mixed, turned]
 
@@ -194,7 +194,7 @@ class Reference:
         self.put(allocation)
         handles = [
             self.model.get_submodule(name).register_forward_pre_hook(
-                lambda module, args, name=name: heard.update({name: args[0].flatten(0, 1)})
+                lambda module, args, name=name: heard.update({name: args[0].flatten(0, -2)})
             )
             for name in self.modules
         ]

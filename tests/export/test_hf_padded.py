@@ -39,6 +39,7 @@ CASES: dict[str, tuple[str, dict[str, Any], list[str], tuple[int, ...]]] = {
     "qwen3": ("qwen3", {}, [], GONE),
     "qwen3, untied": ("qwen3", {"tie_word_embeddings": False, "attention_bias": True}, [], UNEVEN),
     "qwen3, three heads": ("qwen3", {"num_key_value_heads": 4}, [], (1, 3, 3, 6)),
+    "olmo2": ("olmo2", {}, [], (1, 3, 0, 6)),
     "nothing saved": ("llama", {}, [], (0, 3, 2, 0)),
 }
 SIZES = {
@@ -47,6 +48,7 @@ SIZES = {
     "llama, query heads": {"intermediate_size": 36, "num_key_value_heads": 2, "num_attention_heads": 4},
     "llama, no attention": {"intermediate_size": 42, "num_key_value_heads": 1, "num_attention_heads": 2},
     "qwen3, three heads": {"num_attention_heads": 3, "num_key_value_heads": 3},
+    "olmo2": {"intermediate_size": 30, "num_key_value_heads": 2, "num_attention_heads": 4},
     "nothing saved": {"intermediate_size": 48, "num_key_value_heads": 2, "num_attention_heads": 4},
 }
 """What configurations say, computed by hand."""

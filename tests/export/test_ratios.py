@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,20 @@ import pytest
 from allocator.export.ratios import Ratios
 
 
-@pytest.mark.parametrize("name", ["structured", "query_heads", "unstructured", "n_m"])
+@pytest.fixture
+def structured_opt(execute: Callable[..., Any], make_model: Callable[..., Path]) -> Any:
+    """Its feed-forward networks have the names of their output projections."""
+    return execute(make_model("opt", num_hidden_layers=3), "structured", levels=(1, 8, 4, 3, 0, 1))
+
+
+@pytest.fixture
+def unstructured_opt(execute: Callable[..., Any], make_model: Callable[..., Path]) -> Any:
+    return execute(make_model("opt", num_hidden_layers=3), "unstructured")
+
+
+@pytest.mark.parametrize(
+    "name", ["structured", "query_heads", "unstructured", "n_m", "structured_opt", "unstructured_opt"]
+)
 def test_ratios_are_those_of_the_checkpoint(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     executed: Any = request.getfixturevalue(name)
     Ratios().write(executed.source, tmp_path)

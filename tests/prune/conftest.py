@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from allocator.core.space import SearchSpace
-from allocator.model.family import Attention, Layout, build_space, find_family, resolve_layout
+from allocator.model.family import Attention, Experts, Layout, build_space, open_model, resolve_layout
 from allocator.model.headers import ModelFiles, read_model_files
 from allocator.model.load import load_model
 from allocator.model.walk import BlockWalker
@@ -56,11 +56,19 @@ def tokens():
 def make_case():
     """Resolves and prunes a model folder: ``make_case(folder, "structured", "obs")``."""
 
-    def make(folder: Path, pattern: str, name: str, attention: Attention = "kv_groups", bias: bool = False) -> Case:
-        files = read_model_files(folder)
-        layout = resolve_layout(find_family(files.config["model_type"]), files, attention)
+    def make(
+        folder: Path,
+        pattern: str,
+        name: str,
+        attention: Attention = "kv_groups",
+        bias: bool = False,
+        experts: Experts = "inside",
+    ) -> Case:
+        files, family = open_model(folder)
+        layout = resolve_layout(family, files, attention, experts)
         space = build_space(layout, files, pattern, 0.5, bias=bias)
-        pruner, tokens = make_pruner(name, pattern, 0.01, bias), _tokens(1, 9, 32)
+        whole = "reconstruction" if experts == "whole" else None
+        pruner, tokens = make_pruner(name, pattern, 0.01, bias, whole), _tokens(1, 9, 32)
         walker = BlockWalker(load_model(files), layout)
         compact = dict(prune_on_dense_inputs(Calibration(walker, files, layout, space, pruner, tokens)))
         return Case(files, layout, space, pruner, tokens, compact)
