@@ -16,22 +16,6 @@ from allocator.model.family import families_folder, load_family
 from allocator.model.headers import read_model_files
 from allocator.model.load import load_model
 
-LATENT = {
-    "num_key_value_heads": 4,
-    "head_dim": 4,
-    "kv_lora_rank": 16,
-    "q_lora_rank": None,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 6,
-    "n_routed_experts": 8,
-    "n_shared_experts": 2,
-    "moe_intermediate_size": 12,
-    "first_k_dense_replace": 1,
-    "routed_scaling_factor": 1.5,
-}
-"""A tiny DeepSeek."""
-
 FAMILIES = {
     "llama": ("Llama 2 and 3", {}),
     "mistral": ("Mistral", {}),
@@ -49,37 +33,13 @@ FAMILIES = {
     "opt": ("OPT", {}),
     "olmo2": ("OLMo 2", {}),
     "olmo3": ("OLMo 3", {"sliding_window": 8}),
-    "mixtral": ("Mixtral", {"num_local_experts": 4, "sliding_window": 8}),
-    "qwen3_moe": (
-        "Qwen 3 MoE",
-        {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "mlp_only_layers": [0]},
-    ),
-    "qwen2_moe": (
-        "Qwen 2 MoE",
-        {
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 24,
-            "shared_expert_intermediate_size": 16,
-        },
-    ),
-    "olmoe": ("OLMoE", {"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24}),
-    "glm4_moe": (
-        "GLM 4 MoE",
-        {
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 16,
-            "first_k_dense_replace": 1,
-            "n_group": 1,
-            "topk_group": 1,
-        },
-    ),
-    "deepseek_v2": ("DeepSeek 2", LATENT | {"num_experts_per_tok": 2, "topk_method": "greedy"}),
-    "deepseek_v3": (
-        "DeepSeek 3",
-        LATENT | {"q_lora_rank": 12, "num_experts_per_tok": 3, "n_group": 2, "topk_group": 1, "norm_topk_prob": True},
-    ),
+    "mixtral": ("Mixtral", {"sliding_window": 8}),
+    "qwen2_moe": ("Qwen 2 MoE", {}),
+    "qwen3_moe": ("Qwen 3 MoE", {}),
+    "olmoe": ("OLMoE", {}),
+    "glm4_moe": ("GLM 4 MoE", {}),
+    "deepseek_v2": ("DeepSeek 2", {"topk_method": "greedy"}),
+    "deepseek_v3": ("DeepSeek 3", {"q_lora_rank": 12, "norm_topk_prob": True}),
 }
 """Model types by name in words, and what makes a tiny one that has what is special to it."""
 

@@ -77,8 +77,11 @@ def draft(files: ModelFiles) -> str:
     ]
     if experts := next((name.partition(".{expert}.")[0] for name in own if ".{expert}." in name), None):
         around = f"{experts.rpartition('.')[0]}."
-        lines += _mixture(experts, {name: shape for name, shape in own.items() if name.startswith(around)})
-        own = {name: shape for name, shape in own.items() if not name.startswith(around)}
+        mixture = {name: shape for name, shape in own.items() if name.startswith(around)}
+        lines += _mixture(experts, mixture)
+        own = {name: shape for name, shape in own.items() if name not in mixture}
+        named = set(re.findall(r"[\w.]+", "\n".join(lines)))
+        matrices += [f"{prefix}.{name}" for name in mixture if name not in named and not name.startswith(experts)]
     folders = dict.fromkeys(name.rpartition(".")[0] for name in own)
     for folder in sorted(folders, key=lambda folder: "att" not in folder):  # in the order of the forward pass
         its, beside = ({n: s for n, s in of.items() if n.rpartition(".")[0] == folder} for of in (own, vectors))
@@ -87,7 +90,7 @@ def draft(files: ModelFiles) -> str:
     staying = [name for name in dict.fromkeys([*matrices, head]) if name not in (*entry, *leaving)]
     lines += [
         f"tail: [{', '.join([*norms[-1:], *leaving, head])}]  # what follows the blocks; the head last",
-        f"skip: [{', '.join(staying)}]",
+        f"skip: [{', '.join(map(_quoted, staying))}]",
     ]
     return "\n".join(lines) + "\n"
 
@@ -96,7 +99,7 @@ def _mixture(experts: str, own: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
     """Yield the lines of a mixture of experts, from the matrices of the module that holds them."""
     around, parts = experts.rpartition(".")[0], [n.rpartition(".")[2] for n in own if n.startswith(f"{experts}.")]
     beside = [name for name in own if not name.startswith(f"{experts}.")]
-    router = next((name for name in beside if re.search(r"(gate|router)$", name)), f"{around}.gate")
+    router = next((name for name in beside if re.search(r"\.(gate|router)$", name)), f"{around}.gate")
     yield "  mlp:"
     yield "    kind: experts"
     yield f"    router: {router}"
@@ -104,12 +107,11 @@ def _mixture(experts: str, own: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
     if missing := {"gate_proj", "up_proj", "down_proj"} - {*parts}:
         yield f"    # each has {', '.join(parts)}: say at the end which are {', '.join(sorted(missing))},"
         yield "    # renamed: {w1: gate_proj, w3: up_proj, w2: down_proj}"
-    for key, folder in (("dense", around), ("shared", "")):
-        names = [n for n in beside if n != router and (n.rpartition(".")[0] == folder) == (key == "dense")]
-        output = next((name for name in names if _OUTPUT.search(name)), None)
-        if output is not None:
-            inputs = ", ".join(name for name in names if name != output and name.startswith(output.rpartition(".")[0]))
-            yield f"    {key}: {{kind: channels, inputs: [{inputs}], output: {output}}}"
+    for output in (name for name in beside if _OUTPUT.search(name)):
+        folder = output.rpartition(".")[0]
+        inputs = ", ".join(n for n in beside if n.rpartition(".")[0] == folder and own[n][0] == own[output][1])
+        key = "dense" if folder == around else "shared"
+        yield f"    {key}: {{kind: channels, inputs: [{inputs}], output: {output}}}"
 
 
 def _unit(folder: str, own: Mapping[str, tuple[int, ...]], vectors: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
@@ -141,6 +143,11 @@ def _unit(folder: str, own: Mapping[str, tuple[int, ...]], vectors: Mapping[str,
         yield "    kind: channels"
         yield f"    inputs: [{', '.join(name for name in inputs for _ in range(1 + (name in twice)))}]"
         yield f"    output: {output}"
+
+
+def _quoted(name: str) -> str:
+    """Return a name as YAML takes it inside of a list."""
+    return f'"{name}"' if "{" in name else name
 
 
 def _prefix(files: ModelFiles) -> str:

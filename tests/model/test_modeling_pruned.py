@@ -13,7 +13,15 @@ from safetensors import safe_open
 from allocator.core.errors import UserError
 from allocator.model.checkpoint import read_tensors
 from allocator.model.draft import draft
-from allocator.model.family import Layout, build_space, find_family, load_family, resolve_layout, served_types
+from allocator.model.family import (
+    Layout,
+    build_space,
+    find_family,
+    load_family,
+    open_model,
+    resolve_layout,
+    served_types,
+)
 from allocator.model.headers import ModelFiles, read_model_files
 from allocator.model.load import load_model, shaped_model
 from allocator.model.modeling_pruned import counted, recount, remove
@@ -250,10 +258,10 @@ def _cached(model, probe):
 @pytest.mark.parametrize("kind", served_types())
 @torch.inference_mode()
 def test_the_cache_has_its_length_without_the_first_attention(make_model, kind):
-    files = read_model_files(make_model(kind))
+    files, family = open_model(make_model(kind))
     model, probe = load_model(files), torch.arange(24).view(2, 12)
     dense = model(probe, use_cache=False).logits
-    for root, part in resolve_layout(find_family(kind), files).sites[0].removal.items():
+    for root, part in resolve_layout(family, files).sites[0].removal.items():
         remove(model, root, part)
     whole = model(probe, use_cache=False).logits
     assert not torch.allclose(whole, dense, atol=1e-3)

@@ -12,22 +12,6 @@ from allocator.model.headers import read_model_files
 from allocator.model.load import shaped_model
 from allocator.model.workload import Workload, served, shape_of, size_of
 
-LATENT = {
-    "num_key_value_heads": 4,
-    "head_dim": 4,
-    "kv_lora_rank": 16,
-    "q_lora_rank": 12,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 6,
-    "n_routed_experts": 8,
-    "n_shared_experts": 2,
-    "moe_intermediate_size": 12,
-    "num_experts_per_tok": 3,
-    "n_group": 2,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-}
 MODELS = {
     "llama": ("llama", {}, "kv_groups"),
     "a head width of its own": ("qwen3", {"head_dim": 16}, "kv_groups"),
@@ -36,8 +20,8 @@ MODELS = {
     "query heads": ("llama", {"num_key_value_heads": 2}, "query_heads"),
     "projections around the blocks": ("opt", {"word_embed_proj_dim": 24}, "kv_groups"),
     "whole attention or none": ("olmo3", {"sliding_window": 9}, "kv_groups"),
-    "experts": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, "kv_groups"),
-    "latent attention, and what all tokens pass beside experts": ("deepseek_v3", LATENT, "kv_groups"),
+    "experts": ("mixtral", {}, "kv_groups"),
+    "latent attention, and what all tokens pass beside experts": ("deepseek_v3", {"q_lora_rank": 12}, "kv_groups"),
 }
 WORK = Workload(batch=2, prompt=12, generate=5)
 
