@@ -6,33 +6,14 @@ Shapes: n tokens, e experts, i input features, k experts that a token is sent to
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
-from torch import nn
 
-if TYPE_CHECKING:
-    from allocator.prune.statistics import Routing
+from allocator.prune.routing import Routing, gates
 
 Criterion = Literal["reconstruction", "routing"]
 """How experts are chosen: see :func:`by_reconstruction` and :func:`by_routing`."""
-
-
-def gates(router: nn.Module, input_ni: torch.Tensor, kept: Sequence[int]) -> torch.Tensor:
-    """Return the weight of every expert for every token, [n, e], where a router knows some experts only."""
-    total = router.get_parameter("weight").shape[0]
-    chosen = torch.tensor(list(kept), device=input_ni.device)
-    part = copy.copy(router)
-    part._parameters = {
-        name: nn.Parameter(each.detach()[chosen], requires_grad=False) for name, each in router.named_parameters()
-    }
-    part._buffers = {name: each[chosen] for name, each in router.named_buffers()}
-    part.__dict__["num_experts"] = len(kept)
-    _, weight_nk, place_nk = part.forward(input_ni)
-    gate_ne = torch.zeros(len(input_ni), total, device=input_ni.device)
-    return gate_ne.scatter_(1, chosen[place_nk], weight_nk.float())
 
 
 def expert_order(routing: Routing, criterion: Criterion, num_groups: int, least: int) -> torch.Tensor:

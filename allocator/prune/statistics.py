@@ -1,11 +1,10 @@
 """What is to be known about the inputs of a matrix: their norms, their moments, or their Gram matrix.
 
-Shapes: n tokens, i input features, e experts. ``input_ni``, ``gram_ii``, ``square_i``, ``mass_e``.
+Shapes: n tokens, i input features. ``input_ni``, ``gram_ii``, ``square_i``.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
@@ -14,16 +13,10 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import nn
 
-from allocator.core.errors import UserError
-from allocator.prune.experts import gates
+from allocator.prune.finite import check_finite
+from allocator.prune.routing import Routing
 
 Need = Literal["nothing", "norms", "moments", "gram"]
-
-GRAM_BYTES = 64 << 20
-"""Memory for the products of experts' outputs, which says how many tokens are looked at. Part of the numerics."""
-
-_CHUNK = 64
-"""Tokens of which the outputs of all experts are held at once."""
 
 
 class Gram:
@@ -54,9 +47,9 @@ class Gram:
 
     def check(self, module: str) -> None:
         """Raise if an activation was not finite."""
-        _check_finite(self.gram_ii, module)
+        check_finite(self.gram_ii, module)
         if self.answer_io is not None:
-            _check_finite(self.answer_io, module)
+            check_finite(self.answer_io, module)
 
 
 class Norms:
@@ -71,7 +64,7 @@ class Norms:
 
     def check(self, module: str) -> None:
         """Raise if an activation was not finite."""
-        _check_finite(self.square_i, module)
+        check_finite(self.square_i, module)
 
 
 class Moments:
@@ -96,51 +89,7 @@ class Moments:
 
     def check(self, module: str) -> None:
         """Raise if an activation was not finite."""
-        _check_finite(self.square_i, module)
-
-
-class Routing:
-    """What a router makes of the calibration text, and what every expert would answer.
-
-    Attributes:
-        mass_e: Sum over all tokens of the weights by which each expert's output is multiplied.
-        inputs: Tokens that are looked at more closely, [n, in]; the first ones.
-        gram_nee: For each of these, the inner products of what all experts answer, whether it is sent to them or not.
-        router: A copy of the router, dense.
-    """
-
-    def __init__(self, router: nn.Module, experts: nn.Module) -> None:
-        self._experts, self.router = experts, copy.deepcopy(router)
-        total = router.get_parameter("weight").shape[0]
-        self._most = max(1, GRAM_BYTES // (4 * total * total))
-        self.mass_e = torch.zeros(total, dtype=torch.float64)
-        self.inputs: list[torch.Tensor] = []
-        self._grams: list[torch.Tensor] = []
-        self.count = 0
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the experts behind: what is known of them is small, and may be used elsewhere."""
-        return {key: value for key, value in vars(self).items() if key != "_experts"}
-
-    @property
-    def gram_nee(self) -> torch.Tensor:
-        """See above."""
-        return torch.cat(self._grams)
-
-    def add(self, input_ni: torch.Tensor) -> None:
-        """Add a batch."""
-        self.mass_e += gates(self.router, input_ni, range(len(self.mass_e))).double().sum(0).cpu()
-        own_ni = input_ni[: self._most - self.count]
-        self.count += len(own_ni)
-        self.inputs.append(own_ni.clone())  # a view would be sent elsewhere with all that it is a view of
-        for chunk_ni in own_ni.split(_CHUNK):
-            answers_eno = torch.stack([expert(chunk_ni) for expert in self._experts.children()]).float()
-            self._grams.append(torch.einsum("eno,fno->nef", answers_eno, answers_eno).cpu())
-
-    def check(self, module: str) -> None:
-        """Raise if an activation was not finite."""
-        _check_finite(self.mass_e, module)
-        _check_finite(self.gram_nee, module)
+        check_finite(self.square_i, module)
 
 
 class Nothing:
@@ -213,10 +162,3 @@ def collected(
             handle.remove()
     for name, statistics in gathered.items():
         statistics.check(name)
-
-
-def _check_finite(values: torch.Tensor, module: str) -> None:
-    if not torch.isfinite(values).all():
-        raise UserError(
-            f"calibration: the inputs of {module} are not all finite. Check the weights, or use --set dtype=float32"
-        )

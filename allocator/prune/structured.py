@@ -15,7 +15,8 @@ from allocator.core.space import Unit
 from allocator.prune.experts import Criterion, expert_order
 from allocator.prune.factorise import Report, factorise, silent
 from allocator.prune.removal import obs_order
-from allocator.prune.statistics import Gram, Need, Routing, Statistics
+from allocator.prune.routing import Routing
+from allocator.prune.statistics import Gram, Need, Statistics
 
 _NOISE = 1e-5
 """A variance below this share of the mean square is what fp32 sums leave of a constant."""

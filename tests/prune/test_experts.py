@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from allocator.model.family import open_model, resolve_layout
 from allocator.model.load import load_model
 from allocator.model.modeling_pruned import choose, cut, split, stacked
-from allocator.prune import statistics
+from allocator.prune import routing as routing_
 from allocator.prune.assemble import Assembler, Switchboard
 from allocator.prune.build import prune_on_pruned_inputs
 from allocator.prune.experts import by_contribution, by_reconstruction, by_routing, expert_order
-from allocator.prune.statistics import Routing
+from allocator.prune.routing import Routing
 
 EXPERTS = {
     "mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2},
@@ -178,7 +178,7 @@ def test_what_a_level_keeps_the_one_before_keeps_too(ranks, num_groups):
 
 @torch.no_grad()
 def test_routing_looks_at_no_more_tokens_than_it_has_room_for(mixture, monkeypatch):
-    monkeypatch.setattr(statistics, "GRAM_BYTES", 4 * mixture.gate.num_experts**2 * 50)
+    monkeypatch.setattr(routing_, "GRAM_BYTES", 4 * mixture.gate.num_experts**2 * 50)
     routing = _routing(mixture, _inputs(120))
     assert routing.count == len(routing.gram_nee) == 50
     assert float(routing.mass_e.sum()) == pytest.approx(float(mixture.gate(_inputs(120))[1].sum()), rel=1e-6)
