@@ -15,7 +15,7 @@ from allocator.config import RunConfig, load_config, search_assignments
 from allocator.core.budget import Budget, budget_for
 from allocator.core.costs import Bound, scaled, shown
 from allocator.core.errors import UserError, did_you_mean
-from allocator.core.files import check_file, check_new_folder, fingerprint, whole_folder
+from allocator.core.files import check_apart, check_file, check_new_folder, fingerprint, whole_folder
 from allocator.core.front import figure, pareto_front
 from allocator.core.front import knee as find_knee
 from allocator.core.journal import Journal
@@ -33,6 +33,7 @@ from allocator.model.checkpoint import count_params
 from allocator.model.draft import Covered, coverage, draft
 from allocator.model.family import Attention, Layout, build_space, find_family, resolve_layout, served_types
 from allocator.model.headers import ModelFiles, locate, read_model_files
+from allocator.model.load import check_stock
 from allocator.model.ratios import Levels
 from allocator.progress import Reporter, Silent
 from allocator.prune.build import prune_on_dense_inputs, prune_on_pruned_inputs
@@ -388,6 +389,7 @@ def prune(
     reporter, out = reporter or Silent(), Path(out)
     check_new_folder(out)
     files = read_model_files(locate(model))
+    check_apart(out, files.folder, "the model")
     layout = _layout_of(plan, files, family)
     if missing := sorted(_PRUNER_KEYS - plan.pruner.keys()):
         raise UserError(
@@ -470,10 +472,13 @@ def export(
     folder = source if source.is_dir() else source.parent
     plan = Plan.load(source / "plan.json" if source.is_dir() else source)
     files = read_model_files(locate(model))
+    run = folder if (folder / "journal.jsonl").exists() else None
+    for inside, what in ((files.folder, "the model"), (run, "the run")):
+        if inside is not None:
+            check_apart(out, inside, what)
     layout = _layout_of(plan, files, family)
     beside = folder / "checkpoint"
     there = Path(checkpoint) if checkpoint is not None else beside if beside.is_dir() else None
-    run = folder if (folder / "journal.jsonl").exists() else None
     target, handed = TARGETS[to], Source(plan, files, layout, run, there)
     check_target(target, handed)
     with whole_folder(out) as partial:
@@ -557,8 +562,15 @@ def evaluate(
 
 
 def _layout(files: ModelFiles, family: Path | str | None, attention: Attention = "kv_groups") -> Layout:
-    file = None if family is None else Path(family)
-    return resolve_layout(find_family(str(files.config.get("model_type")), file), files, attention)
+    kind, file = str(files.config.get("model_type")), None if family is None else Path(family)
+    if file is None and kind not in served_types():
+        raise UserError(
+            f"family: no family file is shipped for the model type {kind!r}. Name the one that the search had, with "
+            "--family FILE"
+        )
+    named = find_family(kind, file)
+    check_stock(files, named)
+    return resolve_layout(named, files, attention)
 
 
 def _layout_of(plan: Plan, files: ModelFiles, family: Path | str | None) -> Layout:
@@ -583,7 +595,10 @@ def _check_units(plan: Plan, layout: Layout, files: ModelFiles) -> None:
     named = {(u.name, u.kind, u.total, u.params[0], u.macs[0]) for u in plan.space.units}
     if there != named or not expected.fixed.items() <= plan.space.fixed.items():
         odd = min(there ^ named)[0] if there != named else "what is outside units"
-        raise UserError(f"plan: it and the model {files.folder} disagree on {odd}. Make the plan again with a search")
+        raise UserError(
+            f"plan: it and the model {files.folder} disagree on {odd}. Name the family file that it was made "
+            "with, with --family FILE, or make the plan again with a search"
+        )
 
 
 def _shape(files: ModelFiles) -> str:
