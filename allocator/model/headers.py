@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from allocator.core.errors import UserError
 from allocator.core.files import check_name, fingerprint, read_json
 from allocator.model.foreign import check_folder, check_tensors
-from allocator.model.weights import weights_fingerprint
+from allocator.model.weights import same_values, weights_fingerprint
 
 PACKAGED = "tiny-python-llama"
 """Name of the model inside the package, the default of every command."""
@@ -136,6 +136,7 @@ def read_model_files(folder: Path) -> ModelFiles:
             ) from None
     check_tensors(folder, config, dtypes)
     if config.get("tie_word_embeddings") and "lm_head.weight" in shapes:
+        _check_tied(folder, shards)
         for table in (shapes, shards, dtypes):
             del table["lm_head.weight"]
     transposed = frozenset(
@@ -145,6 +146,18 @@ def read_model_files(folder: Path) -> ModelFiles:
     )
     shapes |= {name: shapes[name][::-1] for name in transposed}
     return ModelFiles(folder, config, shapes, shards, dtypes, transposed)
+
+
+def _check_tied(folder: Path, shards: Mapping[str, str]) -> None:
+    """Raise where a head that counts as the embedding is another matrix: transformers then keeps both."""
+    heads = [
+        (folder / shards[name], name) for name in ("model.embed_tokens.weight", "lm_head.weight") if name in shards
+    ]
+    if len(heads) == 2 and not same_values(*heads):
+        raise UserError(
+            f"model: {folder}: lm_head.weight and model.embed_tokens.weight are one matrix by config.json "
+            "(tie_word_embeddings), and differ. Set that to false, or leave lm_head.weight out of the files"
+        )
 
 
 def _architectures(folder: Path, config: Mapping[str, Any]) -> list[str]:

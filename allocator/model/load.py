@@ -105,7 +105,10 @@ def stock_config(files: ModelFiles, config: Mapping[str, Any]) -> Any:
         return architecture.config_class.from_dict(dict(config))
     except (StrictDataclassError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"model: {files.architecture} does not take this configuration: {reason}") from None
+        raise UserError(
+            f"model: {files.architecture} does not take this configuration: {reason}. Correct config.json of "
+            f"{files.folder}"
+        ) from None
 
 
 def stock_shapes(files: ModelFiles, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

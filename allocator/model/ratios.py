@@ -91,8 +91,8 @@ def _array(path: Path) -> list[float]:
         if file.read(len(np.lib.format.MAGIC_PREFIX)) != np.lib.format.MAGIC_PREFIX:
             raise ValueError("not an array of numpy")  # numpy would ask to unpickle it
     array = np.load(path, allow_pickle=False)
-    if array.ndim != 1:
-        raise ValueError(f"an array of the shape {list(array.shape)}")
+    if array.ndim != 1 or np.iscomplexobj(array):
+        raise ValueError(f"an array of the shape {list(array.shape)}, of type {array.dtype}")
     return [*map(float, array)]
 
 
