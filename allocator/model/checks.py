@@ -149,7 +149,7 @@ def num_heads(files: ModelFiles) -> int:
     Raises:
         UserError: The configuration does not say.
     """
-    for key in ("num_attention_heads", "n_head"):
+    for key in ("num_attention_heads", "n_head", "n_heads"):
         heads = files.config.get(key)
         if isinstance(heads, int) and heads > 0:
             return heads

@@ -266,7 +266,7 @@ def resolve_layout(family: Family, files: ModelFiles, attention: Attention = "kv
     skipped = family.skipped(numbers)
     check_skipped(skipped, family.tail, owned, files)
     check_biases(owned, files)
-    for site in sites:
+    for site in (site for site in sites if site.total > 1):  # one item goes as a whole, with all that lies beside it
         check_vectors(site.name, _lengths(site, files), site.rows, site.output, skipped, files)
     return Layout(blocks, tuple(family.tail), sites)
 
