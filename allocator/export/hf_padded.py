@@ -39,8 +39,8 @@ class HuggingFacePadded(Target):
         """Check the checkpoint, and that the stock class has a place for every tensor."""
         if WIDTH not in source.files.config:
             raise UserError(
-                f"export: {self.name} says the width of a layer with {WIDTH}, and the configuration of "
-                f"{source.files.architecture} has no such key. Use --to hf"
+                f"export: {self.name} knows the configuration keys of Llama-like models alone, and that of "
+                f"{source.files.architecture} has no {WIDTH}. Use --to hf"
             )
         if wrong := next(_misfits(source, _padded(source)), None):
             raise UserError(f"export: {self.name} cannot express this plan: {wrong}. Use --to hf")
@@ -163,7 +163,7 @@ def pad(tensor: torch.Tensor, shape: tuple[int, ...], groups: int, runs: Sequenc
     for axis, size in enumerate(shape):
         if tensor.shape[axis] != size:
             shares = runs if axis == 0 else [1]
-            pieces = tensor.split([tensor.shape[axis] * share // sum(shares) for share in shares], axis)
+            pieces = torch.split(tensor, [tensor.shape[axis] * share // sum(shares) for share in shares], axis)
             extents = [size * share // sum(shares) for share in shares]
             padded = [_padded_to(piece, axis, extent, groups) for piece, extent in zip(pieces, extents, strict=True)]
             tensor = torch.cat(padded, axis)

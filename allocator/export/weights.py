@@ -71,8 +71,11 @@ def head_dim(source: Source) -> dict[str, int]:
 
 def in_keys_of_llama(source: Source) -> bool:
     """Whether the configuration states the sizes of sub-blocks in Llama's keys, and each matrix is one part of them."""
-    runs = (len(site.inputs) == len(site.rows) and not site.counts for site in source.layout.sites)
-    return all(runs) and {WIDTH, *HEADS} <= source.files.config.keys()
+    separate = (
+        len(site.inputs) == len(site.rows) and not site.counts and (site.kind != "kv_groups" or len(site.rows) == 3)
+        for site in source.layout.sites
+    )
+    return all(separate) and {WIDTH, *HEADS} <= source.files.config.keys()
 
 
 def sizes(unit: Unit, items: int, config: Any) -> dict[str, int]:
