@@ -15,7 +15,7 @@ from allocator.config import RunConfig, load_config, search_assignments
 from allocator.core.budget import Budget, budget_for
 from allocator.core.costs import Bound, scaled, shown
 from allocator.core.errors import UserError, did_you_mean
-from allocator.core.files import check_file, check_new_folder, fingerprint, whole_folder
+from allocator.core.files import check_apart, check_file, check_new_folder, fingerprint, whole_folder
 from allocator.core.front import figure, pareto_front
 from allocator.core.front import knee as find_knee
 from allocator.core.journal import Journal
@@ -31,8 +31,9 @@ from allocator.export.targets import TARGETS
 from allocator.job import ladders_id, read_model, read_texts, read_tokens, text_fingerprint, versions
 from allocator.model.checkpoint import count_params
 from allocator.model.draft import Covered, coverage, draft
-from allocator.model.family import Layout, build_space, find_family, open_model, resolve_layout, served_types
+from allocator.model.family import Family, Layout, build_space, find_family, open_model, resolve_layout, served_types
 from allocator.model.headers import ModelFiles, locate, read_model_files
+from allocator.model.load import check_stock
 from allocator.model.ratios import Levels
 from allocator.progress import Reporter, Silent
 from allocator.prune.build import prune_on_dense_inputs, prune_on_pruned_inputs
@@ -387,6 +388,7 @@ def prune(
     plan = plan if isinstance(plan, Plan) else Plan.load(plan)
     reporter, out = reporter or Silent(), Path(out)
     check_new_folder(out)
+    check_apart(out, locate(model), "the model")
     files, layout = _model_of(plan, model, family)
     if missing := sorted(_PRUNER_KEYS - plan.pruner.keys()):
         raise UserError(
@@ -467,10 +469,13 @@ def export(
     check_new_folder(out)
     folder = source if source.is_dir() else source.parent
     plan = Plan.load(source / "plan.json" if source.is_dir() else source)
+    run = folder if (folder / "journal.jsonl").exists() else None
+    for inside, what in ((locate(model), "the model"), (run, "the run")):
+        if inside is not None:
+            check_apart(out, inside, what)
     files, layout = _model_of(plan, model, family)
     beside = folder / "checkpoint"
     there = Path(checkpoint) if checkpoint is not None else beside if beside.is_dir() else None
-    run = folder if (folder / "journal.jsonl").exists() else None
     target, handed = TARGETS[to], Source(plan, files, layout, run, there)
     check_target(target, handed)
     with whole_folder(out) as partial:
@@ -539,7 +544,7 @@ def evaluate(
     """
     if tokens % length:
         raise UserError(f"tokens: {tokens} is not a multiple of the sequence length {length}")
-    (files, names), pruned = open_model(locate(model), _path(family)), read_model_files(locate(checkpoint))
+    (files, names), pruned = _opened(model, family), read_model_files(locate(checkpoint))
     dense, own = _shape(files), _shape(pruned)
     if own != dense:
         raise UserError(
@@ -557,13 +562,23 @@ def evaluate(
     }
 
 
-def _path(file: Path | str | None) -> Path | None:
-    return None if file is None else Path(file)
+def _opened(model: Path | str, family: Path | str | None) -> tuple[ModelFiles, Family]:
+    """Return a model and its family, whose tensors are what its class makes of its configuration."""
+    folder = locate(model)
+    kind = str(read_model_files(folder).config.get("model_type"))
+    if family is None and kind not in served_types():
+        raise UserError(
+            f"family: no family file is shipped for the model type {kind!r}. Name the one that the search had, with "
+            "--family FILE"
+        )
+    files, names = open_model(folder, None if family is None else Path(family))
+    check_stock(files, names)
+    return files, names
 
 
 def _model_of(plan: Plan, model: Path | str, family: Path | str | None) -> tuple[ModelFiles, Layout]:
     """Return the model that a plan was made for, and where the plan's units are in it."""
-    files, names = open_model(locate(model), _path(family))
+    files, names = _opened(model, family)
     if files.fingerprint != plan.model["fingerprint"]:
         raise UserError(
             f"plan: made for {plan.model['id']} ({plan.model['fingerprint'][:19]}...), and {files.folder} is another "
@@ -589,7 +604,10 @@ def _check_units(plan: Plan, layout: Layout, files: ModelFiles) -> None:
     named = {(u.name, u.kind, u.total, u.params[0], u.macs[0]) for u in plan.space.units}
     if there != named or not expected.fixed.items() <= plan.space.fixed.items():
         odd = min(there ^ named)[0] if there != named else "what is outside units"
-        raise UserError(f"plan: it and the model {files.folder} disagree on {odd}. Make the plan again with a search")
+        raise UserError(
+            f"plan: it and the model {files.folder} disagree on {odd}. Name the family file that it was made "
+            "with, with --family FILE, or make the plan again with a search"
+        )
 
 
 def _shape(files: ModelFiles) -> str:

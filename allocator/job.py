@@ -25,7 +25,7 @@ from allocator.evaluate.engine import EngineSpec, check_device
 from allocator.evaluate.training import Training
 from allocator.model.family import Layout, build_space, open_model, resolve_layout
 from allocator.model.headers import ModelFiles, locate
-from allocator.model.load import load_tokenizer
+from allocator.model.load import check_stock, load_tokenizer
 from allocator.model.text import pack, read_documents, split_of
 from allocator.model.workload import Workload, served
 from allocator.prune.pruners import PRUNERS, LocalPruner, make_pruner
@@ -210,6 +210,7 @@ def read_model(config: RunConfig) -> tuple[ModelFiles, Layout, SearchSpace]:
             f"ladder.attention: query_heads serves structured pruning, and the pattern is {config.pattern}. "
             "Leave it out"
         )
+    check_stock(files, family)
     layout = resolve_layout(family, files, ladder.attention, ladder.experts if structured else "inside")
     build = partial(
         build_space,

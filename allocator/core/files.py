@@ -63,6 +63,16 @@ def check_new_folder(out: Path) -> None:
     check_place(out, "Name another folder with --out")
 
 
+def check_apart(out: Path, folder: Path, what: str) -> None:
+    """Check that a new folder lies not in another, whose content is ``what`` others read.
+
+    Raises:
+        UserError: It does.
+    """
+    if folder.resolve() in out.resolve().parents:
+        raise UserError(f"{out}: lies inside of {what} {folder}, which stays as it is. Name another folder with --out")
+
+
 @contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
     """Yield a new folder beside ``out``, which becomes it when the body ends and is removed when it fails.

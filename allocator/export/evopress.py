@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from math import ceil
 from pathlib import Path
 
+from allocator.core.errors import UserError
 from allocator.export.contract import Source, Target, command, write_verify
 from allocator.export.levels import LEVELS, MODULES, Rounded, apportion, lost, write_levels
 
@@ -28,6 +30,15 @@ class EvoPress(Target):
     name = "evopress"
     writes = "levels of matrices for EvoPress, and what they mean"
     patterns = ("unstructured",)
+
+    def check(self, source: Source) -> None:
+        """Raise where a matrix has a name that ``prune.py`` is not told to look for."""
+        for matrix in source.matrices:
+            if not re.fullmatch(MODULES, matrix.module):
+                raise UserError(
+                    f"export: {self.name} looks for matrices of Llama's names, such as layers.0.mlp.up_proj, and this "
+                    f"model has {matrix.module}. Use --to ratios, or --to hf for the executed plan"
+                )
 
     def write(self, source: Source, folder: Path) -> list[str]:
         """Write them."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from allocator.core.errors import UserError
 from allocator.core.space import Unit
 from allocator.export.contract import Source, Target, write_verify
-from allocator.export.weights import COMPARE, executed, head_dim, in_keys_of_llama, sizes
+from allocator.export.weights import COMPARE, HEADS, WIDTH, executed, head_dim, sizes
 from allocator.model.checkpoint import dtype_of, read_tensors, write_companions
 from allocator.model.headers import ModelFiles
 from allocator.model.load import stock_config, stock_shapes
@@ -26,6 +26,9 @@ class HuggingFacePadded(Target):
 
     The zeros add nothing: a channel of zeros, or a head whose queries, keys and values are, gives the output projection
     zeros, whatever the attention, and no other head sees it. Sums of more terms round differently.
+
+    A configuration that does not state KV heads, as GPT-NeoX's, divides the width of a head out of its query heads:
+    attention is then padded to all of its heads.
     """
 
     name = "hf-padded"
@@ -34,10 +37,10 @@ class HuggingFacePadded(Target):
 
     def check(self, source: Source) -> None:
         """Check the checkpoint, and that the stock class has a place for every tensor."""
-        if not in_keys_of_llama(source):
+        if WIDTH not in source.files.config:
             raise UserError(
-                f"export: {self.name} knows the configuration keys of Llama-like models alone, and this is a "
-                f"{source.files.architecture}. Use --to hf"
+                f"export: {self.name} knows the configuration keys of Llama-like models alone, and that of "
+                f"{source.files.architecture} has no {WIDTH}. Use --to hf"
             )
         if wrong := next(_misfits(source, _padded(source)), None):
             raise UserError(f"export: {self.name} cannot express this plan: {wrong}. Use --to hf")
@@ -80,15 +83,23 @@ class _Padded:
 def _padded(source: Source) -> _Padded:
     plan, files = source.plan, source.files
     compact = executed(source, HuggingFacePadded.name)
-    config = {**files.config, **head_dim(source), **_biased(source, compact)}
+    stated = {*HEADS} <= files.config.keys()
+    config = {**files.config, **(head_dim(source) if stated else {}), **_biased(source, compact)}
     widths: dict[str, int] = {}
     for unit, level in zip(plan.space.units, plan.allocation, strict=True):
         # one item at least, or one of every group: no class is made for none
         widths[unit.kind] = max(widths.get(unit.kind, unit.num_groups), unit.kept[level])
     for kind, unit in {unit.kind: unit for unit in plan.space.units}.items():
+        if kind != "channels" and not stated:
+            widths[kind] = unit.total
+            continue
         widths[kind] = _accepted(unit, widths[kind], files, config)
         config |= sizes(unit, widths[kind], files.config)
-    return _Padded(compact, config, widths, stock_shapes(files, config))
+    stock = stock_shapes(files, config)
+    # what the class calls otherwise as it loads lies outside of units, and stays as it is
+    shapes = {name: stock.get(name, shape) for name, shape in files.shapes.items()}
+    gained = {name: shape for name, shape in stock.items() if _known(name, files) in files.shapes}
+    return _Padded(compact, config, widths, shapes | gained)
 
 
 def _biased(source: Source, compact: ModelFiles) -> dict[str, bool]:
@@ -129,24 +140,41 @@ def _tensors(source: Source, model: _Padded, names: list[str]) -> dict[str, torc
     files, found = source.files, read_tensors(model.compact, [name for name in names if name in model.compact.shapes])
     units = {unit.name: unit for unit in source.plan.space.units}
     groups = {module: units[site.name].num_groups for site in source.layout.sites for module in site.modules}
+    runs = {m: [own.rows for own in site.inputs if own.module == m] for site in source.layout.sites for m in site.rows}
 
     def tensor(name: str) -> torch.Tensor:
         if name not in found:
             return torch.zeros(model.shapes[name], dtype=dtype_of(files.dtypes[_known(name, files)]))
-        return pad(found[name], model.shapes[name], groups.get(name.rpartition(".")[0], 1))
+        module = name.rpartition(".")[0]
+        return pad(found[name], model.shapes[name], groups.get(module, 1), runs.get(module, [1]))
 
     return {name: tensor(name) for name in names}
 
 
-def pad(tensor: torch.Tensor, shape: tuple[int, ...], groups: int) -> torch.Tensor:
-    """Return a tensor of this shape, with zeros at the end of every group of rows, or of columns, that were too few."""
+def pad(tensor: torch.Tensor, shape: tuple[int, ...], groups: int, runs: Sequence[int]) -> torch.Tensor:
+    """Return a tensor of this shape, with zeros at the end of what was too short.
+
+    Args:
+        tensor: What is padded.
+        shape: What it is padded to.
+        groups: In how many parts its rows, or columns, are padded each.
+        runs: Rows of an item in each of the runs that its rows consist of.
+    """
     for axis, size in enumerate(shape):
         if tensor.shape[axis] != size:
-            parts = tensor.reshape(*tensor.shape[:axis], groups, -1, *tensor.shape[axis + 1 :])
-            extent = [*parts.shape]
-            extent[axis + 1] = size // groups - extent[axis + 1]
-            tensor = torch.cat([parts, parts.new_zeros(extent)], axis + 1).flatten(axis, axis + 1)
+            shares = runs if axis == 0 else [1]
+            pieces = torch.split(tensor, [tensor.shape[axis] * share // sum(shares) for share in shares], axis)
+            extents = [size * share // sum(shares) for share in shares]
+            padded = [_padded_to(piece, axis, extent, groups) for piece, extent in zip(pieces, extents, strict=True)]
+            tensor = torch.cat(padded, axis)
     return tensor.contiguous()
+
+
+def _padded_to(tensor: torch.Tensor, axis: int, size: int, groups: int) -> torch.Tensor:
+    parts = tensor.reshape(*tensor.shape[:axis], groups, -1, *tensor.shape[axis + 1 :])
+    extent = [*parts.shape]
+    extent[axis + 1] = size // groups - extent[axis + 1]
+    return torch.cat([parts, parts.new_zeros(extent)], axis + 1).flatten(axis, axis + 1)
 
 
 def _known(name: str, files: ModelFiles) -> str:

@@ -17,6 +17,9 @@ from allocator.model.headers import ModelFiles, read_model_files
 COMPARE = f"to compare it with the plan, in its folder: python {VERIFY} ."
 """What is said of a checkpoint that has the script beside it."""
 
+WIDTH, HEADS = "intermediate_size", ("num_key_value_heads", "num_attention_heads")
+"""Llama's keys for the channels and the heads of sub-blocks."""
+
 _REMEDY = "Make it with 'allocator prune PLAN --out FOLDER', and name it with --checkpoint FOLDER"
 
 
@@ -68,16 +71,17 @@ def head_dim(source: Source) -> dict[str, int]:
 
 def in_keys_of_llama(source: Source) -> bool:
     """Whether the configuration states the sizes of sub-blocks in Llama's keys, and each matrix is one part of them."""
-    runs = (len(site.inputs) == len(site.rows) and not site.counts for site in source.layout.sites)
-    return (
-        all(runs) and {"intermediate_size", "num_attention_heads", "num_key_value_heads"} <= source.files.config.keys()
+    separate = (
+        len(site.inputs) == len(site.rows) and not site.counts and (site.kind != "kv_groups" or len(site.rows) == 3)
+        for site in source.layout.sites
     )
+    return all(separate) and {WIDTH, *HEADS} <= source.files.config.keys()
 
 
 def sizes(unit: Unit, items: int, config: Any) -> dict[str, int]:
     """Return what a configuration says of a sub-block that holds so many items, in the keys of Llama."""
     if unit.kind == "channels":
-        return {"intermediate_size": items}
+        return {WIDTH: items}
     if unit.kind == "query_heads":
         return {"num_attention_heads": items}
-    return {key: items * config[key] // unit.total for key in ("num_key_value_heads", "num_attention_heads")}
+    return {key: items * config[key] // unit.total for key in HEADS}

@@ -12,13 +12,14 @@ from fractions import Fraction
 from importlib import resources
 from math import floor
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from allocator.core.errors import UserError, did_you_mean
 from allocator.core.space import SearchSpace, Unit
+from allocator.model.checks import check_biases, check_depth, check_heads, check_skipped, check_vectors, num_heads
 from allocator.model.headers import ModelFiles, read_model_files
 
 Attention = Literal["kv_groups", "query_heads"]
@@ -132,9 +133,33 @@ class Family(_Strict):
     tail: list[str] = Field(min_length=1)
     """From the blocks to the logits, the head last. What ends in ``?`` is not in every model, here and in ``entry``."""
     skip: list[str]
-    """Matrices that stay; ``{block}`` stands for every block."""
+    """Modules that stay as they are; ``{block}`` is each block in turn, and what ends in ``?`` not in every model."""
     renamed: dict[str, str] = {}
     """Parts of names in the files that the model calls otherwise."""
+
+    @model_validator(mode="after")
+    def _check_once(self) -> Family:
+        owners: dict[str, str] = {}
+        for part, unit in self.units.items():
+            if isinstance(unit, Mixture):
+                for module in unit.names:
+                    _own(owners, module, f"unit {part!r}")
+                continue
+            for module in dict.fromkeys(_each(*unit.inputs)):
+                _own(owners, module, f"unit {part!r}")
+            _own(owners, unit.output, f"the output of unit {part!r}")
+        return self
+
+    def skipped(self, numbers: Sequence[int]) -> dict[str, str]:
+        """Return, for every module that ``skip`` names in a model whose blocks have these numbers, the line of it."""
+        lines = [(line.removesuffix("?"), line) for line in self.skip]
+        return {name.replace("{block}", str(number)): line for name, line in lines for number in numbers}
+
+
+def _own(owners: dict[str, str], module: str, owner: str) -> None:
+    if module in owners:
+        raise ValueError(f"{module} is in {owners[module]} and in {owner}, and a matrix has one place")
+    owners[module] = owner
 
 
 class Rows(NamedTuple):
@@ -238,6 +263,16 @@ def families_folder() -> Path:
     return inside if inside.is_dir() else Path(str(resources.files("allocator"))).parent / "search_spaces"
 
 
+class _Once(yaml.SafeLoader):
+    """YAML in which no key is there twice: the last one would count, without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def load_family(path: Path) -> Family:
     """Read one family file.
 
@@ -245,11 +280,12 @@ def load_family(path: Path) -> Family:
         UserError: The file is missing, not YAML, or has a missing or unknown key.
     """
     try:
-        return Family.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        return Family.model_validate(_Once(path.read_text(encoding="utf-8")).get_single_data())
     except OSError as error:
         raise UserError(f"family: {path}: {error.strerror}. Name a file like those in {families_folder()}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"family: {path}: not YAML: {error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"family: {path}: not YAML: {reason}. Compare with llama.yaml") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -277,9 +313,22 @@ def find_family(model_type: str, file: Path | None = None) -> Family:
 
 
 def served_types() -> dict[str, Family]:
-    """Return the families that are shipped, by the model types that they serve."""
-    families = [load_family(path) for path in sorted(families_folder().glob("*.yaml"))]
-    return {model_type: family for family in families for model_type in family.model_types}
+    """Return the families that are shipped, by the model types that they serve.
+
+    Raises:
+        UserError: Two of them serve the same.
+    """
+    homes: dict[str, Path] = {}
+    served: dict[str, Family] = {}
+    for path in sorted(families_folder().glob("*.yaml")):
+        family = load_family(path)
+        for model_type in family.model_types:
+            if (other := homes.setdefault(model_type, path)) != path:
+                raise UserError(
+                    f"family: {other} and {path} both serve the model type {model_type!r}. Take it out of one of them"
+                )
+            served[model_type] = family
+    return served
 
 
 def open_model(folder: Path, file: Path | None = None) -> tuple[ModelFiles, Family]:
@@ -309,13 +358,13 @@ def resolve_layout(
         experts: What a mixture of experts loses.
 
     Raises:
-        UserError: A named module is missing, a matrix is covered by no unit and no ``skip`` line, shapes do not
-            divide into items, or each KV group has but one query head to lose.
+        UserError: A named module is missing, a matrix is covered by no unit and no ``skip`` line or by two, blocks are
+            missing, shapes do not divide into items, each KV group has but one query head to lose, or what lies beside
+            the matrices of a unit has the width that they lose.
     """
     shapes = files.shapes
     numbers = block_numbers(files, family.blocks)
-    if not numbers:
-        raise UserError(f"family: blocks {family.blocks!r} matches no module of {files.architecture}")
+    check_depth(family.blocks, numbers, files)
     blocks = tuple(family.blocks.format(block=number) for number in numbers)
     sites: list[Site] = []
     mixtures: list[Site] = []
@@ -336,16 +385,15 @@ def resolve_layout(
                 f"family: {key} names {module}, which {files.architecture} lacks{did_you_mean(module, _outside(files))}"
             )
     around = tuple(module for module in (*entry, *tail[:-1]) if len(shapes[f"{module}.weight"]) == 2)
-    covered = {*around, *(name.removesuffix("?").format(block=number) for name in family.skip for number in numbers)}
-    covered |= {module for site in sites for module in site.modules}
-    covered |= {f"{block}.{name}" for block in blocks for unit in family.units.values() for name in unit.names}
-    for name, shape in shapes.items():
-        module = name.removesuffix(".weight")
-        if len(shape) >= 2 and module not in covered:
-            raise UserError(
-                f"family: matrix {module} {list(shape)} of {files.architecture} is in no unit. "
-                "Name it in a unit, or list it under 'skip'"
-            )
+    owned = {module for site in sites for module in site.modules}
+    owned |= {f"{block}.{name}" for block in blocks for unit in family.units.values() for name in unit.names}
+    skipped = family.skipped(numbers)
+    check_skipped({**skipped, **dict.fromkeys(around, "tail")}, family.tail, owned, files)
+    check_biases(owned, files)
+    # what has one item goes as a whole, with all that lies beside it; of routers every vector is one of experts
+    for site in (site for site in sites if site.total > 1 and not site.experts):
+        inside = {name: shape for name, shape in shapes.items() if site.owns(name)}
+        check_vectors(site.name, _lengths(site, files), site.rows, site.output, skipped, inside, files)
     return Layout(blocks, tail, tuple(sites), around, tuple(mixtures))
 
 
@@ -468,6 +516,8 @@ def _site(
             raise UserError(f"family: unit {part!r} names {module}, which {files.architecture} lacks. It has {near}")
     columns = files.shapes[f"{output}.weight"][1]
     rows = {module: files.shapes[f"{module}.weight"][0] for module in inputs}
+    if isinstance(parts, KvGroups) and (parts.fused is not None or len(inputs) == 3):
+        check_heads(inputs, output, parts.fused is not None, files)
     total = columns if isinstance(parts, Channels) else _num_groups(parts, files, rows[inputs[0]], columns)
     home = _shared([*inputs, output])
     others = [f"{block}.{m}" for other, its in family.units.items() if other != part for m in its.names]
@@ -584,7 +634,7 @@ def _heads(site: Site, parts: KvGroups, files: ModelFiles) -> Site:
             f"ladder.attention: {files.architecture} has norms over all heads, so that query heads cannot go alone. "
             "Use --set ladder.attention=kv_groups, which takes the whole attention"
         )
-    heads = _num_heads(files)
+    heads = num_heads(files)
     if heads == site.total:
         raise UserError(
             f"ladder.attention: {files.architecture} has one query head per KV group, so query heads cannot go alone. "
@@ -605,6 +655,15 @@ def _heads(site: Site, parts: KvGroups, files: ModelFiles) -> Site:
         width=site.width // group,
         group=group,
     )
+
+
+def _lengths(site: Site, files: ModelFiles) -> set[int]:
+    """Return the lengths of what a sub-block loses a part of; the width of a head is none, whatever it equals."""
+    lengths = {site.width * site.total, *(own.rows * site.total for own in site.inputs)}
+    if site.kind == "channels":
+        return lengths
+    heads = num_heads(files)
+    return {*lengths, site.total, heads} - {site.width * site.total // heads}
 
 
 def build_space(
@@ -672,10 +731,6 @@ def _size(shape: Sequence[int]) -> int:
     return size
 
 
-def _num_heads(files: ModelFiles) -> int:
-    return int(files.config.get("num_attention_heads") or files.config["n_head"])
-
-
 def _num_groups(parts: KvGroups, files: ModelFiles, rows: int, columns: int) -> int:
     """Return the KV groups of attention, from the rows of its first input and the columns of its output projection.
 
@@ -684,9 +739,9 @@ def _num_groups(parts: KvGroups, files: ModelFiles, rows: int, columns: int) -> 
     if parts.norms:
         return 1
     if parts.fused is not None:
-        return (rows - columns) * _num_heads(files) // (2 * columns)
+        return (rows - columns) * num_heads(files) // (2 * columns)
     # models from before grouped queries name query heads alone
-    return int(files.config.get("num_key_value_heads") or _num_heads(files))
+    return int(files.config.get("num_key_value_heads") or num_heads(files))
 
 
 def _structured_unit(site: Site, files: ModelFiles, ladder: Sequence[float] | None, align: int, bias: bool) -> Unit:

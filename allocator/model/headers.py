@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 
 from allocator.core.errors import UserError
 from allocator.core.files import check_name, fingerprint, read_json
-from allocator.model.weights import weights_fingerprint
+from allocator.model.foreign import check_folder, check_tensors
+from allocator.model.weights import same_values, weights_fingerprint
 
 PACKAGED = "tiny-python-llama"
 """Name of the model inside the package, the default of every command."""
@@ -133,10 +134,11 @@ def read_model_files(folder: Path) -> ModelFiles:
     """
     if not folder.is_dir():
         raise UserError(f"model: {folder}: no such folder. {_REMEDY}")
+    check_folder(folder)
     if not (folder / "config.json").is_file():
         raise UserError(f"model: {folder / 'config.json'}: no such file. {_REMEDY}")
     config = read_json(folder / "config.json", "model configuration")
-    architectures = config.get("architectures") or ["nothing"]
+    architectures = _architectures(folder, config)
     if not str(architectures[0]).endswith(("ForCausalLM", "LMHeadModel")):
         raise UserError(
             f"model: {folder}/config.json names the architecture {architectures[0]!r}, which is not a causal "
@@ -163,7 +165,9 @@ def read_model_files(folder: Path) -> ModelFiles:
             raise UserError(
                 f"model: {folder / name}: not a readable safetensors file: {error}. Copy it again"
             ) from None
+    check_tensors(folder, config, dtypes)
     if config.get("tie_word_embeddings") and "lm_head.weight" in shapes:
+        _check_tied(folder, shards)
         for table in (shapes, shards, dtypes):
             del table["lm_head.weight"]
     transposed = frozenset(
@@ -173,3 +177,36 @@ def read_model_files(folder: Path) -> ModelFiles:
     )
     shapes |= {name: shapes[name][::-1] for name in transposed}
     return ModelFiles(folder, config, shapes, shards, dtypes, transposed)
+
+
+def _check_tied(folder: Path, shards: Mapping[str, str]) -> None:
+    """Raise where a head that counts as the embedding is another matrix: transformers then keeps both."""
+    heads = [
+        (folder / shards[name], name) for name in ("model.embed_tokens.weight", "lm_head.weight") if name in shards
+    ]
+    if len(heads) == 2 and not same_values(*heads):
+        raise UserError(
+            f"model: {folder}: lm_head.weight and model.embed_tokens.weight are one matrix by config.json "
+            "(tie_word_embeddings), and differ. Set that to false, or leave lm_head.weight out of the files"
+        )
+
+
+def _architectures(folder: Path, config: Mapping[str, Any]) -> list[str]:
+    """Return the classes that a configuration names.
+
+    Raises:
+        UserError: It names none, or no type of model.
+    """
+    where, kind, named = folder / "config.json", config.get("model_type"), config.get("architectures")
+    if not isinstance(named, list) or not named:
+        raise UserError(
+            f"model: {where} names no class (architectures: {json.dumps(named)}), which is not a causal language model "
+            'to be sure of. Write one there, such as "architectures": ["LlamaForCausalLM"], or save the model again '
+            "with save_pretrained"
+        )
+    if not isinstance(kind, str) or not kind:
+        raise UserError(
+            f"model: {where} names no type of model (model_type: {json.dumps(kind)}). Write that of {named[0]} there, "
+            "or save the model again with save_pretrained"
+        )
+    return [str(name) for name in named]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from allocator.core.errors import UserError
 from allocator.model import modeling_pruned
-from allocator.model.family import Layout
+from allocator.model.family import Family, Layout, block_numbers
 from allocator.model.headers import ModelFiles
 
 
@@ -110,7 +110,10 @@ def stock_config(files: ModelFiles, config: Mapping[str, Any]) -> Any:
         return architecture.config_class.from_dict(dict(config))
     except (StrictDataclassError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"model: {files.architecture} does not take this configuration: {reason}") from None
+        raise UserError(
+            f"model: {files.architecture} does not take this configuration: {reason}. Correct config.json of "
+            f"{files.folder}"
+        ) from None
 
 
 def stock_shapes(files: ModelFiles, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -123,6 +126,63 @@ def stock_shapes(files: ModelFiles, config: Mapping[str, Any]) -> dict[str, tupl
     with torch.device("meta"):
         model = architecture(stock_config(files, config))
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def check_stock(files: ModelFiles, family: Family) -> None:
+    """Check that tensors are what the model's class makes of its configuration, and that units share no matrix.
+
+    Nothing is loaded. Names that the class changes as it loads are not compared.
+
+    Raises:
+        UserError: A tensor has another shape, a bias has no place in the class or is not in the files, a matrix of a
+            unit is one tensor with another, or transformers has no such class or cannot build it.
+    """
+    architecture = _architecture(files, files.architecture)
+    try:
+        with torch.device("meta"):
+            model = architecture(stock_config(files, files.config))
+    except UserError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(
+            f"model: {files.folder}/config.json: {files.architecture} cannot be built from it ({reason}). Copy the "
+            "model again, or save it again with save_pretrained"
+        ) from None
+    blocks = [family.blocks.format(block=number) for number in block_numbers(files, family.blocks)]
+    units = {f"{b}.{n}" for b in blocks for unit in family.units.values() for n in unit.names}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    _check_shared(files, units, parameters)
+    for name, parameter in parameters.items():
+        shape, stored = tuple(parameter.shape), files.shapes.get(name)
+        found = stored[::-1] if stored and name in files.transposed else stored
+        if found not in (None, shape):
+            raise UserError(
+                f"model: {files.folder}: {name} has the shape {list(found or ())}, and {files.architecture} makes it "
+                f"{list(shape)} by config.json. Correct the configuration, or copy the model again"
+            )
+    for module in sorted(module for module in units if f"{module}.weight" in files.shapes.keys() & parameters.keys()):
+        name = f"{module}.bias"
+        if (name in files.shapes) != (name in parameters):
+            odd = (
+                "is in the files, and has no place" if name in files.shapes else "is not in the files, and has a place"
+            )
+            raise UserError(
+                f"model: {files.folder}: {name} {odd} in {files.architecture} by config.json. Correct the "
+                "configuration, or copy the model again"
+            )
+
+
+def _check_shared(files: ModelFiles, units: Collection[str], parameters: Mapping[str, nn.Parameter]) -> None:
+    first: dict[int, str] = {}
+    for name, parameter in parameters.items():
+        other = first.setdefault(id(parameter), name)
+        if other != name and {name.removesuffix(".weight"), other.removesuffix(".weight")} & {*units}:
+            raise UserError(
+                f"family: {name} and {other} are one tensor in {files.architecture}, and what one of them loses the "
+                "other would lose too. List both under 'skip' in a family file of your own, and name that with "
+                "--set family=FILE"
+            )
 
 
 def _architecture(files: ModelFiles, name: str) -> Any:

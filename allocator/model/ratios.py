@@ -69,7 +69,7 @@ def _read(path: Path) -> list[float] | dict[str, float]:
     """Return shares by block, or by module shares or levels."""
     try:
         if path.suffix == ".npy":
-            return [*map(float, np.load(path, allow_pickle=False))]
+            return _array(path)
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".csv":
             return _once((row["module"], float(row["sparsity"])) for row in csv.DictReader(text.splitlines()))
@@ -84,6 +84,16 @@ def _read(path: Path) -> list[float] | dict[str, float]:
     except (ValueError, TypeError, KeyError, EOFError, OverflowError) as error:
         reason = f"there is no column {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
         raise UserError(f"{path}: no allocation: {reason}. {_SHAPES}") from None
+
+
+def _array(path: Path) -> list[float]:
+    with path.open("rb") as file:
+        if file.read(len(np.lib.format.MAGIC_PREFIX)) != np.lib.format.MAGIC_PREFIX:
+            raise ValueError("not an array of numpy")  # numpy would ask to unpickle it
+    array = np.load(path, allow_pickle=False)
+    if array.ndim != 1 or np.iscomplexobj(array):
+        raise ValueError(f"an array of the shape {list(array.shape)}, of type {array.dtype}")
+    return [*map(float, array)]
 
 
 def _line(line: str) -> tuple[str, int]:

@@ -1,10 +1,11 @@
-"""Reading a file of weights from end to end, once: its hash, and whether every number in it is one."""
+"""Reading files of weights byte by byte: their hash, whether every number is one, whether tensors are the same."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -42,6 +43,30 @@ def weights_fingerprint(path: Path) -> str:
                 if not _finite(chunk, entry["dtype"]):
                     raise UserError(f"model: {path}: {name} holds NaN or infinity. Repair or replace the model")
     return "sha256:" + digest.hexdigest()
+
+
+def same_values(first: tuple[Path, str], second: tuple[Path, str]) -> bool:
+    """Whether two tensors, each of a file and by its name, are the same: type, shape and every byte."""
+    with first[0].open("rb") as one, second[0].open("rb") as other:
+        left, right = _found(one, first[1]), _found(other, second[1])
+        if left[0] != right[0]:
+            return False
+        size = left[1]
+        while size > 0:
+            count = min(_CHUNK_BYTES, size)
+            if one.read(count) != other.read(count):
+                return False
+            size -= count
+    return True
+
+
+def _found(file: BinaryIO, name: str) -> tuple[tuple[Any, ...], int]:
+    """Go to the first byte of a tensor, and return its type and shape, and its size in bytes."""
+    header_bytes = int.from_bytes(file.read(8), "little")
+    entry = json.loads(file.read(header_bytes))[name]
+    start, end = entry["data_offsets"]
+    file.seek(8 + header_bytes + start)
+    return (entry["dtype"], entry["shape"]), end - start
 
 
 def _finite(chunk: bytes, dtype: str) -> bool:

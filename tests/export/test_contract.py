@@ -120,6 +120,31 @@ def test_other_families_are_written_or_refused(
     assert {"hf", "ratios"} <= {*written}
 
 
+@pytest.mark.parametrize(
+    ("kind", "pattern"), [("gpt2", "structured"), ("phi3", "structured"), ("gpt2", "unstructured")]
+)
+def test_what_other_families_are_refused_is_one_line(
+    kind: str, pattern: str, make_model: Callable[..., Path], execute: Callable[..., Any], tmp_path: Path
+) -> None:
+    """With what to do; nothing is written."""
+    executed, refused = execute(make_model(kind), pattern), set()
+    for target in TARGETS.values():
+        if pattern in target.patterns and not expresses(target, executed):
+            with pytest.raises(
+                UserError, match=r"^export: [^\n]+(Use --to|See 'allocator export --list'|Name the folder)"
+            ):
+                api.export(executed.folder, target.name, tmp_path / "out", model=executed.model)
+            refused.add(target.name)
+    assert not list(tmp_path.iterdir())
+    trackers = {"optuna", "mlflow"}
+    expected = {
+        ("gpt2", "structured"): {"hf-padded", "torch-pruning", "tyr", "darwinlm"},
+        ("phi3", "structured"): {"torch-pruning"},
+        ("gpt2", "unstructured"): {"llm-compressor", "torchao", "evopress"},
+    }
+    assert refused == expected[kind, pattern] | trackers
+
+
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_an_executed_plan_is_as_planned(pattern: str, by_pattern: dict[str, Any], tmp_path: Path) -> None:
     executed = by_pattern[pattern]

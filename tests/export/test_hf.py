@@ -230,6 +230,9 @@ def test_other_families_go_without_per_layer_config(
     api.export(each.folder, "hf", tmp_path / "out", model=each.model)
     config, plain = ((folder / "config.json").read_bytes() for folder in (tmp_path / "out", each.checkpoint))
     assert config == plain
+    if kind == "phi3":  # whose keys are Llama's, and matrices are not
+        api.export(each.folder, "hf-padded", tmp_path / "padded", model=each.model)
+        return
     with pytest.raises(UserError, match=r"hf-padded knows the configuration keys of Llama-like models alone"):
         api.export(each.folder, "hf-padded", tmp_path / "padded", model=each.model)
 

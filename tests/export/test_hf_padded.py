@@ -41,6 +41,16 @@ CASES: dict[str, tuple[str, dict[str, Any], list[str], tuple[int, ...]]] = {
     "qwen3, three heads": ("qwen3", {"num_key_value_heads": 4}, [], (1, 3, 3, 6)),
     "olmo2": ("olmo2", {}, [], (1, 3, 0, 6)),
     "nothing saved": ("llama", {}, [], (0, 3, 2, 0)),
+    "gemma": ("gemma", {}, [], UNEVEN),
+    "gemma2": ("gemma2", {"sliding_window": 8}, [], GONE),
+    "gemma3_text": ("gemma3_text", {"sliding_window": 8}, [], GONE),
+    "granite": ("granite", {"logits_scaling": 4.0, "residual_multiplier": 0.5}, [], UNEVEN),
+    "starcoder2": ("starcoder2", {}, [], GONE),
+    "starcoder2, query heads": ("starcoder2", {}, ["ladder.attention=query_heads"], (1, 2, 2, 5)),
+    "phi3": ("phi3", {"tie_word_embeddings": False}, [], UNEVEN),
+    "phi3, gone": ("phi3", {"tie_word_embeddings": False}, [], GONE),
+    "gpt_neox": ("gpt_neox", {"tie_word_embeddings": False}, [], (2, 3, 3, 6)),
+    "gpt_neox, gone": ("gpt_neox", {"tie_word_embeddings": False}, [], (4, 8, 1, 3)),
 }
 SIZES = {
     "llama": {"intermediate_size": 30, "num_key_value_heads": 1, "num_attention_heads": 2},
@@ -50,6 +60,9 @@ SIZES = {
     "qwen3, three heads": {"num_attention_heads": 3, "num_key_value_heads": 3},
     "olmo2": {"intermediate_size": 30, "num_key_value_heads": 2, "num_attention_heads": 4},
     "nothing saved": {"intermediate_size": 48, "num_key_value_heads": 2, "num_attention_heads": 4},
+    "phi3": {"intermediate_size": 30, "num_key_value_heads": 1, "num_attention_heads": 2},
+    "starcoder2": {"intermediate_size": 30, "num_key_value_heads": 1, "num_attention_heads": 2},
+    "gpt_neox": {"intermediate_size": 30, "num_attention_heads": 4},
 }
 """What configurations say, computed by hand."""
 
@@ -58,8 +71,11 @@ def without_head_dim(model: Path, out: Path) -> Path:
     """Copy a model, with the width of a head left to be divided out where the class does so."""
     shutil.copytree(model, out)
     config = json.loads((out / "config.json").read_text())
-    if config["model_type"] != "qwen3" and config["head_dim"] * config["num_attention_heads"] == config["hidden_size"]:
+    divided = config["model_type"] not in ("qwen3", "gemma", "gemma2", "gemma3_text") and "head_dim" in config
+    if divided and config["head_dim"] * config["num_attention_heads"] == config["hidden_size"]:
         del config["head_dim"]
+    if config["model_type"] == "gpt_neox":  # real ones have no such key
+        del config["num_key_value_heads"]
     (out / "config.json").write_text(json.dumps(config))
     return out
 
@@ -144,7 +160,7 @@ def test_it_is_padded_no_further_than_the_class_wants(exported: dict[str, Any], 
     each, out, _ = exported[name]
     dense, config = (json.loads((folder / "config.json").read_text()) for folder in (each.model, out))
     assert SIZES[name].items() <= config.items()
-    assert config["head_dim"] == 8
+    assert config.get("head_dim") == (None if name == "gpt_neox" else 8)
     assert ("head_dim" in dense) is (name in ("llama, query heads", "qwen3, three heads"))
 
 
@@ -158,6 +174,16 @@ def test_no_code_is_beside_it(exported: dict[str, Any], name: str) -> None:
     shards = {path.name for path in out.glob("*.safetensors*")}
     assert shards == {path.name for path in each.model.glob("*.safetensors*")}
     assert {path.name for path in each.model.glob("tokenizer*")} <= {path.name for path in out.iterdir()}
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "falcon"])
+def test_a_configuration_with_other_keys_is_refused(
+    execute: Callable[..., Any], make_model: Callable[..., Path], tmp_path: Path, kind: str
+) -> None:
+    each = execute(make_model(kind), "structured", levels=(0, 1, 0, 2))
+    with pytest.raises(UserError, match=r"keys of Llama-like models alone, .* has no intermediate_size\. Use --to hf$"):
+        api.export(each.folder, "hf-padded", tmp_path / "out", model=each.model)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "mistral", "qwen3"])

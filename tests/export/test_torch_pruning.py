@@ -76,6 +76,16 @@ def test_what_torch_pruning_cannot_do_is_refused(
         check(TorchPruning(), replace(channels, plan=plan))
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "phi3", "gpt_neox", "falcon"])
+def test_other_ways_of_heads_are_refused(
+    execute: Callable[..., Any], make_model: Callable[..., Path], tmp_path: Path, kind: str
+) -> None:
+    executed = execute(make_model(kind), "structured", levels=(0, 1, 0, 2))
+    with pytest.raises(UserError, match=r"told of heads in the way of Llama-like models, and this is a \w+\. Use --to"):
+        export(executed, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 PLANS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "query heads": ("llama", EIGHT, [HEADS, SOME]),
     "KV heads of one query head": ("llama", {"num_hidden_layers": 3, "num_key_value_heads": 4}, [SOME]),
