@@ -92,11 +92,12 @@ class Expander:
         lessons' positions tell the size of changes.
         """
         walker, space = self._walker, self._space
+        count = sum(lesson.shown.numel() for lesson in lessons)  # what examples count as: not what every block reads
         between: list[list[torch.Tensor]] = []
         sums: list[Sums] = []
         gradients: list[torch.Tensor] = []
         for lesson in lessons:
-            states = [walker.embed(lesson.tokens_bt)]
+            states = [walker.embed(lesson.shown)]
             for index in range(len(walker.blocks)):
                 states.append(walker.run(index, states[-1]))
             leaving_btd = states.pop()
@@ -123,9 +124,8 @@ class Expander:
             for place, module in zip(units, modules, strict=True):
                 input_ni, delta_no = (torch.cat(table.pop(module)).float() for table in (entering, deltas))
                 gradient_oi, gradient_o = delta_no.T @ input_ni, delta_no.sum(0)
-                slope[place], size[place] = self._unit(
-                    place, allocation[place], gradient_oi, gradient_o, input_ni[list(some)]
-                )
+                own = [position * len(input_ni) // count for position in some]
+                slope[place], size[place] = self._unit(place, allocation[place], gradient_oi, gradient_o, input_ni[own])
         positions = sum(lesson.positions for lesson in lessons)
         return Portion(sums, positions, tuple(slope), tuple(size), len(some))
 

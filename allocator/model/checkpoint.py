@@ -23,6 +23,7 @@ from allocator.core.files import whole_folder, write_json
 from allocator.core.space import SearchSpace
 from allocator.model.family import Layout
 from allocator.model.headers import INDEX, ModelFiles, read_model_files
+from allocator.model.kinds import CAUSAL, Kind
 from allocator.model.memory import give_back
 
 Replacements = Mapping[str, torch.Tensor | None]
@@ -38,6 +39,8 @@ _COPIED = (
     "vocab.*",
     "merges.txt",
     "*.model",
+    "preprocessor_config.json",
+    "processor_config.json",
 )
 
 
@@ -46,7 +49,8 @@ def read_tensors(files: ModelFiles, names: list[str]) -> dict[str, torch.Tensor]
     tensors = {}
     for shard in sorted({files.shards[name] for name in names}):
         with safe_open(files.folder / shard, framework="pt") as file:
-            tensors.update({name: file.get_tensor(name) for name in names if files.shards[name] == shard})
+            own = [name for name in names if files.shards[name] == shard]
+            tensors.update({name: file.get_tensor(stored_name(files, name)) for name in own})
     return {name: tensor.T.contiguous() if name in files.transposed else tensor for name, tensor in tensors.items()}
 
 
@@ -92,7 +96,7 @@ def _write(files: ModelFiles, layout: Layout, replace: Callable[[str], Replaceme
                     continue
                 weight_map[name] = shard
                 if new is ...:
-                    tensors[name] = file.get_tensor(name)
+                    tensors[name] = file.get_tensor(stored_name(files, name))
                     continue
                 as_stored = new.T if name in files.transposed else new
                 tensors[name] = as_stored.to(dtype_of(files.dtypes[name])).contiguous()
@@ -102,7 +106,8 @@ def _write(files: ModelFiles, layout: Layout, replace: Callable[[str], Replaceme
                     if bias not in files.shapes and (gained := cached[1].get(bias)) is not None:
                         tensors[bias] = gained.to(tensors[name].dtype).contiguous()
                         weight_map[bias] = shard
-        save_file(tensors, folder / shard, metadata={"format": "pt"})
+        at_home = {stored_name(files, name): tensor for name, tensor in tensors.items()}
+        save_file(at_home, folder / shard, metadata={"format": "pt"})
     removed: dict[str, str] = {}
     for site in layout.sites:
         if f"{site.output}.weight" in gone:
@@ -122,10 +127,19 @@ def _write(files: ModelFiles, layout: Layout, replace: Callable[[str], Replaceme
             "removed": removed,
             **({"counts": counts} if counts else {}),
         }
-        config["architectures"] = ["PrunedForCausalLM"]
-        config["auto_map"] = {"AutoModelForCausalLM": "modeling_pruned.PrunedForCausalLM"}
-        write_modelling(folder, files.architecture)
-    write_companions(folder, files, config, weight_map)
+        kind = files.kind
+        config["architectures"] = [kind.pruned]
+        config["auto_map"] = {kind.auto: f"modeling_pruned.{kind.pruned}"}
+        write_modelling(folder, files.architecture, kind)
+    write_companions(folder, files, config, {stored_name(files, name): home for name, home in weight_map.items()})
+
+
+def stored_name(files: ModelFiles, name: str) -> str:
+    """Return the name in a checkpoint's files of one of the model's tensors, or of a bias that it gains."""
+    if name not in files.shapes and name.endswith(".bias"):
+        weight = f"{name.removesuffix('bias')}weight"
+        return f"{files.stored.get(weight, weight).removesuffix('weight')}bias"
+    return files.stored.get(name, name)
 
 
 def write_companions(folder: Path, files: ModelFiles, config: Mapping[str, Any], weight_map: Mapping[str, str]) -> None:
@@ -151,12 +165,13 @@ def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def write_modelling(folder: Path, architecture: str) -> None:
+def write_modelling(folder: Path, architecture: str, kind: Kind = CAUSAL) -> None:
     """Write the modelling file that loads a compact checkpoint without this package."""
     code = (resources.files("allocator.model") / "modeling_pruned.py").read_text(encoding="utf-8")
     assert _TEMPLATE_IMPORT in code
     line = f"from transformers import {architecture} as Dense"
-    (folder / "modeling_pruned.py").write_text(code.replace(_TEMPLATE_IMPORT, line), encoding="utf-8")
+    code = code.replace(_TEMPLATE_IMPORT, line).replace(CAUSAL.pruned, kind.pruned)
+    (folder / "modeling_pruned.py").write_text(code, encoding="utf-8")
 
 
 def count_params(folder: Path, space: SearchSpace) -> int:

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from allocator.core.errors import UserError, did_you_mean
 from allocator.core.space import SearchSpace, Unit
 from allocator.model.headers import ModelFiles
+from allocator.model.kinds import CAUSAL, Kind
 
 Attention = Literal["kv_groups", "query_heads"]
 """What attention loses: KV groups with the query heads they serve, or query heads alone."""
@@ -85,13 +86,31 @@ class Family(_Strict):
 
     schema_: Literal[1] = Field(alias="schema")
     model_types: list[str] = Field(min_length=1)
-    blocks: str = Field(pattern=r"\{block\}")
+    blocks: str | list[str]
+    """Names of the blocks, or of those of each tower; what a checkpoint's names have in front may be left out."""
+
     units: dict[_Part, Annotated[KvGroups | Channels, Field(discriminator="kind")]]
     entry: list[str] = []
     """Matrices between the embeddings and the first block, which work for every token as those of the tail do."""
-    tail: list[str] = Field(min_length=1)
-    """From the blocks to the logits, the head last. What ends in ``?`` is not in every model, here and in ``entry``."""
+    tail: list[str] = []
+    """From the blocks to the logits, the head last. What ends in ``?`` is not in every model, here and in ``entry``.
+
+    Causal language models have one. Others are asked themselves what follows.
+    """
     skip: list[str]
+
+    @field_validator("blocks")
+    @classmethod
+    def _numbered(cls, value: str | list[str]) -> str | list[str]:
+        chains = [value] if isinstance(value, str) else value
+        if not chains or not all("{block}" in chain for chain in chains):
+            raise ValueError(f"expected {{block}} for the number of the block, found {value!r}")
+        return value
+
+    @property
+    def chains(self) -> list[str]:
+        """Names of the blocks, one for each tower."""
+        return [self.blocks] if isinstance(self.blocks, str) else self.blocks
 
 
 class Rows(NamedTuple):
@@ -169,12 +188,16 @@ class Layout:
         tail: Modules from the last block's output to the logits; the last is the head, as the checkpoint names it.
         sites: Prunable sub-blocks, in model order.
         around: Matrices before and behind the blocks that work for every token.
+        kind: What kind of model it is.
+        towers: How many blocks, of those in order, each tower has; empty where all are one chain.
     """
 
     blocks: tuple[str, ...]
     tail: tuple[str, ...]
     sites: tuple[Site, ...]
     around: tuple[str, ...] = ()
+    kind: Kind = CAUSAL
+    towers: tuple[int, ...] = ()
 
 
 def families_folder() -> Path:
@@ -239,18 +262,23 @@ def resolve_layout(family: Family, files: ModelFiles, attention: Attention = "kv
         UserError: A named module is missing, a matrix is covered by no unit and no ``skip`` line, shapes do not
             divide into items, or each KV group has but one query head to lose.
     """
-    shapes = files.shapes
-    numbers = block_numbers(files, family.blocks)
-    if not numbers:
-        raise UserError(f"family: blocks {family.blocks!r} matches no module of {files.architecture}")
-    blocks = tuple(family.blocks.format(block=number) for number in numbers)
+    shapes, family = files.shapes, named_as_in(files, family)
+    chains = [[chain.format(block=number) for number in block_numbers(files, chain)] for chain in family.chains]
+    for chain, found in zip(family.chains, chains, strict=True):
+        if not found:
+            raise UserError(f"family: blocks {chain!r} matches no module of {files.architecture}")
+    blocks = tuple(itertools.chain(*chains))
     sites = tuple(
-        _site(part, family.units, block, index, files, attention)
-        for index, block in enumerate(blocks)
+        _site(part, family.units, block, blocks.index(block), tower_files(files, chain), attention)
+        for chain, found in zip(family.chains, chains, strict=True)
+        for block in found
         for part in family.units
     )
-    tied = {family.tail[-1]} if files.config.get("tie_word_embeddings") else set()
-    entry, tail = _there(family.entry, shapes), _there(family.tail, shapes)
+    kind = files.kind
+    if kind.generates and not family.tail:
+        raise UserError(f"family: {files.architecture} is a causal language model. Name in 'tail' what follows blocks")
+    tied = {family.tail[-1]} if kind.generates and files.config.get("tie_word_embeddings") else set()
+    entry, tail = (_there(names if kind.generates else (), shapes) for names in (family.entry, family.tail))
     for key, module in (*(("entry", module) for module in entry), *(("tail", module) for module in tail)):
         if f"{module}.weight" not in shapes and module not in tied:
             raise UserError(
@@ -267,13 +295,45 @@ def resolve_layout(family: Family, files: ModelFiles, attention: Attention = "kv
                 f"family: matrix {module} {list(shape)} of {files.architecture} is in no unit. "
                 "Name it in a unit, or list it under 'skip'"
             )
-    return Layout(blocks, tail, sites, around)
+    towers = tuple(map(len, chains)) if len(chains) > 1 else ()
+    return Layout(blocks, tail, sites, around, kind, towers)
 
 
 def _there(modules: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
     """Return names of modules without those that a model may lack, and does."""
     names = [(module, module.removesuffix("?")) for module in modules]
     return tuple(name for module, name in names if module == name or f"{name}.weight" in shapes)
+
+
+def named_as_in(files: ModelFiles, family: Family) -> Family:
+    """Return a family with the names of a model that is more, or less, than the one its file was written for.
+
+    A model with a head has its base under a name of its own: what is ``encoder.layer.0`` in one is
+    ``bert.encoder.layer.0`` in the other. Names that lie outside of the base stay.
+    """
+    first = family.chains[0]
+    if files.kind.generates or block_numbers(files, first):
+        return family
+    before, _, rest = first.partition(".")
+    if block_numbers(files, rest):  # the base of a model that the file was written for
+        chains = [chain.removeprefix(f"{before}.") for chain in family.chains]
+        return family.model_copy(
+            update={"blocks": chains, "skip": [name.removeprefix(f"{before}.") for name in family.skip]}
+        )
+    for base in dict.fromkeys(name.partition(".")[0] for name in files.shapes):
+        if block_numbers(files, f"{base}.{first}"):
+            chains = [f"{base}.{chain}" for chain in family.chains]
+            return family.model_copy(
+                update={"blocks": chains, "skip": [*family.skip, *(f"{base}.{name}" for name in family.skip)]}
+            )
+    return family
+
+
+def tower_files(files: ModelFiles, chain: str) -> ModelFiles:
+    """Return a model's files with the configuration, defaults and all, of the tower that a chain of blocks is in."""
+    settings = files.settings or files.config
+    own = settings.get(f"{chain.partition('.')[0].removesuffix('_model')}_config")
+    return replace(files, config={**settings, **own} if isinstance(own, dict) else settings)
 
 
 def staying(site: Site, files: ModelFiles) -> list[str]:
@@ -482,11 +542,20 @@ def build_space(
                 for module, site in matrices
             ]
     total = sum(_size(shape) for shape in shapes.values())
-    last = next((m for m in reversed(layout.tail[:-1]) if m in layout.around), layout.sites[0].output)
-    head = shapes.get(f"{layout.tail[-1]}.weight") or (int(files.config["vocab_size"]), shapes[f"{last}.weight"][0])
-    macs = _size(head) + sum(_size(shapes[f"{module}.weight"]) for module in layout.around)
+    macs = _head_size(layout, files) + sum(_size(shapes[f"{module}.weight"]) for module in layout.around)
     fixed = {"params": total - sum(unit.params[0] for unit in units), "macs": macs}
     return SearchSpace(pattern, tuple(units), fixed)
+
+
+def _head_size(layout: Layout, files: ModelFiles) -> int:
+    """Return the size of the matrix that gives logits of every position; what runs once for an example counts as 0."""
+    if layout.kind.answers not in ("next", "tokens"):
+        return 0
+    head = files.shapes.get(f"{layout.tail[-1]}.weight") if layout.tail else None
+    if head is None:  # tied to the embeddings
+        last = next((m for m in reversed(layout.tail[:-1]) if m in layout.around), layout.sites[0].output)
+        head = int(files.config["vocab_size"]), files.shapes[f"{last}.weight"][0]
+    return _size(head)
 
 
 def _size(shape: Sequence[int]) -> int:
@@ -497,7 +566,8 @@ def _size(shape: Sequence[int]) -> int:
 
 
 def _num_heads(files: ModelFiles) -> int:
-    return int(files.config.get("num_attention_heads") or files.config["n_head"])
+    names = ("num_attention_heads", "n_head", "n_heads")
+    return int(next(files.config[name] for name in names if files.config.get(name)))
 
 
 def _num_groups(parts: KvGroups, files: ModelFiles, rows: int, columns: int) -> int:

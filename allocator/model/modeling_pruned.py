@@ -126,7 +126,7 @@ def uniform(config):
 
 
 def pruned_class(dense):
-    """Return the pruned counterpart of a stock causal language model class."""
+    """Return the pruned counterpart of a stock class."""
 
     class PrunedForCausalLM(dense):
         def __init__(self, config):
@@ -134,7 +134,8 @@ def pruned_class(dense):
                 super().__init__(config)
             resize(self, config.pruned)
             # names that transformers converts as it loads; it looks for them by the class, and this is none of its own
-            conversions = get_checkpoint_conversion_mapping(dense.__name__) or []
+            conversions = get_checkpoint_conversion_mapping(dense.__name__)
+            conversions = conversions or get_checkpoint_conversion_mapping(config.model_type) or []
             register_checkpoint_conversion_mapping(type(self).__name__, conversions, overwrite=True)
 
     return PrunedForCausalLM

@@ -291,7 +291,7 @@ def test_items_must_divide_rows(tiny_model, tmp_path):
 
 def test_unknown_model_types_are_named_with_those_known():
     with pytest.raises(
-        UserError, match=r"no family file serves the model type 'mamba'; known: falcon, .*llama, mistral"
+        UserError, match=r"no family file serves the model type 'mamba'; known: .*falcon, .*llama, mistral"
     ):
         find_family("mamba")
 
@@ -348,7 +348,7 @@ def test_a_tail_that_the_model_lacks_is_named(make_model):
 DRAFTED = {"gpt_neox": ("by_part", "by_group"), "falcon": ("by_part", "by_group")}
 
 
-@pytest.mark.parametrize("kind", served_types())
+@pytest.mark.parametrize("kind", [kind for kind, family in served_types().items() if family.tail])
 def test_a_draft_finds_what_the_shipped_file_says(make_model, tmp_path, kind):
     """All but what shapes do not tell: how rows of a fused matrix lie, and which attributes count heads."""
     model = make_model(kind, **({"tie_word_embeddings": False} if kind in ("phi3", "gpt_neox") else {}))
