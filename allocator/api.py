@@ -28,13 +28,15 @@ from allocator.evaluate.latency import make_table
 from allocator.export.contract import Source
 from allocator.export.contract import check as check_target
 from allocator.export.targets import TARGETS
-from allocator.job import ladders_id, read_model, read_texts, read_tokens, text_fingerprint, versions
+from allocator.job import ladders_id, read_model, read_texts, versions
 from allocator.model.checkpoint import count_params
 from allocator.model.draft import Covered, coverage, draft
+from allocator.model.examples import Examples, shown_fingerprint
 from allocator.model.family import Family, Layout, build_space, find_family, open_model, resolve_layout, served_types
 from allocator.model.headers import ModelFiles, locate, read_model_files
 from allocator.model.load import check_stock
 from allocator.model.ratios import Levels
+from allocator.model.shown import read_shown
 from allocator.progress import Reporter, Silent
 from allocator.prune.build import prune_on_dense_inputs, prune_on_pruned_inputs
 from allocator.prune.execute import save_pruned
@@ -232,6 +234,8 @@ def latency(config: RunConfig, out: Path | str, repeats: int = 20, reporter: Rep
     check_device(config.device)
     dense = config.model_copy(update={"pattern": "structured", "workload": work.model_copy(update={"latency": None})})
     files, layout, space = read_model(dense)
+    if not files.kind.generates:
+        raise UserError(f"latency: {files.architecture} does not generate, and times are those of generation")
     reporter = reporter or Silent()
     reporter.phase("measuring", max(unit.num_levels for unit in space.units))
     settings = LatencySettings(
@@ -416,8 +420,13 @@ def prune(
     length, wanted = settings["sequence_length"], settings["tokens"]
     named = [text] if text is None or isinstance(text, (str, Path)) else text
     texts = {str(each): None if each is None else Path(each) for each in named}
-    tokens = read_texts(texts, files.folder, {"calibration": wanted}, length)
-    if text_fingerprint(tokens["calibration"]) != settings["calibration"]:
+    split = {"calibration": wanted}
+    shown: np.ndarray | Examples
+    if len(texts) > 1:
+        shown = read_texts(texts, files, split, length)["calibration"]
+    else:
+        shown = read_shown(next(iter(texts.values())), files, split, length)["calibration"]
+    if shown_fingerprint(shown) != settings["calibration"]:
         raise UserError(
             "text: the plan was made with other calibration text. Name the same with --text, run the same Python "
             "version if it was the standard library, or put the plan together from its run's level store with "
@@ -427,7 +436,7 @@ def prune(
     pruner = make_pruner(settings["name"], plan.space.pattern, damping, bias, experts)
     reporter.phase("pruning", len(layout.blocks))
     spec = EngineSpec(files, layout, plan.space, None, pruner, settings["dtype"], settings["threads"])
-    calibration = spec.calibration(tokens["calibration"], reporter.step, reporter.say)
+    calibration = spec.calibration(shown, reporter.step, reporter.say)
     if execution == "recompute":
         made = prune_on_pruned_inputs(calibration, plan.allocation, every_level=False)
     elif settings["inputs"] == "dense":
@@ -526,18 +535,19 @@ def evaluate(
     tokens: int = 16384,
     length: int = 512,
 ) -> dict[str, float]:
-    """Measure a checkpoint on the test split: parameters, perplexity, and KL from the dense model.
+    """Measure a checkpoint on the test split: parameters, what text or labels say of it, and how far it is from dense.
 
     Args:
         checkpoint: A pruned or dense folder with the dense model's blocks.
         model: The dense model.
-        text: Where the text is; None for the Python standard library.
+        text: Where the text is, or other examples; None for the Python standard library.
         family: A family file in place of those shipped.
         tokens: How many tokens of the test split.
-        length: Tokens per sequence.
+        length: Tokens per sequence, and what other examples count as.
 
     Returns:
-        ``params`` (zeros in prunable matrices are not counted), ``kl`` and ``nll`` (nats per token), ``perplexity``.
+        ``params`` (zeros in prunable matrices are not counted), ``kl`` and ``nll`` (nats per token), ``perplexity``;
+        of models without logits ``hidden`` in place of these, and the ``accuracy`` of those that classify.
 
     Raises:
         UserError: A folder cannot be read, or the text is too short.
@@ -553,9 +563,9 @@ def evaluate(
         )
     pattern = "structured" if "pruned" in pruned.config else "unstructured"
     layout = resolve_layout(names, files, experts="whole" if pattern == "structured" else "inside")
-    packed = read_tokens(None if text is None else Path(text), files.folder, {"test": tokens}, length)
+    shown = read_shown(None if text is None else Path(text), files, {"test": tokens}, length)
     space = build_space(layout, files, pattern, target=0.5)
-    engine = Engine(EngineSpec(files, layout, space, store=None), packed)
+    engine = Engine(EngineSpec(files, layout, space, store=None), shown)
     return {
         "params": count_params(pruned.folder, space, files.renames),
         **engine.measure_checkpoint(pruned.folder, "test", tokens),

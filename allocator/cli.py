@@ -487,7 +487,7 @@ def evaluate(
     tokens: Annotated[int, typer.Option(help="Tokens of the test split.")] = 16384,
     json_: Json = False,
 ) -> None:
-    """Measure a checkpoint on held-out text: perplexity, and KL from the dense model."""
+    """Measure a checkpoint on held-out examples: perplexity or accuracy, and the distance from the dense model."""
     from allocator import api
     from allocator.model.headers import PACKAGED
 
@@ -495,10 +495,12 @@ def evaluate(
     if json_:
         _emit(figures)
         return
-    _print(
-        f"{figures['params']:,} parameters, perplexity {figures['perplexity']:.3f}, "
-        f"KL from dense {figures['kl']:.4f} nats per token"
+    said = [f"{name} {figures[name]:.3f}" for name in ("perplexity", "accuracy") if name in figures]
+    away = (
+        "relative distance of states from dense {hidden:.4f}" if "hidden" in figures else "KL from dense {kl:.4f} nats"
     )
+    each = " per token" if "perplexity" in figures else ""
+    _print(", ".join([f"{figures['params']:,} parameters", *said, away.format(**figures) + each]))
 
 
 @app.command()

@@ -115,7 +115,13 @@ def _run(
         raise UserError(f"{folder}: holds a search, not a comparison. Choose another --name")
     reporter.phase("checking")
     chosen = rules_for(config.pattern, rules) if rules or not plans else []
-    job = prepare(config)
+    job = prepare(config, reporter.say)
+    config = job.config
+    if not job.files.kind.generates and (odd := [n for n in chosen if n in RULES and "gradient" in RULES[n].needs]):
+        if rules:
+            raise UserError(f"--rule: {odd[0]} follows the likelihood of text, and {job.files.architecture} has none")
+        reporter.say(f"notice: {odd[0]} is left out, for it follows the likelihood of text")
+        chosen = [name for name in chosen if name not in odd]
     entries = {"dense": Entry(job.space, job.space.dense), **_plan_entries(job, plans)}
     closed = list(dict.fromkeys(["uniform", *(name for name in chosen if name in RULES)]))
     measured = [name for name in chosen if name in MEASURED_RULES]

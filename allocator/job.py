@@ -23,15 +23,20 @@ from allocator.core.plan import Plan
 from allocator.core.space import Allocation, SearchSpace
 from allocator.evaluate.engine import EngineSpec, check_device
 from allocator.evaluate.training import Training
+from allocator.model.examples import LABELS, Examples, shown_fingerprint
 from allocator.model.family import Layout, build_space, open_model, resolve_layout
 from allocator.model.headers import ModelFiles, locate
-from allocator.model.load import check_stock, load_tokenizer
-from allocator.model.text import pack, read_documents, split_of
+from allocator.model.load import check_stock
+from allocator.model.shown import read_shown, read_tokens
 from allocator.model.workload import Workload, served
+from allocator.prune.factorise import Report, silent
 from allocator.prune.pruners import PRUNERS, LocalPruner, make_pruner
 from allocator.prune.store import LevelStore
 from allocator.search.baselines import uniform
 from allocator.search.coarse_to_fine import Round
+
+_OFFSET = ("roberta", "xlm-roberta", "camembert", "mpnet")
+"""Model types whose positions begin after that of padding."""
 
 TRAINING = "training"
 """Folder inside a run where trained candidates are kept between the stages of its search."""
@@ -48,7 +53,7 @@ class Job:
         space: Their ladders and costs.
         budget: What the target allows.
         pruner: The local pruner.
-        tokens: Token ids [sequences, length] by split, and ``training``.
+        tokens: Token ids [sequences, length] by split, and ``training``; or other examples.
         along: The allocation along which units are pruned; None for dense or expected inputs.
         round: What this round of the search begins with; None for the first.
     """
@@ -59,7 +64,7 @@ class Job:
     space: SearchSpace
     budget: Budget
     pruner: LocalPruner
-    tokens: dict[str, np.ndarray]
+    tokens: dict[str, np.ndarray | Examples]
     along: Allocation | None = None
     round: Round | None = None
 
@@ -75,7 +80,7 @@ class Job:
     @cached_property
     def text_fingerprints(self) -> dict[str, str]:
         """Hash of the tokens of each split."""
-        return {split: text_fingerprint(ids) for split, ids in self.tokens.items()}
+        return {split: shown_fingerprint(shown) for split, shown in self.tokens.items()}
 
     @cached_property
     def pruner_id(self) -> dict[str, Any]:
@@ -237,8 +242,12 @@ def serving(config: RunConfig, files: ModelFiles, layout: Layout, space: SearchS
     return served(space, layout, files, Workload(work.batch, work.prompt, work.generate), table)
 
 
-def prepare(config: RunConfig) -> Job:
+def prepare(config: RunConfig, report: Report = silent) -> Job:
     """Read and check every input of a configuration.
+
+    Args:
+        config: What a user asks for. The job's own has a loss that fits the model.
+        report: Hears what a user should know of the examples.
 
     Raises:
         UserError: An input is missing, damaged, too short or out of reach.
@@ -246,6 +255,7 @@ def prepare(config: RunConfig) -> Job:
     if config.workers == 0:
         check_device(config.device)
     files, layout, space = read_model(config)
+    config = fitted(config, files)
     for cost in (name for name in config.objectives if name in COSTS):
         check_known(space, cost)
         if space.cost(space.sparsest, cost) == space.cost(space.dense, cost):
@@ -285,12 +295,65 @@ def prepare(config: RunConfig) -> Job:
                 f"search.evolution.training: {count} tokens are not whole batches of {config.training.batch_sequences} "
                 f"sequences of {length}. Ask for {-(-count // step) * step}, or set training.batch_sequences"
             )
-    longest = files.config.get("max_position_embeddings")
+    longest = longest_text(files)
     if longest is not None and length > longest:
         raise UserError(f"tokens.sequence_length: the model reads at most {longest} tokens, found {length}")
     along = _along(config, files, space, budget)
-    tokens = read_texts(config.domains or {"text": config.text}, files.folder, wanted, length)
+    tokens: dict[str, np.ndarray | Examples]
+    if config.domains:
+        tokens = {**read_texts(config.domains, files, wanted, length)}
+    else:
+        tokens = read_shown(config.text, files, wanted, length, report)
+    _check_labels(config, tokens)
     return Job(config, files, layout, space, budget, pruner, tokens, along)
+
+
+def fitted(config: RunConfig, files: ModelFiles) -> RunConfig:
+    """Return a configuration with a loss that the model can be measured by, where none was asked for.
+
+    Raises:
+        UserError: Something was asked for that this kind of model does not serve.
+    """
+    kind = files.kind
+    if kind.generates:
+        return config
+    if config.loss not in kind.losses:
+        if "loss" in config.model_fields_set:
+            raise UserError(
+                f"loss: {files.architecture} cannot be measured by {config.loss}. Use {' or '.join(kind.losses)}"
+            )
+        config = config.model_copy(update={"loss": kind.losses[0]})
+        config.search.serve(config.loss, config.objectives)
+    if "nll" in config.objectives and kind.answers != "classes":
+        raise UserError(f"objectives: nll is of text that follows, or of labels, and {files.architecture} has neither")
+    if config.search.training:
+        raise UserError(
+            f"search.evolution.training: {files.architecture} is not a causal language model, which alone are trained. "
+            "Use another method"
+        )
+    if config.workload.latency is not None:
+        raise UserError(f"workload.latency: {files.architecture} does not generate, and has no table. Leave it out")
+    if config.domains and kind.reads != "text":
+        raise UserError(f"domains: {files.architecture} reads {kind.words}, and domains are texts. Use text in place")
+    if config.domains and kind.answers == "classes":
+        raise UserError(f"domains: {files.architecture} classifies, and domains have no labels. Use text in place")
+    return config
+
+
+def _check_labels(config: RunConfig, tokens: Mapping[str, np.ndarray | Examples]) -> None:
+    """Check that a run that asks for the likelihood of labels has some."""
+    asked = "loss" if config.loss == "nll" else "objectives" if "nll" in config.objectives else ""
+    if asked and any(isinstance(each, Examples) and LABELS not in each.arrays for each in tokens.values()):
+        raise UserError(f"{asked}: nll is of labels, and the examples have none. Give some, or use another")
+
+
+def longest_text(files: ModelFiles) -> int | None:
+    """Return how many tokens a model reads at most; None where it reads no text of a length that is asked for."""
+    if files.kind.reads != "text":
+        return None
+    longest: int | None = files.config.get("max_position_embeddings")
+    offset = longest is not None and str(files.config.get("model_type")) in _OFFSET
+    return longest - int(files.settings["pad_token_id"]) - 1 if longest is not None and offset else longest
 
 
 def _along(config: RunConfig, files: ModelFiles, space: SearchSpace, budget: Budget) -> Allocation | None:
@@ -312,7 +375,7 @@ def _along(config: RunConfig, files: ModelFiles, space: SearchSpace, budget: Bud
 
 
 def read_texts(
-    texts: Mapping[str, Path | None], model: Path, wanted: dict[str, int], length: int
+    texts: Mapping[str, Path | None], files: ModelFiles, wanted: dict[str, int], length: int
 ) -> dict[str, np.ndarray]:
     """Read several texts by name, as :func:`read_tokens` reads one: sequences of each in turn.
 
@@ -321,47 +384,17 @@ def read_texts(
     """
     count = len(texts)
     if count == 1:
-        return read_tokens(next(iter(texts.values())), model, wanted, length)
+        return read_tokens(next(iter(texts.values())), files, wanted, length)
     packed = {split: np.empty((tokens // length, length), dtype=np.int64) for split, tokens in wanted.items()}
     for place, (name, text) in enumerate(texts.items()):
         own = {split: len(rows[place::count]) * length for split, rows in packed.items()}
         try:
-            read = read_tokens(text, model, own, length)
+            read = read_tokens(text, files, own, length)
         except UserError as error:
             raise UserError(f"domains.{name}: {error}") from None
         for split, rows in packed.items():
             rows[place::count] = read[split]
     return packed
-
-
-def read_tokens(text: Path | None, model: Path, wanted: dict[str, int], length: int) -> dict[str, np.ndarray]:
-    """Read text, split it, and pack each split into sequences.
-
-    Args:
-        text: Where the text is; None for the Python standard library.
-        model: The folder of the tokenizer.
-        wanted: Tokens of each split, multiples of ``length``; ``training`` reads the calibration split too.
-        length: Tokens per sequence.
-
-    Raises:
-        UserError: A split holds too few tokens.
-    """
-    documents = read_documents(text)
-    encode, separator = load_tokenizer(model)
-    tokens = {}
-    for split, count in wanted.items():
-        source = "calibration" if split == "training" else split
-        own = [document for document in documents if split_of(document.name) == source]
-        try:
-            tokens[split] = pack(own, encode, count // length, length, separator)
-        except ValueError as error:
-            raise UserError(f"{split} split: {error}") from None
-    return tokens
-
-
-def text_fingerprint(tokens: np.ndarray) -> str:
-    """Return the hash of packed token ids."""
-    return fingerprint(tokens.tolist())
 
 
 def versions() -> dict[str, str]:

@@ -28,6 +28,7 @@ from allocator.evaluate.engine import EngineSpec, Execution, LocalEvaluator
 from allocator.evaluate.latency import describe, measure
 from allocator.folder import advanced, begun, check_folder, find_store, resumed, store_place
 from allocator.job import TRAINING, Job, prepare, versions
+from allocator.model.examples import Examples
 from allocator.progress import Reporter, Silent
 from allocator.prune.build import prune_on_pruned_inputs
 from allocator.prune.store import LevelStore, StoreBuilder, open_store
@@ -83,7 +84,8 @@ def _run(config: RunConfig, resume: bool, reporter: Recorder) -> Result:
     folder = config.folder
     check_folder(folder, resume)
     reporter.phase("checking")
-    job = prepare(config)
+    job = prepare(config, reporter.say)
+    config = job.config
     if config.device == "cuda" and config.search.training:
         reporter.say("notice: GPUs sum gradients in an order of their own; the plan may differ by rounding")
     started = time.perf_counter()
@@ -149,7 +151,7 @@ def _demand(config: RunConfig) -> Any:
 
 @contextmanager
 def evaluators(
-    spec: EngineSpec, tokens: Mapping[str, np.ndarray], config: RunConfig, reporter: Reporter
+    spec: EngineSpec, tokens: Mapping[str, np.ndarray | Examples], config: RunConfig, reporter: Reporter
 ) -> Iterator[Any]:
     """Yield an evaluator: in process for no workers, else a Ray pool, closed at the end."""
     if config.workers == 0:

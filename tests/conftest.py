@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -211,6 +212,96 @@ def make_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Call
         return folder
 
     return make
+
+
+TEXT_TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 72,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "cls_token_id": 1,
+    "sep_token_id": 2,
+}
+IMAGE_TOWER = {
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "image_size": 16,
+    "patch_size": 8,
+}
+OTHER_SHAPES = {
+    "distilbert": {"vocab_size": VOCABULARY, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4},
+    "dinov2": {**{k: v for k, v in IMAGE_TOWER.items() if k != "intermediate_size"}, "mlp_ratio": 2},
+    "electra": {**TEXT_TOWER, "embedding_size": 24},
+}
+
+
+def _other_shape(kind: str) -> dict[str, Any]:
+    """Return what makes a model tiny that does not generate."""
+    if kind in OTHER_SHAPES:
+        return OTHER_SHAPES[kind]
+    if kind in ("clip", "siglip"):
+        text = {**TEXT_TOWER, "max_position_embeddings": 12}
+        own = {"projection_dim": 20} if kind == "clip" else {}
+        vision = IMAGE_TOWER if kind == "clip" else {**IMAGE_TOWER, "hidden_size": 32, "num_attention_heads": 4}
+        return {"text_config": text, "vision_config": vision, **own}
+    return IMAGE_TOWER if "vi" in kind or "deit" in kind else TEXT_TOWER
+
+
+@pytest.fixture(scope="session")
+def make_other(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Callable[..., Path]:
+    """Saves a tiny random model that does not generate: ``make_other("BertForMaskedLM", num_hidden_layers=3)``."""
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+
+    def make(architecture: str, *, dtype: str = "float32", seed: int = 0, **overrides: Any) -> Path:
+        own = getattr(transformers, architecture)
+        config = own.config_class(**{**_other_shape(own.config_class.model_type), **overrides})
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(seed)
+            model = own(config)
+            for parameter in model.parameters():
+                noise = 0.2 * torch.randn_like(parameter)
+                parameter.copy_(noise if parameter.dim() > 1 else parameter + noise)
+        folder = tmp_path_factory.mktemp(f"tiny-{architecture}-")
+        model.to(getattr(torch, dtype)).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def pixels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An .npz file of 400 tiny images with a text and a label each."""
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("pixels") / "pixels.npz"
+    np.savez(
+        path,
+        pixel_values=rng.normal(size=(400, 3, 16, 16)).astype(np.float32),
+        input_ids=rng.integers(0, VOCABULARY, (400, 12)),
+        labels=rng.integers(0, 5, 400),
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A .jsonl file of 400 texts with labels, of which every fifth is short."""
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("labelled") / "labelled.jsonl"
+    texts = (" ".join(rng.choice(WORDS, size=4 if number % 5 == 0 else 90)) for number in range(400))
+    lines = [json.dumps({"text": text, "label": number % 3}) for number, text in enumerate(texts)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -12,9 +12,11 @@ import transformers
 
 import allocator
 from allocator.config import load_config
+from allocator.model.examples import as_tensors, inputs_of
 from allocator.model.family import families_folder, load_family
 from allocator.model.headers import read_model_files
 from allocator.model.load import load_model
+from allocator.model.shown import read_shown
 
 FAMILIES = {
     "llama": ("Llama 2 and 3", {}),
@@ -43,7 +45,34 @@ FAMILIES = {
 }
 """Model types by name in words, and what makes a tiny one that has what is special to it."""
 
+OTHERS = {
+    "bert": ("BERT, MiniLM", "BertModel"),
+    "roberta": ("RoBERTa", "RobertaForMaskedLM"),
+    "xlm-roberta": ("XLM-RoBERTa", "XLMRobertaModel"),
+    "camembert": ("CamemBERT", "CamembertModel"),
+    "electra": ("ELECTRA", "ElectraModel"),
+    "distilbert": ("DistilBERT", "DistilBertForMaskedLM"),
+    "modernbert": ("ModernBERT", "ModernBertModel"),
+    "vit": ("ViT", "ViTModel"),
+    "deit": ("DeiT", "DeiTModel"),
+    "dinov2": ("DINOv2", "Dinov2Model"),
+    "clip": ("CLIP", "CLIPModel"),
+    "siglip": ("SigLIP", "SiglipModel"),
+    "clip_text_model": ("CLIP's text tower", "CLIPTextModel"),
+    "clip_vision_model": ("CLIP's image tower", "CLIPVisionModel"),
+    "siglip_text_model": ("SigLIP's text tower", "SiglipTextModel"),
+    "siglip_vision_model": ("SigLIP's image tower", "SiglipVisionModel"),
+}
+"""Models that do not generate, by type: their name in words, and the architecture that stands for them."""
+
+HEADS = ("BertForMaskedLM", "BertForSequenceClassification", "ViTForImageClassification", "ModernBertForMaskedLM")
+"""What else is made of these."""
+
+QUICK = ("BertModel", "ViTModel", "CLIPModel")
+"""Architectures that go the whole way with masks too."""
+
 PATTERNS = ("structured", "unstructured", "n:m")
+ALSO = [("structured", name) for name in (*HEADS, "DistilBertForMaskedLM", "Dinov2Model", "SiglipModel")]
 CASES = [
     pytest.param(
         kind, pattern, marks=[] if pattern == "structured" or kind in ("llama", "gpt2", "opt") else pytest.mark.slow
@@ -60,14 +89,22 @@ SETTINGS = (
 ).split()
 
 
+OTHER_CASES = [
+    pytest.param(name, pattern, marks=[] if name in QUICK or (pattern, name) in ALSO else pytest.mark.slow)
+    for name in (*HEADS, *(architecture for _, architecture in OTHERS.values()))
+    for pattern in PATTERNS
+]
+
+
 def families_table() -> str:
     """Return the README's table of families."""
     lines = ["| family | model types | file |", "|---|---|---|"]
     homes = {kind: path for path in sorted(families_folder().glob("*.yaml")) for kind in load_family(path).model_types}
-    assert homes.keys() == FAMILIES.keys()
-    for path in dict.fromkeys(homes[kind] for kind in FAMILIES):
-        kinds = [kind for kind in FAMILIES if homes[kind] == path]
-        names = ", ".join(FAMILIES[kind][0] for kind in kinds)
+    words = {kind: name for kind, (name, _) in (*FAMILIES.items(), *OTHERS.items())}
+    assert homes.keys() == words.keys()
+    for path in dict.fromkeys(homes[kind] for kind in words):
+        kinds = [kind for kind in words if homes[kind] == path]
+        names = ", ".join(words[kind] for kind in kinds)
         types = ", ".join(f"`{kind}`" for kind in kinds)
         lines.append(f"| {names} | {types} | [{path.name}](search_spaces/{path.name}) |")
     return "\n".join(lines)
@@ -113,6 +150,69 @@ def test_a_family_goes_the_whole_way(
         for cached in (True, False)
     ]
     assert torch.equal(*written)
+
+
+@pytest.mark.parametrize(("architecture", "pattern"), OTHER_CASES)
+def test_a_model_that_does_not_generate_goes_the_whole_way(
+    architecture: str,
+    pattern: str,
+    make_other: Callable[..., Path],
+    text_folder: Path,
+    labelled: Path,
+    pixels: Path,
+    tmp_path: Path,
+) -> None:
+    model = make_other(architecture, **({"num_labels": 5} if architecture.endswith("Classification") else {}))
+    files = read_model_files(model)
+    text = labelled if "Sequence" in architecture else text_folder if files.kind.reads == "text" else pixels
+    flags = {"model": str(model), "pattern": pattern}
+    space, _ = allocator.inspect(load_config(None, flags, []))
+    assert space.cost(space.dense) == sum(p.numel() for p in load_model(files).parameters())
+    assert {"prefill_macs", "weight_bytes"} < {*space.fixed}
+    assert not {"kv_bytes", "decode_macs"} & {*space.fixed}
+
+    result = allocator.search(
+        model,
+        pattern=pattern,
+        target=0.5,
+        workers=0,
+        name="run",
+        runs_dir=tmp_path,
+        text=text,
+        settings=SETTINGS,
+    )
+    measured, plan = result.summary["measured"], allocator.Plan.load(result.folder / "plan.json")
+    assert measured["searched"]["params"] == plan.space.cost(plan.allocation)
+    away = "kl" if files.kind.logits else "hidden"
+    assert measured["dense"][away] == pytest.approx(0, abs=1e-6)
+    assert "perplexity" not in measured["searched"]
+    assert ("accuracy" in measured["searched"]) == architecture.endswith("Classification")
+    again = allocator.evaluate(result.checkpoint, model=model, text=text, tokens=128, length=64)
+    assert again[away] == pytest.approx(measured["searched"][away], rel=1e-5)
+
+    auto = getattr(transformers, files.kind.auto)
+    reloaded = auto.from_pretrained(result.checkpoint, trust_remote_code=True, dtype=torch.float32).eval()
+    shown = read_shown(text, files, {"test": 128}, 64)["test"]
+    inputs = inputs_of(as_tensors(shown))
+    own, dense = load_model(read_model_files(result.checkpoint)), load_model(files)
+    with torch.no_grad():
+        found, expected, before = (answer(each(**inputs), files.kind.answers) for each in (reloaded, own, dense))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    if files.kind.logits:
+        log_p, log_q = (each.double().log_softmax(-1) for each in (before, found))
+        distance = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    else:
+        distance = float((before - found).double().square().sum() / before.double().square().sum())
+    assert measured["searched"][away] == pytest.approx(distance, rel=1e-4)
+
+
+def answer(outputs: Any, answers: str) -> torch.Tensor:
+    """Return what a model says: logits, states, or the embeddings of two towers."""
+    if answers != "states":
+        return outputs.logits
+    if "text_embeds" in outputs:
+        return torch.stack([outputs.text_embeds, outputs.image_embeds], 1)
+    return outputs.last_hidden_state
 
 
 def reload(checkpoint: Path) -> Any:

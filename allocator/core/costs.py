@@ -96,7 +96,9 @@ class Bound:
 
 
 def check_known(space: SearchSpace, cost: Cost) -> None:
-    """Raise if a space does not know a cost: there is no latency table."""
+    """Raise if a space does not know a cost: there is no latency table, or the model does not generate."""
+    if cost not in space.fixed and COSTS[cost].scale == 1:
+        raise UserError(f"{cost}: this model does not generate, and has no such cost. It has {', '.join(known(space))}")
     if cost not in space.fixed:
         raise UserError(
             f"{cost}: not known without a latency table. Make one with 'allocator latency --out table.json' "

@@ -23,6 +23,7 @@ from allocator.evaluate.loss import Loss, feature_error
 from allocator.evaluate.states import States
 from allocator.evaluate.teacher import Lesson, Sums, Teacher
 from allocator.evaluate.training import Trainer, Training
+from allocator.model.examples import Examples, as_tensors
 from allocator.model.family import Layout
 from allocator.model.headers import ModelFiles, read_model_files
 from allocator.model.load import load_model
@@ -58,7 +59,7 @@ class EngineSpec:
         pruner: The local pruner, for allocations that are recomputed.
         dtype: Key of :data:`DTYPES`.
         threads: CPU threads of one evaluation. Part of the numerics.
-        loss: What allocations are measured by; checkpoints always by ``kl``.
+        loss: What allocations are measured by; checkpoints always by ``kl``, or ``hidden`` where there are no logits.
         device: ``cpu`` or ``cuda``.
         training: How candidates are trained, where that is asked for.
         domains: Names of the texts of which the sequences of every split are, in turn; their losses are measured
@@ -78,14 +79,15 @@ class EngineSpec:
     domains: tuple[str, ...] = ()
 
     def calibration(
-        self, tokens: np.ndarray, progress: Progress = lambda done: None, report: Report = silent
+        self, tokens: np.ndarray | Examples, progress: Progress = lambda done: None, report: Report = silent
     ) -> Calibration:
         """Return what pruning works on: the model, block by block from disk, and token ids [sequences, length]."""
         assert self.pruner is not None
         torch.set_num_threads(self.threads)
         walker = StreamedWalker(self.files, self.layout, DTYPES[self.dtype])
-        tokens_nt = torch.from_numpy(np.array(tokens, dtype=np.int64))
-        return Calibration(walker, self.files, self.layout, self.space, self.pruner, tokens_nt, progress, report)
+        return Calibration(
+            walker, self.files, self.layout, self.space, self.pruner, as_tensors(tokens), progress, report
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +108,12 @@ class Execution:
 class Engine:
     """Measures allocations on token sequences. One model, one device, no state between measurements."""
 
-    def __init__(self, spec: EngineSpec, tokens: Mapping[str, np.ndarray]) -> None:
+    def __init__(self, spec: EngineSpec, tokens: Mapping[str, np.ndarray | Examples]) -> None:
         """Load the model.
 
         Args:
             spec: What to load.
-            tokens: Token ids [sequences, length] of each split; a fidelity is a prefix of the sequences.
+            tokens: Token ids [sequences, length] of each split, or other examples; a fidelity is a prefix of them.
 
         Raises:
             UserError: The device is not there.
@@ -119,10 +121,11 @@ class Engine:
         check_device(spec.device)
         torch.set_num_threads(spec.threads)
         self._spec = spec
-        self._tokens = {split: torch.from_numpy(np.array(ids, dtype=np.int64)) for split, ids in tokens.items()}
+        self._arrays = tokens
+        self._tokens = {split: as_tensors(shown) for split, shown in tokens.items()}
         self._walker = self._load(spec.files)
-        some = next(iter(self._tokens.values()))[:1, :_CHECKED]
-        self._walker.check(some.to(spec.device))
+        some = next(iter(self._tokens.values()))[:1]
+        self._walker.check((some if isinstance(some, Examples) else some[:, :_CHECKED]).to(spec.device))
         self._switchboard: Switchboard | None = None
         if spec.store is not None:
             assembler = Assembler(spec.files, spec.layout, spec.space, spec.store, self._walker.model)
@@ -130,13 +133,15 @@ class Engine:
             self._expander = Expander(self._walker, spec.layout, spec.space, assembler, self._switchboard)
         self._trainer: Trainer | None = None
         if spec.store is not None and spec.training is not None:
+            text = self._tokens["training"]
+            assert isinstance(text, torch.Tensor), "causal language models alone are trained"
             self._trainer = Trainer(
                 spec.files,
                 spec.layout,
                 spec.space,
                 spec.store,
                 spec.training,
-                self._tokens["training"],
+                text,
                 DTYPES[spec.dtype],
                 spec.device,
             )
@@ -165,7 +170,7 @@ class Engine:
         assert not request.training, "an expansion is of what was not trained"
         start_s = time.perf_counter()
         lessons = self._teacher.lessons(request.split, request.tokens, self._spec.loss)
-        edges = [0, *accumulate(lesson.tokens_bt.numel() for lesson in lessons)]
+        edges = [0, *accumulate(lesson.shown.numel() for lesson in lessons)]
         own = slice(index * LESSONS_PER_PORTION, (index + 1) * LESSONS_PER_PORTION)
         start, end = edges[own.start], edges[min(own.stop, len(lessons))]
         every = -(-request.tokens // EXPANSION_POSITIONS)
@@ -176,10 +181,18 @@ class Engine:
         return replace(portion, wall_s=time.perf_counter() - start_s)
 
     def measure_checkpoint(self, folder: Path, split: str, tokens: int) -> dict[str, float]:
-        """Load a saved checkpoint and measure its KL from the dense model, likelihood and perplexity."""
-        lessons = self._teacher.lessons(split, tokens, "kl")
-        measured, _ = self._judge(self._load(read_model_files(folder)), lessons)
-        return {**measured, "perplexity": math.exp(measured["nll"])}
+        """Load a saved checkpoint and measure its distance from the dense model, and what the text says of it.
+
+        Returns:
+            ``kl`` from the dense model, or ``hidden`` where there are no logits; ``nll`` where something is wanted,
+            with the ``perplexity`` of text, and the ``accuracy`` of what classifies.
+        """
+        walker, kind = self._load(read_model_files(folder)), self._walker.kind
+        lessons = self._teacher.lessons(split, tokens, "kl" if kind.logits else "hidden")
+        measured, _ = self._judge(walker, lessons)
+        if kind.generates:
+            return {**measured, "perplexity": math.exp(measured["nll"])}
+        return {**measured, **(_accuracy(walker, lessons) if kind.answers == "classes" else {})}
 
     def execute(self, execution: Execution, tokens: int, report: Report = silent) -> dict[str, float]:
         """Save a checkpoint, reload it, count its parameters and measure it on the test split.
@@ -192,7 +205,7 @@ class Engine:
         spec = self._spec
         if execution.recompute:
             calibration = spec.calibration(
-                self._tokens["calibration"].numpy(), report=lambda message: report(f"{execution.out.name}: {message}")
+                self._arrays["calibration"], report=lambda message: report(f"{execution.out.name}: {message}")
             )
             compact = dict(prune_on_pruned_inputs(calibration, execution.allocation, every_level=False)).__getitem__
         else:
@@ -212,7 +225,7 @@ class Engine:
         split, tokens = requests[0].split, requests[0].tokens
         lessons = self._teacher.lessons(split, tokens, self._spec.loss)
         features = {n: self._teacher.features(split, tokens, n) for n in {r.blocks for r in requests} - {0}}
-        embedded = [walker.embed(lesson.tokens_bt) for lesson in lessons]
+        embedded = [walker.embed(lesson.shown) for lesson in lessons]
         limit = BOUNDARY_BYTES // sum(batch_btd.nbytes for batch_btd in embedded)
         kept: dict[int, list[torch.Tensor]] = {}
         turned: list[float] = []
@@ -230,11 +243,13 @@ class Engine:
                 for index in range(step.start, request.blocks or len(walker.blocks)):
                     entering_btd, hidden_btd = hidden_btd, walker.run(index, hidden_btd)
                     if request.also == "influence":
-                        turned[index] += float((1.0 - cosines(entering_btd, hidden_btd)).sum())
+                        ends = [walker.residual(index, state) for state in (entering_btd, hidden_btd)]
+                        turned[index] += float((1.0 - cosines(*ends)).sum())
                     if index + 1 in kept:
                         kept[index + 1].append(hidden_btd)
                 if request.blocks:
-                    errors.append(feature_error(features[request.blocks][number], hidden_btd))
+                    teacher_btd = features[request.blocks][number]
+                    errors.append(feature_error(walker.parts(teacher_btd), walker.parts(hidden_btd)))
                 else:
                     sums.append(self._teacher.judge(lesson, walker, hidden_btd))
             if request.blocks:
@@ -243,7 +258,11 @@ class Engine:
                 name = self._spec.loss
                 measured, parts = self._means(sums, lessons)
             if request.also == "influence":
-                measured.update({f"influence.{i}": total / tokens for i, total in enumerate(turned)})
+                each = [walker.residual(i, embedded[0]).shape[1] for i in range(len(turned))]  # positions of an example
+                examples = sum(len(state) for state in embedded)
+                measured.update(
+                    {f"influence.{i}": t / (examples * n) for i, (t, n) in enumerate(zip(turned, each, strict=True))}
+                )
             now_s = time.perf_counter()
             yield Outcome(request, measured, now_s - start_s, name, parts)
             start_s = time.perf_counter()
@@ -262,9 +281,7 @@ class Engine:
 
     def _judge(self, walker: BlockWalker, lessons: Sequence[Lesson]) -> tuple[dict[str, float], tuple[float, ...]]:
         """Measure a whole model."""
-        sums = [
-            self._teacher.judge(lesson, walker, walker.run_all(walker.embed(lesson.tokens_bt))) for lesson in lessons
-        ]
+        sums = [self._teacher.judge(lesson, walker, walker.run_all(walker.embed(lesson.shown))) for lesson in lessons]
         return self._means(sums, lessons)
 
     def _means(self, sums: Sequence[Sums], lessons: Sequence[Lesson]) -> tuple[dict[str, float], tuple[float, ...]]:
@@ -310,9 +327,21 @@ def expanded(request: Request, loss: Loss, portions: Sequence[Portion]) -> Outco
 def _means(sums: Sequence[Sums], loss: Loss, positions: int) -> tuple[dict[str, float], tuple[float, ...]]:
     """Return measurements by name, and the loss of each sequence, from the sums over each lesson."""
     total, size, nll = (torch.cat(column).cpu() for column in zip(*sums, strict=True))
-    measured: dict[str, float] = {loss: float(total.sum() / size.sum()), "nll": float(nll.sum()) / positions}
+    measured: dict[str, float] = {loss: float(total.sum() / size.sum())}
+    if positions:
+        measured["nll"] = float(nll.sum()) / positions
     _check_finite(measured)
     return measured, tuple((total / size).tolist())
+
+
+def _accuracy(walker: BlockWalker, lessons: Sequence[Lesson]) -> dict[str, float]:
+    """Return the share of examples whose most probable class is their label; nothing where they have none."""
+    right = known = 0
+    for lesson in lessons:
+        read, head = walker.read(walker.run_all(walker.embed(lesson.shown)), lesson.shown)
+        right += int((head(read).argmax(-1) == lesson.wanted_bp).sum())
+        known += lesson.positions
+    return {"accuracy": right / known} if known else {}
 
 
 def _mean_error(errors: Sequence[torch.Tensor]) -> tuple[dict[str, float], tuple[float, ...]]:
@@ -333,7 +362,7 @@ def _check_finite(measured: Mapping[str, float]) -> None:
 class LocalEvaluator:
     """Measures in this process."""
 
-    def __init__(self, spec: EngineSpec, tokens: Mapping[str, np.ndarray], notify: Report = silent) -> None:
+    def __init__(self, spec: EngineSpec, tokens: Mapping[str, np.ndarray | Examples], notify: Report = silent) -> None:
         """Take what an engine is made from; ``notify`` hears what a user should know."""
         self._spec, self._tokens, self._notify = spec, tokens, notify
 

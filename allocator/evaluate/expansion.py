@@ -92,6 +92,7 @@ class Expander:
         switchboard: Switchboard,
     ) -> None:
         self._walker, self._space, self._assembler, self._switchboard = walker, space, assembler, switchboard
+        self._routed = {module for site in layout.sites if site.routed for module in site.modules}
         self._routers = {site.name: router for site in layout.sites if site.experts for router in site.rows}
         outputs = {site.name: site.output for site in layout.sites}
         self._modules = [outputs.get(unit.name, unit.name) for unit in space.units]
@@ -103,11 +104,12 @@ class Expander:
         lessons' positions tell the size of changes.
         """
         walker, space = self._walker, self._space
+        count = sum(lesson.shown.numel() for lesson in lessons)  # what examples count as: not what every block reads
         between: list[list[torch.Tensor]] = []
         sums: list[Sums] = []
         gradients: list[torch.Tensor] = []
         for lesson in lessons:
-            states = [walker.embed(lesson.tokens_bt)]
+            states = [walker.embed(lesson.shown)]
             for index in range(len(walker.blocks)):
                 states.append(walker.run(index, states[-1]))
             leaving_btd = states.pop()
@@ -137,19 +139,21 @@ class Expander:
                     slope[place] = size[place] = (0.0,) * space.units[place].num_levels
                     continue
                 input_ni, delta_no = (torch.cat(table.pop(module)) for table in (entering, deltas))
-                own = range(some.start, min(some.stop, len(input_ni)), some.step)
+                own = [position * len(input_ni) // count for position in some]
+                if module in self._routed:  # which has but some of the tokens
+                    own = [position for position in some if position < len(input_ni)]
                 expand = self._mixture if module in self._routers else self._unit
                 slope[place], size[place] = expand(place, allocation[place], input_ni, delta_no.float(), own)
         positions = sum(lesson.positions for lesson in lessons)
         return Portion(sums, positions, tuple(slope), tuple(size), len(some))
 
     def _unit(
-        self, place: int, own: int, input_ni: torch.Tensor, delta_no: torch.Tensor, some: range
+        self, place: int, own: int, input_ni: torch.Tensor, delta_no: torch.Tensor, some: Sequence[int]
     ) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Return first-order changes of the loss, and squared changes of the output, for each level of a unit."""
         unit, module = self._space.units[place], self._modules[place]
         input_ni = input_ni.float()
-        gradient_oi, gradient_o, some_ni = delta_no.T @ input_ni, delta_no.sum(0), input_ni[list(some)]
+        gradient_oi, gradient_o, some_ni = delta_no.T @ input_ni, delta_no.sum(0), input_ni[some]
         before = self._assembler.wide(unit.name, own)
         slopes, sizes = [], []
         for level in range(unit.num_levels):
@@ -163,7 +167,7 @@ class Expander:
 
     @torch.no_grad()
     def _mixture(
-        self, place: int, own: int, input_ni: torch.Tensor, delta_no: torch.Tensor, some: range
+        self, place: int, own: int, input_ni: torch.Tensor, delta_no: torch.Tensor, some: Sequence[int]
     ) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Return the same for whole experts, which are run at every level."""
         unit, model = self._space.units[place], self._walker.model
@@ -175,7 +179,7 @@ class Expander:
         self._switchboard.set(unit.name, own)
         changes = [answer_no - answers[own] for answer_no in answers]
         slopes = tuple(float((delta_no * change_no).sum(dtype=torch.float64)) for change_no in changes)
-        return slopes, tuple(float(change_no[list(some)].square().sum(dtype=torch.float64)) for change_no in changes)
+        return slopes, tuple(float(change_no[some].square().sum(dtype=torch.float64)) for change_no in changes)
 
 
 def _change(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], key: str) -> torch.Tensor:

@@ -8,12 +8,16 @@ Shapes: B sequences, T tokens, D hidden size, V vocabulary, n positions of a chu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch.nn import functional
+
+from allocator.model.examples import Shown, inputs_of, labels_of
+from allocator.model.kinds import Kind
+from allocator.model.walk import Head
 
 Loss = Literal["kl", "topk_kl", "nll", "hidden"]
 """What a search minimises: the divergence from the teacher's distribution over next tokens; the same with all but
@@ -28,9 +32,6 @@ caches. Part of the numerics, so not derived from free memory."""
 
 _LEAST_TAIL = 1e-7
 """Below this a tail's probability is rounding."""
-
-Head = Callable[[torch.Tensor], torch.Tensor]
-"""From outputs of the last block to logits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ class Targets:
 
 @torch.no_grad()
 def targets(loss: Loss, teacher_btd: torch.Tensor, head: Head) -> Iterator[Targets]:
-    """Yield the teacher's targets for ``kl`` or ``topk_kl``, chunk by chunk."""
+    """Yield the teacher's targets for ``kl`` or ``topk_kl``, chunk by chunk, from what its head reads."""
     for teacher_nd in _chunks(teacher_btd):
         log_nv = functional.log_softmax(head(teacher_nd), dim=-1, dtype=torch.float32)
         log_nk, token_nk = log_nv, None
@@ -75,20 +76,49 @@ def divergence(
     The likelihood covers the T - 1 positions that have a next token. Both in nats, summed in float64. Without
     targets the divergence is 0.
     """
+    return summed(taught, student_btd, head, following(tokens_bt))
+
+
+def following(tokens_bt: torch.Tensor) -> torch.Tensor:
+    """Return the token that follows each, -100 after the last."""
+    return functional.pad(tokens_bt[:, 1:], (0, 1), value=-100)
+
+
+def wanted(kind: Kind, shown: Shown) -> torch.Tensor:
+    """Return what the text or the labels want at every position that has logits, [B, P]; -100 where nothing."""
+    tokens_bt = inputs_of(shown).get("input_ids")
+    if kind.answers == "next":
+        assert tokens_bt is not None
+        return following(tokens_bt)
+    if kind.answers == "tokens":  # the text itself, without a mask, says nothing of how well it is guessed
+        assert tokens_bt is not None
+        return torch.full_like(tokens_bt, -100)
+    labels_b = labels_of(shown)
+    if kind.answers == "classes" and labels_b is not None:
+        return labels_b[:, None]
+    first = next(iter(inputs_of(shown).values()))
+    return torch.full((len(first), 1), -100, device=first.device)
+
+
+def summed(
+    taught: Iterable[Targets] | None, student_bpd: torch.Tensor, head: Head, wanted_bp: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what :func:`divergence` does; the likelihood is that of what is wanted at P positions, -100 nothing."""
     kl_n, nll_n = (
-        torch.cat(chunks).double() for chunks in zip(*divergences(taught, student_btd, head, tokens_bt), strict=True)
+        torch.cat(chunks).double() for chunks in zip(*divergences(taught, student_bpd, head, wanted_bp), strict=True)
     )
-    return kl_n.view(tokens_bt.shape).sum(-1), nll_n.view(tokens_bt.shape).sum(-1)
+    return kl_n.view(wanted_bp.shape).sum(-1), nll_n.view(wanted_bp.shape).sum(-1)
 
 
 def divergences(
-    taught: Iterable[Targets] | None, student_btd: torch.Tensor, head: Head, tokens_bt: torch.Tensor
+    taught: Iterable[Targets] | None, student_bpd: torch.Tensor, head: Head, wanted_bp: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield what :func:`divergence` sums, [n], chunk by chunk."""
-    next_n = functional.pad(tokens_bt[:, 1:], (0, 1), value=-100).flatten()
-    students = _chunks(student_btd)
+    """Yield what :func:`summed` sums, [n], chunk by chunk."""
+    students = _chunks(student_bpd)
     targets_n = [None] * len(students) if taught is None else taught
-    for target, student_nd, wanted_n in zip(targets_n, students, next_n.split(_CHUNK_POSITIONS), strict=True):
+    for target, student_nd, wanted_n in zip(
+        targets_n, students, wanted_bp.flatten().split(_CHUNK_POSITIONS), strict=True
+    ):
         log_nv = functional.log_softmax(head(student_nd), dim=-1, dtype=torch.float32)
         nll_n = functional.nll_loss(log_nv, wanted_n, ignore_index=-100, reduction="none")
         if target is None:
@@ -103,13 +133,17 @@ def displacement(teacher_btd: torch.Tensor, student_btd: torch.Tensor) -> tuple[
     return distance_bt.sum(-1), teacher_bt.sum(-1)
 
 
-def feature_error(teacher_btd: torch.Tensor, student_btd: torch.Tensor) -> torch.Tensor:
+def feature_error(teacher: Sequence[torch.Tensor], student: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return squared distances relative to the teacher's squares, averaged over each sequence, [B], float64.
 
     Relative token by token, for the states of a few tokens are larger by orders of magnitude than those of all others.
+
+    Args:
+        teacher: States [B, T, D] of each tower of a model.
+        student: The same of another.
     """
-    distance_bt, teacher_bt = _squares(teacher_btd, student_btd)
-    return (distance_bt / teacher_bt).mean(-1)
+    squares = [_squares(teacher_btd, student_btd) for teacher_btd, student_btd in zip(teacher, student, strict=True)]
+    return torch.cat([distance_bt / teacher_bt for distance_bt, teacher_bt in squares], 1).mean(-1)
 
 
 def _squares(teacher_btd: torch.Tensor, student_btd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,6 +9,7 @@ from allocator.core.signals import Signals
 from allocator.core.space import Unit
 from allocator.evaluate.engine import EngineSpec, check_device
 from allocator.evaluate.loss import divergence
+from allocator.model.examples import Examples
 from allocator.model.load import load_model
 from allocator.model.walk import SEQUENCES_PER_BATCH, BlockWalker
 from allocator.prune.problem import Progress
@@ -21,7 +22,7 @@ _DIRECTIONS = 4
 
 
 @torch.inference_mode()
-def zeroth_order(spec: EngineSpec, tokens: np.ndarray, progress: Progress = lambda done: None) -> Signals:
+def zeroth_order(spec: EngineSpec, tokens: np.ndarray | Examples, progress: Progress = lambda done: None) -> Signals:
     """Return ``gradient``: |L(θ + εz) - L(θ - εz)| / 2ε for each unit, z normal in the unit's weights and 0 elsewhere.
 
     ECoFLaP (Sung et al., ICLR 2024, after MeZO): L is the negative log-likelihood in nats per token, ε = 1e-3. The
@@ -34,6 +35,7 @@ def zeroth_order(spec: EngineSpec, tokens: np.ndarray, progress: Progress = lamb
         tokens: Calibration token ids [sequences, length].
         progress: Hears how many blocks are done.
     """
+    assert isinstance(tokens, np.ndarray), "causal language models alone"
     check_device(spec.device)
     torch.set_num_threads(spec.threads)
     walker = BlockWalker(load_model(spec.files, torch.float32).to(spec.device), spec.layout)

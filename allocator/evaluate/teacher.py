@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from allocator.evaluate.loss import Loss, Targets, displacement, divergence, divergences, targets
+from allocator.evaluate.loss import Loss, Targets, displacement, divergences, summed, targets, wanted
+from allocator.model.examples import Shown
 from allocator.model.walk import SEQUENCES_PER_BATCH, BlockWalker
 
 KEPT_BYTES = 256 << 20
@@ -23,26 +24,28 @@ class Lesson:
 
     Attributes:
         loss: What the student is judged by.
-        tokens_bt: Token ids.
+        shown: Token ids [B, T], or other examples.
+        wanted_bp: What the text or the labels want at every position that has logits; -100 where they want nothing.
         hidden_btd: What leaves the last block, where it is needed again.
         kept: The distributions, if there was room for them.
     """
 
     loss: Loss
-    tokens_bt: torch.Tensor
+    shown: Shown
+    wanted_bp: torch.Tensor
     hidden_btd: torch.Tensor | None
     kept: tuple[Targets, ...] | None
 
     @property
     def positions(self) -> int:
-        """How many tokens follow another."""
-        return self.tokens_bt[:, 1:].numel()
+        """At how many positions something is wanted: for text, tokens that follow another."""
+        return int((self.wanted_bp != -100).sum())
 
 
 class Teacher:
     """Lessons by split. The walker's model is made dense whenever something new is to be computed."""
 
-    def __init__(self, walker: BlockWalker, tokens: Mapping[str, torch.Tensor], make_dense: Callable[[], None]) -> None:
+    def __init__(self, walker: BlockWalker, tokens: Mapping[str, Shown], make_dense: Callable[[], None]) -> None:
         self._walker, self._tokens, self._make_dense = walker, tokens, make_dense
         self._lessons: dict[tuple[Loss, str, int, int], Lesson] = {}
         self._features: dict[tuple[int, str, int, int], torch.Tensor] = {}
@@ -73,33 +76,41 @@ class Teacher:
 
     def judge(self, lesson: Lesson, student: BlockWalker, student_btd: torch.Tensor) -> Sums:
         """Compare what leaves a student's last block with a lesson."""
-        total, nll = divergence(self._taught(lesson), student_btd, student.logits, lesson.tokens_bt)
+        total = nll = student_btd.new_zeros(len(student_btd), dtype=torch.float64)
+        if lesson.loss != "hidden" or lesson.positions:
+            total, nll = summed(self._taught(lesson), *student.read(student_btd, lesson.shown), lesson.wanted_bp)
         if lesson.loss == "hidden":
             assert lesson.hidden_btd is not None
-            return (*displacement(self._walker.states(lesson.hidden_btd), student.states(student_btd)), nll)
-        length = lesson.tokens_bt.shape[1]
+            given, own = (
+                w.given(h, lesson.shown) for w, h in ((self._walker, lesson.hidden_btd), (student, student_btd))
+            )
+            return (*displacement(given, own), nll)
         if lesson.loss == "nll":
-            return nll, torch.full_like(nll, length - 1), nll
-        return total, torch.full_like(total, length), nll
+            return nll, (lesson.wanted_bp != -100).sum(-1).to(nll), nll
+        return total, torch.full_like(total, lesson.wanted_bp.shape[1]), nll
 
     def gradient(self, lesson: Lesson, student: BlockWalker, student_btd: torch.Tensor) -> torch.Tensor:
         """Return the gradient of the loss, summed over a lesson, in what leaves a student's last block."""
         leaf_btd = student_btd.detach().requires_grad_()
         if lesson.loss == "hidden":
             assert lesson.hidden_btd is not None
-            distance_b, _ = displacement(self._walker.states(lesson.hidden_btd), student.states(leaf_btd))
+            given = self._walker.given(lesson.hidden_btd, lesson.shown)
+            distance_b, _ = displacement(given, student.given(leaf_btd, lesson.shown))
             distance_b.sum().backward()
-        else:
-            # chunk by chunk, so that logits of one chunk alone are held
-            for kl_n, nll_n in divergences(self._taught(lesson), leaf_btd, student.logits, lesson.tokens_bt):
-                (nll_n if lesson.loss == "nll" else kl_n).sum().backward()
-        assert leaf_btd.grad is not None
-        return leaf_btd.grad
+            assert leaf_btd.grad is not None
+            return leaf_btd.grad
+        read, head = student.read(leaf_btd, lesson.shown)
+        inner = read.detach().requires_grad_()
+        # chunk by chunk, so that logits of one chunk alone are held
+        for kl_n, nll_n in divergences(self._taught(lesson), inner, head, lesson.wanted_bp):
+            (nll_n if lesson.loss == "nll" else kl_n).sum().backward()
+        (gradient_btd,) = torch.autograd.grad(read, leaf_btd, inner.grad)
+        return gradient_btd
 
     def _taught(self, lesson: Lesson) -> Iterable[Targets] | None:
         if lesson.kept is None and lesson.loss in ("kl", "topk_kl"):
             assert lesson.hidden_btd is not None
-            return targets(lesson.loss, lesson.hidden_btd, self._walker.logits)
+            return targets(lesson.loss, *self._walker.read(lesson.hidden_btd, lesson.shown))
         return lesson.kept
 
     def _batches(self, split: str, tokens: int) -> list[tuple[int, int]]:
@@ -110,14 +121,15 @@ class Teacher:
         count = tokens // length
         return [(start, min(SEQUENCES_PER_BATCH, count - start)) for start in range(0, count, SEQUENCES_PER_BATCH)]
 
-    def _compute(self, tokens_bt: torch.Tensor, loss: Loss) -> Lesson:
+    def _compute(self, shown: Shown, loss: Loss) -> Lesson:
+        wanted_bp = wanted(self._walker.kind, shown)
         if loss == "nll":
-            return Lesson(loss, tokens_bt, None, None)
-        hidden_btd = self._walker.run_all(self._walker.embed(tokens_bt))
+            return Lesson(loss, shown, wanted_bp, None, None)
+        hidden_btd = self._walker.run_all(self._walker.embed(shown))
         if loss == "hidden":
-            return Lesson(loss, tokens_bt, hidden_btd, None)
-        kept = self._keep(targets(loss, hidden_btd, self._walker.logits), tokens_bt.numel())
-        return Lesson(loss, tokens_bt, hidden_btd if kept is None else None, kept)
+            return Lesson(loss, shown, wanted_bp, hidden_btd, None)
+        kept = self._keep(targets(loss, *self._walker.read(hidden_btd, shown)), wanted_bp.numel())
+        return Lesson(loss, shown, wanted_bp, hidden_btd if kept is None else None, kept)
 
     def _keep(self, taught: Iterator[Targets], positions: int) -> tuple[Targets, ...] | None:
         """Return all targets of a batch, or None if there is no room for them."""

@@ -20,6 +20,7 @@ from allocator.core.errors import UserError
 from allocator.core.files import write_json
 from allocator.core.plan import Plan
 from allocator.export.matrices import Matrix, matrices
+from allocator.model.checkpoint import stored_name
 from allocator.model.family import Layout
 from allocator.model.headers import ModelFiles
 
@@ -60,12 +61,14 @@ class Target(ABC):
         patterns: Of plans that it can express.
         varies: Patterns of files of which the same plan does not give the same bytes, since another program writes
             numbers into them that it draws.
+        any_kind: Whether it takes plans of models that do not generate.
     """
 
     name: ClassVar[str]
     writes: ClassVar[str]
     patterns: ClassVar[tuple[str, ...]]
     varies: ClassVar[tuple[str, ...]] = ()
+    any_kind: ClassVar[bool] = False
 
     def check(self, source: Source) -> None:  # noqa: B027
         """Check what the plan's pattern does not tell.
@@ -86,6 +89,11 @@ def check(target: Target, source: Source) -> None:
         raise UserError(
             f"export: {target.name} cannot express {pattern} plans, only {' and '.join(target.patterns)} ones. "
             f"See 'allocator export --list' for one that can"
+        )
+    if not (target.any_kind or source.files.kind.generates):
+        raise UserError(
+            f"export: {target.name} takes plans of causal language models, and this one is of "
+            f"{source.files.architecture}. Use --to ratios, or --to hf for the executed plan"
         )
     target.check(source)
 
@@ -114,7 +122,7 @@ def write_verify(
     modules = {}
     for matrix in source.matrices:
         shape = list(stored.get(matrix.module, matrix.kept_shape))
-        modules[matrix.module] = {
+        modules[stored_name(source.files, f"{matrix.module}.weight").removesuffix(".weight")] = {
             "shape": shape if all(shape) else None,
             "zeros": max(0, shape[0] * shape[1] - left.get(matrix.module, matrix.kept)),
             "group": None if matrix.group is None else list(matrix.group),

@@ -26,6 +26,7 @@ class HuggingFace(Target):
     name = "hf"
     writes = "checkpoint with per_layer_config; of masks, dense with zeros"
     patterns = ("structured", "unstructured", "n:m")
+    any_kind = True
 
     def check(self, source: Source) -> None:
         """Check the checkpoint."""
@@ -50,7 +51,7 @@ class HuggingFace(Target):
 def _heterogeneous(source: Source) -> dict[str, Any]:
     """Return what a configuration says of layers that differ: nothing where none does, or it has no keys for it."""
     plan, config, layers = source.plan, source.files.config, dict[str, dict[str, Any]]()
-    if not in_keys_of_llama(source):
+    if not source.files.kind.generates or not in_keys_of_llama(source):
         return {}
     for unit, level in zip(plan.space.units, plan.allocation, strict=True):
         if unit.kind == "matrix" or level == 0:

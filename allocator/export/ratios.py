@@ -23,6 +23,7 @@ class Ratios(Target):
     name = "ratios"
     writes = "ratios of modules (CSV, JSON) and of blocks (.npy)"
     patterns = ("structured", "unstructured", "n:m")
+    any_kind = True
 
     def write(self, source: Source, folder: Path) -> list[str]:
         """Write them."""

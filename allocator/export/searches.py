@@ -15,6 +15,7 @@ class SearchTarget(Target):
     """A tool that shows searches; it takes the run of a plan of any pattern."""
 
     patterns = ("structured", "unstructured", "n:m")
+    any_kind = True
 
     def check(self, source: Source) -> None:
         """Check that there is a search, and that it has measured something.

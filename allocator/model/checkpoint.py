@@ -23,6 +23,7 @@ from allocator.core.files import whole_folder, write_json
 from allocator.core.space import SearchSpace
 from allocator.model.family import Layout, Site
 from allocator.model.headers import INDEX, ModelFiles, read_model_files
+from allocator.model.kinds import CAUSAL, Kind
 from allocator.model.memory import give_back
 
 Replacements = Mapping[str, torch.Tensor | None]
@@ -38,6 +39,8 @@ _COPIED = (
     "vocab.*",
     "merges.txt",
     "*.model",
+    "preprocessor_config.json",
+    "processor_config.json",
 )
 
 
@@ -47,7 +50,7 @@ def read_tensors(files: ModelFiles, names: list[str]) -> dict[str, torch.Tensor]
     for shard in sorted({files.shards[name] for name in names}):
         with safe_open(files.folder / shard, framework="pt") as file:
             own = [name for name in names if files.shards[name] == shard]
-            tensors.update({name: file.get_tensor(files.stored.get(name, name)) for name in own})
+            tensors.update({name: file.get_tensor(stored_name(files, name)) for name in own})
     return {name: tensor.T.contiguous() if name in files.transposed else tensor for name, tensor in tensors.items()}
 
 
@@ -102,9 +105,9 @@ def _write(files: ModelFiles, layout: Layout, replace: Callable[[str], Replaceme
                     shapes[name.removesuffix(".weight")] = list(new.shape)
                     bias = name.removesuffix("weight") + "bias"
                     if bias not in files.shapes and (gained := cached[1].get(bias)) is not None:
-                        beside = stored.removesuffix("weight") + "bias"
-                        tensors[beside] = gained.to(tensors[stored].dtype).contiguous()
-                        weight_map[beside] = shard
+                        gained_name = stored_name(files, bias)
+                        tensors[gained_name] = gained.to(tensors[stored].dtype).contiguous()
+                        weight_map[gained_name] = shard
                         added.append(bias.removesuffix(".bias"))
         save_file(tensors, folder / shard, metadata={"format": "pt"})
     removed: dict[str, str] = {}
@@ -129,10 +132,19 @@ def _write(files: ModelFiles, layout: Layout, replace: Callable[[str], Replaceme
             **({"experts": experts} if experts else {}),
             **({"renamed": dict(files.renames)} if files.stored else {}),
         }
-        config["architectures"] = ["PrunedForCausalLM"]
-        config["auto_map"] = {"AutoModelForCausalLM": "modeling_pruned.PrunedForCausalLM"}
-        write_modelling(folder, files.architecture)
-    write_companions(folder, files, config, weight_map)
+        kind = files.kind
+        config["architectures"] = [kind.pruned]
+        config["auto_map"] = {kind.auto: f"modeling_pruned.{kind.pruned}"}
+        write_modelling(folder, files.architecture, kind)
+    write_companions(folder, files, config, {stored_name(files, name): home for name, home in weight_map.items()})
+
+
+def stored_name(files: ModelFiles, name: str) -> str:
+    """Return the name in a checkpoint's files of one of the model's tensors, or of a bias that it gains."""
+    if name not in files.shapes and name.endswith(".bias"):
+        weight = f"{name.removesuffix('bias')}weight"
+        return f"{files.stored.get(weight, weight).removesuffix('weight')}bias"
+    return files.stored.get(name, name)
 
 
 def _kept_experts(mixture: Site, layout: Layout, gone: set[str]) -> list[int]:
@@ -165,12 +177,13 @@ def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def write_modelling(folder: Path, architecture: str) -> None:
+def write_modelling(folder: Path, architecture: str, kind: Kind = CAUSAL) -> None:
     """Write the modelling file that loads a compact checkpoint without this package."""
     code = (resources.files("allocator.model") / "modeling_pruned.py").read_text(encoding="utf-8")
     assert _TEMPLATE_IMPORT in code
     line = f"from transformers import {architecture} as Dense"
-    (folder / "modeling_pruned.py").write_text(code.replace(_TEMPLATE_IMPORT, line), encoding="utf-8")
+    code = code.replace(_TEMPLATE_IMPORT, line).replace(CAUSAL.pruned, kind.pruned)
+    (folder / "modeling_pruned.py").write_text(code, encoding="utf-8")
 
 
 def count_params(folder: Path, space: SearchSpace, renames: Mapping[str, str] | None = None) -> int:

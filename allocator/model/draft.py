@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from allocator.core.errors import UserError
-from allocator.model.family import Family
+from allocator.model.family import Family, named_as_in
 from allocator.model.headers import ModelFiles
 
 _OUTPUT = re.compile(r"(^|[._])(o|out|dense|wo|w2|c_proj|down|fc2|fc_out|dense_4h_to_h)(_proj)?$")
@@ -33,18 +34,20 @@ class Covered:
 
 def coverage(files: ModelFiles, family: Family | None) -> list[Covered]:
     """Return every matrix of a model, and what covers it in a family; in none, where there is none."""
-    prefix = _prefix(files) if family is None else family.blocks
+    prefixes = [_prefix(files)]
     owners: dict[str, str] = {}
     if family is not None:
+        family = named_as_in(files, family)
+        prefixes = family.chains
         owners = {module.removesuffix("?"): "entry" for module in family.entry}
         owners |= {module.removesuffix("?"): "tail" for module in family.tail}
         owners |= {module.removesuffix("?"): "skip" for module in family.skip}
-        for part, unit in family.units.items():
+        for prefix, (part, unit) in itertools.product(prefixes, family.units.items()):
             owners |= {f"{prefix}.{module}": part for module in unit.names}
     counts: dict[tuple[str, tuple[int, ...]], int] = {}
     for name, shape in files.shapes.items():
         if len(shape) >= 2:
-            key = _general(name.removesuffix(".weight"), prefix), shape
+            key = _general(name.removesuffix(".weight"), prefixes), shape
             counts[key] = counts.get(key, 0) + 1
     return [Covered(name, shape, count, owners.get(name)) for (name, shape), count in sorted(counts.items())]
 
@@ -57,7 +60,7 @@ def draft(files: ModelFiles) -> str:
     """
     prefix = _prefix(files)
     inside = {
-        _general(name.removesuffix(".weight"), prefix).removeprefix(f"{prefix}."): shape
+        _general(name.removesuffix(".weight"), [prefix]).removeprefix(f"{prefix}."): shape
         for name, shape in files.shapes.items()
         if name.startswith(prefix.split("{")[0]) and name.endswith(".weight")
     }
@@ -86,6 +89,8 @@ def draft(files: ModelFiles) -> str:
     for folder in sorted(folders, key=lambda folder: "att" not in folder):  # in the order of the forward pass
         its, beside = ({n: s for n, s in of.items() if n.rpartition(".")[0] == folder} for of in (own, vectors))
         lines += _unit(folder, its, beside)
+    if not files.kind.generates:
+        return "\n".join([*lines, f"skip: [{', '.join(dict.fromkeys(matrices))}]"]) + "\n"
     lines += [f"entry: [{', '.join(entry)}]  # between the embeddings and the blocks"] if entry else []
     staying = [name for name in dict.fromkeys([*matrices, head]) if name not in (*entry, *leaving)]
     lines += [
@@ -158,6 +163,8 @@ def _prefix(files: ModelFiles) -> str:
     return f"{max(found, key=found.count)}{{block}}"
 
 
-def _general(name: str, prefix: str) -> str:
-    before = re.escape(prefix.split("{")[0])
-    return re.sub(r"(?<=\.)\d+(?=\.)", "{expert}", re.sub(rf"^{before}\d+\.", f"{prefix}.", name))
+def _general(name: str, prefixes: list[str]) -> str:
+    for prefix in prefixes:
+        before = re.escape(prefix.split("{")[0])
+        name = re.sub(rf"^{before}\d+\.", f"{prefix}.", name)
+    return re.sub(r"(?<=\.)\d+(?=\.)", "{expert}", name)

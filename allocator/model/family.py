@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from allocator.core.errors import UserError, did_you_mean
 from allocator.core.space import SearchSpace, Unit
 from allocator.model.checks import check_biases, check_depth, check_heads, check_skipped, check_vectors, num_heads
 from allocator.model.headers import ModelFiles, read_model_files
+from allocator.model.kinds import CAUSAL, Kind
 
 Attention = Literal["kv_groups", "query_heads"]
 """What attention loses: KV groups with the query heads they serve, or query heads alone."""
@@ -126,16 +127,34 @@ class Family(_Strict):
 
     schema_: Literal[1] = Field(alias="schema")
     model_types: list[str] = Field(min_length=1)
-    blocks: str = Field(pattern=r"\{block\}")
+    blocks: str | list[str]
+    """Names of the blocks, or of those of each tower; what a checkpoint's names have in front may be left out."""
+
     units: dict[Part, Annotated[KvGroups | Channels | Mixture, Field(discriminator="kind")]]
     entry: list[str] = []
     """Matrices between the embeddings and the first block, which work for every token as those of the tail do."""
-    tail: list[str] = Field(min_length=1)
-    """From the blocks to the logits, the head last. What ends in ``?`` is not in every model, here and in ``entry``."""
+    tail: list[str] = []
+    """From the blocks to the logits, the head last. What ends in ``?`` is not in every model, here and in ``entry``.
+
+    Causal language models have one. Others are asked themselves what follows.
+    """
     skip: list[str]
     """Modules that stay as they are; ``{block}`` is each block in turn, and what ends in ``?`` not in every model."""
     renamed: dict[str, str] = {}
     """Parts of names in the files that the model calls otherwise."""
+
+    @field_validator("blocks")
+    @classmethod
+    def _numbered(cls, value: str | list[str]) -> str | list[str]:
+        chains = [value] if isinstance(value, str) else value
+        if not chains or not all("{block}" in chain for chain in chains):
+            raise ValueError(f"expected {{block}} for the number of the block, found {value!r}")
+        return value
+
+    @property
+    def chains(self) -> list[str]:
+        """Names of the blocks, one for each tower."""
+        return [self.blocks] if isinstance(self.blocks, str) else self.blocks
 
     @model_validator(mode="after")
     def _check_once(self) -> Family:
@@ -247,6 +266,8 @@ class Layout:
         tail: Modules from the last block's output to the logits; the last is the head, as the checkpoint names it.
         sites: Prunable sub-blocks, in model order.
         around: Matrices before and behind the blocks that work for every token.
+        kind: What kind of model it is.
+        towers: How many blocks, of those in order, each tower has; empty where all are one chain.
         mixtures: Mixtures of experts with whole experts for items, whether that is what they lose or not.
     """
 
@@ -254,6 +275,8 @@ class Layout:
     tail: tuple[str, ...]
     sites: tuple[Site, ...]
     around: tuple[str, ...] = ()
+    kind: Kind = CAUSAL
+    towers: tuple[int, ...] = ()
     mixtures: tuple[Site, ...] = ()
 
 
@@ -362,23 +385,25 @@ def resolve_layout(
             missing, shapes do not divide into items, each KV group has but one query head to lose, or what lies beside
             the matrices of a unit has the width that they lose.
     """
-    shapes = files.shapes
-    numbers = block_numbers(files, family.blocks)
-    check_depth(family.blocks, numbers, files)
-    blocks = tuple(family.blocks.format(block=number) for number in numbers)
+    shapes, family, kind = files.shapes, named_as_in(files, family), files.kind
+    numbers = [block_numbers(files, chain) for chain in family.chains]
+    blocks: list[str] = []
     sites: list[Site] = []
     mixtures: list[Site] = []
-    for index, block in enumerate(blocks):
-        for part, parts in family.units.items():
-            if isinstance(parts, Mixture) and (f"{block}.{parts.router}.weight" in shapes or parts.dense is None):
-                mixtures.append(_mixture(part, parts, block, index, files))
-                sites += _parts_of(mixtures[-1], parts, family, block, files, experts)
-            else:
-                own = parts.dense if isinstance(parts, Mixture) else parts
-                assert own is not None
-                sites.append(_site(part, own, family, block, index, files, attention))
-    tied = {family.tail[-1]} if files.config.get("tie_word_embeddings") else set()
-    entry, tail = _there(family.entry, shapes), _there(family.tail, shapes)
+    towers: dict[str, ModelFiles] = {}
+    for chain, own in zip(family.chains, numbers, strict=True):
+        check_depth(chain, own, files)
+        tower = tower_files(files, chain)
+        for number in own:
+            blocks.append(chain.format(block=number))
+            found, mixed = _sites(family, blocks[-1], len(blocks) - 1, tower, attention, experts)
+            sites += found
+            mixtures += mixed
+            towers |= {site.name: tower for site in found}
+    if kind.generates and not family.tail:
+        raise UserError(f"family: {files.architecture} is a causal language model. Name in 'tail' what follows blocks")
+    tied = {family.tail[-1]} if kind.generates and files.config.get("tie_word_embeddings") else set()
+    entry, tail = (_there(names if kind.generates else (), shapes) for names in (family.entry, family.tail))
     for key, module in (*(("entry", module) for module in entry), *(("tail", module) for module in tail)):
         if f"{module}.weight" not in shapes and module not in tied:
             raise UserError(
@@ -387,20 +412,69 @@ def resolve_layout(
     around = tuple(module for module in (*entry, *tail[:-1]) if len(shapes[f"{module}.weight"]) == 2)
     owned = {module for site in sites for module in site.modules}
     owned |= {f"{block}.{name}" for block in blocks for unit in family.units.values() for name in unit.names}
-    skipped = family.skipped(numbers)
+    skipped = family.skipped(sorted({*itertools.chain(*numbers)}))
     check_skipped({**skipped, **dict.fromkeys(around, "tail")}, family.tail, owned, files)
     check_biases(owned, files)
     # what has one item goes as a whole, with all that lies beside it; of routers every vector is one of experts
     for site in (site for site in sites if site.total > 1 and not site.experts):
         inside = {name: shape for name, shape in shapes.items() if site.owns(name)}
-        check_vectors(site.name, _lengths(site, files), site.rows, site.output, skipped, inside, files)
-    return Layout(blocks, tail, tuple(sites), around, tuple(mixtures))
+        check_vectors(site.name, _lengths(site, towers[site.name]), site.rows, site.output, skipped, inside, files)
+    extents = tuple(map(len, numbers)) if len(numbers) > 1 else ()
+    return Layout(tuple(blocks), tail, tuple(sites), around, kind, extents, tuple(mixtures))
+
+
+def _sites(
+    family: Family, block: str, index: int, files: ModelFiles, attention: Attention, experts: Experts
+) -> tuple[list[Site], list[Site]]:
+    """Return the sub-blocks of one block, and its mixtures of experts with whole experts for items."""
+    sites: list[Site] = []
+    mixtures: list[Site] = []
+    for part, parts in family.units.items():
+        if isinstance(parts, Mixture) and (f"{block}.{parts.router}.weight" in files.shapes or parts.dense is None):
+            mixtures.append(_mixture(part, parts, block, index, files))
+            sites += _parts_of(mixtures[-1], parts, family, block, files, experts)
+        else:
+            own = parts.dense if isinstance(parts, Mixture) else parts
+            assert own is not None
+            sites.append(_site(part, own, family, block, index, files, attention))
+    return sites, mixtures
 
 
 def _there(modules: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
     """Return names of modules without those that a model may lack, and does."""
     names = [(module, module.removesuffix("?")) for module in modules]
     return tuple(name for module, name in names if module == name or f"{name}.weight" in shapes)
+
+
+def named_as_in(files: ModelFiles, family: Family) -> Family:
+    """Return a family with the names of a model that is more, or less, than the one its file was written for.
+
+    A model with a head has its base under a name of its own: what is ``encoder.layer.0`` in one is
+    ``bert.encoder.layer.0`` in the other. Names that lie outside of the base stay.
+    """
+    first = family.chains[0]
+    if files.kind.generates or block_numbers(files, first):
+        return family
+    before, _, rest = first.partition(".")
+    if block_numbers(files, rest):  # the base of a model that the file was written for
+        chains = [chain.removeprefix(f"{before}.") for chain in family.chains]
+        return family.model_copy(
+            update={"blocks": chains, "skip": [name.removeprefix(f"{before}.") for name in family.skip]}
+        )
+    for base in dict.fromkeys(name.partition(".")[0] for name in files.shapes):
+        if block_numbers(files, f"{base}.{first}"):
+            chains = [f"{base}.{chain}" for chain in family.chains]
+            return family.model_copy(
+                update={"blocks": chains, "skip": [*family.skip, *(f"{base}.{name}" for name in family.skip)]}
+            )
+    return family
+
+
+def tower_files(files: ModelFiles, chain: str) -> ModelFiles:
+    """Return a model's files with the configuration, defaults and all, of the tower that a chain of blocks is in."""
+    settings = files.settings or files.config
+    own = settings.get(f"{chain.partition('.')[0].removesuffix('_model')}_config")
+    return replace(files, config={**settings, **own} if isinstance(own, dict) else settings)
 
 
 def staying(site: Site, files: ModelFiles) -> list[str]:
@@ -712,9 +786,7 @@ def build_space(
                 for module, site in matrices
             ]
     total = sum(_size(shape) for shape in shapes.values())
-    last = next((m for m in reversed(layout.tail[:-1]) if m in layout.around), layout.sites[0].modules[-1])
-    head = shapes.get(f"{layout.tail[-1]}.weight") or (int(files.config["vocab_size"]), shapes[f"{last}.weight"][0])
-    macs = _size(head) + sum(_size(shapes[f"{module}.weight"]) for module in layout.around)
+    macs = _head_size(layout, files) + sum(_size(shapes[f"{module}.weight"]) for module in layout.around)
     fixed = {"params": total - sum(unit.params[0] for unit in units), "macs": macs}
     return SearchSpace(pattern, tuple(units), fixed)
 
@@ -722,6 +794,17 @@ def build_space(
 def hidden_size(layout: Layout, files: ModelFiles) -> int:
     """Return the width of what blocks pass on."""
     return files.shapes[f"{layout.sites[0].modules[-1]}.weight"][0]
+
+
+def _head_size(layout: Layout, files: ModelFiles) -> int:
+    """Return the size of the matrix that gives logits of every position; what runs once for an example counts as 0."""
+    if layout.kind.answers not in ("next", "tokens"):
+        return 0
+    head = files.shapes.get(f"{layout.tail[-1]}.weight") if layout.tail else None
+    if head is None:  # tied to the embeddings
+        last = next((m for m in reversed(layout.tail[:-1]) if m in layout.around), layout.sites[0].modules[-1])
+        head = int(files.config["vocab_size"]), files.shapes[f"{last}.weight"][0]
+    return _size(head)
 
 
 def _size(shape: Sequence[int]) -> int:

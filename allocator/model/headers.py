@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from allocator.core.errors import UserError
 from allocator.core.files import check_name, fingerprint, read_json
 from allocator.model.foreign import check_folder, check_tensors
+from allocator.model.kinds import ENDINGS, Kind, kind_of
 from allocator.model.weights import same_values, weights_fingerprint
 
 PACKAGED = "tiny-python-llama"
@@ -42,6 +43,7 @@ class ModelFiles:
         transposed: Matrices that lie in the files the other way, inputs first, and have their usual shape here.
         stored: What the files call tensors that have another name here, which is that of the model.
         renames: Parts of names of the files, and what they are here.
+        settings: The configuration with every default; empty for causal language models.
     """
 
     folder: Path
@@ -52,6 +54,14 @@ class ModelFiles:
     transposed: frozenset[str] = frozenset()
     stored: Mapping[str, str] = field(default_factory=dict)
     renames: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> Kind:
+        """What kind of model it is."""
+        kind = kind_of(self.config)
+        assert kind is not None, "checked when the headers were read"
+        return kind
 
     def renamed(self, table: Mapping[str, str]) -> ModelFiles:
         """Return the same files with parts of names replaced, as ``{"block_sparse_moe": "mlp"}`` says.
@@ -127,10 +137,10 @@ def _renamed(name: str, table: Mapping[str, str]) -> str:
 
 
 def read_model_files(folder: Path) -> ModelFiles:
-    """Read the configuration and the tensor headers of a causal language model.
+    """Read the configuration and the tensor headers of a model.
 
     Raises:
-        UserError: The folder is not a causal language model in safetensors, or a file is damaged.
+        UserError: The folder is not a model of a kind that is served, in safetensors, or a file is damaged.
     """
     if not folder.is_dir():
         raise UserError(f"model: {folder}: no such folder. {_REMEDY}")
@@ -139,10 +149,11 @@ def read_model_files(folder: Path) -> ModelFiles:
         raise UserError(f"model: {folder / 'config.json'}: no such file. {_REMEDY}")
     config = read_json(folder / "config.json", "model configuration")
     architectures = _architectures(folder, config)
-    if not str(architectures[0]).endswith(("ForCausalLM", "LMHeadModel")):
+    kind = kind_of(config)
+    if kind is None:
         raise UserError(
             f"model: {folder}/config.json names the architecture {architectures[0]!r}, which is not a causal "
-            "language model. Give a model whose architecture ends in ForCausalLM"
+            f"language model, nor another that can be pruned. Give one whose architecture ends in one of {ENDINGS}"
         )
     if (folder / INDEX).exists():
         index = read_json(folder / INDEX, "safetensors index")
@@ -176,7 +187,20 @@ def read_model_files(folder: Path) -> ModelFiles:
         if config.get("model_type") in _CONV1D and len(shape) == 2 and re.search(r"\.\d+\.", name)
     )
     shapes |= {name: shapes[name][::-1] for name in transposed}
-    return ModelFiles(folder, config, shapes, shards, dtypes, transposed)
+    files = ModelFiles(folder, config, shapes, shards, dtypes, transposed)
+    return files if kind.generates else _as_in_the_model(files)
+
+
+def _as_in_the_model(files: ModelFiles) -> ModelFiles:
+    """Return files with tensors under the names that they have in the model."""
+    from allocator.model.names import model_names
+
+    dense = files.config.get("pruned", {}).get("architecture", files.architecture)
+    names, settings = model_names(files.folder, files.config, dense, files.shapes)
+    shapes = {new: files.shapes[old] for old, new in names.items()}
+    shards, dtypes = ({new: table[old] for old, new in names.items()} for table in (files.shards, files.dtypes))
+    stored = {new: old for old, new in names.items() if new != old}
+    return replace(files, shapes=shapes, shards=shards, dtypes=dtypes, stored=stored, settings=settings)
 
 
 def _check_tied(folder: Path, shards: Mapping[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""Loading a causal language model and its tokenizer with transformers: dense, or a compact checkpoint of ours."""
+"""Loading a model and its tokenizer with transformers: dense, or a compact checkpoint of ours."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from allocator.core.errors import UserError
 from allocator.model import modeling_pruned
-from allocator.model.family import Family, Layout, block_numbers
+from allocator.model.family import Family, Layout, block_numbers, named_as_in
 from allocator.model.headers import ModelFiles
 
 
@@ -149,7 +149,8 @@ def check_stock(files: ModelFiles, family: Family) -> None:
             f"model: {files.folder}/config.json: {files.architecture} cannot be built from it ({reason}). Copy the "
             "model again, or save it again with save_pretrained"
         ) from None
-    blocks = [family.blocks.format(block=number) for number in block_numbers(files, family.blocks)]
+    chains = named_as_in(files, family).chains
+    blocks = [chain.format(block=number) for chain in chains for number in block_numbers(files, chain)]
     units = {f"{b}.{n}" for b in blocks for unit in family.units.values() for n in unit.names}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     _check_shared(files, units, parameters)
@@ -192,18 +193,28 @@ def _architecture(files: ModelFiles, name: str) -> Any:
     return found
 
 
+def raw_tokenizer(folder: Path) -> Any:
+    """Return a model's tokenizer.
+
+    Raises:
+        UserError: The folder has none that can be read.
+    """
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"model: {folder}: no readable tokenizer: {reason}. Copy the model again") from None
+
+
 def load_tokenizer(folder: Path) -> tuple[Callable[[str], list[int]], int]:
     """Return a function from text to ids, without special tokens, and the id that separates documents.
 
     Raises:
         UserError: The folder has no tokenizer, or the tokenizer has no end-of-text token.
     """
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"model: {folder}: no readable tokenizer: {reason}. Copy the model again") from None
-    separator = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
+    tokenizer = raw_tokenizer(folder)
+    known = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.sep_token_id)
+    separator = next((token for token in known if token is not None), None)
     if separator is None:
         raise UserError(f"model: {folder}: the tokenizer has neither an end-of-text nor a begin-of-text token")
 

@@ -241,7 +241,7 @@ def rename(model, dense, renamed):
 
 
 def pruned_class(dense):
-    """Return the pruned counterpart of a stock causal language model class."""
+    """Return the pruned counterpart of a stock class."""
 
     class PrunedForCausalLM(dense):
         def __init__(self, config):

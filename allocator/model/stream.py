@@ -41,10 +41,12 @@ class StreamedWalker(BlockWalker):
         super().__init__(model.eval().requires_grad_(False), layout)
         self._files, self._dtype = files, dtype
         inside = tuple(f"{name}." for name in layout.blocks)
-        # a head may have another name in the checkpoint than in the model
-        head = f"{layout.tail[-1]}."
-        self._fill(model, "", [name for name in files.shapes if not name.startswith((*inside, head))])
-        self._fill(model.get_output_embeddings(), head, [name for name in files.shapes if name.startswith(head)])
+        outside = [name for name in files.shapes if not name.startswith(inside)]
+        # the head of a causal language model may have another name in the checkpoint than in the model
+        headed = [name for name in outside if layout.tail and name.startswith(f"{layout.tail[-1]}.")]
+        self._fill(model, "", [name for name in outside if name not in headed])
+        if headed:
+            self._fill(model.get_output_embeddings(), f"{layout.tail[-1]}.", headed)
         model.tie_weights()
         missing = [name for name, p in model.named_parameters() if p.is_meta and not name.startswith(inside)]
         if missing:

@@ -9,6 +9,7 @@ import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -73,7 +74,7 @@ def standard_library() -> list[Document]:
         except UnicodeDecodeError:
             continue
         documents.append(Document(path.relative_to(root).as_posix(), next(_pieces(text, LONGEST_LIBRARY_DOCUMENT))))
-    return _in_hash_order(documents)
+    return in_hash_order(documents)
 
 
 def _library_files(root: Path) -> Iterator[Path]:
@@ -100,9 +101,9 @@ def read_documents(path: Path | None) -> list[Document]:
     if path is None:
         documents = standard_library()
     elif path.is_dir():
-        documents = _in_hash_order(_read_folder(path))
+        documents = in_hash_order(_read_folder(path))
     elif path.is_file():
-        documents = _in_hash_order(_read_file(path, path.name, whole=False))
+        documents = in_hash_order(_read_file(path, path.name, whole=False))
     else:
         raise UserError(f"text: {path} does not exist; give a .jsonl file, a text file or a folder of them")
     if not documents:
@@ -163,7 +164,19 @@ def _digest(name: str) -> bytes:
     return hashlib.sha256(name.encode("utf-8")).digest()
 
 
-def _in_hash_order(documents: Iterable[Document]) -> list[Document]:
+class Named(Protocol):
+    """What has a name that decides its split and its place in the order."""
+
+    @property
+    def name(self) -> str:
+        """A POSIX relative path, perhaps with a number after it."""
+
+
+Something = TypeVar("Something", bound=Named)
+
+
+def in_hash_order(documents: Iterable[Something]) -> list[Something]:
+    """Return documents, or other examples, in the order of the hash of their names."""
     return sorted(documents, key=lambda document: (_digest(document.name), document.name))
 
 

@@ -13,6 +13,9 @@ A layer with a sliding window of w keeps w - 1 tokens. Latent attention caches w
 makes them again at every step. Attention that is removed holds its place in the cache with one number for keys and one
 for values. Of experts a token passes as many as its router picks, whichever stay; a router is taken to use the channels
 of all alike. Masked weights are stored and computed as others are: of all these, single weights and N:M change none.
+
+Models that do not generate have no decode_macs and kv_bytes, and logits of every token where they have some. An image
+is as many tokens as the model has positions for, and so is the text beside it.
 """
 
 from __future__ import annotations
@@ -27,6 +30,10 @@ from allocator.core.latency import LatencyTable
 from allocator.core.space import Cost, SearchSpace, Unit
 from allocator.model.family import Layout, Site, hidden_size, staying
 from allocator.model.headers import ModelFiles
+from allocator.model.kinds import Kind
+
+GENERATING: tuple[Cost, ...] = ("decode_macs", "kv_bytes", "decode_ms", "latency_ms")
+"""Costs that models have that generate."""
 
 _BYTES = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
@@ -69,24 +76,33 @@ def served(
     """
     if table is not None:
         _check(table, files, layout, work)
-    serving = {site.name: _Serving(site, files, work, table) for site in layout.sites}
+    works = [_work_of(site, layout, files, work) for site in layout.sites]
+    serving = {s.name: _Serving(s, files, own, table, layout.kind) for s, own in zip(layout.sites, works, strict=True)}
     if space.pattern == "structured":
         others = [serving[unit.name].costs(unit) for unit in space.units]
         beside: dict[Cost, int] = dict.fromkeys(others[0], 0)
     else:  # what masks leave is computed and stored as before
         dense = [serving[site.name].dense() for site in layout.sites]
         nothing = dict.fromkeys(dense[0], 0)
+        by_block = {site.block: own for site, own in zip(layout.sites, works, strict=True)}
         others = [
-            {cost: (value,) * unit.num_levels for cost, value in {**nothing, **_masked(unit, files, work)}.items()}
+            {
+                cost: (value,) * unit.num_levels
+                for cost, value in {**nothing, **_masked(unit, files, by_block[unit.block])}.items()
+                if cost in nothing
+            }
             for unit in space.units
         ]
         beside = {cost: sum(each[cost] for each in dense) for cost in dense[0]}
     bytes_ = sum(prod(shape) * width_of(files, name) for name, shape in files.shapes.items())
     fixed: dict[Cost, int] = {**space.fixed, **beside}
-    for cost in ("prefill_macs", "decode_macs"):
-        fixed[cost] += work.batch * space.fixed["macs"]
-    around = sum(prod(files.shapes[f"{module}.weight"]) for module in layout.around)
-    fixed["prefill_macs"] += work.batch * (work.prompt - 1) * around
+    if layout.kind.generates:
+        for cost in ("prefill_macs", "decode_macs"):
+            fixed[cost] += work.batch * space.fixed["macs"]
+        around = sum(prod(files.shapes[f"{module}.weight"]) for module in layout.around)
+        fixed["prefill_macs"] += work.batch * (work.prompt - 1) * around
+    else:
+        fixed["prefill_macs"] += work.batch * work.prompt * space.fixed["macs"]
     fixed["weight_bytes"] = bytes_ - sum(each["weight_bytes"][0] for each in others)
     if table is not None:
         fixed["prefill_ms"] += table.fixed.prefill_ns
@@ -115,8 +131,8 @@ def shape_of(site: Site, files: ModelFiles) -> str:
 class _Serving:
     """What one sub-block costs to serve."""
 
-    def __init__(self, site: Site, files: ModelFiles, work: Workload, table: LatencyTable | None) -> None:
-        self._site, self._files, self._work, self._table = site, files, work, table
+    def __init__(self, site: Site, files: ModelFiles, work: Workload, table: LatencyTable | None, kind: Kind) -> None:
+        self._site, self._files, self._work, self._table, self._kind = site, files, work, table, kind
         self._bytes = width_of(files, f"{site.modules[-1]}.weight")
 
     def costs(self, unit: Unit) -> dict[Cost, tuple[int, ...]]:
@@ -133,6 +149,8 @@ class _Serving:
             "weight_bytes": tuple(self._bytes * count for count in unit.params),
             "kv_bytes": tuple(self._kv_bytes(count) for count in unit.kept),
         }
+        if not self._kind.generates:
+            return {cost: ladder for cost, ladder in found.items() if cost not in GENERATING}
         if self._table is not None:
             first, next_ = self._table.ladder(shape_of(site, self._files), unit.kept)
             whole = tuple(a + work.generate * b for a, b in zip(first, next_, strict=True))
@@ -151,6 +169,8 @@ class _Serving:
             "weight_bytes": 0,
             "kv_bytes": self._kv_bytes(site.total),
         }
+        if not self._kind.generates:
+            return {cost: value for cost, value in found.items() if cost not in GENERATING}
         if self._table is not None:
             ((first,), (next_,)) = self._table.ladder(shape_of(site, self._files), (site.total,))
             found |= {"prefill_ms": first, "decode_ms": next_, "latency_ms": first + work.generate * next_}
@@ -190,6 +210,17 @@ class _Serving:
     def _seen(self, context: int) -> int:
         """Keys that the last token of a context attends to, its own among them."""
         return min(context, self._held(context) + 1)
+
+
+def _work_of(site: Site, layout: Layout, files: ModelFiles, work: Workload) -> Workload:
+    """Return what a sub-block reads of a workload: all of it, or as many tokens as its tower has positions for."""
+    if layout.kind.reads == "text":
+        return work
+    tower = layout.blocks[site.block].partition(".")[0] if layout.towers else ""
+    positions = [
+        shape[-2] for name, shape in files.shapes.items() if "position_embedding" in name and name.startswith(tower)
+    ]
+    return replace(work, prompt=positions[0] if positions else work.prompt)
 
 
 def _masked(unit: Unit, files: ModelFiles, work: Workload) -> dict[Cost, int]:

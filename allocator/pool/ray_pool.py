@@ -15,6 +15,7 @@ from allocator.core.protocols import Key, Outcome, Request
 from allocator.evaluate.engine import EngineSpec, Execution, expanded
 from allocator.evaluate.expansion import Portion, num_portions
 from allocator.evaluate.states import States
+from allocator.model.examples import Examples
 from allocator.pool.cluster import Demand
 from allocator.pool.crew import MAX_DEATHS, Crew, Died, Notify
 from allocator.pool.tasks import PATIENCE_S, Task
@@ -52,7 +53,7 @@ class RayPool:
     def __init__(
         self,
         spec: EngineSpec,
-        tokens: Mapping[str, np.ndarray],
+        tokens: Mapping[str, np.ndarray | Examples],
         workers: int,
         notify: Notify = lambda message: None,
         demand: Demand | None = None,
@@ -62,7 +63,7 @@ class RayPool:
 
         Args:
             spec: What their engines are made from.
-            tokens: Token ids [sequences, length] of each split; one copy for each node.
+            tokens: Token ids [sequences, length] of each split, or other examples; one copy for each node.
             workers: How many, at most: those that find no room wait for nodes that join.
             notify: Hears what a user should know.
             demand: What each takes of its node; None for a CPU for every thread.

@@ -16,6 +16,7 @@ import torch
 from allocator.core.protocols import Outcome, Request
 from allocator.evaluate.engine import Engine, EngineSpec, Execution
 from allocator.evaluate.expansion import Portion
+from allocator.model.examples import Examples
 from allocator.prune.assemble import CompactLevels
 from allocator.prune.build import prune_on_dense_inputs
 from allocator.prune.problem import Problem
@@ -25,7 +26,7 @@ from allocator.prune.store import StoreBuilder
 class Worker:
     """One engine in one process. Every call may be made again, by another worker at once, and comes to the same."""
 
-    def __init__(self, spec: EngineSpec, tokens: Mapping[str, np.ndarray]) -> None:
+    def __init__(self, spec: EngineSpec, tokens: Mapping[str, np.ndarray | Examples]) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         torch.set_num_threads(spec.threads)
         self._spec, self._tokens = spec, tokens

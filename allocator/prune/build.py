@@ -77,9 +77,16 @@ def prune_on_pruned_inputs(
     space, solve = calibration.space, solve or _one_by_one(calibration)
     levels = None if along is None else {u.name: level for u, level in zip(space.units, along, strict=True)}
     pruned = dense = calibration.embedded()
+    told = False
     for index, block in enumerate(stages(calibration.layout, space)):
         with calibration.walker.held(index):
             streams = TwoStreams(calibration, index, dense, pruned, levels)
+            if not streams.adds_up and not told:  # other blocks are made alike
+                told = True
+                calibration.report(
+                    f"{calibration.layout.blocks[index]}: its output is not its input plus what its sub-blocks add, "
+                    "so that refits of output projections cannot make up for what the residual stream lacks"
+                )
             for stage in block:
                 wanted = {}
                 for task in stage.tasks:

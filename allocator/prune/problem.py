@@ -11,6 +11,7 @@ import torch
 from allocator.core.errors import UserError
 from allocator.core.space import SearchSpace, Unit
 from allocator.model.checkpoint import read_tensors
+from allocator.model.examples import Shown
 from allocator.model.family import Layout, Site
 from allocator.model.headers import ModelFiles
 from allocator.model.walk import SEQUENCES_PER_BATCH, BlockWalker
@@ -101,7 +102,7 @@ class Calibration:
         layout: Where its units are.
         space: Their ladders.
         pruner: The local pruner.
-        tokens_nt: Token ids [sequences, length].
+        shown: Token ids [sequences, length], or other examples.
         progress: Hears how many blocks are done.
         report: Hears what a user should know.
     """
@@ -111,13 +112,13 @@ class Calibration:
     layout: Layout
     space: SearchSpace
     pruner: LocalPruner
-    tokens_nt: torch.Tensor
+    shown: Shown
     progress: Progress = lambda done: None
     report: Report = silent
 
     def embedded(self) -> list[torch.Tensor]:
         """Return what enters the first block, batch by batch."""
-        return [self.walker.embed(batch) for batch in self.tokens_nt.split(SEQUENCES_PER_BATCH)]
+        return [self.walker.embed(batch) for batch in self.shown.split(SEQUENCES_PER_BATCH)]
 
     def dense_weight(self, task: Task) -> torch.Tensor:
         """Return the dense weight of a task's matrix, in the checkpoint's data type.

@@ -44,9 +44,10 @@ def collect(calibration: Calibration, wanted: Collection[Signal]) -> Signals:
                 leaving = [walker.run(index, batch) for batch in hidden]
             weights = {module: walker.model.get_parameter(f"{module}.weight").detach().float() for module in modules}
             own = [module for module in modules if module in units]
+            ends = [[walker.residual(index, state) for state in states] for states in (hidden, leaving)]
             found = {
                 **_of_scores(weights, moments, wanted),
-                **_of_residuals(hidden, leaving, wanted),
+                **_of_residuals(ends[0], ends[1], wanted),
                 **_of_spectra(weights, wanted),
                 **_of_matrices([weights[module] for module in own], wanted),
             }

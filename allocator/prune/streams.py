@@ -35,7 +35,12 @@ _ROUNDINGS = 4
 
 
 class TwoStreams:
-    """One block of a model with the calibration text at its door, dense and pruned."""
+    """One block of a model with the calibration text at its door, dense and pruned.
+
+    Attributes:
+        compact: Compact levels of its units, as they are made.
+        adds_up: Whether its output is its input plus what its sub-blocks add.
+    """
 
     def __init__(
         self,
@@ -77,7 +82,7 @@ class TwoStreams:
                 self._leaving.append(self._walker.run(index, batch))
             self._given.append({stage.adds: heard[stage.adds] for stage in every})
         self._passed_over = {stage.adds: _passed_over(stage, heard) for stage in every}  # of any batch
-        self._adds_up = self._check_sum(layout.blocks[index])
+        self.adds_up = self._check_sum()
 
     def problems(self, stage: Stage, wanted: Mapping[Task, tuple[int, ...]]) -> list[Problem]:
         """Run both streams up to a stage, and return what pruners need for the levels that are wanted of its units."""
@@ -101,8 +106,8 @@ class TwoStreams:
                 bias = getattr(self._walker.model.get_submodule(module), "bias", None)
                 # in fp32, and differences first: what is lost is small beside the stream that it is lost from
                 target = _flat(whole[module]) - (0.0 if bias is None else bias.float())
-                if stage.writes and self._adds_up:
-                    target = target + (_flat(dense) - _flat(pruned))
+                if stage.writes and self.adds_up:
+                    target = target + (_flat(self._own(dense)) - _flat(self._own(pruned)))
                     for earlier in added:
                         target = target + (_flat(given[earlier]) - _flat(added[earlier]))
                 statistics = gathered[module]
@@ -207,8 +212,12 @@ class TwoStreams:
                 totals[batch] = totals[batch] + given[stage.adds] * share
         return [total.to(self._walker.dtype) for total in totals]
 
-    def _check_sum(self, name: str) -> bool:
-        leaving, entered = _flat(self._leaving[0]), _flat(self._dense[0])
+    def _own(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the part of the state that the block adds to."""
+        return self._walker.residual(self._index, hidden)
+
+    def _check_sum(self) -> bool:
+        leaving, entered = _flat(self._own(self._leaving[0])), _flat(self._own(self._dense[0]))
         missing = leaving - entered - sum(_flat(added) for added in self._given[0].values())
         allowed = (
             _ADDS_UP * (leaving - entered).norm() + _ROUNDINGS * torch.finfo(self._walker.dtype).eps * leaving.norm()
@@ -216,10 +225,6 @@ class TwoStreams:
         # a block that adds nothing adds up; one whose sum is NaN is named where its inputs are checked
         if not float(missing.norm()) > float(allowed):
             return True
-        self._calibration.report(
-            f"{name}: its output is not its input plus what its sub-blocks add, so that refits of output projections "
-            "cannot make up for what the residual stream lacks"
-        )
         return False
 
 

@@ -83,6 +83,7 @@ def write_report(folder: Path) -> Path:
         header=journal.header,
         result=result,
         dense_params=space.cost(space.dense),
+        shown=tables.headings(result["measured"]) if result else [],
         rows={row.key: row for row in tables.result_rows(result)} if result else {},
         predictions=tables.prediction_rows(result) if result else [],
         gains=_gains(result["measured"]) if result else {},
@@ -119,11 +120,10 @@ def _result(path: Path) -> dict[str, Any] | None:
 
 
 def _gains(measured: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Return the KL of the searched plan relative to each baseline that was measured; below 0 is better."""
-    baselines = {name: measured[name]["kl"] for name in ("uniform", "two_rate") if name in measured}
-    if "searched" not in measured:
-        return {}
-    return {name: measured["searched"]["kl"] / kl - 1.0 for name, kl in baselines.items() if kl > 0.0}
+    """Return how far the searched plan is from dense, relative to each baseline measured; below 0 is better."""
+    baselines = {name: tables.distance(measured[name]) for name in ("uniform", "two_rate") if name in measured}
+    own = tables.distance(measured.get("searched", {}))
+    return {} if own is None else {name: own / base - 1.0 for name, base in baselines.items() if base}
 
 
 def _front(path: Path, journal: Journal) -> dict[str, Any]:

@@ -48,8 +48,9 @@ class Row:
         params: Parameters of the whole model.
         sparsity: Share of the parameters inside units removed.
         perplexity: On held-out text.
-        kl: From the dense model on held-out text, nats per token.
-        versus_uniform: KL relative to uniform; below 0 is better.
+        kl: From the dense model on held-out text, nats per token; of a model without logits the relative distance.
+        versus_uniform: That relative to uniform; below 0 is better.
+        accuracy: On labelled examples.
     """
 
     key: str
@@ -59,6 +60,20 @@ class Row:
     perplexity: float | None
     kl: float | None
     versus_uniform: float | None
+    accuracy: float | None = None
+
+
+def distance(figures: Mapping[str, Any]) -> float | None:
+    """Return how far a measured model is from the dense one: its KL, or the distance of states where it has no KL."""
+    found: float | None = figures.get("kl", figures.get("hidden"))
+    return found
+
+
+def headings(measured: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return what there is of measured models beside parameters: what text or labels say of them, and the distance."""
+    every = {name for figures in measured.values() for name in figures}
+    said = [name for name in ("perplexity", "accuracy") if name in every]
+    return [*said, "distance" if "hidden" in every and "kl" not in every else "KL"]
 
 
 def result_rows(result: Mapping[str, Any]) -> list[Row]:
@@ -72,7 +87,7 @@ def result_rows(result: Mapping[str, Any]) -> list[Row]:
     for key in order:
         figures = measured[key]
         reference = key.replace("searched", "uniform") if key.startswith("searched_") else "uniform"
-        base, kl = measured.get(reference, {}).get("kl"), figures.get("kl")
+        base, kl = distance(measured.get(reference, {})), distance(figures)
         versus = kl / base - 1.0 if key.split("_")[0] in ("two", "searched") and kl is not None and base else None
         rows.append(
             Row(
@@ -83,16 +98,31 @@ def result_rows(result: Mapping[str, Any]) -> list[Row]:
                 perplexity=figures.get("perplexity"),
                 kl=kl,
                 versus_uniform=versus,
+                accuracy=figures.get("accuracy"),
             )
         )
     return rows
+
+
+def _said(columns: Sequence[str], perplexity: float | None, accuracy: float | None) -> list[str]:
+    """Return what text or labels say, for those of the columns that are there."""
+    cells = {"perplexity": number(perplexity, 2), "accuracy": share(accuracy)}
+    return [cells[name] for name in columns if name in cells]
+
+
+def _caption(columns: Sequence[str]) -> str:
+    if "distance" in columns:
+        return "Held-out examples. Distance: of states from dense, relative. Removed: share of the units."
+    what, each = ("text", "token") if "perplexity" in columns else ("examples", "answer")
+    return f"Held-out {what}. KL: from dense, nats per {each}. Removed: share of the units."
 
 
 def result_table(result: Mapping[str, Any]) -> Table:
     """Return what was measured on held-out text: dense, the baselines and the searched plan."""
     table = _table(f"{result['model']['id']}, {result['pattern']}, {result['asked']}")
     table.add_column("")
-    for heading in ("parameters", "removed", "perplexity", "KL", "vs uniform"):
+    columns = headings(result["measured"])
+    for heading in ("parameters", "removed", *columns, "vs uniform"):
         table.add_column(heading, justify="right")
     rows = result_rows(result)
     for row in rows:
@@ -100,12 +130,12 @@ def result_table(result: Mapping[str, Any]) -> Table:
             escape(row.label),
             count(row.params),
             share(row.sparsity),
-            number(row.perplexity, 2),
+            *_said(columns, row.perplexity, row.accuracy),
             number(row.kl, 4),
             change(row.versus_uniform),
             style="bold" if row.key == "searched" else None,
         )
-    table.caption = "Held-out text. KL: from dense, nats per token. Removed: share of the units."
+    table.caption = _caption(columns)
     if any(row.key.endswith("_assembled") for row in rows):
         table.caption += "\nAssembled: put together from what the search saw, not pruned along its path."
     if any(row.key.endswith("_recomputed") for row in rows):
@@ -352,24 +382,25 @@ def bounds(limits: Mapping[Cost, float]) -> str:
 def comparison_table(data: Mapping[str, Any]) -> Table:
     """Return what a comparison measured: dense, then rules and plans from the nearest to dense to the furthest."""
     measured: Mapping[str, Mapping[str, Any]] = data["measured"]
-    base = measured["uniform"]["kl"]
+    base, columns = distance(measured["uniform"]), headings(measured)
     table = _table(f"{data['model']['id']}, {data['pattern']}, {data['asked']}")
     table.add_column("")
-    for heading in ("parameters", "removed", "perplexity", "KL", "vs uniform"):
+    for heading in ("parameters", "removed", *columns, "vs uniform"):
         table.add_column(heading, justify="right")
-    for name in sorted(measured, key=lambda name: (name != "dense", measured[name]["kl"], name)):
+    for name in sorted(measured, key=lambda name: (name != "dense", distance(measured[name]), name)):
         figures = measured[name]
-        versus = figures["kl"] / base - 1.0 if base and name not in ("dense", "uniform") else None
+        away = distance(figures)
+        versus = away / base - 1.0 if base and away is not None and name not in ("dense", "uniform") else None
         table.add_row(
             escape(name) + ("" if figures["within_budget"] else " *"),
             count(figures["params"]),
             share(figures["sparsity"]),
-            number(figures["perplexity"], 2),
-            number(figures["kl"], 4),
+            *_said(columns, figures.get("perplexity"), figures.get("accuracy")),
+            number(away, 4),
             change(versus),
             style="bold" if name.startswith("plan ") else None,
         )
-    table.caption = "Held-out text. KL: from dense, nats per token. Removed: share of the units."
+    table.caption = _caption(columns)
     if not all(figures["within_budget"] for figures in measured.values()):
         table.caption += f"\n*: above the budget of {bounds(data['budget'])}."
     return table

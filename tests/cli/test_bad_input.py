@@ -166,9 +166,9 @@ def test_activations_that_are_not_finite(
 
 def test_model_is_no_causal_language_model(refused: Refused, tiny_model: Path, here: Path) -> None:
     shutil.copytree(tiny_model, here / "model")
-    edit_json(here / "model" / "config.json", lambda c: c.update(architectures=["LlamaForSequenceClassification"]))
+    edit_json(here / "model" / "config.json", lambda c: c.update(architectures=["LlamaForTokenClassification"]))
     message = refused("search", "--model", here / "model")
-    assert "'LlamaForSequenceClassification'" in message
+    assert "'LlamaForTokenClassification'" in message
     assert "not a causal language model" in message
     assert "ForCausalLM" in message
 

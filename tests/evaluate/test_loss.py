@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from allocator.evaluate import loss
-from allocator.evaluate.loss import displacement, divergence, divergences, targets
+from allocator.evaluate.loss import displacement, divergence, divergences, following, targets
 
 
 def _reference(teacher_btv, student_btv, tokens_bt):
@@ -126,7 +126,7 @@ def test_what_is_summed_has_the_gradient_of_the_plain_formulas(problem, monkeypa
     expected = [value.sum() for value in _reference(head(teacher), exact @ head.weight.double().T, tokens)]
     for index, value in enumerate(expected):
         leaf = student.clone().requires_grad_()
-        for chunk in divergences(targets("kl", teacher, head), leaf, head, tokens):
+        for chunk in divergences(targets("kl", teacher, head), leaf, head, following(tokens)):
             chunk[index].sum().backward()
         (gradient,) = torch.autograd.grad(value, exact, retain_graph=True)
         torch.testing.assert_close(leaf.grad.double(), gradient, rtol=1e-3, atol=1e-4)

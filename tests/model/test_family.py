@@ -291,7 +291,7 @@ def test_items_must_divide_rows(tiny_model, tmp_path):
 
 def test_unknown_model_types_are_named_with_those_known():
     with pytest.raises(
-        UserError, match=r"no family file serves the model type 'mamba'; known: deepseek_v2, .*llama, mistral"
+        UserError, match=r"no family file serves the model type 'mamba'; known: .*deepseek_v2, .*llama, mistral"
     ):
         find_family("mamba")
 
@@ -351,8 +351,10 @@ DRAFTED = {"gpt_neox": ("by_part", "by_group"), "falcon": ("by_part", "by_group"
 OF_THEIR_OWN = ("mixtral", "deepseek_v2", "deepseek_v3")
 """Names that no draft understands: it says so, or a person sees it."""
 
+DECODERS = [kind for kind, family in served_types().items() if family.tail]
 
-@pytest.mark.parametrize("kind", [kind for kind in served_types() if kind not in OF_THEIR_OWN])
+
+@pytest.mark.parametrize("kind", [kind for kind in DECODERS if kind not in OF_THEIR_OWN])
 def test_a_draft_finds_what_the_shipped_file_says(make_model, tmp_path, kind):
     """All but what shapes do not tell: how rows of a fused matrix lie, and which attributes count heads."""
     model = make_model(kind, **({"tie_word_embeddings": False} if kind in ("phi3", "gpt_neox") else {}))

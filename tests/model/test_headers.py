@@ -70,7 +70,7 @@ def test_a_folder_without_configuration_is_refused(folder):
         read_model_files(folder)
 
 
-@pytest.mark.parametrize("architectures", [["BertModel"], [], None, ["LlamaForSequenceClassification"]])
+@pytest.mark.parametrize("architectures", [["BertForPreTraining"], [], None, ["LlamaForTokenClassification"]])
 def test_what_is_no_causal_language_model_is_refused(folder, architectures):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "architectures": architectures}))
