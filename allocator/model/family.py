@@ -413,7 +413,7 @@ def resolve_layout(
     owned = {module for site in sites for module in site.modules}
     owned |= {f"{block}.{name}" for block in blocks for unit in family.units.values() for name in unit.names}
     skipped = family.skipped(sorted({*itertools.chain(*numbers)}))
-    check_skipped({**skipped, **dict.fromkeys(around, "tail")}, family.tail, owned, files)
+    check_skipped({**skipped, **dict.fromkeys({*around} - owned, "tail")}, family.tail, owned, files)
     check_biases(owned, files)
     # what has one item goes as a whole, with all that lies beside it; of routers every vector is one of experts
     for site in (site for site in sites if site.total > 1 and not site.experts):

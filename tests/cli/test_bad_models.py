@@ -183,8 +183,6 @@ def test_bias_without_a_place(refused: Refused, search_args: Args, model: Path) 
     [
         ("mlp.norm.weight", 48),  # of hidden channels
         ("mlp.inner.scale.weight", 48),
-        ("self_attn.q_norm.weight", 32),  # of all heads, which is the hidden size too
-        ("self_attn.k_norm.weight", 16),
         ("self_attn.sinks", 4),  # of each query head
         ("self_attn.scale", 2),  # of each KV group
     ],
@@ -197,11 +195,20 @@ def test_vector_of_what_is_lost(refused: Refused, search_args: Args, model: Path
     assert "list its module under 'skip'" in message
 
 
+@pytest.mark.parametrize(("name", "length"), [("q_norm", 32), ("k_norm", 16)])  # 32 is the hidden size too
+def test_norm_that_no_line_names(refused: Refused, search_args: Args, model: Path, name: str, length: int) -> None:
+    vectors = {f"model.layers.{block}.self_attn.{name}.weight": torch.ones(length) for block in range(3)}
+    edit_weights(model, lambda tensors: tensors.update(vectors))
+    message = refused_by_all(refused, search_args, model)
+    assert f"model.layers.0.self_attn.{name}.weight of LlamaForCausalLM is as long as all heads together" in message
+    assert "name it in unit 'attention' under 'norms'" in message
+
+
 def test_norm_over_all_heads(refused: Refused, search_args: Args, make_model: Callable[..., Path], here: Path) -> None:
     """OLMo 2, for whose model type a family file is written that says nothing of its norms."""
     named = family_file(here, lambda family: family.update(model_types=["olmo2"]))
     message = refused("inspect", make_model("olmo2"), *named)
-    assert "model.layers.0.self_attn.k_norm.weight of Olmo2ForCausalLM has 16 values" in message
+    assert "model.layers.0.self_attn.k_norm.weight of Olmo2ForCausalLM is as long as all heads together" in message
     assert message == refused(*search_args, "--model", make_model("olmo2"), *named)
 
 
