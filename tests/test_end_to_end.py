@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import os
 import random
 import shlex
@@ -163,20 +162,6 @@ def drive() -> Iterator[Callable[[list[object], Path], Driver]]:
     yield start
     for driver in drivers:
         driver.clean()
-
-
-@pytest.fixture(scope="session")
-def cluster() -> Iterator[None]:
-    """One local Ray cluster of two CPUs for all tests of this process."""
-    import ray
-
-    owned = not ray.is_initialized()
-    if owned:
-        ray.init("local", num_cpus=2, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
-    yield
-    if owned:
-        ray.shutdown()
-        until(lambda: not workers_of(os.getpid(), "ray::"), "Ray to end", 0.1)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +34,8 @@ from allocator.prune.build import prune_on_dense_inputs, prune_on_pruned_inputs
 from allocator.prune.problem import Calibration, Problem
 from allocator.prune.store import LevelStore, StoreBuilder, create_store
 
+pytestmark = pytest.mark.usefixtures("cluster")
+
 SETTINGS = [
     "tokens.sequence_length=64",
     "tokens.calibration=512",
@@ -56,17 +57,6 @@ class Bench:
     @property
     def space(self) -> SearchSpace:
         return self.spec.space
-
-
-@pytest.fixture(scope="session", autouse=True)
-def cluster() -> Iterator[None]:
-    """One local Ray cluster of two CPUs for all tests of this process."""
-    owned = not ray.is_initialized()
-    if owned:
-        ray.init("local", num_cpus=2, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
-    yield
-    if owned:
-        ray.shutdown()
 
 
 @pytest.fixture(scope="session")
