@@ -336,7 +336,9 @@ def _choose(
                 f"--where {text!r}: {bound.name} is measured, and has no share of the dense model's. Give a number"
             )
     limits: list[tuple[str, str, Any]] = [
-        (text, bound.name, bound.limit(space) if bound.name in space.fixed else bound.amount) for text, bound in bounds
+        # a figure that is named to its last digit keeps the bound: as a float, not as the fraction that its digits are
+        (text, bound.name, bound.limit(space) if bound.name in space.fixed else float(bound.amount))
+        for text, bound in bounds
     ]
     if target is not None:
         limits.append((f"target {target}", "params", budget_for(space, target).limits["params"]))

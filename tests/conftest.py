@@ -1,4 +1,4 @@
-"""Tiny models, tiny text and synthetic search spaces, made once per session."""
+"""Tiny models, tiny text, synthetic search spaces and a Ray cluster, made once per session."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -326,3 +327,18 @@ def tiny_qwen2(make_model: Callable[..., Path]) -> Path:
 def tiny_qwen3(make_model: Callable[..., Path]) -> Path:
     """A Qwen3 of two blocks, with norms of queries and keys. Read only."""
     return make_model("qwen3")
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    """One local Ray cluster of two CPUs for all tests of this process; none of its processes outlives it."""
+    import psutil
+    import ray
+
+    others = psutil.Process().children(recursive=True)
+    ray.init("local", num_cpus=2, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+    yield
+    own = [process for process in psutil.Process().children(recursive=True) if process not in others]
+    ray.shutdown()
+    _, left = psutil.wait_procs(own, timeout=60)
+    assert not left

@@ -195,6 +195,7 @@ def test_uniform_is_that_of_a_search_in_one_round(finished: dict[str, Any], sear
 # --- same seed, same plan -------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("cluster")
 def test_same_plan_with_workers(search: Search, finished: dict[str, Any], tmp_path: Path) -> None:
     same(search(tmp_path, workers=2).folder, finished["structured"].folder)
 

@@ -65,22 +65,6 @@ def test_process_model_folder_missing(here: Path) -> None:
     assert "tiny-python-llama" in message
 
 
-def test_process_unknown_key_in_run_file(here: Path) -> None:
-    (here / "run.yaml").write_text("target: 0.5\nsearch:\n  evolution:\n    generatoins: 3\n")
-    message = refused_by_process(here, "search", "run.yaml")
-    assert "run.yaml" in message
-    assert "unknown key 'search.evolution.generatoins'" in message
-    assert "did you mean 'generations'?" in message
-
-
-def test_process_run_directory_not_writable(search_args: Args, here: Path) -> None:
-    # root may write everywhere, so the folder of runs is put below a regular file
-    (here / "file").write_text("not a folder")
-    message = refused_by_process(here, *search_args, "--runs-dir", here / "file" / "runs")
-    assert str(here / "file") in message
-    assert "--runs-dir" in message
-
-
 def test_process_no_such_ray_address(search_args: Args, here: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -372,13 +356,23 @@ def test_unknown_key_in_set(refused: Refused, search_args: Args, key: str, near:
     assert f"did you mean '{near}'?" in message
 
 
-def test_unknown_key_in_run_file(refused: Refused, here: Path) -> None:
-    assert "'seed' is a key of the top level" in refused("search", "--set", "search.seed=7")
-    (here / "run.yaml").write_text("modell: x\n")
+@pytest.mark.parametrize(
+    ("content", "key", "near"),
+    [
+        ("modell: x\n", "modell", "model"),
+        ("target: 0.5\nsearch:\n  evolution:\n    generatoins: 3\n", "search.evolution.generatoins", "generations"),
+    ],
+)
+def test_unknown_key_in_run_file(refused: Refused, here: Path, content: str, key: str, near: str) -> None:
+    (here / "run.yaml").write_text(content)
     message = refused("search", "run.yaml")
     assert "run.yaml" in message
-    assert "unknown key 'modell'" in message
-    assert "did you mean 'model'?" in message
+    assert f"unknown key '{key}'" in message
+    assert f"did you mean '{near}'?" in message
+
+
+def test_key_at_the_wrong_level(refused: Refused) -> None:
+    assert "'seed' is a key of the top level" in refused("search", "--set", "search.seed=7")
 
 
 @pytest.mark.parametrize(
@@ -429,6 +423,7 @@ def test_run_file_missing(refused: Refused) -> None:
 
 
 def test_run_directory_not_writable(refused: Refused, search_args: Args, here: Path) -> None:
+    # root may write everywhere, so the folder of runs is put below a regular file
     (here / "file").write_text("not a folder")
     message = refused(*search_args, "--runs-dir", here / "file" / "deeper" / "runs")
     assert f"{here / 'file'}: not a folder that can be written to" in message

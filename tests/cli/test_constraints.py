@@ -27,7 +27,7 @@ def table(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     path = tmp_path_factory.mktemp("latency") / "table.json"
     config = load_config(None, {"model": str(tiny_model)}, [item for item in WORK if "=" in item])
-    api.latency(config, path, repeats=3)
+    api.latency(config, path, repeats=15)
     return path
 
 
@@ -38,7 +38,7 @@ def test_a_table_has_every_level_of_every_shape(table: Path, cli: Cli, tiny_mode
     measured = {shape.split(" of ")[0]: [timing.kept for timing in timings] for shape, timings in own.units.items()}
     assert measured == ladders
     assert own.device == describe("cpu")
-    assert own.settings.repeats == 3
+    assert own.settings.repeats == 15
     assert own.fixed.prefill_ns > 0
     assert all(timing.prefill_ns > 0 for timings in own.units.values() for timing in timings)
 

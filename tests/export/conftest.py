@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +20,7 @@ from allocator.config import load_config
 from allocator.core.journal import Journal
 from allocator.core.plan import Plan
 from allocator.core.protocols import Outcome, Request
-from allocator.export.contract import Source
+from allocator.export.contract import VERIFY, Source
 from allocator.job import prepare
 from allocator.model.family import Layout
 from allocator.model.headers import ModelFiles
@@ -37,6 +39,22 @@ def consumer() -> Callable[..., str]:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         return done.stdout
+
+    return run
+
+
+@pytest.fixture
+def verify(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[[Path, Path], tuple[int, dict[str, Any]]]:
+    """Runs the command that an export left on a checkpoint, in this process; returns its exit code and what it says."""
+
+    def run(folder: Path, checkpoint: Path) -> tuple[int, dict[str, Any]]:
+        monkeypatch.setattr(sys, "argv", [VERIFY, str(checkpoint), "--json"])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(folder / VERIFY), run_name="__main__")
+        return int(end.value.code or 0), json.loads(capsys.readouterr().out)
 
     return run
 

@@ -23,13 +23,7 @@ from allocator.export.targets import TARGETS
 PATTERNS = ("structured", "unstructured", "n:m")
 
 
-def verify(folder: Path, checkpoint: Path) -> tuple[int, dict[str, str]]:
-    """Return the exit code of the command that an export left, and what it says is wrong."""
-    done = subprocess.run(
-        [sys.executable, folder / VERIFY, checkpoint, "--json"], capture_output=True, text=True, cwd="/"
-    )
-    assert done.stdout, done.stderr
-    return done.returncode, json.loads(done.stdout)["wrong"]
+Verify = Callable[[Path, Path], tuple[int, dict[str, Any]]]
 
 
 def expresses(target: Target, executed: Any, run: Path | None = None) -> bool:
@@ -106,12 +100,18 @@ def assert_the_same_again(target: Target, folder: Path, model: Path, to: Path) -
     "kind", ["gpt2", "phi3", *(pytest.param(k, marks=pytest.mark.slow) for k in ("gpt_neox", "falcon", "starcoder2"))]
 )
 def test_other_families_are_written_or_refused(
-    kind: str, pattern: str, make_model: Callable[..., Path], execute: Callable[..., Any], tmp_path: Path
+    kind: str,
+    pattern: str,
+    make_model: Callable[..., Path],
+    execute: Callable[..., Any],
+    verify: Verify,
+    tmp_path: Path,
 ) -> None:
     """Matrices of several parts, matrices that lie inputs first, and configurations with keys of their own."""
     executed = execute(make_model(kind), pattern)
     write_verify(tmp_path, executed.source)
-    assert verify(tmp_path, executed.checkpoint) == (0, {})
+    code, said = verify(tmp_path, executed.checkpoint)
+    assert (code, said["wrong"]) == (0, {})
     written = []
     for target in TARGETS.values():
         if expresses(target, executed):
@@ -146,40 +146,53 @@ def test_what_other_families_are_refused_is_one_line(
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_an_executed_plan_is_as_planned(pattern: str, by_pattern: dict[str, Any], tmp_path: Path) -> None:
+def test_an_executed_plan_is_as_planned(
+    pattern: str, by_pattern: dict[str, Any], verify: Verify, tmp_path: Path
+) -> None:
     executed = by_pattern[pattern]
     write_verify(tmp_path, executed.source)
-    assert verify(tmp_path, executed.checkpoint) == (0, {})
+    code, said = verify(tmp_path, executed.checkpoint)
+    assert (code, said["wrong"]) == (0, {})
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_the_dense_model_is_not(pattern: str, by_pattern: dict[str, Any], tmp_path: Path) -> None:
+def test_the_dense_model_is_not(pattern: str, by_pattern: dict[str, Any], verify: Verify, tmp_path: Path) -> None:
     executed = by_pattern[pattern]
     write_verify(tmp_path, executed.source)
-    code, wrong = verify(tmp_path, executed.model)
+    code, said = verify(tmp_path, executed.model)
     assert code == 1
-    assert wrong.keys() == {m.module for m in executed.source.matrices if m.kept < m.size}
+    assert said["wrong"].keys() == {m.module for m in executed.source.matrices if m.kept < m.size}
 
 
-def test_zeros_that_are_in_the_wrong_groups_are_seen(n_m: Any, tmp_path: Path) -> None:
+def test_zeros_that_are_in_the_wrong_groups_are_seen(n_m: Any, verify: Verify, tmp_path: Path) -> None:
     write_verify(tmp_path, n_m.source)
     tensors = load_file(n_m.checkpoint / "model.safetensors")
     odd = next(m for m in n_m.source.matrices if m.group)
     weight = torch.ones(odd.shape)
     weight.view(-1)[: odd.zeros] = 0
     save_file(tensors | {f"{odd.module}.weight": weight}, tmp_path / "model.safetensors")
-    code, wrong = verify(tmp_path, tmp_path)
-    assert (code, [*wrong]) == (1, [odd.module])
-    assert "keeps 4 of 4" in wrong[odd.module]
+    code, said = verify(tmp_path, tmp_path)
+    assert (code, [*said["wrong"]]) == (1, [odd.module])
+    assert "keeps 4 of 4" in said["wrong"][odd.module]
 
 
-def test_a_sub_block_that_is_gone_must_be_gone(structured: Any, tmp_path: Path) -> None:
+def test_a_sub_block_that_is_gone_must_be_gone(structured: Any, verify: Verify, tmp_path: Path) -> None:
     write_verify(tmp_path, structured.source)
     gone = next(m for m in structured.source.matrices if not m.kept)
     assert json.loads((tmp_path / PLANNED).read_text())["modules"][gone.module]["shape"] is None
     tensors = load_file(structured.checkpoint / "model.safetensors")
     save_file(tensors | {f"{gone.module}.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
-    assert verify(tmp_path, tmp_path) == (1, {gone.module: "is there, and should be gone"})
+    code, said = verify(tmp_path, tmp_path)
+    assert (code, said["wrong"]) == (1, {gone.module: "is there, and should be gone"})
+
+
+def test_the_command_is_run_as_it_says(structured: Any, tmp_path: Path) -> None:
+    """In a process of its own, which ends with 0 or 1."""
+    write_verify(tmp_path, structured.source)
+    for folder, code in ((structured.checkpoint, 0), (structured.model, 1)):
+        done = subprocess.run([sys.executable, tmp_path / VERIFY, folder], capture_output=True, text=True, cwd="/")
+        assert done.returncode == code, done.stderr
+        assert "matrices are as planned" in done.stdout
 
 
 @pytest.mark.parametrize("name", ["structured", "query_heads", "unstructured", "n_m"])

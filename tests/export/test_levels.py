@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,11 +51,6 @@ def masked(executed: Any, folder: Path, sparsities: dict[str, float], widths: di
     return folder
 
 
-def wrong(folder: Path, checkpoint: Path) -> dict[str, str]:
-    done = subprocess.run([sys.executable, folder / "verify.py", checkpoint, "--json"], capture_output=True, text=True)
-    return json.loads(done.stdout)["wrong"]
-
-
 @given(data=st.data())
 def test_levels_are_the_nearest_of_their_sum(data: st.DataObject) -> None:
     limits = data.draw(st.lists(st.tuples(st.integers(-3, 0), st.integers(0, 3)), min_size=1, max_size=4))
@@ -75,7 +67,7 @@ def test_levels_are_the_nearest_of_their_sum(data: st.DataObject) -> None:
     assert error(levels) <= min(error(each) for each in every if sum(each) == total) + 1e-9
 
 
-def test_evopress_reads_what_is_written(unstructured: Any, tmp_path: Path) -> None:
+def test_evopress_reads_what_is_written(unstructured: Any, verify: Callable[..., Any], tmp_path: Path) -> None:
     lines = EvoPress().write(unstructured.source, tmp_path)
     levels, meta = loaded(tmp_path), metadata(tmp_path)
     sizes = {m.module: m.size for m in unstructured.source.matrices}
@@ -97,8 +89,8 @@ def test_evopress_reads_what_is_written(unstructured: Any, tmp_path: Path) -> No
     # no module errs by more than what its smallest matrix's step, the clamp and the moves to the sum come to
     assert worst <= 1.5 * step / min(sizes.values())
     assert f"{sum(m.kept for m in unstructured.source.matrices):,} by the plan" in lines[1]
-    assert wrong(tmp_path, masked(unstructured, tmp_path / "made", given, {})) == {}
-    assert wrong(tmp_path, unstructured.checkpoint)
+    assert verify(tmp_path, masked(unstructured, tmp_path / "made", given, {}))[1]["wrong"] == {}
+    assert verify(tmp_path, unstructured.checkpoint)[1]["wrong"]
 
 
 def test_tyr_takes_a_plan_over_exactly(structured: Any, tmp_path: Path) -> None:
@@ -134,7 +126,9 @@ def test_tyr_keeps_whole_items(total: int, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("name", ["structured", "query_heads"])
-def test_darwinlm_reads_what_is_written(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_darwinlm_reads_what_is_written(
+    name: str, request: pytest.FixtureRequest, verify: Callable[..., Any], tmp_path: Path
+) -> None:
     executed: Any = request.getfixturevalue(name)
     lines = DarwinLM().write(executed.source, tmp_path)
     levels, meta = loaded(tmp_path), metadata(tmp_path)
@@ -155,7 +149,7 @@ def test_darwinlm_reads_what_is_written(name: str, request: pytest.FixtureReques
     assert abs(sum(levels[m] for m in channels) - 4 * sum(plan[m] for m in channels)) <= 0.5
     assert f"up to {max(abs(given[m] - plan[m]) for m in levels):.4f}" in lines[0]
     widths = {module: 1 if "mlp" in module else 8 for module in levels}
-    assert wrong(tmp_path, masked(executed, tmp_path / "made", given, widths)) == {}
+    assert verify(tmp_path, masked(executed, tmp_path / "made", given, widths))[1]["wrong"] == {}
 
 
 @pytest.mark.parametrize("target", [Tyr(), DarwinLM()], ids=["tyr", "darwinlm"])

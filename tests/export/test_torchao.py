@@ -47,12 +47,14 @@ def whole(execute: Callable[..., Any], tiny_model_bf16: Path) -> Any:
 
 
 @pytest.mark.parametrize("name", ["unstructured", "n_m", "whole"])
-def test_torch_zeroes_as_planned(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_torch_zeroes_as_planned(
+    name: str, request: pytest.FixtureRequest, verify: Callable[..., Any], tmp_path: Path
+) -> None:
     executed: Any = request.getfixturevalue(name)
     folder, out = tmp_path / "export", tmp_path / "out"
     export(executed, folder)
     local(folder, "apply.py", executed.model, out)
-    made = json.loads(local(folder, "verify.py", out, "--json"))["modules"]
+    made = verify(folder, out)[1]["modules"]
     assert all(row["achieved"] == row["planned"] for row in made.values())
     dense, pruned = (load_file(path / "model.safetensors") for path in (executed.model, out))
     assert dense.keys() == pruned.keys()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,26 +20,9 @@ from allocator.pool.tasks import Task
 sys.path.insert(0, str(Path(__file__).parent))
 from toys import Toy
 
+pytestmark = pytest.mark.usefixtures("cluster")
+
 PATIENCE_S = 1.0
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    """One local Ray cluster, whose workers find this folder."""
-    path = {"env_vars": {"PYTHONPATH": f"{Path(__file__).parent}"}}
-    owned = not ray.is_initialized()
-    if owned:
-        ray.init(
-            "local",
-            num_cpus=4,
-            include_dashboard=False,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            runtime_env=path,
-        )
-    yield
-    if owned:
-        ray.shutdown()
 
 
 @pytest.fixture

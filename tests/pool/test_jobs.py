@@ -44,6 +44,7 @@ search:
   evolution: {generations: 500, patience: 500, offspring: 8, tokens: [256, 1024], survivors: [2, 1]}
 """
 MARK = "ALLOCATOR_TEST_CLUSTER"
+DEADLINE_S = 600.0
 
 
 def readme() -> list[str]:
@@ -96,14 +97,14 @@ class Shell:
             env=self.environment,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=DEADLINE_S,
             check=False,
         )
         assert done.returncode == code, (command, done)
         assert "Traceback" not in done.stdout + done.stderr, done
         return done.stdout + done.stderr
 
-    def until(self, reached: Callable[[], Any], seconds: float = 180.0) -> None:
+    def until(self, reached: Callable[[], Any], seconds: float = DEADLINE_S) -> None:
         """Wait."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:

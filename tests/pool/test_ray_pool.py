@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +34,8 @@ from allocator.prune.build import prune_on_dense_inputs, prune_on_pruned_inputs
 from allocator.prune.problem import Calibration, Problem
 from allocator.prune.store import LevelStore, StoreBuilder, create_store
 
+pytestmark = pytest.mark.usefixtures("cluster")
+
 SETTINGS = [
     "tokens.sequence_length=64",
     "tokens.calibration=512",
@@ -56,17 +57,6 @@ class Bench:
     @property
     def space(self) -> SearchSpace:
         return self.spec.space
-
-
-@pytest.fixture(scope="session", autouse=True)
-def cluster() -> Iterator[None]:
-    """One local Ray cluster of two CPUs for all tests of this process."""
-    owned = not ray.is_initialized()
-    if owned:
-        ray.init("local", num_cpus=2, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
-    yield
-    if owned:
-        ray.shutdown()
 
 
 @pytest.fixture(scope="session")
@@ -102,6 +92,14 @@ def pool(bench: Bench) -> Iterator[Callable[..., RayPool]]:
         each.close()
 
 
+@pytest.fixture(scope="module")
+def two(bench: Bench, cluster: None) -> Iterator[RayPool]:
+    """Two workers, for tests that leave them as they were; they take no room from the workers of others."""
+    made = RayPool(bench.spec, bench.tokens, 2, demand=Demand(cpus=0))
+    yield made
+    made.close()
+
+
 def measured(outcomes: Iterator[Outcome]) -> dict[Any, dict[str, float]]:
     return {outcome.request.key: dict(outcome.measured) for outcome in outcomes}
 
@@ -114,24 +112,28 @@ def expected(bench: Bench) -> dict[Any, dict[str, float]]:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_outcomes_are_those_of_one_process(
-    bench: Bench, pool: Callable[..., RayPool], expected: dict[Any, Any], workers: int
+    bench: Bench,
+    pool: Callable[..., RayPool],
+    expected: dict[Any, Any],
+    workers: int,
+    request: pytest.FixtureRequest,
 ) -> None:
     """To the last bit, for any number of workers, in any order, and when asked again."""
-    workers_pool = pool(workers)
+    workers_pool = pool(workers) if workers == 1 else request.getfixturevalue("two")
     assert measured(workers_pool.evaluate(bench.requests)) == expected
     assert measured(workers_pool.evaluate(bench.requests[::-1])) == expected
     assert list(workers_pool.evaluate([])) == []
 
 
 def test_expansions_among_plain_requests_are_those_of_one_process(
-    bench: Bench, pool: Callable[..., RayPool], expected: dict[Any, Any]
+    bench: Bench, two: RayPool, expected: dict[Any, Any]
 ) -> None:
     """To the last bit, and plain requests are what they are without."""
     asked = [replace(request, also="expansion") for request in bench.requests[::3]]
     batch = [*bench.requests[::2], *asked, *bench.requests[1::2]]
     local, found = (
         {o.request.key: (o.measured, o.parts, o.expansion) for o in evaluator.evaluate(batch)}
-        for evaluator in (LocalEvaluator(bench.spec, bench.tokens), pool(2))
+        for evaluator in (LocalEvaluator(bench.spec, bench.tokens), two)
     )
     assert found == local
     for request in batch:
@@ -155,13 +157,16 @@ def test_portions_of_an_expansion_are_put_together_in_order(bench: Bench, pool: 
         assert found[request.key][1] == pytest.approx(plain[1], rel=1e-4)
 
 
-def test_workers_go_on_with_another_engine(bench: Bench, pool: Callable[..., RayPool]) -> None:
+def test_workers_go_on_with_another_engine(bench: Bench, two: RayPool) -> None:
     other = replace(bench.spec, loss="hidden")
     wanted = measured(LocalEvaluator(other, bench.tokens).evaluate(bench.requests))
-    for evaluator in (pool(2), LocalEvaluator(bench.spec, bench.tokens)):
+    for evaluator in (two, LocalEvaluator(bench.spec, bench.tokens)):
         first = measured(evaluator.evaluate(bench.requests))
         evaluator.renew(other)
-        assert measured(evaluator.evaluate(bench.requests)) == wanted != first
+        changed = measured(evaluator.evaluate(bench.requests))
+        evaluator.renew(bench.spec)
+        assert changed == wanted != first
+        assert measured(evaluator.evaluate(bench.requests)) == first
 
 
 def test_a_worker_that_cannot_be_renewed_is_replaced(bench: Bench, pool: Callable[..., RayPool]) -> None:
@@ -206,7 +211,7 @@ def test_workers_train_as_one_process_does(bench: Bench, pool: Callable[..., Ray
         workers.close()
 
 
-def test_executions_are_those_of_one_process(bench: Bench, pool: Callable[..., RayPool], tmp_path: Path) -> None:
+def test_executions_are_those_of_one_process(bench: Bench, two: RayPool, tmp_path: Path) -> None:
     """Figures come back in the order of what was asked, whoever is done first."""
     allocations = [request.allocation for request in bench.requests[:3]]
 
@@ -214,22 +219,20 @@ def test_executions_are_those_of_one_process(bench: Bench, pool: Callable[..., R
         return [Execution(a, bool(i % 2), tmp_path / f"{name}{i}") for i, a in enumerate(allocations)]
 
     local = LocalEvaluator(bench.spec, bench.tokens).execute(executions("local"), 256)
-    assert pool(2).execute(executions("pool"), 256) == local
+    assert two.execute(executions("pool"), 256) == local
     assert len({figures["params"] for figures in local}) > 1
     for index in range(3):
         files = [tmp_path / f"{name}{index}" / "model.safetensors" for name in ("local", "pool")]
         assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_a_store_is_built_by_all_workers_to_the_last_byte(
-    bench: Bench, pool: Callable[..., RayPool], tmp_path: Path
-) -> None:
+def test_a_store_is_built_by_all_workers_to_the_last_byte(bench: Bench, two: RayPool, tmp_path: Path) -> None:
     """Blocks that are there already are left alone; progress counts those that are done."""
     spec, names = bench.spec, [unit.name for unit in bench.spec.space.units]
     assert isinstance(spec.store, LevelStore)
     builder, heard = StoreBuilder(tmp_path / "levels", {}), list[int]()
     builder.write(names[0], spec.store(names[0]))
-    pool(2).build(builder, builder.missing(spec.space), heard.append)
+    two.build(builder, builder.missing(spec.space), heard.append)
     assert heard == sorted(heard)
     assert heard[-1] == len(spec.layout.blocks)
     built = builder.finish(names)
@@ -238,13 +241,13 @@ def test_a_store_is_built_by_all_workers_to_the_last_byte(
         assert own.read_bytes() == other.read_bytes()
 
 
-def test_problems_are_solved_by_workers_in_order(bench: Bench, pool: Callable[..., RayPool]) -> None:
+def test_problems_are_solved_by_workers_in_order(bench: Bench, two: RayPool) -> None:
     calibration = bench.spec.calibration(bench.tokens["calibration"])
-    workers, seen = pool(2), list[int]()
+    seen = list[int]()
 
     def solve(problems: Sequence[Problem]) -> list[CompactLevels]:
         seen.append(len(problems))
-        return workers.solve(problems)
+        return two.solve(problems)
 
     def pruned(**more: Any) -> dict[str, CompactLevels]:
         return dict(prune_on_pruned_inputs(calibration, None, every_level=True, **more))
@@ -411,11 +414,10 @@ def test_deaths_of_different_tasks_are_not_added_up(bench: Bench, tmp_path: Path
 
 
 def test_batches_that_are_under_way_at_once_are_all_answered(
-    bench: Bench, pool: Callable[..., RayPool], expected: dict[Any, Any]
+    bench: Bench, two: RayPool, expected: dict[Any, Any]
 ) -> None:
     """By whichever iterator is at it, each once."""
-    evaluator = pool(2)
-    first, second, third = (evaluator.evaluate(bench.requests[place::3]) for place in range(3))
+    first, second, third = (two.evaluate(bench.requests[place::3]) for place in range(3))
     found = [*first, *second, *third]
     assert len(found) == len(bench.requests)
     assert {outcome.request.key: dict(outcome.measured) for outcome in found} == expected

@@ -11,7 +11,7 @@ from pathlib import Path
 import ray
 
 
-@ray.remote(num_cpus=1, max_restarts=0)
+@ray.remote(num_cpus=0.5, max_restarts=0)
 class Toy:
     def __init__(self, hardware: str = "toy") -> None:
         self._hardware = hardware
