@@ -12,9 +12,11 @@ from allocator.core.files import fingerprint
 from allocator.core.plan import Plan
 from allocator.core.space import SearchSpace, Unit
 from allocator.job import Job, prepare, serving, versions
-from allocator.model.family import Site, build_space, staying
 from allocator.model.headers import ModelFiles
+from allocator.model.ladders import build_space
+from allocator.model.layout import staying
 from allocator.model.ratios import Levels, read_ratios
+from allocator.model.sites import Site
 
 _NAMED = 3
 """Units that a message names."""

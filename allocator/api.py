@@ -32,8 +32,10 @@ from allocator.job import ladders_id, read_model, read_texts, versions
 from allocator.model.checkpoint import count_params
 from allocator.model.draft import Covered, coverage, draft
 from allocator.model.examples import Examples, shown_fingerprint
-from allocator.model.family import Family, Layout, build_space, find_family, open_model, resolve_layout, served_types
+from allocator.model.family import Family, find_family, open_model, served_types
 from allocator.model.headers import ModelFiles, locate, read_model_files
+from allocator.model.ladders import build_space
+from allocator.model.layout import Layout, resolve_layout
 from allocator.model.load import check_stock
 from allocator.model.ratios import Levels
 from allocator.model.shown import read_shown

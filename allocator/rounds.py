@@ -8,7 +8,7 @@ from typing import Any
 
 from allocator.core.space import SearchSpace
 from allocator.job import Job, serving
-from allocator.model.family import build_space
+from allocator.model.ladders import build_space
 from allocator.search.coarse_to_fine import Round, filled, recentre, translated
 from allocator.search.decide import Decision
 

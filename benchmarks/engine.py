@@ -34,8 +34,10 @@ from allocator.core.space import Allocation, SearchSpace
 from allocator.evaluate import trie
 from allocator.evaluate.engine import Engine, EngineSpec
 from allocator.evaluate.loss import divergence
-from allocator.model.family import build_space, find_family, resolve_layout
+from allocator.model.family import find_family
 from allocator.model.headers import PACKAGED, locate, read_model_files
+from allocator.model.ladders import build_space
+from allocator.model.layout import resolve_layout
 from allocator.model.load import load_model
 from allocator.model.walk import SEQUENCES_PER_BATCH
 from allocator.prune.build import prune_on_dense_inputs

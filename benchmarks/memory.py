@@ -32,8 +32,10 @@ from allocator.core.budget import Budget, repair
 from allocator.core.protocols import Request
 from allocator.core.space import Allocation
 from allocator.evaluate.engine import Engine, EngineSpec
-from allocator.model.family import build_space, find_family, resolve_layout
+from allocator.model.family import find_family
 from allocator.model.headers import read_model_files
+from allocator.model.ladders import build_space
+from allocator.model.layout import resolve_layout
 from allocator.prune.build import prune_on_dense_inputs, prune_on_pruned_inputs
 from allocator.prune.execute import save_pruned
 from allocator.prune.store import create_store, open_store

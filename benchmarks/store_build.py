@@ -13,7 +13,7 @@ import torch
 from allocator.core.space import SearchSpace
 from allocator.evaluate.engine import EngineSpec
 from allocator.model.checkpoint import read_tensors
-from allocator.model.family import build_space
+from allocator.model.ladders import build_space
 from allocator.model.stream import StreamedWalker
 from allocator.prune import removal
 from allocator.prune.build import prune_on_dense_inputs

@@ -23,8 +23,10 @@ from allocator.core.protocols import Outcome, Request
 from allocator.core.space import SearchSpace
 from allocator.evaluate.engine import Engine, EngineSpec
 from allocator.model import checkpoint
-from allocator.model.family import build_space, find_family, resolve_layout
+from allocator.model.family import find_family
 from allocator.model.headers import read_model_files
+from allocator.model.ladders import build_space
+from allocator.model.layout import resolve_layout
 from allocator.model.load import load_model
 from allocator.model.walk import SEQUENCES_PER_BATCH
 from allocator.prune import problem, store

@@ -28,7 +28,7 @@ from allocator.core.errors import UserError
 from allocator.core.journal import Journal
 from allocator.core.plan import Plan
 from allocator.job import read_model
-from allocator.model.family import build_space
+from allocator.model.ladders import build_space
 from allocator.progress import Silent
 from allocator.search.coarse_to_fine import recentre, translated
 from allocator.search.decide import decide

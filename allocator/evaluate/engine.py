@@ -24,8 +24,8 @@ from allocator.evaluate.states import States
 from allocator.evaluate.teacher import Lesson, Sums, Teacher
 from allocator.evaluate.training import Trainer, Training
 from allocator.model.examples import Examples, as_tensors
-from allocator.model.family import Layout
 from allocator.model.headers import ModelFiles, read_model_files
+from allocator.model.layout import Layout
 from allocator.model.load import load_model
 from allocator.model.stream import StreamedWalker
 from allocator.model.walk import BlockWalker

@@ -26,7 +26,7 @@ import torch
 from allocator.core.protocols import Expansion
 from allocator.core.space import Allocation, SearchSpace
 from allocator.evaluate.teacher import Lesson, Sums, Teacher
-from allocator.model.family import Layout
+from allocator.model.layout import Layout
 from allocator.model.walk import SEQUENCES_PER_BATCH, BlockWalker
 from allocator.prune.assemble import Assembler, Switchboard
 

@@ -22,8 +22,8 @@ from torch import nn
 
 from allocator.core.latency import LatencySettings, LatencyTable, Timing
 from allocator.core.space import SearchSpace
-from allocator.model.family import Layout
 from allocator.model.headers import ModelFiles
+from allocator.model.layout import Layout
 from allocator.model.load import shaped_model
 from allocator.model.workload import shape_of, size_of
 

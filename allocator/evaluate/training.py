@@ -25,8 +25,8 @@ from allocator.core.errors import UserError
 from allocator.core.protocols import Request
 from allocator.core.space import Allocation, SearchSpace
 from allocator.evaluate.states import States
-from allocator.model.family import Layout
 from allocator.model.headers import ModelFiles
+from allocator.model.layout import Layout
 from allocator.model.load import load_model
 from allocator.prune.assemble import Assembler, Switchboard
 from allocator.prune.masks import kept_mask

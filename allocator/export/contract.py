@@ -21,8 +21,8 @@ from allocator.core.files import write_json
 from allocator.core.plan import Plan
 from allocator.export.matrices import Matrix, matrices
 from allocator.model.checkpoint import stored_name
-from allocator.model.family import Layout
 from allocator.model.headers import ModelFiles
+from allocator.model.layout import Layout
 
 PLANNED = "planned.json"
 VERIFY = "verify.py"

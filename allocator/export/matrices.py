@@ -9,8 +9,9 @@ from fractions import Fraction
 
 from allocator.core.plan import Plan
 from allocator.core.space import Unit
-from allocator.model.family import Layout, Site, staying
 from allocator.model.headers import ModelFiles
+from allocator.model.layout import Layout, staying
+from allocator.model.sites import Site
 
 
 @dataclass(frozen=True, slots=True)

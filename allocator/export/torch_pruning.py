@@ -11,7 +11,7 @@ from allocator.core.space import Unit
 from allocator.export.contract import Source, Target, copy_script, write_verify
 from allocator.export.weights import in_keys_of_llama
 from allocator.model.checkpoint import write_modelling
-from allocator.model.family import Site
+from allocator.model.sites import Site
 
 
 class TorchPruning(Target):

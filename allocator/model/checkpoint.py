@@ -21,10 +21,11 @@ from safetensors.torch import save_file
 from allocator.core.errors import UserError
 from allocator.core.files import whole_folder, write_json
 from allocator.core.space import SearchSpace
-from allocator.model.family import Layout, Site
 from allocator.model.headers import INDEX, ModelFiles, read_model_files
 from allocator.model.kinds import CAUSAL, Kind
+from allocator.model.layout import Layout
 from allocator.model.memory import give_back
+from allocator.model.sites import Site
 
 Replacements = Mapping[str, torch.Tensor | None]
 """New values by tensor name; None for a tensor that is gone."""

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from allocator.core.errors import UserError
-from allocator.model.family import Family, named_as_in
+from allocator.model.family import Family
 from allocator.model.headers import ModelFiles
+from allocator.model.layout import named_as_in
 
 _OUTPUT = re.compile(r"(^|[._])(o|out|dense|wo|w2|c_proj|down|fc2|fc_out|dense_4h_to_h)(_proj)?$")
 _PARTS = {"query": r"(^|_)(q|query)", "key": r"(^|_)(k|key)", "value": r"(^|_)(v|value)"}

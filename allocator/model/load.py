@@ -14,8 +14,9 @@ from transformers.pytorch_utils import Conv1D
 
 from allocator.core.errors import UserError
 from allocator.model import modeling_pruned
-from allocator.model.family import Family, Layout, block_numbers, named_as_in
+from allocator.model.family import Family
 from allocator.model.headers import ModelFiles
+from allocator.model.layout import Layout, block_numbers, named_as_in
 
 
 def load_model(files: ModelFiles, dtype: torch.dtype = torch.float32) -> nn.Module:

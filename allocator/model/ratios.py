@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from allocator.core.errors import UserError, did_you_mean
-from allocator.model.family import Layout, Site, staying
 from allocator.model.headers import ModelFiles
+from allocator.model.layout import Layout, staying
+from allocator.model.sites import Site
 
 METADATA = "metadata.pth"
 """What says, beside a file of levels, what they mean."""

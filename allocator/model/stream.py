@@ -12,8 +12,8 @@ from torch import nn
 
 from allocator.core.errors import UserError
 from allocator.model.checkpoint import read_tensors
-from allocator.model.family import Layout
 from allocator.model.headers import ModelFiles
+from allocator.model.layout import Layout
 from allocator.model.load import straighten
 from allocator.model.walk import BlockWalker
 

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from allocator.core.errors import UserError
 from allocator.model.examples import Shown, inputs_of
-from allocator.model.family import Layout
+from allocator.model.layout import Layout
 
 SEQUENCES_PER_BATCH = 4
 """Sequences that run together; part of the numerics, so not derived from free memory."""

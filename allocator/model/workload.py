@@ -28,9 +28,10 @@ from typing import Any
 from allocator.core.errors import UserError
 from allocator.core.latency import LatencyTable
 from allocator.core.space import Cost, SearchSpace, Unit
-from allocator.model.family import Layout, Site, hidden_size, staying
 from allocator.model.headers import ModelFiles
 from allocator.model.kinds import Kind
+from allocator.model.layout import Layout, hidden_size, staying
+from allocator.model.sites import Site
 
 GENERATING: tuple[Cost, ...] = ("decode_macs", "kv_bytes", "decode_ms", "latency_ms")
 """Costs that models have that generate."""

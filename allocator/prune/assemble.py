@@ -12,9 +12,10 @@ from torch.nn import functional
 
 from allocator.core.space import SearchSpace, Unit
 from allocator.model.checkpoint import Replacements, read_tensors
-from allocator.model.family import Layout, Rows, Site
 from allocator.model.headers import ModelFiles
+from allocator.model.layout import Layout
 from allocator.model.modeling_pruned import choose, counted, recount, regroup, remove
+from allocator.model.sites import Rows, Site
 from allocator.prune.masks import sparse_weight
 from allocator.prune.structured import item_columns
 

@@ -10,8 +10,8 @@ import torch
 from allocator.core.errors import UserError
 from allocator.core.space import Allocation, SearchSpace
 from allocator.model.checkpoint import count_params, read_tensors, write_checkpoint
-from allocator.model.family import Layout
 from allocator.model.headers import ModelFiles
+from allocator.model.layout import Layout
 from allocator.prune.assemble import Assembler, CompactLevels
 
 

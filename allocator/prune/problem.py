@@ -12,8 +12,9 @@ from allocator.core.errors import UserError
 from allocator.core.space import SearchSpace, Unit
 from allocator.model.checkpoint import read_tensors
 from allocator.model.examples import Shown
-from allocator.model.family import Layout, Site
 from allocator.model.headers import ModelFiles
+from allocator.model.layout import Layout
+from allocator.model.sites import Site
 from allocator.model.walk import SEQUENCES_PER_BATCH, BlockWalker
 from allocator.prune.assemble import CompactLevels
 from allocator.prune.factorise import Report, silent

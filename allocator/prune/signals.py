@@ -12,8 +12,8 @@ import torch
 from torch.nn import functional
 
 from allocator.core.signals import QUANTILES, Signal, Signals
-from allocator.model.family import Site
 from allocator.model.memory import give_back
+from allocator.model.sites import Site
 from allocator.prune.problem import Calibration
 from allocator.prune.statistics import Moments, Statistics, collected
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from allocator.core.space import Unit
-from allocator.model.family import Site
+from allocator.model.sites import Site
 from allocator.prune.assemble import Assembler, CompactLevels, Switchboard
 from allocator.prune.factorise import Report, factorise
 from allocator.prune.problem import Calibration, Problem, Stage, Task, routers, stages

@@ -4,8 +4,9 @@ import pytest
 
 from allocator.core.latency import LatencySettings
 from allocator.evaluate import latency
-from allocator.model.family import find_family, resolve_layout
+from allocator.model.family import find_family
 from allocator.model.headers import read_model_files
+from allocator.model.layout import resolve_layout
 
 
 @pytest.mark.parametrize("kind", ["llama", "opt"])

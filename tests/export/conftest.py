@@ -22,8 +22,8 @@ from allocator.core.plan import Plan
 from allocator.core.protocols import Outcome, Request
 from allocator.export.contract import VERIFY, Source
 from allocator.job import prepare
-from allocator.model.family import Layout
 from allocator.model.headers import ModelFiles
+from allocator.model.layout import Layout
 
 ENVIRONMENTS = Path(__file__).parents[2] / ".consumers"
 

@@ -12,8 +12,10 @@ from allocator.core.errors import UserError
 from allocator.core.space import SearchSpace
 from allocator.model.checkpoint import read_tensors
 from allocator.model.draft import Covered, coverage, draft
-from allocator.model.family import build_space, families_folder, find_family, load_family, resolve_layout, served_types
+from allocator.model.family import families_folder, find_family, load_family, served_types
 from allocator.model.headers import ModelFiles, read_model_files
+from allocator.model.ladders import build_space
+from allocator.model.layout import resolve_layout
 from allocator.model.load import load_model
 from allocator.model.stream import StreamedWalker
 from allocator.model.walk import BlockWalker

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from allocator.model.examples import Examples, as_tensors, inputs_of
-from allocator.model.family import find_family, resolve_layout
+from allocator.model.family import find_family
 from allocator.model.headers import read_model_files
+from allocator.model.layout import resolve_layout
 from allocator.model.load import load_model
 from allocator.model.shown import read_shown
 from allocator.model.stream import StreamedWalker

@@ -3,8 +3,9 @@ import copy
 import pytest
 import torch
 
-from allocator.model.family import find_family, resolve_layout
+from allocator.model.family import find_family
 from allocator.model.headers import read_model_files
+from allocator.model.layout import resolve_layout
 from allocator.model.load import load_model
 from allocator.model.modeling_pruned import remove
 from allocator.model.walk import BlockWalker

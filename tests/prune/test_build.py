@@ -5,8 +5,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from allocator.model.family import build_space, find_family, resolve_layout
+from allocator.model.family import find_family
 from allocator.model.headers import read_model_files
+from allocator.model.ladders import build_space
+from allocator.model.layout import resolve_layout
 from allocator.model.load import load_model
 from allocator.model.walk import BlockWalker
 from allocator.prune.assemble import Assembler, Switchboard

@@ -9,8 +9,10 @@ from transformers import AutoModelForCausalLM
 from allocator.config import load_config
 from allocator.core.errors import UserError
 from allocator.job import read_model
-from allocator.model.family import build_space, find_family, resolve_layout
+from allocator.model.family import find_family
 from allocator.model.headers import read_model_files
+from allocator.model.ladders import build_space
+from allocator.model.layout import resolve_layout
 from allocator.model.load import load_model
 from allocator.prune.assemble import Assembler, Switchboard
 from allocator.prune.build import prune_on_pruned_inputs
