@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from allocator.core.errors import UserError
-from allocator.core.files import write_json
+from allocator.core.files import read_json, write_json
 from allocator.core.plan import Plan
 from allocator.export.matrices import Matrix, matrices
 from allocator.model.checkpoint import stored_name
@@ -48,8 +48,12 @@ class Source:
 
     @cached_property
     def matrices(self) -> tuple[Matrix, ...]:
-        """What the plan keeps of every matrix of its units."""
-        return matrices(self.plan, self.files, self.layout)
+        """What the plan keeps of every matrix of its units; which experts stay, its checkpoint says."""
+        said: dict[str, Any] = {}
+        if self.checkpoint is not None and (self.checkpoint / "config.json").is_file():
+            said = read_json(self.checkpoint / "config.json", "model configuration").get("pruned") or {}
+        experts = {name: kept for name, (_, kept) in said.get("experts", {}).items()}
+        return matrices(self.plan, self.files, self.layout, experts)
 
 
 class Target(ABC):
@@ -133,8 +137,13 @@ def write_verify(
     return f"python {VERIFY} CHECKPOINT"
 
 
-def refuse_transposed(target: Target, source: Source) -> None:
+def refuse_other_layers(target: Target, source: Source) -> None:
     """Raise a :class:`UserError` where matrices are not those of linear layers, which some tools look for alone."""
+    if source.layout.mixtures:
+        raise UserError(
+            f"export: {target.name} knows linear layers, and transformers stacks the experts of "
+            f"{source.files.architecture}. Use --to ratios, or --to hf for the executed plan"
+        )
     if source.files.transposed:
         raise UserError(
             f"export: {target.name} knows linear layers, and those of {source.files.architecture} are Conv1D, inputs "

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from allocator.core.errors import UserError
-from allocator.export.contract import Source, Target, command, copy_script, refuse_transposed, write_verify
+from allocator.export.contract import Source, Target, command, copy_script, refuse_other_layers, write_verify
 from allocator.export.matrices import Matrix, share
 from allocator.model.load import shaped_model
 
@@ -36,7 +36,7 @@ class LlmCompressor(Target):
 
     def check(self, source: Source) -> None:
         """Raise unless LLM Compressor has the plan's pruner, and something to do."""
-        refuse_transposed(self, source)
+        refuse_other_layers(self, source)
         pruner = source.plan.pruner.get("name")
         if pruner not in _MODIFIERS:
             raise UserError(

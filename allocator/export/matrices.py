@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from types import MappingProxyType
 
+from allocator.core.errors import UserError
 from allocator.core.plan import Plan
 from allocator.core.space import Unit
 from allocator.model.headers import ModelFiles
@@ -60,16 +62,46 @@ def share(part: int, whole: int) -> float:
     return quotient if Fraction(quotient) >= Fraction(part, whole) else math.nextafter(quotient, math.inf)
 
 
-def matrices(plan: Plan, files: ModelFiles, layout: Layout) -> tuple[Matrix, ...]:
+def matrices(
+    plan: Plan, files: ModelFiles, layout: Layout, experts: Mapping[str, Collection[int]] = MappingProxyType({})
+) -> tuple[Matrix, ...]:
     """Return the matrices of all units, in the order of blocks, and in a block of the family's file.
 
     Args:
         plan: A plan for the model.
         files: The dense model.
         layout: Where the plan's units are in it.
+        experts: Numbers of the experts that stay, by unit: a plan says how many alone.
+
+    Raises:
+        UserError: A unit of whole experts loses some, and which is not said.
     """
     levels = {unit.name: (unit, level) for unit, level in zip(plan.space.units, plan.allocation, strict=True)}
-    return tuple(matrix for site in layout.sites for matrix in _of_site(site, levels, files))
+    found: list[Matrix] = []
+    for site in layout.sites:
+        found += (
+            _of_experts(site, *levels[site.name], experts, files) if site.experts else _of_site(site, levels, files)
+        )
+    return tuple(found)
+
+
+def _of_experts(
+    site: Site, unit: Unit, level: int, experts: Mapping[str, Collection[int]], files: ModelFiles
+) -> Iterator[Matrix]:
+    count = unit.kept[level]
+    kept = range(count) if count in (0, unit.total) else experts.get(site.name)
+    if kept is None or len(kept) != count:
+        raise UserError(
+            f"export: {site.name} keeps {count} of {unit.total} experts, and a plan does not say which. "
+            "Make its checkpoint with 'allocator prune PLAN --out FOLDER', and name it with --checkpoint FOLDER"
+        )
+    whole = [(router, count) for router in site.rows]
+    whole += [(module, files.shapes[f"{module}.weight"][0]) for number in kept for module in site.experts[number]]
+    left = dict(whole)
+    for module in site.modules:
+        rows, columns = files.shapes[f"{module}.weight"]
+        stays = (left[module], columns) if left.get(module) else (0, 0)
+        yield Matrix(module, site.name, site.part, site.block, (rows, columns), stays, stays[0] * stays[1])
 
 
 def _of_site(site: Site, levels: dict[str, tuple[Unit, int]], files: ModelFiles) -> Iterator[Matrix]:

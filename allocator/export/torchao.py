@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from allocator.core.files import write_json
-from allocator.export.contract import Source, Target, copy_script, refuse_transposed, write_verify
+from allocator.export.contract import Source, Target, copy_script, refuse_other_layers, write_verify
 from allocator.export.matrices import Matrix, share
 
 
@@ -23,7 +23,7 @@ class TorchAo(Target):
 
     def check(self, source: Source) -> None:
         """Raise where matrices are not linear layers."""
-        refuse_transposed(self, source)
+        refuse_other_layers(self, source)
 
     def write(self, source: Source, folder: Path) -> list[str]:
         """Write them."""

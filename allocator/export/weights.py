@@ -33,7 +33,7 @@ def executed(source: Source, target: str) -> ModelFiles:
     if folder is None or not folder.is_dir():
         where = "beside the plan" if folder is None else f"at {folder}"
         raise UserError(f"export: {target} carries weights, and there is no checkpoint {where}. {_REMEDY}")
-    files = read_model_files(folder)
+    files = read_model_files(folder).renamed(source.files.renames)
     if wrong := next(_wrong(source, files), None):
         raise UserError(f"export: {folder} is no checkpoint of this plan: {wrong}. {_REMEDY}")
     return files
@@ -75,7 +75,7 @@ def in_keys_of_llama(source: Source) -> bool:
         len(site.inputs) == len(site.rows) and not site.counts and (site.kind != "kv_groups" or len(site.rows) == 3)
         for site in source.layout.sites
     )
-    return all(separate) and {WIDTH, *HEADS} <= source.files.config.keys()
+    return not source.layout.mixtures and all(separate) and {WIDTH, *HEADS} <= source.files.config.keys()
 
 
 def sizes(unit: Unit, items: int, config: Any) -> dict[str, int]:

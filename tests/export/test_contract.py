@@ -97,7 +97,13 @@ def assert_the_same_again(target: Target, folder: Path, model: Path, to: Path) -
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize(
-    "kind", ["gpt2", "phi3", *(pytest.param(k, marks=pytest.mark.slow) for k in ("gpt_neox", "falcon", "starcoder2"))]
+    "kind",
+    [
+        "gpt2",
+        "phi3",
+        "mixtral",
+        *(pytest.param(k, marks=pytest.mark.slow) for k in ("gpt_neox", "falcon", "starcoder2", "deepseek_v3")),
+    ],
 )
 def test_other_families_are_written_or_refused(
     kind: str,
@@ -121,7 +127,14 @@ def test_other_families_are_written_or_refused(
 
 
 @pytest.mark.parametrize(
-    ("kind", "pattern"), [("gpt2", "structured"), ("phi3", "structured"), ("gpt2", "unstructured")]
+    ("kind", "pattern"),
+    [
+        ("gpt2", "structured"),
+        ("phi3", "structured"),
+        ("gpt2", "unstructured"),
+        ("mixtral", "structured"),
+        ("mixtral", "n:m"),
+    ],
 )
 def test_what_other_families_are_refused_is_one_line(
     kind: str, pattern: str, make_model: Callable[..., Path], execute: Callable[..., Any], tmp_path: Path
@@ -140,6 +153,8 @@ def test_what_other_families_are_refused_is_one_line(
     expected = {
         ("gpt2", "structured"): {"hf-padded", "torch-pruning", "tyr", "darwinlm"},
         ("phi3", "structured"): {"torch-pruning"},
+        ("mixtral", "structured"): {"hf-padded", "torch-pruning", "tyr", "darwinlm"},
+        ("mixtral", "n:m"): {"llm-compressor", "torchao"},
         ("gpt2", "unstructured"): {"llm-compressor", "torchao", "evopress"},
     }
     assert refused == expected[kind, pattern] | trackers
