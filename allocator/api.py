@@ -32,10 +32,10 @@ from allocator.job import ladders_id, read_model, read_texts, versions
 from allocator.model.checkpoint import count_params
 from allocator.model.draft import Covered, coverage, draft
 from allocator.model.examples import Examples, shown_fingerprint
-from allocator.model.family import Family, find_family, open_model, served_types
+from allocator.model.family import Family, find_family, served_types
 from allocator.model.headers import ModelFiles, locate, read_model_files
 from allocator.model.ladders import build_space
-from allocator.model.layout import Layout, resolve_layout
+from allocator.model.layout import Layout, named_by, open_model, resolve_layout
 from allocator.model.load import check_stock
 from allocator.model.ratios import Levels
 from allocator.model.shown import read_shown
@@ -206,7 +206,7 @@ def explain(config: RunConfig) -> list[Covered]:
     files = read_model_files(locate(config.model))
     kind = str(files.config.get("model_type"))
     family = served_types().get(kind) if config.family is None else find_family(kind, config.family)
-    return coverage(files if family is None else files.renamed(family.renamed), family)
+    return coverage(files if family is None else named_by(family, files), family)
 
 
 def suggest(config: RunConfig) -> str:
@@ -571,7 +571,7 @@ def evaluate(
     space = build_space(layout, files, pattern, target=0.5)
     engine = Engine(EngineSpec(files, layout, space, store=None), shown)
     return {
-        "params": count_params(pruned.folder, space, files.renames),
+        "params": count_params(pruned.folder, space, files),
         **engine.measure_checkpoint(pruned.folder, "test", tokens),
     }
 

@@ -24,10 +24,9 @@ from allocator.core.space import Allocation, SearchSpace
 from allocator.evaluate.engine import EngineSpec, check_device
 from allocator.evaluate.training import Training
 from allocator.model.examples import LABELS, Examples, shown_fingerprint
-from allocator.model.family import open_model
 from allocator.model.headers import ModelFiles, locate
 from allocator.model.ladders import build_space
-from allocator.model.layout import Layout, resolve_layout
+from allocator.model.layout import Layout, open_model, resolve_layout
 from allocator.model.load import check_stock
 from allocator.model.shown import read_shown, read_tokens
 from allocator.model.workload import Workload, served

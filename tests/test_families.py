@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import allocator
 from allocator.config import load_config
@@ -118,7 +120,35 @@ def test_the_readme_lists_what_is_tested() -> None:
 def test_a_family_goes_the_whole_way(
     kind: str, pattern: str, make_model: Callable[..., Path], text_folder: Path, tmp_path: Path
 ) -> None:
+    goes_the_whole_way(make_model(kind, **FAMILIES[kind][1]), pattern, text_folder, tmp_path)
+
+
+@pytest.mark.parametrize("pattern", ["structured", "unstructured"])
+@pytest.mark.parametrize("kind", ["gpt2", pytest.param("gpt_neox", marks=pytest.mark.slow)])
+def test_files_as_first_published_go_the_whole_way(
+    kind: str, pattern: str, make_model: Callable[..., Path], text_folder: Path, tmp_path: Path
+) -> None:
+    """Without what is computed, the base's name, or what a configuration need not say, as GPT-2 and Pythia lie on hubs."""
     model = make_model(kind, **FAMILIES[kind][1])
+    config = json.loads((model / "config.json").read_text())
+    base, mask = ("transformer.", "attn") if kind == "gpt2" else ("gpt_neox.", "attention")
+    tensors = {
+        name.removeprefix(base if kind == "gpt2" else ""): tensor
+        for name, tensor in load_file(model / "model.safetensors").items()
+    }
+    for name in [
+        name for name in tensors if name.endswith(f"{mask}.dense.weight") or name.endswith("attn.c_proj.weight")
+    ]:
+        block = name.rsplit(".", 2)[0]
+        tensors |= {f"{block}.bias": torch.ones(1, 1, 64, 64), f"{block}.masked_bias": torch.tensor(-1e9)}
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    if kind == "gpt2":
+        del config["tie_word_embeddings"]
+    (model / "config.json").write_text(json.dumps(config))
+    goes_the_whole_way(model, pattern, text_folder, tmp_path)
+
+
+def goes_the_whole_way(model: Path, pattern: str, text_folder: Path, tmp_path: Path) -> None:
     flags = {"model": str(model), "pattern": pattern}
     space, _ = allocator.inspect(load_config(None, flags, []))
     dense = load_model(read_model_files(model))

@@ -33,7 +33,7 @@ def executed(source: Source, target: str) -> ModelFiles:
     if folder is None or not folder.is_dir():
         where = "beside the plan" if folder is None else f"at {folder}"
         raise UserError(f"export: {target} carries weights, and there is no checkpoint {where}. {_REMEDY}")
-    files = read_model_files(folder).renamed(source.files.renames)
+    files = read_model_files(folder).named_like(source.files)
     if wrong := next(_wrong(source, files), None):
         raise UserError(f"export: {folder} is no checkpoint of this plan: {wrong}. {_REMEDY}")
     return files

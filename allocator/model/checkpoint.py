@@ -131,7 +131,7 @@ def _write(files: ModelFiles, layout: Layout, replace: Callable[[str], Replaceme
             "removed": removed,
             **({"counts": counts} if counts else {}),
             **({"experts": experts} if experts else {}),
-            **({"renamed": dict(files.renames)} if files.stored else {}),
+            **({"renamed": dict(files.renames)} if files.renames else {}),
         }
         kind = files.kind
         config["architectures"] = [kind.pruned]
@@ -187,14 +187,14 @@ def write_modelling(folder: Path, architecture: str, kind: Kind = CAUSAL) -> Non
     (folder / "modeling_pruned.py").write_text(code, encoding="utf-8")
 
 
-def count_params(folder: Path, space: SearchSpace, renames: Mapping[str, str] | None = None) -> int:
+def count_params(folder: Path, space: SearchSpace, dense: ModelFiles) -> int:
     """Count the parameters of a saved checkpoint as the budget counts them.
 
     Structured: elements of all tensors. Unstructured: of a unit's matrix, at most the kept positions are not
     zero, and kept weights may happen to be zero; so what is counted is the dense count less the zeros of
     unit matrices.
     """
-    files = read_model_files(folder).renamed(renames or {})
+    files = read_model_files(folder).named_like(dense)
     total = 0
     matrices = {f"{unit.name}.weight" for unit in space.units if unit.kind == "matrix"}
     for name, shape in files.shapes.items():

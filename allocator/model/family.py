@@ -11,7 +11,6 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from allocator.core.errors import UserError
-from allocator.model.headers import ModelFiles, read_model_files
 
 Attention = Literal["kv_groups", "query_heads"]
 """What attention loses: KV groups with the query heads they serve, or query heads alone."""
@@ -247,18 +246,3 @@ def served_types() -> dict[str, Family]:
                 )
             served[model_type] = family
     return served
-
-
-def open_model(folder: Path, file: Path | None = None) -> tuple[ModelFiles, Family]:
-    """Return a model with the names that transformers has for its modules, and its family.
-
-    Args:
-        folder: The model.
-        file: The family's file; None for one of those shipped.
-
-    Raises:
-        UserError: See :func:`~allocator.model.headers.read_model_files` and :func:`find_family`.
-    """
-    files = read_model_files(folder)
-    family = find_family(str(files.config.get("model_type")), file)
-    return files.renamed(family.renamed), family

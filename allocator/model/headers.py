@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import resources
@@ -63,26 +63,32 @@ class ModelFiles:
         assert kind is not None, "checked when the headers were read"
         return kind
 
+    def named(self, names: Mapping[str, str]) -> ModelFiles:
+        """Return the same files with other names for some tensors; what the files call them stays known."""
+        every = {name: names.get(name, name) for name in self.shapes}
+        return replace(
+            self,
+            shapes={every[name]: shape for name, shape in self.shapes.items()},
+            shards={every[name]: shard for name, shard in self.shards.items()},
+            dtypes={every[name]: dtype for name, dtype in self.dtypes.items()},
+            transposed=frozenset(every[name] for name in self.transposed),
+            stored={new: old for name, new in every.items() if new != (old := self.stored.get(name, name))},
+        )
+
+    def named_like(self, dense: ModelFiles) -> ModelFiles:
+        """Return a checkpoint with the names that tensors have in the model that it was made from."""
+        return self.named({old: new for new, old in dense.stored.items()})
+
     def renamed(self, table: Mapping[str, str]) -> ModelFiles:
         """Return the same files with parts of names replaced, as ``{"block_sparse_moe": "mlp"}`` says.
 
         Raises:
             UserError: Two tensors would have one name.
         """
-        if not table:
-            return self
         names = {name: _renamed(name, table) for name in self.shapes}
         if len({*names.values()}) < len(names):
             raise UserError(f"family: renamed {dict(table)} gives two tensors of {self.folder} one name")
-        return replace(
-            self,
-            shapes={names[name]: shape for name, shape in self.shapes.items()},
-            shards={names[name]: shard for name, shard in self.shards.items()},
-            dtypes={names[name]: dtype for name, dtype in self.dtypes.items()},
-            transposed=frozenset(names[name] for name in self.transposed),
-            stored={new: old for old, new in names.items() if new != old},
-            renames=dict(table),
-        )
+        return replace(self.named(names), renames=dict(table)) if table else self
 
     @property
     def architecture(self) -> str:
@@ -171,7 +177,8 @@ def read_model_files(folder: Path) -> ModelFiles:
             with safe_open(folder / name, framework="numpy") as file:
                 for key in file.keys():
                     view = file.get_slice(key)
-                    shapes[key], shards[key], dtypes[key] = tuple(view.get_shape()), name, view.get_dtype()
+                    if not _computed(key, view.get_shape()):
+                        shapes[key], shards[key], dtypes[key] = tuple(view.get_shape()), name, view.get_dtype()
         except (SafetensorError, OSError, json.JSONDecodeError) as error:
             raise UserError(
                 f"model: {folder / name}: not a readable safetensors file: {error}. Copy it again"
@@ -189,6 +196,11 @@ def read_model_files(folder: Path) -> ModelFiles:
     shapes |= {name: shapes[name][::-1] for name in transposed}
     files = ModelFiles(folder, config, shapes, shards, dtypes, transposed)
     return files if kind.generates else _as_in_the_model(files)
+
+
+def _computed(name: str, shape: Sequence[int]) -> bool:
+    """Whether a tensor is one that old checkpoints hold and transformers passes over: frequencies, attention masks."""
+    return name.endswith(("rotary_emb.inv_freq", ".masked_bias")) or (name.endswith(".bias") and len(shape) == 4)
 
 
 def _as_in_the_model(files: ModelFiles) -> ModelFiles:

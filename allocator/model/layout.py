@@ -6,11 +6,12 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from allocator.core.errors import UserError, did_you_mean
 from allocator.model.checks import check_biases, check_depth, check_skipped, check_vectors
-from allocator.model.family import Attention, Experts, Family
-from allocator.model.headers import ModelFiles
+from allocator.model.family import Attention, Experts, Family, find_family
+from allocator.model.headers import ModelFiles, read_model_files
 from allocator.model.kinds import CAUSAL, Kind
 from allocator.model.sites import Site, lengths, sites_of
 
@@ -36,6 +37,33 @@ class Layout:
     kind: Kind = CAUSAL
     towers: tuple[int, ...] = ()
     mixtures: tuple[Site, ...] = ()
+
+
+def open_model(folder: Path, file: Path | None = None) -> tuple[ModelFiles, Family]:
+    """Return a model with the names that transformers has for its modules, and its family.
+
+    Args:
+        folder: The model.
+        file: The family's file; None for one of those shipped.
+
+    Raises:
+        UserError: See :func:`~allocator.model.headers.read_model_files` and :func:`~.family.find_family`.
+    """
+    files = read_model_files(folder)
+    family = find_family(str(files.config.get("model_type")), file)
+    return named_by(family, files), family
+
+
+def named_by(family: Family, files: ModelFiles) -> ModelFiles:
+    """Return files with the names of a family.
+
+    A causal language model may have been saved by its base, whose names lack what the whole model has in front.
+    """
+    files = files.renamed(family.renamed)
+    base, _, rest = family.chains[0].partition(".")
+    if not files.kind.generates or block_numbers(files, family.chains[0]) or not block_numbers(files, rest):
+        return files
+    return files.named({name: f"{base}.{name}" for name in files.shapes if not name.startswith(f"{family.tail[-1]}.")})
 
 
 def resolve_layout(
@@ -71,7 +99,9 @@ def resolve_layout(
             towers |= {site.name: tower for site in found}
     if kind.generates and not family.tail:
         raise UserError(f"family: {files.architecture} is a causal language model. Name in 'tail' what follows blocks")
-    tied = {family.tail[-1]} if kind.generates and files.config.get("tie_word_embeddings") else set()
+    # old configurations do not say what goes without saying for their class
+    absent = kind.generates and f"{family.tail[-1]}.weight" not in shapes
+    tied = {family.tail[-1]} if absent and files.config.get("tie_word_embeddings", True) else set()
     entry, tail = (_there(names if kind.generates else (), shapes) for names in (family.entry, family.tail))
     for key, module in (*(("entry", module) for module in entry), *(("tail", module) for module in tail)):
         if f"{module}.weight" not in shapes and module not in tied:

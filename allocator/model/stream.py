@@ -17,9 +17,6 @@ from allocator.model.layout import Layout
 from allocator.model.load import straighten
 from allocator.model.walk import BlockWalker
 
-_IGNORED = "rotary_emb.inv_freq"
-"""What old checkpoints hold for every block, and transformers passes over: it is computed."""
-
 
 class StreamedWalker(BlockWalker):
     """Walks a dense checkpoint whose blocks are read when they are :meth:`held`, and dropped after."""
@@ -75,7 +72,6 @@ class StreamedWalker(BlockWalker):
                     module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
     def _fill(self, root: nn.Module, prefix: str, names: list[str]) -> None:
-        names = [name for name in names if not name.endswith(_IGNORED)]
         for name, tensor in read_tensors(self._files, names).items():
             module, _, attribute = name.removeprefix(prefix).rpartition(".")
             try:

@@ -43,7 +43,7 @@ def save_pruned(
         return dict(Assembler(files, layout, space, compact).site(site, levels))
 
     write_checkpoint(files, layout, replace, out)
-    planned, counted = space.cost(allocation), count_params(out, space, files.renames)
+    planned, counted = space.cost(allocation), count_params(out, space, files)
     if not planned - _kept_zeros(levels, files, space, compact) <= counted <= planned:
         raise UserError(
             f"{out}: holds {counted} parameters, and the plan says {planned}. Please report this as a defect"

@@ -13,10 +13,10 @@ from safetensors import safe_open
 from allocator.core.errors import UserError
 from allocator.model.checkpoint import read_tensors
 from allocator.model.draft import draft
-from allocator.model.family import find_family, load_family, open_model, served_types
+from allocator.model.family import find_family, load_family, served_types
 from allocator.model.headers import ModelFiles, read_model_files
 from allocator.model.ladders import build_space
-from allocator.model.layout import Layout, resolve_layout
+from allocator.model.layout import Layout, open_model, resolve_layout
 from allocator.model.load import load_model, shaped_model
 from allocator.model.modeling_pruned import counted, recount, remove
 from allocator.prune.assemble import Assembler, Switchboard

@@ -7,10 +7,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from allocator.core.errors import UserError
 from allocator.core.latency import LatencySettings, LatencyTable, Timing
-from allocator.model.family import find_family, open_model
+from allocator.model.family import find_family
 from allocator.model.headers import read_model_files
 from allocator.model.ladders import build_space
-from allocator.model.layout import resolve_layout
+from allocator.model.layout import open_model, resolve_layout
 from allocator.model.load import shaped_model
 from allocator.model.workload import Workload, served, shape_of, size_of
 

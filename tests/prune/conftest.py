@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from allocator.core.space import SearchSpace
-from allocator.model.family import Attention, Experts, open_model
+from allocator.model.family import Attention, Experts
 from allocator.model.headers import ModelFiles, read_model_files
 from allocator.model.ladders import build_space
-from allocator.model.layout import Layout, resolve_layout
+from allocator.model.layout import Layout, open_model, resolve_layout
 from allocator.model.load import load_model
 from allocator.model.walk import BlockWalker
 from allocator.prune.build import prune_on_dense_inputs

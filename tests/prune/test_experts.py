@@ -11,8 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from allocator.model.family import open_model
-from allocator.model.layout import resolve_layout
+from allocator.model.layout import open_model, resolve_layout
 from allocator.model.load import load_model
 from allocator.model.modeling_pruned import choose, cut, split, stacked
 from allocator.prune import routing as routing_
