@@ -128,7 +128,7 @@ def test_a_family_goes_the_whole_way(
 def test_files_as_first_published_go_the_whole_way(
     kind: str, pattern: str, make_model: Callable[..., Path], text_folder: Path, tmp_path: Path
 ) -> None:
-    """Without what is computed, the base's name, or what a configuration need not say, as GPT-2 and Pythia lie on hubs."""
+    """As GPT-2 and Pythia lie on hubs: with masks in the files, without the base's name or what goes without saying."""
     model = make_model(kind, **FAMILIES[kind][1])
     config = json.loads((model / "config.json").read_text())
     base, mask = ("transformer.", "attn") if kind == "gpt2" else ("gpt_neox.", "attention")
@@ -136,9 +136,7 @@ def test_files_as_first_published_go_the_whole_way(
         name.removeprefix(base if kind == "gpt2" else ""): tensor
         for name, tensor in load_file(model / "model.safetensors").items()
     }
-    for name in [
-        name for name in tensors if name.endswith(f"{mask}.dense.weight") or name.endswith("attn.c_proj.weight")
-    ]:
+    for name in [name for name in tensors if name.endswith((f"{mask}.dense.weight", "attn.c_proj.weight"))]:
         block = name.rsplit(".", 2)[0]
         tensors |= {f"{block}.bias": torch.ones(1, 1, 64, 64), f"{block}.masked_bias": torch.tensor(-1e9)}
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
