@@ -28,17 +28,18 @@ from allocator.evaluate.latency import make_table
 from allocator.export.contract import Source
 from allocator.export.contract import check as check_target
 from allocator.export.targets import TARGETS
-from allocator.job import ladders_id, read_model, read_texts, versions
+from allocator.job import check_length, ladders_id, read_model, read_texts, versions
 from allocator.model.checkpoint import count_params
 from allocator.model.draft import Covered, coverage, draft
 from allocator.model.examples import Examples, shown_fingerprint
 from allocator.model.family import Family, find_family, served_types
 from allocator.model.headers import ModelFiles, locate, read_model_files
 from allocator.model.ladders import build_space
-from allocator.model.layout import Layout, named_by, open_model, resolve_layout
+from allocator.model.layout import Layout, named_by, resolve_layout
 from allocator.model.load import check_stock
 from allocator.model.ratios import Levels
 from allocator.model.shown import read_shown
+from allocator.model.workload import check_timed
 from allocator.progress import Reporter, Silent
 from allocator.prune.build import prune_on_dense_inputs, prune_on_pruned_inputs
 from allocator.prune.execute import save_pruned
@@ -236,6 +237,7 @@ def latency(config: RunConfig, out: Path | str, repeats: int = 20, reporter: Rep
     check_device(config.device)
     dense = config.model_copy(update={"pattern": "structured", "workload": work.model_copy(update={"latency": None})})
     files, layout, space = read_model(dense)
+    check_timed(layout)
     if not files.kind.generates:
         raise UserError(f"latency: {files.architecture} does not generate, and times are those of generation")
     reporter = reporter or Silent()
@@ -558,7 +560,8 @@ def evaluate(
     """
     if tokens % length:
         raise UserError(f"tokens: {tokens} is not a multiple of the sequence length {length}")
-    (files, names), pruned = _opened(model, family), read_model_files(locate(checkpoint))
+    (files, named), pruned = _opened(model, family), read_model_files(locate(checkpoint))
+    check_length(files, length, "length")
     dense, own = _shape(files), _shape(pruned)
     if own != dense:
         raise UserError(
@@ -566,7 +569,7 @@ def evaluate(
             "Name the dense model that it was made from with --model"
         )
     pattern = "structured" if "pruned" in pruned.config else "unstructured"
-    layout = resolve_layout(names, files, experts="whole" if pattern == "structured" else "inside")
+    layout = resolve_layout(named, files, experts="whole" if pattern == "structured" else "inside")
     shown = read_shown(None if text is None else Path(text), files, {"test": tokens}, length)
     space = build_space(layout, files, pattern, target=0.5)
     engine = Engine(EngineSpec(files, layout, space, store=None), shown)
@@ -578,21 +581,22 @@ def evaluate(
 
 def _opened(model: Path | str, family: Path | str | None) -> tuple[ModelFiles, Family]:
     """Return a model and its family, whose tensors are what its class makes of its configuration."""
-    folder = locate(model)
-    kind = str(read_model_files(folder).config.get("model_type"))
+    files = read_model_files(locate(model))
+    kind = str(files.config.get("model_type"))
     if family is None and kind not in served_types():
         raise UserError(
             f"family: no family file is shipped for the model type {kind!r}. Name the one that the search had, with "
             "--family FILE"
         )
-    files, names = open_model(folder, None if family is None else Path(family))
-    check_stock(files, names)
-    return files, names
+    own = find_family(kind, None if family is None else Path(family))
+    files = named_by(own, files)
+    check_stock(files, own)
+    return files, own
 
 
 def _model_of(plan: Plan, model: Path | str, family: Path | str | None) -> tuple[ModelFiles, Layout]:
     """Return the model that a plan was made for, and where the plan's units are in it."""
-    files, names = _opened(model, family)
+    files, named = _opened(model, family)
     if files.fingerprint != plan.model["fingerprint"]:
         raise UserError(
             f"plan: made for {plan.model['id']} ({plan.model['fingerprint'][:19]}...), and {files.folder} is another "
@@ -600,7 +604,7 @@ def _model_of(plan: Plan, model: Path | str, family: Path | str | None) -> tuple
         )
     kinds = {unit.kind for unit in plan.space.units}
     layout = resolve_layout(
-        names,
+        named,
         files,
         "query_heads" if "query_heads" in kinds else "kv_groups",
         "whole" if "experts" in kinds else "inside",

@@ -89,7 +89,8 @@ class PrunerSettings(_Strict):
             together from the store (``assemble``); None for ``recompute`` where the pruner chooses new values.
         bias: Whether structured pruning gives back the mean output of what is lost, as a bias.
         experts: How whole experts are chosen: by what is lost of the mixture's output without them
-            (``reconstruction``), or by what the router gives them (``routing``).
+            (``reconstruction``, on as many of the first tokens as :data:`~allocator.prune.routing.GRAM_BYTES` allow),
+            or by what the router gives them (``routing``).
     """
 
     name: str | None = None

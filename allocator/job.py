@@ -36,7 +36,7 @@ from allocator.prune.store import LevelStore
 from allocator.search.baselines import uniform
 from allocator.search.coarse_to_fine import Round
 
-_OFFSET = ("roberta", "xlm-roberta", "camembert", "mpnet")
+_OFFSET = ("roberta", "xlm-roberta", "camembert")
 """Model types whose positions begin after that of padding."""
 
 TRAINING = "training"
@@ -296,9 +296,7 @@ def prepare(config: RunConfig, report: Report = silent) -> Job:
                 f"search.evolution.training: {count} tokens are not whole batches of {config.training.batch_sequences} "
                 f"sequences of {length}. Ask for {-(-count // step) * step}, or set training.batch_sequences"
             )
-    longest = longest_text(files)
-    if longest is not None and length > longest:
-        raise UserError(f"tokens.sequence_length: the model reads at most {longest} tokens, found {length}")
+    check_length(files, length, "tokens.sequence_length")
     along = _along(config, files, space, budget)
     tokens: dict[str, np.ndarray | Examples]
     if config.domains:
@@ -348,13 +346,18 @@ def _check_labels(config: RunConfig, tokens: Mapping[str, np.ndarray | Examples]
         raise UserError(f"{asked}: nll is of labels, and the examples have none. Give some, or use another")
 
 
-def longest_text(files: ModelFiles) -> int | None:
-    """Return how many tokens a model reads at most; None where it reads no text of a length that is asked for."""
-    if files.kind.reads != "text":
-        return None
-    longest: int | None = files.config.get("max_position_embeddings")
-    offset = longest is not None and str(files.config.get("model_type")) in _OFFSET
-    return longest - int(files.settings["pad_token_id"]) - 1 if longest is not None and offset else longest
+def check_length(files: ModelFiles, length: int, asked: str) -> None:
+    """Check that a model reads text of a length.
+
+    Raises:
+        UserError: It is too long, as ``asked`` for.
+    """
+    settings = files.settings or files.config
+    longest = settings.get("max_position_embeddings") if files.kind.reads == "text" else None
+    if longest is not None and str(files.config.get("model_type")) in _OFFSET:
+        longest -= int(settings["pad_token_id"]) + 1
+    if longest is not None and length > longest:
+        raise UserError(f"{asked}: the model reads at most {longest} tokens, found {length}")
 
 
 def _along(config: RunConfig, files: ModelFiles, space: SearchSpace, budget: Budget) -> Allocation | None:

@@ -32,7 +32,8 @@ from allocator.prune.assemble import Assembler, Switchboard
 from allocator.prune.masks import kept_mask
 from allocator.prune.store import LevelStore
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_OPTIMIZER = ("step", "exp_avg", "exp_avg_sq")
+"""What AdamW keeps of each parameter. Steps are its own: an expert without tokens has no gradient, and makes none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,21 +102,21 @@ class Trainee:
             self.trained += step_tokens
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return weights and moments by name."""
+        """Return weights, and what the optimizer keeps, by name."""
         tensors = {f"weight {name}": parameter.detach() for name, parameter in self._parameters.items()}
         for name, parameter in self._parameters.items():
             own = self._optimizer.state.get(parameter, {})
-            tensors.update({f"{key} {name}": own[key] for key in _MOMENTS if key in own})
+            tensors.update({f"{key} {name}": own[key] for key in _OPTIMIZER if key in own})
         return tensors
 
-    def resume(self, trained: int, state: Mapping[str, torch.Tensor], sequence_length: int) -> None:
+    def resume(self, trained: int, state: Mapping[str, torch.Tensor]) -> None:
         """Go on from a state after so many tokens."""
-        steps = trained // (self._training.batch_sequences * sequence_length)
         for name, parameter in self._parameters.items():
             parameter.data.copy_(state[f"weight {name}"])
-            if f"{_MOMENTS[0]} {name}" in state:
-                moments = {key: state[f"{key} {name}"].to(parameter.device, copy=True) for key in _MOMENTS}
-                self._optimizer.state[parameter] = {"step": torch.tensor(float(steps)), **moments}
+            if f"step {name}" in state:
+                step, *moments = (state[f"{key} {name}"] for key in _OPTIMIZER)
+                own = (step.clone(), *(moment.to(parameter.device, copy=True) for moment in moments))
+                self._optimizer.state[parameter] = dict(zip(_OPTIMIZER, own, strict=True))
         self.trained = trained
 
     def _step(self) -> None:
@@ -169,7 +170,7 @@ class Trainer:
         """Return the model of a request after its training; ``keep`` its state where a longer one may go on from it."""
         trainee = self.trainee(request.allocation)
         if (found := self._states.load(request)) is not None:
-            trainee.resume(*found, self._tokens_nt.shape[1])
+            trainee.resume(*found)
         trainee.train(self._tokens_nt, request.training, self._dtype)
         if keep:
             self._states.save(request, trainee.state())

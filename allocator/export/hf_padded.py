@@ -37,6 +37,11 @@ class HuggingFacePadded(Target):
 
     def check(self, source: Source) -> None:
         """Check the checkpoint, and that the stock class has a place for every tensor."""
+        if source.layout.mixtures:
+            raise UserError(
+                f"export: {self.name} pads channels and heads, and {source.files.architecture} is a mixture of "
+                "experts. Use --to hf"
+            )
         if WIDTH not in source.files.config:
             raise UserError(
                 f"export: {self.name} knows the configuration keys of Llama-like models alone, and that of "

@@ -84,4 +84,5 @@ def sizes(unit: Unit, items: int, config: Any) -> dict[str, int]:
         return {WIDTH: items}
     if unit.kind == "query_heads":
         return {"num_attention_heads": items}
+    assert unit.kind == "kv_groups", unit.kind
     return {key: items * config[key] // unit.total for key in HEADS}

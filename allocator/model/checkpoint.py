@@ -137,7 +137,7 @@ def _write(files: ModelFiles, layout: Layout, replace: Callable[[str], Replaceme
         config["architectures"] = [kind.pruned]
         config["auto_map"] = {kind.auto: f"modeling_pruned.{kind.pruned}"}
         write_modelling(folder, files.architecture, kind)
-    write_companions(folder, files, config, {stored_name(files, name): home for name, home in weight_map.items()})
+    write_companions(folder, files, config, weight_map)
 
 
 def stored_name(files: ModelFiles, name: str) -> str:

@@ -149,7 +149,7 @@ class Family(_Strict):
         owners: dict[str, str] = {}
         for part, unit in self.units.items():
             if isinstance(unit, Mixture):
-                for module in unit.names:
+                for module in dict.fromkeys(unit.names):
                     _own(owners, module, f"unit {part!r}")
                 continue
             for module in dict.fromkeys(each_name(*unit.inputs)):

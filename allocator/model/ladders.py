@@ -10,7 +10,7 @@ from math import floor
 from allocator.core.errors import UserError
 from allocator.core.space import SearchSpace, Unit
 from allocator.model.headers import ModelFiles
-from allocator.model.layout import Layout
+from allocator.model.layout import Layout, whole
 from allocator.model.sites import Site
 
 
@@ -60,7 +60,9 @@ def build_space(
                 for module, site in matrices
             ]
     total = sum(_size(shape) for shape in shapes.values())
-    macs = _head_size(layout, files) + sum(_size(shapes[f"{module}.weight"]) for module in layout.around)
+    macs = _head_size(layout, files) + sum(
+        _size(shapes[f"{module}.weight"]) for module in whole(layout, files, pattern)
+    )
     fixed = {"params": total - sum(unit.params[0] for unit in units), "macs": macs}
     return SearchSpace(pattern, tuple(units), fixed)
 

@@ -24,7 +24,7 @@ class Layout:
         blocks: Module names of the blocks, in order.
         tail: Modules from the last block's output to the logits; the last is the head, as the checkpoint names it.
         sites: Prunable sub-blocks, in model order.
-        around: Matrices before and behind the blocks that work for every token.
+        around: Matrices in no sub-block that work for every token, before and behind the blocks and in them.
         kind: What kind of model it is.
         towers: How many blocks, of those in order, each tower has; empty where all are one chain.
         mixtures: Mixtures of experts with whole experts for items, whether that is what they lose or not.
@@ -118,6 +118,11 @@ def resolve_layout(
     for site in (site for site in sites if site.total > 1 and not site.experts):
         inside = {name: shape for name, shape in shapes.items() if site.owns(name)}
         check_vectors(site.name, lengths(site, towers[site.name]), site.rows, site.output, skipped, inside, files)
+    pruned = {module for site in sites for module in site.modules}
+    stems = tuple(f"{block}." for block in blocks)
+    matrices = [name for name, shape in shapes.items() if name.startswith(stems) and len(shape) == 2]
+    beside = [name.removesuffix(".weight") for name in matrices if not any(site.owns(name) for site in sites)]
+    around += tuple(module for module in beside if module not in pruned)
     extents = tuple(map(len, numbers)) if len(numbers) > 1 else ()
     return Layout(tuple(blocks), tail, tuple(sites), around, kind, extents, tuple(mixtures))
 
@@ -163,6 +168,13 @@ def staying(site: Site, files: ModelFiles) -> list[str]:
     """Return matrices that stay as long as any item of a sub-block does: key and value beside query heads."""
     inside = (n.removesuffix(".weight") for n, s in files.shapes.items() if site.owns(n) and len(s) == 2)
     return sorted(module for module in inside if module not in site.modules)
+
+
+def whole(layout: Layout, files: ModelFiles, pattern: str) -> tuple[str, ...]:
+    """Return matrices in no unit that work for every token: those around sub-blocks, and where masks go, in them."""
+    if pattern == "structured":
+        return layout.around
+    return (*layout.around, *(module for site in layout.sites for module in staying(site, files)))
 
 
 def block_numbers(files: ModelFiles, blocks: str) -> list[int]:

@@ -151,7 +151,7 @@ def _mixture(part: Part, parts: Mixture, block: str, index: int, files: ModelFil
     groups, least = _routing(files, total)
     return Site(
         name=name,
-        roots=(name, router),
+        roots=(router, name),
         kind="experts",
         part=part,
         block=index,

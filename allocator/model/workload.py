@@ -30,7 +30,7 @@ from allocator.core.latency import LatencyTable
 from allocator.core.space import Cost, SearchSpace, Unit
 from allocator.model.headers import ModelFiles
 from allocator.model.kinds import Kind
-from allocator.model.layout import Layout, hidden_size, staying
+from allocator.model.layout import Layout, hidden_size, staying, whole
 from allocator.model.sites import Site
 
 GENERATING: tuple[Cost, ...] = ("decode_macs", "kv_bytes", "decode_ms", "latency_ms")
@@ -76,6 +76,7 @@ def served(
         UserError: The table is for other shapes or another workload.
     """
     if table is not None:
+        check_timed(layout)
         _check(table, files, layout, work)
     works = [_work_of(site, layout, files, work) for site in layout.sites]
     serving = {s.name: _Serving(s, files, own, table, layout.kind) for s, own in zip(layout.sites, works, strict=True)}
@@ -100,7 +101,7 @@ def served(
     if layout.kind.generates:
         for cost in ("prefill_macs", "decode_macs"):
             fixed[cost] += work.batch * space.fixed["macs"]
-        around = sum(prod(files.shapes[f"{module}.weight"]) for module in layout.around)
+        around = sum(prod(files.shapes[f"{module}.weight"]) for module in whole(layout, files, space.pattern))
         fixed["prefill_macs"] += work.batch * (work.prompt - 1) * around
     else:
         fixed["prefill_macs"] += work.batch * work.prompt * space.fixed["macs"]
@@ -129,6 +130,19 @@ def shape_of(site: Site, files: ModelFiles) -> str:
     return f"{site.kind} of {site.total}: {rows} in, {site.width} out, hidden {hidden}{staying}{seen}"
 
 
+def check_timed(layout: Layout) -> None:
+    """Check that every sub-block takes a time of its own.
+
+    Raises:
+        UserError: Single experts are sub-blocks, whose times are a matter of which tokens reach them.
+    """
+    if {mixture.name for mixture in layout.mixtures} - {site.name for site in layout.sites}:
+        raise UserError(
+            "workload.latency: how long an expert takes depends on which tokens reach it, and no table has that. "
+            "Use --set ladder.experts=whole, or a bound on params, macs or weight_bytes"
+        )
+
+
 class _Serving:
     """What one sub-block costs to serve."""
 
@@ -147,7 +161,9 @@ class _Serving:
         found: dict[Cost, tuple[int, ...]] = {
             "prefill_macs": tuple(work.batch * work.prompt * unit.macs[lv] + prefill * unit.kept[lv] for lv in levels),
             "decode_macs": tuple(work.batch * unit.macs[lv] + decode * unit.kept[lv] for lv in levels),
-            "weight_bytes": tuple(self._bytes * count for count in unit.params),
+            "weight_bytes": tuple(count * self._item_bytes for count in unit.kept)
+            if site.experts
+            else tuple(self._bytes * count for count in unit.params),
             "kv_bytes": tuple(self._kv_bytes(count) for count in unit.kept),
         }
         if not self._kind.generates:
@@ -185,6 +201,13 @@ class _Serving:
         # queries are as wide as what they mix, unless keys and values are made of one matrix of their own
         queries = self._site.inputs[0].rows if self._site.cached else self._site.width
         return queries + self._site.width
+
+    @property
+    def _item_bytes(self) -> int:
+        """Of a whole expert, whose share of the router may be of another type than its matrices."""
+        shapes = self._files.shapes
+        owned = (name for name in shapes if self._site.owns(name))
+        return sum(prod(shapes[name]) * width_of(self._files, name) for name in owned) // self._site.total
 
     @property
     def _expanded_macs(self) -> int:

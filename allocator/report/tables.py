@@ -291,7 +291,7 @@ def undivided(space: SearchSpace) -> str | None:
     parts = sorted({unit.part for unit in space.units if unit.kind != "matrix" and unit.total == 1})
     if not parts:
         return None
-    return f"{' and '.join(parts)} goes as a whole or not at all: its heads share their keys, or a norm"
+    return f"{' and '.join(parts)} goes as a whole or not at all: no part of it can go without the rest"
 
 
 def targets_table(targets: Iterable[tuple[str, str, Collection[str]]]) -> Table:

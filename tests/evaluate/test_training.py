@@ -77,7 +77,7 @@ def test_no_removed_weight_comes_back(trained_spec, texts, pattern):
     }
     first = _train(_trainer(spec, texts).trainee(allocation), texts, 4 * LENGTH)
     second = _trainer(spec, texts).trainee(allocation)
-    second.resume(4 * LENGTH, first.state(), LENGTH)
+    second.resume(4 * LENGTH, first.state())
     _train(second, texts, STEPS * LENGTH)
     removed = 0
     for trainee in (first, second):
@@ -249,3 +249,23 @@ def test_a_full_disk_is_the_user_s(trained_spec, texts, monkeypatch):
     with pytest.raises(UserError, match="No space left"):
         Engine(spec, texts).measure(Request(_some(spec.space), 32, training=64))
     assert list(spec.training.folder.iterdir()) == []
+
+
+def test_an_expert_without_tokens_goes_on_as_if_never_interrupted(make_model, tmp_path):
+    """It has no gradient in some steps, and the optimizer passes it over then."""
+    files = read_model_files(make_model("mixtral", num_experts_per_tok=1))
+    training = Training(learning_rate=1e-2, batch_sequences=1, folder=tmp_path)
+    tokens = torch.randint(0, 128, (6, 4), generator=torch.Generator().manual_seed(0))
+
+    def trainee():
+        return Trainee(load_model(files), {}, training)
+
+    straight, first, second = trainee(), trainee(), trainee()
+    straight.train(tokens, 24, torch.float32)
+    first.train(tokens, 12, torch.float32)
+    second.resume(12, first.state())
+    second.train(tokens, 24, torch.float32)
+    steps = {float(step) for key, step in straight.state().items() if key.startswith("step ")}
+    assert len(steps) > 1, "some expert is passed over"
+    for name, tensor in straight.state().items():
+        assert torch.equal(second.state()[name], tensor), name

@@ -1,5 +1,7 @@
 """Costs of serving against what is counted in executed models and saved checkpoints."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -23,6 +25,7 @@ MODELS = {
     "projections around the blocks": ("opt", {"word_embed_proj_dim": 24}, "kv_groups"),
     "whole attention or none": ("olmo3", {"sliding_window": 9}, "kv_groups"),
     "experts": ("mixtral", {}, "kv_groups"),
+    "a gate that stays beside experts": ("qwen2_moe", {}, "kv_groups"),
     "latent attention, and what all tokens pass beside experts": ("deepseek_v3", {"q_lora_rank": 12}, "kv_groups"),
 }
 WORK = Workload(batch=2, prompt=12, generate=5)
@@ -79,6 +82,29 @@ def test_bytes_of_weights_are_those_of_the_model(served_space):
         tensors = _model(files, layout, space, allocation).state_dict().values()
         distinct = {tensor.data_ptr(): tensor.nbytes for tensor in tensors if tensor.numel()}
         assert space.cost(allocation, "weight_bytes") == sum(distinct.values())
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "deepseek_v3"])
+def test_a_dense_mixture_costs_the_same_whatever_it_loses(make_model, kind):
+    files, family = open_model(make_model(kind))
+    dense = []
+    for experts, pattern in (("whole", "structured"), ("inside", "structured"), ("inside", "unstructured")):
+        layout = resolve_layout(family, files, experts=experts)
+        space = served(build_space(layout, files, pattern, 0.5), layout, files, WORK)
+        dense.append([space.cost(space.dense, cost) for cost in ("params", "macs", "prefill_macs", "weight_bytes")])
+    assert dense[0] == dense[1] == dense[2]
+
+
+def test_bytes_of_a_router_are_of_its_own_type(make_model):
+    folder = make_model("deepseek_v3", dtype="bfloat16")
+    files, family = open_model(folder)
+    own = {name: "F32" for name in files.shapes if name.endswith("e_score_correction_bias")}
+    files = replace(files, dtypes={**files.dtypes, **own})  # as DeepSeek's are
+    layout = resolve_layout(family, files)
+    space = served(build_space(layout, files, "structured", 0.5), layout, files, WORK)
+    unit = next(unit for unit in space.units if unit.kind == "experts")
+    number = 2 * (3 * 12 * 32 + 32) + 4  # three matrices and a row of the router; a bias
+    assert unit.costs("weight_bytes") == tuple(count * number for count in unit.kept)
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "n:m"])
