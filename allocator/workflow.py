@@ -44,6 +44,9 @@ Figures = dict[str, float]
 _WRITTEN_S = 0.5
 """The front is not written more often, however short the batches."""
 
+_RARER = 10
+"""Nor does writing it take more than one second of so many, however long the journal."""
+
 
 @dataclass(frozen=True, slots=True)
 class Result:
@@ -228,12 +231,13 @@ def _decide(job: Job, evaluator: Any, journal: Journal, reporter: Recorder) -> D
         reporter.found(len(journal), write_front(), figures)
         return "".join(f", {name} {value:.4f}" for name, value in figures.items())
 
-    written_s, shown = float("-inf"), ""
+    due_s, shown = float("-inf"), ""
 
     def listen(outcomes: Sequence[Outcome]) -> None:
-        nonlocal written_s, shown
-        if time.monotonic() - written_s >= _WRITTEN_S:
-            written_s, shown = time.monotonic(), write()
+        nonlocal due_s, shown
+        if (begun_s := time.monotonic()) >= due_s:
+            shown = write()
+            due_s = time.monotonic() + max(_WRITTEN_S, _RARER * (time.monotonic() - begun_s))
         reporter.step(next(batches), f"{len(journal)} evaluations{shown}")
 
     def phase(name: str) -> None:
