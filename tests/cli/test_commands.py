@@ -193,9 +193,9 @@ def test_json_is_alone_on_standard_output(cli: Cli, search_args: list[object], m
     """Also where a library prints, as Ray does when a worker dies."""
     from allocator import workflow
 
-    def noisy(config: Any) -> Any:
+    def noisy(*arguments: Any) -> Any:
         print("(raylet) A worker died")
-        return prepare(config)
+        return prepare(*arguments)
 
     prepare = workflow.prepare
     monkeypatch.setattr(workflow, "prepare", noisy)
