@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from allocator.core.errors import UserError
 from allocator.model.layout import open_model, resolve_layout
 from allocator.model.load import load_model
 from allocator.model.modeling_pruned import choose, cut, split, stacked
@@ -280,3 +281,26 @@ def test_names_of_the_files_are_those_of_the_model(make_model):
         for site in layout.sites
         if site.experts
     )
+
+
+def test_experts_that_lie_stacked_in_the_files_are_refused(make_model):
+    files, family = open_model(make_model("olmoe"))
+    shapes = {name: shape for name, shape in files.shapes.items() if ".experts." not in name}
+    shapes |= {
+        f"model.layers.{block}.mlp.experts.{name}": shape
+        for block in (0, 1)
+        for name, shape in (("gate_up_proj", (4, 48, 32)), ("down_proj", (4, 32, 24)))
+    }
+    with pytest.raises(UserError, match=r"experts\.0\.down_proj, which OlmoeForCausalLM lacks.*save_pretrained"):
+        resolve_layout(family, replace(files, shapes=shapes))
+
+
+@pytest.mark.parametrize(("change", "found"), [({"n_group": 3}, "do not divide into 3 groups"), ({}, None)])
+def test_experts_must_divide_into_groups(grouped, change, found):
+    files, family = open_model(grouped)
+    files = replace(files, config={**files.config, **change})
+    if found is None:
+        assert {site.least for site in resolve_layout(family, files).mixtures} == {4}
+        return
+    with pytest.raises(UserError, match=found):
+        resolve_layout(family, files)
