@@ -30,7 +30,7 @@ demo: $(VENV)/.installed
 	$(BIN)/allocator search search_spaces/runs/structured.yaml --name demo
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow

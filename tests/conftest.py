@@ -57,7 +57,7 @@ SHAPES = {
         "mlp_only_layers": [0],
     },
     "qwen3_moe": {
-        "num_experts": 8,
+        "num_local_experts": 8,
         "num_experts_per_tok": 3,
         "moe_intermediate_size": 24,
         "mlp_only_layers": [0],
@@ -117,6 +117,17 @@ def _space(
         for index, params in enumerate(ladders)
     )
     return SearchSpace("structured", units, {"params": fixed, "macs": fixed})
+
+
+LONGEST = ("pool/test_jobs.py", "test_end_to_end.py", "pool/test_ray_pool.py", "test_families.py", "pool/test_nodes.py")
+"""Files that take minutes. They come first, so that no process waits for another at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put what takes longest first."""
+    root = Path(__file__).parent
+    places = {root / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(scope="session")

@@ -554,8 +554,9 @@ NAMES = ["structured", "unstructured", "attention of block 0 removed", "much rem
 @pytest.mark.parametrize("name", NAMES)
 def test_checkpoint_loads_without_this_package(checkpoints: dict[str, Any], tiny_model: Path, name: str) -> None:
     """Its logits are those of the live model switched to the plan's levels."""
-    from allocator.model.family import find_family, resolve_layout
+    from allocator.model.family import find_family
     from allocator.model.headers import read_model_files
+    from allocator.model.layout import resolve_layout
     from allocator.model.load import load_model
     from allocator.prune.assemble import Assembler, Switchboard
     from allocator.prune.store import open_store

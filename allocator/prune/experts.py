@@ -55,12 +55,16 @@ def by_reconstruction(routing: Routing, least: int) -> list[int]:
     whole_ne = gates(routing.router, input_ni, range(total)).cpu()
     kept, first = list(range(total)), []
     gate_ne = whole_ne
+    # where gates are not made to add up, those of all tokens grow as any expert goes
+    others_ne = gates(routing.router, input_ni, range(1, total)).cpu() if total > least else whole_ne
+    unsent = whole_ne[:, 0] == 0
+    local = torch.allclose(others_ne[unsent], whole_ne[unsent], rtol=1e-4, atol=1e-6)
     while len(kept) > least:
         error_n = _errors(gate_ne - whole_ne, gram_nee)
         best: tuple[float, int, torch.Tensor, torch.Tensor] | None = None
         for expert in kept:
-            sent = gate_ne[:, expert].nonzero().flatten()
             rest = [e for e in kept if e != expert]
+            sent = gate_ne[:, expert].nonzero().flatten() if local else torch.arange(len(gate_ne))
             again_ne = gates(routing.router, input_ni[sent.to(input_ni.device)], rest).cpu()
             change = _errors(again_ne - whole_ne[sent], gram_nee[sent]).sum() - error_n[sent].sum()
             if best is None or float(change) < best[0]:
