@@ -18,7 +18,8 @@ from allocator.export.contract import Source, Target, write_verify
 from allocator.export.weights import COMPARE, HEADS, WIDTH, executed, head_dim, sizes
 from allocator.model.checkpoint import dtype_of, read_tensors, write_companions
 from allocator.model.headers import ModelFiles
-from allocator.model.load import stock_config, stock_shapes
+from allocator.model.load import stock_shapes
+from allocator.model.stock import stock_config
 
 
 class HuggingFacePadded(Target):
@@ -117,7 +118,7 @@ def _accepted(unit: Unit, items: int, files: ModelFiles, config: Mapping[str, An
     """Return the fewest items, so many or more, that the stock class takes: Llama's wants heads to divide its width."""
     for width in range(items, unit.total, unit.num_groups):
         try:
-            stock_config(files, {**config, **sizes(unit, width, files.config)})
+            stock_config(files.folder, files.architecture, {**config, **sizes(unit, width, files.config)})
         except UserError:
             continue
         return width

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from allocator.core.errors import UserError
-from allocator.model.family import Family
+from allocator.model.family import EXPERT_INPUTS, EXPERT_OUTPUT, Family
 from allocator.model.headers import ModelFiles
 from allocator.model.layout import named_as_in
 
@@ -110,7 +110,7 @@ def _mixture(experts: str, own: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
     yield "    kind: experts"
     yield f"    router: {router}"
     yield f"    experts: {experts}"
-    if missing := {"gate_proj", "up_proj", "down_proj"} - {*parts}:
+    if missing := {*EXPERT_INPUTS, EXPERT_OUTPUT} - {*parts}:
         yield f"    # each has {', '.join(parts)}: say at the end which are {', '.join(sorted(missing))},"
         yield "    # renamed: {w1: gate_proj, w3: up_proj, w2: down_proj}"
     for output in (name for name in beside if _OUTPUT.search(name)):

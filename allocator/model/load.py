@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -17,6 +16,7 @@ from allocator.model import modeling_pruned
 from allocator.model.family import Family
 from allocator.model.headers import ModelFiles
 from allocator.model.layout import Layout, block_numbers, named_as_in
+from allocator.model.stock import stock_class, stock_model
 
 
 def load_model(files: ModelFiles, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -30,7 +30,7 @@ def load_model(files: ModelFiles, dtype: torch.dtype = torch.float32) -> nn.Modu
     """
     pruned = files.config.get("pruned")
     name = pruned["architecture"] if pruned else files.architecture
-    architecture = _architecture(files, name)
+    architecture = stock_class(files.folder, name)
     if pruned:
         architecture = modeling_pruned.pruned_class(architecture)
     transformers.utils.logging.disable_progress_bar()
@@ -71,7 +71,7 @@ def shaped_model(files: ModelFiles, layout: Layout, kept: Mapping[str, int], dty
     Raises:
         UserError: transformers has no such architecture.
     """
-    architecture = _architecture(files, files.architecture)
+    architecture = stock_class(files.folder, files.architecture)
     config = transformers.AutoConfig.from_pretrained(files.folder, local_files_only=True, trust_remote_code=False)
     shapes: dict[str, list[int]] = {}
     removed: dict[str, str] = {}
@@ -100,32 +100,13 @@ def shaped_model(files: ModelFiles, layout: Layout, kept: Mapping[str, int], dty
     return model.eval().requires_grad_(False)
 
 
-def stock_config(files: ModelFiles, config: Mapping[str, Any]) -> Any:
-    """Return a configuration as the model's stock class understands it.
-
-    Raises:
-        UserError: transformers has no such class, or it refuses a value.
-    """
-    architecture = _architecture(files, files.architecture)
-    try:
-        return architecture.config_class.from_dict(dict(config))
-    except (StrictDataclassError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"model: {files.architecture} does not take this configuration: {reason}. Correct config.json of "
-            f"{files.folder}"
-        ) from None
-
-
 def stock_shapes(files: ModelFiles, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Return the shape of every parameter of the stock model that has a configuration; tied ones once.
 
     Raises:
         UserError: transformers has no such class, or it refuses a value.
     """
-    architecture = _architecture(files, files.architecture)
-    with torch.device("meta"):
-        model = architecture(stock_config(files, config))
+    model = stock_model(files.folder, files.architecture, config)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
@@ -138,10 +119,8 @@ def check_stock(files: ModelFiles, family: Family) -> None:
         UserError: A tensor has another shape, a bias has no place in the class or is not in the files, a matrix of a
             unit is one tensor with another, or transformers has no such class or cannot build it.
     """
-    architecture = _architecture(files, files.architecture)
     try:
-        with torch.device("meta"):
-            model = architecture(stock_config(files, files.config))
+        model = stock_model(files.folder, files.architecture, files.config)
     except UserError:
         raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -185,13 +164,6 @@ def _check_shared(files: ModelFiles, units: Collection[str], parameters: Mapping
                 "other would lose too. List both under 'skip' in a family file of your own, and name that with "
                 "--set family=FILE"
             )
-
-
-def _architecture(files: ModelFiles, name: str) -> Any:
-    found = getattr(transformers, name, None)
-    if found is None:
-        raise UserError(f"model: {files.folder}: transformers {transformers.__version__} has no {name}")
-    return found
 
 
 def raw_tokenizer(folder: Path) -> Any:

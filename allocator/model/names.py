@@ -6,13 +6,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-from huggingface_hub.errors import StrictDataclassError
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from allocator.core.errors import UserError
+from allocator.model.stock import stock_model
 
 
 def model_names(
@@ -31,15 +29,7 @@ def model_names(
     Raises:
         UserError: transformers has no such class, or makes several parameters of one tensor, or misses one.
     """
-    dense = getattr(transformers, architecture, None)
-    if dense is None:
-        raise UserError(f"model: {folder}: transformers {transformers.__version__} has no {architecture}")
-    try:
-        with torch.device("meta"):
-            model = dense(dense.config_class.from_dict(dict(config)))
-    except (StrictDataclassError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"model: {architecture} does not take the configuration of {folder}: {reason}") from None
+    model = stock_model(folder, architecture, config)
     own = {name for name, _ in model.named_parameters()}
     conversions = get_model_conversion_mapping(model)
     renamings = [each for each in conversions if isinstance(each, WeightRenaming)]

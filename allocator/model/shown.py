@@ -5,7 +5,6 @@ An example counts as ``length`` tokens, whatever it is, so that every split and 
 
 from __future__ import annotations
 
-import json
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from allocator.core.errors import UserError
 from allocator.model.examples import LABELS, Examples
 from allocator.model.headers import ModelFiles
 from allocator.model.load import load_tokenizer, raw_tokenizer
-from allocator.model.text import in_hash_order, pack, read_documents, split_of
+from allocator.model.text import in_hash_order, json_line, pack, read_documents, split_of
 
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
@@ -284,12 +283,7 @@ def _record(path: Path, number: int, line: str) -> dict[str, Any] | None:
     """Return what a line of a .jsonl file holds; None for an empty one."""
     if not line.strip():
         return None
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"text: {path}, line {number} is not JSON ({error}); put one JSON object on each line"
-        ) from None
+    record = json_line(path, number, line)
     if not isinstance(record, dict):
         raise UserError(f"text: {path}, line {number} is no JSON object; put one on each line")
     return record

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import transformers
 from accelerate import init_empty_weights
 from torch import nn
 
@@ -15,6 +14,7 @@ from allocator.model.checkpoint import read_tensors
 from allocator.model.headers import ModelFiles
 from allocator.model.layout import Layout
 from allocator.model.load import straighten
+from allocator.model.stock import stock_class
 from allocator.model.walk import BlockWalker
 
 
@@ -27,11 +27,7 @@ class StreamedWalker(BlockWalker):
         Raises:
             UserError: The checkpoint's tensors are not the parameters of its architecture.
         """
-        architecture = getattr(transformers, files.architecture, None)
-        if architecture is None:
-            raise UserError(
-                f"model: {files.folder}: transformers {transformers.__version__} has no {files.architecture}"
-            )
+        architecture = stock_class(files.folder, files.architecture)
         with init_empty_weights(include_buffers=False):
             model = architecture(architecture.config_class.from_dict(dict(files.config)))
         straighten(model)

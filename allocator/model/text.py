@@ -9,7 +9,7 @@ import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -229,12 +229,7 @@ def _read_json_lines(path: Path, name: str, text: str) -> Iterator[Document]:
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"text: {path}, line {number} is not JSON ({error}); put one JSON object on each line"
-            ) from error
+        record = json_line(path, number, line)
         content = record.get("text") if isinstance(record, dict) else None
         if type(content) is not str:
             found = f"the keys {sorted(record)}" if isinstance(record, dict) else type(record).__name__
@@ -244,6 +239,20 @@ def _read_json_lines(path: Path, name: str, text: str) -> Iterator[Document]:
             )
         if content:
             yield Document(f"{name}#{number}", content)
+
+
+def json_line(path: Path, number: int, line: str) -> Any:
+    """Return what a line of a .jsonl file holds.
+
+    Raises:
+        UserError: It is not JSON; names the file and the line.
+    """
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"text: {path}, line {number} is not JSON ({error}); put one JSON object on each line"
+        ) from None
 
 
 def _pieces(text: str, size: int) -> Iterator[str]:

@@ -1,0 +1,50 @@
+"""The class that transformers has for a model, its configuration, and the model without weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+
+from allocator.core.errors import UserError
+
+
+def stock_class(folder: Path, architecture: str) -> Any:
+    """Return the class of an architecture.
+
+    Raises:
+        UserError: transformers has none of that name; names the model's ``folder``.
+    """
+    found = getattr(transformers, architecture, None)
+    if found is None:
+        raise UserError(f"model: {folder}: transformers {transformers.__version__} has no {architecture}")
+    return found
+
+
+def stock_config(folder: Path, architecture: str, config: Mapping[str, Any]) -> Any:
+    """Return a configuration as the class of an architecture understands it.
+
+    Raises:
+        UserError: transformers has no such class, or it refuses a value.
+    """
+    try:
+        return stock_class(folder, architecture).config_class.from_dict(dict(config))
+    except (StrictDataclassError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"model: {architecture} does not take this configuration: {reason}. Correct config.json of {folder}"
+        ) from None
+
+
+def stock_model(folder: Path, architecture: str, config: Mapping[str, Any]) -> Any:
+    """Return the model that a class makes of a configuration, without memory for its weights.
+
+    Raises:
+        UserError: See :func:`stock_config`.
+    """
+    with torch.device("meta"):
+        return stock_class(folder, architecture)(stock_config(folder, architecture, config))
