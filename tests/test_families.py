@@ -155,6 +155,23 @@ def test_files_as_first_published_go_the_whole_way(
     goes_the_whole_way(model, pattern, text_folder, tmp_path)
 
 
+def searched(model: Path, pattern: str, text: Path, runs_dir: Path) -> Any:
+    """Return what a search leaves, whose checkpoint holds what its plan says."""
+    result = allocator.search(
+        model,
+        pattern=pattern,
+        target=0.5,
+        workers=0,
+        name="run",
+        runs_dir=runs_dir,
+        text=text,
+        settings=SETTINGS,
+    )
+    plan = allocator.Plan.load(result.folder / "plan.json")
+    assert result.summary["measured"]["searched"]["params"] == plan.space.cost(plan.allocation)
+    return result
+
+
 def goes_the_whole_way(model: Path, pattern: str, text_folder: Path, tmp_path: Path) -> None:
     flags = {"model": str(model), "pattern": pattern}
     space, _ = allocator.inspect(load_config(None, flags, []))
@@ -162,18 +179,8 @@ def goes_the_whole_way(model: Path, pattern: str, text_folder: Path, tmp_path: P
     kept = [buffer for name, buffer in dense.named_buffers() if name in dense.state_dict()]
     assert space.cost(space.dense) == sum(tensor.numel() for tensor in (*dense.parameters(), *kept))
 
-    result = allocator.search(
-        model,
-        pattern=pattern,
-        target=0.5,
-        workers=0,
-        name="run",
-        runs_dir=tmp_path,
-        text=text_folder,
-        settings=SETTINGS,
-    )
-    measured, plan = result.summary["measured"], allocator.Plan.load(result.folder / "plan.json")
-    assert measured["searched"]["params"] == plan.space.cost(plan.allocation)
+    result = searched(model, pattern, text_folder, tmp_path)
+    measured = result.summary["measured"]
     assert measured["dense"]["kl"] == pytest.approx(0, abs=1e-6)
     again = allocator.evaluate(result.checkpoint, model=model, text=text_folder, tokens=128, length=64)
     assert again["kl"] == pytest.approx(measured["searched"]["kl"], rel=1e-5)
@@ -208,18 +215,8 @@ def test_a_model_that_does_not_generate_goes_the_whole_way(
     assert {"prefill_macs", "weight_bytes"} < {*space.fixed}
     assert not {"kv_bytes", "decode_macs"} & {*space.fixed}
 
-    result = allocator.search(
-        model,
-        pattern=pattern,
-        target=0.5,
-        workers=0,
-        name="run",
-        runs_dir=tmp_path,
-        text=text,
-        settings=SETTINGS,
-    )
-    measured, plan = result.summary["measured"], allocator.Plan.load(result.folder / "plan.json")
-    assert measured["searched"]["params"] == plan.space.cost(plan.allocation)
+    result = searched(model, pattern, text, tmp_path)
+    measured = result.summary["measured"]
     away = "kl" if files.kind.logits else "hidden"
     assert measured["dense"][away] == pytest.approx(0, abs=1e-6)
     assert "perplexity" not in measured["searched"]

@@ -89,7 +89,7 @@ def _write(files: ModelFiles, layout: Layout, replace: Callable[[str], Replaceme
         give_back()
         with safe_open(files.folder / shard, framework="pt") as file:
             for name in sorted(key for key, home in files.shards.items() if home == shard):
-                owner, stored = owners.get(name), files.stored.get(name, name)
+                owner, stored = owners.get(name), stored_name(files, name)
                 if owner is not None and cached[0] != owner:
                     cached = (owner, replace(owner))
                 new = cached[1].get(name, ...) if owner is not None else ...

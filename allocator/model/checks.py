@@ -21,8 +21,10 @@ def check_depth(blocks: str, numbers: Sequence[int], files: ModelFiles) -> None:
         UserError: There are none, numbers are left out, or the configuration says another number of layers.
     """
     if not numbers:
+        there = numbered(files)
+        hint = "" if there is None else f", whose numbered modules are {there}"
         raise UserError(
-            f"family: blocks {blocks!r} matches no module of {files.architecture}{_numbered(files)}. Name its blocks "
+            f"family: blocks {blocks!r} matches no module of {files.architecture}{hint}. Name its blocks "
             "with {block} in place of the number"
         )
     gap = next((number for number in range(numbers[-1]) if number not in numbers), None)
@@ -49,10 +51,10 @@ def _depths(config: Mapping[str, Any]) -> Iterator[int]:
             yield from _depths(value)
 
 
-def _numbered(files: ModelFiles) -> str:
-    """Return how numbered modules are called, in words."""
+def numbered(files: ModelFiles) -> str | None:
+    """Return how most of the numbered modules are called, with ``{block}`` for the number; None where none has one."""
     found = Counter(match[1] for name in files.shapes if (match := re.match(r"^(.*?\.)\d+\.", name)))
-    return f", whose numbered modules are {found.most_common(1)[0][0]}{{block}}" if found else ""
+    return f"{found.most_common(1)[0][0]}{{block}}" if found else None
 
 
 def check_skipped(skipped: Mapping[str, str], tail: Sequence[str], owned: Collection[str], files: ModelFiles) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from allocator.core.errors import UserError
+from allocator.model.checks import numbered
 from allocator.model.family import EXPERT_INPUTS, EXPERT_OUTPUT, Family
 from allocator.model.headers import ModelFiles
 from allocator.model.layout import named_as_in
@@ -157,11 +158,10 @@ def _quoted(name: str) -> str:
 
 
 def _prefix(files: ModelFiles) -> str:
-    numbered = re.compile(r"^(.*?\.)\d+\.")
-    found = [match[1] for name in files.shapes if (match := numbered.match(name))]
-    if not found:
+    found = numbered(files)
+    if found is None:
         raise UserError(f"model: {files.folder}: no name of a tensor has a number in it, so no blocks can be told")
-    return f"{max(found, key=found.count)}{{block}}"
+    return found
 
 
 def _general(name: str, prefixes: list[str]) -> str:

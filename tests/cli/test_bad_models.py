@@ -178,6 +178,12 @@ def test_bias_without_a_place(refused: Refused, search_args: Args, model: Path) 
     assert "Correct the configuration" in message
 
 
+def add_vectors(model: Path, name: str, length: int) -> None:
+    """Put a vector of ones into every block."""
+    vectors = {f"model.layers.{block}.{name}": torch.ones(length) for block in range(3)}
+    edit_weights(model, lambda tensors: tensors.update(vectors))
+
+
 @pytest.mark.parametrize(
     ("name", "length"),
     [
@@ -188,8 +194,7 @@ def test_bias_without_a_place(refused: Refused, search_args: Args, model: Path) 
     ],
 )
 def test_vector_of_what_is_lost(refused: Refused, search_args: Args, model: Path, name: str, length: int) -> None:
-    vectors = {f"model.layers.{block}.{name}": torch.ones(length) for block in range(3)}
-    edit_weights(model, lambda tensors: tensors.update(vectors))
+    add_vectors(model, name, length)
     message = refused_by_all(refused, search_args, model)
     assert f"model.layers.0.{name} of LlamaForCausalLM has {length} values, as many as model.layers.0." in message
     assert "list its module under 'skip'" in message
@@ -197,8 +202,7 @@ def test_vector_of_what_is_lost(refused: Refused, search_args: Args, model: Path
 
 @pytest.mark.parametrize(("name", "length"), [("q_norm", 32), ("k_norm", 16)])  # 32 is the hidden size too
 def test_norm_that_no_line_names(refused: Refused, search_args: Args, model: Path, name: str, length: int) -> None:
-    vectors = {f"model.layers.{block}.self_attn.{name}.weight": torch.ones(length) for block in range(3)}
-    edit_weights(model, lambda tensors: tensors.update(vectors))
+    add_vectors(model, f"self_attn.{name}.weight", length)
     message = refused_by_all(refused, search_args, model)
     assert f"model.layers.0.self_attn.{name}.weight of LlamaForCausalLM is as long as all heads together" in message
     assert "name it in unit 'attention' under 'norms'" in message
