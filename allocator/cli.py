@@ -16,7 +16,7 @@ import typer
 from allocator.core.errors import UserError
 
 if TYPE_CHECKING:
-    from allocator.config import RunConfig
+    from allocator.run.config import RunConfig
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -69,8 +69,8 @@ def inspect(
     """Show a model's units, ladders and exact costs, from its headers alone."""
     from dataclasses import asdict
 
-    from allocator import api
-    from allocator.config import load_config
+    from allocator.commands import api
+    from allocator.run.config import load_config
 
     flags = {"model": model, "pattern": pattern, "target": target, "constraints": constraint or None}
     config = load_config(None, flags, set_ or ())
@@ -109,9 +109,9 @@ def latency(
     json_: Json = False,
 ) -> None:
     """Measure a table of latencies on this device: every sub-block at every shape, for one workload."""
-    from allocator import api
-    from allocator.config import load_config
-    from allocator.progress import Live
+    from allocator.commands import api
+    from allocator.run.config import load_config
+    from allocator.run.reporting import Live
 
     config = load_config(None, {"model": model}, set_ or ())
     with Live() as live:
@@ -149,9 +149,9 @@ def search(
     json_: Json = False,
 ) -> None:
     """Run the whole line: level store, search, plan, pruned checkpoint, measured figures."""
-    from allocator.config import load_config, search_assignments
-    from allocator.progress import Live
-    from allocator.workflow import run_search
+    from allocator.commands.search import run_search
+    from allocator.run.config import load_config, search_assignments
+    from allocator.run.reporting import Live
 
     flags: dict[str, Any] = {
         "model": model,
@@ -206,8 +206,8 @@ def submit(
     """Search as a job of a Ray cluster; a run that exists is resumed. Files named by relative paths are sent."""
     import tempfile
 
-    from allocator.config import read_keys
-    from allocator.parcel import COMMAND, pack
+    from allocator.run.config import read_keys
+    from allocator.run.job_package import COMMAND, pack
 
     parcel = pack(read_keys(file, {"name": name, "runs_dir": runs_dir}, set_ or ()), file, installed=installed)
     from allocator.pool.jobs import JobServer
@@ -260,8 +260,8 @@ def compare(
     json_: Json = False,
 ) -> None:
     """Put the field's allocation rules, and plans, side by side at one budget, on held-out text."""
-    from allocator.comparison import comparison_config, run_comparison
-    from allocator.progress import Live
+    from allocator.commands.compare import comparison_config, run_comparison
+    from allocator.run.reporting import Live
 
     flags: dict[str, Any] = {
         "model": model,
@@ -290,7 +290,7 @@ def compare(
 @app.command()
 def status(run: Run, json_: Json = False) -> None:
     """Show how a run gets on, from any machine that sees its folder."""
-    from allocator.status import read_status
+    from allocator.run.status import read_status
 
     found = read_status(run)
     if json_:
@@ -350,7 +350,7 @@ def plan(
     json_: Json = False,
 ) -> None:
     """Show the plan of a run, or choose another point of what it measured."""
-    from allocator import api
+    from allocator.commands import api
     from allocator.core.files import check_file
 
     chosen = api.plan_from_run(run, target, where=where or (), best=best, knee=knee, index=index)
@@ -383,10 +383,10 @@ def prune(
     json_: Json = False,
 ) -> None:
     """Execute a plan: write a pruned checkpoint that loads without this package."""
-    from allocator import api
+    from allocator.commands import api
     from allocator.core.plan import Plan
-    from allocator.model.headers import PACKAGED
-    from allocator.progress import Live
+    from allocator.model.checkpoint.headers import PACKAGED
+    from allocator.run.reporting import Live
 
     loaded, beside = Plan.load(plan), plan.parent / "levels"
     assembled = (execution or loaded.pruner["execution"]) == "assemble"
@@ -423,9 +423,9 @@ def export(
     json_: Json = False,
 ) -> None:
     """Hand a plan to another tool, with a command that compares what it made with the plan."""
-    from allocator import api
-    from allocator.export.targets import TARGETS
-    from allocator.model.headers import PACKAGED
+    from allocator.commands import api
+    from allocator.interop.targets.registry import TARGETS
+    from allocator.model.checkpoint.headers import PACKAGED
 
     if list_:
         if json_:
@@ -457,7 +457,7 @@ def import_(
     json_: Json = False,
 ) -> None:
     """Make a plan of an allocation that another tool chose: ratios, OWL's list, or levels of EvoPress."""
-    from allocator import api
+    from allocator.commands import api
     from allocator.core.files import check_file
 
     check_file(out, "--out")
@@ -488,8 +488,8 @@ def evaluate(
     json_: Json = False,
 ) -> None:
     """Measure a checkpoint on held-out examples: perplexity or accuracy, and the distance from the dense model."""
-    from allocator import api
-    from allocator.model.headers import PACKAGED
+    from allocator.commands import api
+    from allocator.model.checkpoint.headers import PACKAGED
 
     figures = api.evaluate(checkpoint, model=model or PACKAGED, text=text, family=family, tokens=tokens, length=length)
     if json_:
@@ -518,7 +518,7 @@ def report(run: Run, json_: Json = False) -> None:
 @contextmanager
 def _stoppable(config: RunConfig, verb: str, asked: str = "") -> Iterator[None]:
     """Say how to go on where the user, or the end of a job, stops the body; ``asked`` are flags of no run file."""
-    from allocator.folder import in_job
+    from allocator.run.directory import in_job
 
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))  # as Ray does, but from the start
     try:

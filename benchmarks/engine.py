@@ -31,20 +31,20 @@ from torch.nn import functional
 from allocator.core.budget import Budget, repair
 from allocator.core.protocols import Request
 from allocator.core.space import Allocation, SearchSpace
-from allocator.evaluate import trie
-from allocator.evaluate.engine import Engine, EngineSpec
-from allocator.evaluate.loss import divergence
-from allocator.model.family import find_family
-from allocator.model.headers import PACKAGED, locate, read_model_files
-from allocator.model.ladders import build_space
-from allocator.model.layout import resolve_layout
-from allocator.model.load import load_model
-from allocator.model.walk import SEQUENCES_PER_BATCH
-from allocator.prune.build import prune_on_dense_inputs
-from allocator.prune.execute import save_pruned
-from allocator.prune.store import create_store
-from allocator.prune.structured import Obs, item_columns
-from allocator.search.evolution import exchange
+from allocator.evaluation import trie
+from allocator.evaluation.engine import Engine, EngineSpec
+from allocator.evaluation.loss import divergence
+from allocator.model.checkpoint.headers import PACKAGED, locate, read_model_files
+from allocator.model.family.layout import resolve_layout
+from allocator.model.family.schema import find_family
+from allocator.model.family.space import build_space
+from allocator.model.live.load import load_model
+from allocator.model.live.walk import SEQUENCES_PER_BATCH
+from allocator.pruning.calibration.build import prune_on_dense_inputs
+from allocator.pruning.levels.execute import save_pruned
+from allocator.pruning.levels.store import create_store
+from allocator.pruning.pruners.obs import Obs, item_columns
+from allocator.searchers.methods.evolution import exchange
 from benchmarks import store_build
 
 RESULTS = Path(__file__).parent / "results"
@@ -229,7 +229,7 @@ def _memory(name: str) -> int:
 
 
 def _ours(files, layout, space, store, job, tokens) -> Callable[[Allocation], int]:
-    from allocator.prune.store import open_store
+    from allocator.pruning.levels.store import open_store
 
     levels = open_store(store, {})
     engine = Engine(EngineSpec(files, layout, space, levels), {"search": tokens})

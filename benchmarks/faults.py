@@ -77,7 +77,7 @@ def drive(log: Path, arguments: Sequence[str]) -> None:
     """Be ``allocator``, with workers that note when they begin measurements, and each that they finish."""
     from allocator.cli import main as allocator
     from allocator.core.files import fingerprint
-    from allocator.pool import ray_pool
+    from allocator.pool import dispatch as ray_pool
     from allocator.pool.worker import Worker
 
     class Watched(Worker):
@@ -541,7 +541,7 @@ def make_model(folder: Path) -> None:
     import torch
     import transformers
 
-    from allocator.model.headers import PACKAGED, locate
+    from allocator.model.checkpoint.headers import PACKAGED, locate
 
     packaged = locate(PACKAGED)
     shape = {

@@ -28,15 +28,15 @@ from allocator.core.budget import Budget, fits
 from allocator.core.effort import Limit, candidate_tokens
 from allocator.core.journal import Journal
 from allocator.core.protocols import Request
-from allocator.search.baselines import uniform
-from allocator.search.bayesian import GpSettings, TpeSettings
-from allocator.search.decide import SearchSettings, make_searcher
-from allocator.search.emo_pms import EmoPmsSettings
-from allocator.search.fronts import make_front_searcher
-from allocator.search.hypervolume import Hypervolume
-from allocator.search.loop import Measurer, search
-from allocator.search.nsga import NsgaSettings
-from allocator.search.sweep import budgets
+from allocator.searchers.decide import SearchSettings, make_searcher
+from allocator.searchers.fronts import make_front_searcher
+from allocator.searchers.hypervolume import Hypervolume
+from allocator.searchers.loop import Measurer, search
+from allocator.searchers.methods.bayesian import GpSettings, TpeSettings
+from allocator.searchers.methods.emo_pms import EmoPmsSettings
+from allocator.searchers.methods.nsga import NsgaSettings
+from allocator.searchers.methods.sweep import budgets
+from allocator.searchers.rules.baselines import uniform
 
 RESULTS = Path(__file__).parent / "results"
 FILE = RESULTS / "fronts.json"
@@ -72,10 +72,10 @@ CELLS = [
 def run_cell(cell: str, work: Path) -> str:
     """Search, and return what is kept of the cell as JSON."""
     # imported here: table and figure need no model
-    from allocator.config import load_config
-    from allocator.evaluate.engine import LocalEvaluator
-    from allocator.job import prepare
-    from allocator.prune.store import StoreBuilder, open_store
+    from allocator.evaluation.engine import LocalEvaluator
+    from allocator.pruning.levels.store import StoreBuilder, open_store
+    from allocator.run.config import load_config
+    from allocator.run.job import prepare
 
     chosen, method, seed = cell.rsplit(".", 2)
     objectives = SETS[chosen]

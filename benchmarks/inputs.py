@@ -24,15 +24,15 @@ from unittest import mock
 import torch
 from matplotlib.figure import Figure
 
-from allocator.config import RunConfig
 from allocator.core.space import Allocation, SearchSpace
-from allocator.evaluate.engine import Engine
-from allocator.job import Job, prepare
-from allocator.prune import streams
-from allocator.prune.assemble import CompactLevels
-from allocator.prune.build import prune_on_dense_inputs, prune_on_pruned_inputs
-from allocator.prune.execute import save_pruned
-from allocator.search.baselines import uniform
+from allocator.evaluation.engine import Engine
+from allocator.pruning.calibration import streams
+from allocator.pruning.calibration.build import prune_on_dense_inputs, prune_on_pruned_inputs
+from allocator.pruning.levels.assemble import CompactLevels
+from allocator.pruning.levels.execute import save_pruned
+from allocator.run.config import RunConfig
+from allocator.run.job import Job, prepare
+from allocator.searchers.rules.baselines import uniform
 
 RESULTS = Path(__file__).parent / "results"
 REFERENCE = Path(__file__).parent.parent / "runs" / "reference" / "plan.json"

@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from allocator.config import load_config
 from allocator.core.costs import scaled
 from allocator.core.latency import LatencySettings
-from allocator.evaluate.latency import describe, make_table, measure
-from allocator.job import read_model, versions
-from allocator.model.workload import Workload, served
+from allocator.evaluation.latency import describe, make_table, measure
+from allocator.model.family.serving_costs import Workload, served
+from allocator.run.config import load_config
+from allocator.run.job import read_model, versions
 from benchmarks.engine import random_model
 
 FILE = Path(__file__).parent / "results" / "latency.json"

@@ -15,8 +15,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 import allocator
-from allocator.model.family import families_folder
-from allocator.progress import Live
+from allocator.model.family.schema import families_folder
+from allocator.run.reporting import Live
 
 RESULTS = Path(__file__).parent / "results"
 CASES = {

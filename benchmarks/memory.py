@@ -31,16 +31,16 @@ from matplotlib.figure import Figure
 from allocator.core.budget import Budget, repair
 from allocator.core.protocols import Request
 from allocator.core.space import Allocation
-from allocator.evaluate.engine import Engine, EngineSpec
-from allocator.model.family import find_family
-from allocator.model.headers import read_model_files
-from allocator.model.ladders import build_space
-from allocator.model.layout import resolve_layout
-from allocator.prune.build import prune_on_dense_inputs, prune_on_pruned_inputs
-from allocator.prune.execute import save_pruned
-from allocator.prune.store import create_store, open_store
-from allocator.prune.structured import Obs
-from allocator.search.baselines import uniform
+from allocator.evaluation.engine import Engine, EngineSpec
+from allocator.model.checkpoint.headers import read_model_files
+from allocator.model.family.layout import resolve_layout
+from allocator.model.family.schema import find_family
+from allocator.model.family.space import build_space
+from allocator.pruning.calibration.build import prune_on_dense_inputs, prune_on_pruned_inputs
+from allocator.pruning.levels.execute import save_pruned
+from allocator.pruning.levels.store import create_store, open_store
+from allocator.pruning.pruners.obs import Obs
+from allocator.searchers.rules.baselines import uniform
 
 RESULTS = Path(__file__).parent / "results"
 BLOCKS = (4, 8, 16)

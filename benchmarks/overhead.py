@@ -20,10 +20,10 @@ import numpy as np
 from allocator.core.budget import Budget
 from allocator.core.protocols import Expansion, Outcome, Request
 from allocator.core.space import Allocation, SearchSpace, Unit
-from allocator.search.baselines import uniform
-from allocator.search.decide import SearchSettings, make_searcher
-from allocator.search.evolution import EvolutionSettings
-from allocator.search.guided import GuidedSettings
+from allocator.searchers.decide import SearchSettings, make_searcher
+from allocator.searchers.methods.evolution import EvolutionSettings
+from allocator.searchers.methods.guided import GuidedSettings
+from allocator.searchers.rules.baselines import uniform
 
 RESULTS = Path(__file__).parent / "results"
 UNITS, LEVELS, BATCH, LENGTH = 500, 16, 64, 512

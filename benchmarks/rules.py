@@ -18,8 +18,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 import allocator
-from allocator.comparison import rules_for
-from allocator.progress import Live
+from allocator.commands.compare import rules_for
+from allocator.run.reporting import Live
 from benchmarks.search_quality import HELD_OUT, STORES, Store
 
 RESULTS = Path(__file__).parent / "results"

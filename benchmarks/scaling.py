@@ -35,24 +35,24 @@ import ray
 import torch
 from ray.cluster_utils import Cluster
 
-from allocator.config import load_config
 from allocator.core.budget import Budget
 from allocator.core.effort import Limit
 from allocator.core.journal import Journal
 from allocator.core.protocols import Outcome, Request, Searcher
 from allocator.core.space import SearchSpace, Unit
-from allocator.evaluate.engine import EngineSpec, LocalEvaluator
-from allocator.job import Job, prepare
-from allocator.model.load import load_model
-from allocator.model.walk import BlockWalker
-from allocator.pool.ray_pool import RayPool
-from allocator.prune.build import prune_on_dense_inputs
-from allocator.prune.problem import Calibration
-from allocator.prune.store import create_store
-from allocator.search.baselines import uniform
-from allocator.search.evolution import EvolutionSettings, ExchangeEvolution, exchange
-from allocator.search.loop import Measurer, search
-from allocator.search.steady import SteadyEvolution, SteadySettings
+from allocator.evaluation.engine import EngineSpec, LocalEvaluator
+from allocator.model.live.load import load_model
+from allocator.model.live.walk import BlockWalker
+from allocator.pool.dispatch import RayPool
+from allocator.pruning.calibration.build import prune_on_dense_inputs
+from allocator.pruning.calibration.problem import Calibration
+from allocator.pruning.levels.store import create_store
+from allocator.run.config import load_config
+from allocator.run.job import Job, prepare
+from allocator.searchers.loop import Measurer, search
+from allocator.searchers.methods.evolution import EvolutionSettings, ExchangeEvolution, exchange
+from allocator.searchers.methods.steady import SteadyEvolution, SteadySettings
+from allocator.searchers.rules.baselines import uniform
 from benchmarks.waiter import TOKENS, Waiter
 
 ROOT = Path(__file__).parent.parent

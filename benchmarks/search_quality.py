@@ -29,10 +29,10 @@ from allocator.core.effort import Limit, candidate_tokens
 from allocator.core.journal import Journal
 from allocator.core.protocols import Outcome, Request
 from allocator.core.space import Allocation
-from allocator.search.baselines import uniform
-from allocator.search.decide import SearchSettings, make_searcher
-from allocator.search.evolution import EvolutionSettings
-from allocator.search.loop import Measurer, search
+from allocator.searchers.decide import SearchSettings, make_searcher
+from allocator.searchers.loop import Measurer, search
+from allocator.searchers.methods.evolution import EvolutionSettings
+from allocator.searchers.rules.baselines import uniform
 
 RESULTS = Path(__file__).parent / "results"
 RECORDS = RESULTS / "search_quality"
@@ -164,10 +164,10 @@ class Run:
 def run_cell(store: str, method: str, seed: int, work: Path) -> str:
     """Search, measure incumbents on held-out text, and record the outcomes."""
     # imported here: a replay needs no model
-    from allocator.config import load_config
-    from allocator.evaluate.engine import LocalEvaluator
-    from allocator.job import prepare
-    from allocator.prune.store import StoreBuilder, open_store
+    from allocator.evaluation.engine import LocalEvaluator
+    from allocator.pruning.levels.store import StoreBuilder, open_store
+    from allocator.run.config import load_config
+    from allocator.run.job import prepare
 
     chosen, folder = STORES[store], work / store
     settings = ["pruner.inputs=dense", "search.method=evolution"]

@@ -11,18 +11,18 @@ from statistics import median
 import torch
 
 from allocator.core.space import SearchSpace
-from allocator.evaluate.engine import EngineSpec
-from allocator.model.checkpoint import read_tensors
-from allocator.model.ladders import build_space
-from allocator.model.stream import StreamedWalker
-from allocator.prune import removal
-from allocator.prune.build import prune_on_dense_inputs
-from allocator.prune.factorise import factorise
-from allocator.prune.problem import Calibration, Problem
-from allocator.prune.pruners import LocalPruner, make_pruner
-from allocator.prune.statistics import Gram
-from allocator.prune.store import create_store
-from allocator.prune.structured import Obs, item_columns
+from allocator.evaluation.engine import EngineSpec
+from allocator.model.family.space import build_space
+from allocator.model.live.stream import StreamedWalker
+from allocator.model.live.write import read_tensors
+from allocator.pruning.calibration.build import prune_on_dense_inputs
+from allocator.pruning.calibration.factorise import factorise
+from allocator.pruning.calibration.problem import Calibration, Problem
+from allocator.pruning.calibration.statistics import Gram
+from allocator.pruning.levels.store import create_store
+from allocator.pruning.pruners import removal
+from allocator.pruning.pruners.obs import Obs, item_columns
+from allocator.pruning.pruners.registry import LocalPruner, make_pruner
 
 EIGHT = [step / 9 for step in range(1, 9)]
 NINE = [0.5 + 0.075 * step for step in range(-4, 5)]

@@ -1,7 +1,7 @@
 """Trains the small language model that the package carries: its tokenizer, its weights and its card.
 
 The text is Python source already on the machine: the running interpreter's standard library, less the files
-that `allocator.model.text` holds out, and the installed packages whose licence is permissive.
+that `allocator.model.data.text` holds out, and the installed packages whose licence is permissive.
 
     python -m benchmarks.train_packaged_model --minutes 78 --threads 2
 """
@@ -41,7 +41,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from allocator.model.text import Document, pack, split_of, standard_library
+from allocator.model.data.text import Document, pack, split_of, standard_library
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -492,7 +492,7 @@ really trained transformer without a download. It is far too small to write code
 
 ## Held-out loss
 
-Standard-library files of the splits `search`, `selection` and `test` (`allocator.model.text.split_of`) were
+Standard-library files of the splits `search`, `selection` and `test` (`allocator.model.data.text.split_of`) were
 kept out of the training text, and so was every file with more than {LARGEST_OVERLAP:.0%} of its long
 lines in them. Measured on the saved weights, in sequences of {SEQUENCE_LENGTH} tokens:
 

@@ -25,7 +25,7 @@ from safetensors.numpy import load_file
 import allocator
 from allocator.core.budget import Budget
 from allocator.core.plan import Plan
-from allocator.progress import Silent
+from allocator.run.reporting import Silent
 
 SETTINGS = {
     "tokens.sequence_length": 64,
@@ -370,7 +370,7 @@ def test_a_search_says_what_training_changed(finished_trained: Any, finished: di
     kept = {path.name for path in finished_trained.folder.iterdir()}
     assert kept == {path.name for path in finished["structured"].folder.iterdir()}
     assert "What training changed" in (finished_trained.folder / "report.html").read_text()
-    chosen = allocator.api.plan_from_run(finished_trained.folder, 0.5)
+    chosen = allocator.commands.api.plan_from_run(finished_trained.folder, 0.5)
     assert chosen.provenance["training"] == plan.provenance["training"]
 
 
@@ -554,12 +554,12 @@ NAMES = ["structured", "unstructured", "attention of block 0 removed", "much rem
 @pytest.mark.parametrize("name", NAMES)
 def test_checkpoint_loads_without_this_package(checkpoints: dict[str, Any], tiny_model: Path, name: str) -> None:
     """Its logits are those of the live model switched to the plan's levels."""
-    from allocator.model.family import find_family
-    from allocator.model.headers import read_model_files
-    from allocator.model.layout import resolve_layout
-    from allocator.model.load import load_model
-    from allocator.prune.assemble import Assembler, Switchboard
-    from allocator.prune.store import open_store
+    from allocator.model.checkpoint.headers import read_model_files
+    from allocator.model.family.layout import resolve_layout
+    from allocator.model.family.schema import find_family
+    from allocator.model.live.load import load_model
+    from allocator.pruning.levels.assemble import Assembler, Switchboard
+    from allocator.pruning.levels.store import open_store
 
     plan, out, folder = checkpoints[name]
     files = read_model_files(tiny_model)
@@ -676,7 +676,7 @@ def test_from_python(finished: dict[str, Any], tiny_model: Path, text_folder: Pa
     assert weights[0] == weights[1]
     for name in ("search", "prune", "evaluate", "inspect"):
         assert callable(getattr(allocator, name)), name
-    assert sys.modules["allocator.search"].__file__
+    assert sys.modules["allocator.searchers"].__file__
     with pytest.raises(allocator.UserError, match="exists already"):
         allocator.prune(plan, tmp_path / "out", model=tiny_model)
     with pytest.raises(allocator.UserError, match="the run exists already"):

@@ -13,12 +13,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import allocator
-from allocator.config import load_config
-from allocator.model.examples import as_tensors, inputs_of
-from allocator.model.family import families_folder, load_family
-from allocator.model.headers import read_model_files
-from allocator.model.load import load_model
-from allocator.model.shown import read_shown
+from allocator.model.checkpoint.headers import read_model_files
+from allocator.model.data.examples import as_tensors, inputs_of
+from allocator.model.data.read import read_shown
+from allocator.model.family.schema import families_folder, load_family
+from allocator.model.live.load import load_model
+from allocator.run.config import load_config
 
 FAMILIES = {
     "llama": ("Llama 2 and 3", {}),

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import inspect
 from pathlib import Path
 
 import pytest
@@ -9,24 +10,32 @@ import pytest
 import allocator
 
 ROOT = Path(allocator.__file__).parent
+LOWER = {"core", "searchers", "model", "pruning", "evaluation"}
 ALLOWED = {
     "core": {"core"},
-    "search": {"core", "search"},
+    "searchers": {"core", "searchers"},
     "model": {"core", "model"},
     "report": {"core", "report"},
-    "prune": {"core", "model", "prune"},
-    "evaluate": {"core", "model", "prune", "evaluate"},
-    "pool": {"core", "model", "prune", "evaluate", "pool"},
-    "export": {"core", "model", "prune", "report", "export"},
+    "pruning": {"core", "model", "pruning"},
+    "evaluation": {"core", "model", "pruning", "evaluation"},
+    "pool": {"core", "model", "pruning", "evaluation", "pool"},
+    "interop": {"core", "model", "pruning", "report", "interop"},
+    "run": {*LOWER, "run"},
+    "commands": {*LOWER, "pool", "interop", "report", "run", "commands"},
+    "cli": {"core", "model", "interop", "pool", "run", "report", "commands"},
+    "__main__": {"cli"},
+    "__init__": {"core", "commands"},
 }
+"""What a package, or a file at the root, imports of ours."""
+
 HOMES = {
     "ray": {"pool"},
-    "transformers": {"model", "export"},
-    "pymoo": {"search"},
-    "optuna": {"search", "export"},
-    "mlflow": {"export"},
+    "transformers": {"model", "interop"},
+    "pymoo": {"searchers"},
+    "optuna": {"searchers", "interop"},
+    "mlflow": {"interop"},
 }
-NO_TORCH = {"core", "search", "report"}
+NO_TORCH = {"core", "searchers", "report", "cli", "__init__", "__main__"}
 MODULES = sorted(ROOT.rglob("*.py"))
 
 
@@ -51,15 +60,14 @@ def _imports(path):
 
 def _package(path):
     relative = path.relative_to(ROOT).parts
-    return relative[0] if len(relative) > 1 else None
+    return relative[0].removesuffix(".py")
 
 
 def test_every_package_has_a_rule():
-    packages = {_package(path) for path in MODULES} - {None}
-    assert packages <= ALLOWED.keys()
+    assert {_package(path) for path in MODULES} - {"packaged"} == ALLOWED.keys()
 
 
-@pytest.mark.parametrize("path", [p for p in MODULES if _package(p)], ids=_name)
+@pytest.mark.parametrize("path", MODULES, ids=_name)
 def test_a_package_imports_only_what_lies_below_it(path):
     own = {name for name in _imports(path) if name.split(".")[0] == "allocator"}
     assert "allocator" not in own, "packages name the module that they need"
@@ -78,3 +86,17 @@ def test_there_is_no_cycle():
     names = {_name(path) for path in MODULES} - {"allocator"}
     graph = {_name(path): _imports(path) & names - {_name(path)} for path in MODULES}
     graphlib.TopologicalSorter(graph).prepare()
+
+
+@pytest.mark.parametrize("path", MODULES, ids=_name)
+def test_every_module_is_imported_in_both_ways(path):
+    name = _name(path)
+    if name == "allocator.__main__" or ".scripts." in name:
+        pytest.skip("runs when it is imported")
+    parent, _, last = name.rpartition(".")
+    scope = {}
+    exec(f"import {name} as whole", scope)
+    if parent:
+        exec(f"from {parent} import {last} as part", scope)
+        assert scope["part"] is scope["whole"]
+    assert inspect.ismodule(scope["whole"])

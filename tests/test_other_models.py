@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 import allocator
-from allocator.config import load_config
 from allocator.core.errors import UserError
-from allocator.job import prepare
-from allocator.model.headers import read_model_files
+from allocator.model.checkpoint.headers import read_model_files
+from allocator.run.config import load_config
+from allocator.run.job import prepare
 
 SETTINGS = (
     "tokens.sequence_length=64 tokens.calibration=512 tokens.selection=64 tokens.test=128 search.rounds=1 "

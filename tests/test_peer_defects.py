@@ -21,24 +21,25 @@ from allocator.core.errors import UserError
 from allocator.core.journal import Journal
 from allocator.core.protocols import Outcome, Request
 from allocator.core.space import SearchSpace
-from allocator.evaluate.engine import Engine, EngineSpec
-from allocator.model import checkpoint
-from allocator.model.family import find_family
-from allocator.model.headers import read_model_files
-from allocator.model.ladders import build_space
-from allocator.model.layout import resolve_layout
-from allocator.model.load import load_model
-from allocator.model.walk import SEQUENCES_PER_BATCH
-from allocator.prune import problem, store
-from allocator.prune.build import prune_on_dense_inputs, prune_on_pruned_inputs
-from allocator.prune.execute import save_pruned
-from allocator.prune.pruners import make_pruner
-from allocator.prune.statistics import Gram
-from allocator.prune.store import LevelStore, create_store
-from allocator.search.bayesian import GpSettings, TpeSettings
-from allocator.search.decide import SearchSettings, decide
-from allocator.search.evolution import EvolutionSettings
-from allocator.search.thompson import ThompsonSettings
+from allocator.evaluation.engine import Engine, EngineSpec
+from allocator.model.checkpoint.headers import read_model_files
+from allocator.model.family.layout import resolve_layout
+from allocator.model.family.schema import find_family
+from allocator.model.family.space import build_space
+from allocator.model.live import write as checkpoint
+from allocator.model.live.load import load_model
+from allocator.model.live.walk import SEQUENCES_PER_BATCH
+from allocator.pruning.calibration import problem
+from allocator.pruning.calibration.build import prune_on_dense_inputs, prune_on_pruned_inputs
+from allocator.pruning.calibration.statistics import Gram
+from allocator.pruning.levels import store
+from allocator.pruning.levels.execute import save_pruned
+from allocator.pruning.levels.store import LevelStore, create_store
+from allocator.pruning.pruners.registry import make_pruner
+from allocator.searchers.decide import SearchSettings, decide
+from allocator.searchers.methods.bayesian import GpSettings, TpeSettings
+from allocator.searchers.methods.evolution import EvolutionSettings
+from allocator.searchers.methods.thompson import ThompsonSettings
 
 HEAD_DIM, HEADS, KV_HEADS, HIDDEN = 16, 4, 2, 32
 assert HEAD_DIM != HIDDEN // HEADS

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from allocator.config import load_config
 from allocator.core.budget import denser_moves
 from allocator.core.files import read_json
 from allocator.core.journal import Journal
 from allocator.core.plan import Plan
 from allocator.core.protocols import Outcome, Request
 from allocator.report import curves
-from allocator.search.coarse_to_fine import Round
-from allocator.search.decide import decide
+from allocator.run.config import load_config
+from allocator.searchers.coarse_to_fine import Round
+from allocator.searchers.decide import decide
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "runs" / "reference"

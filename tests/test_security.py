@@ -16,8 +16,8 @@ from allocator.core.errors import UserError
 from allocator.core.files import check_name
 from allocator.core.journal import Journal
 from allocator.core.plan import Plan
-from allocator.model.headers import read_model_files
-from allocator.prune.store import open_store
+from allocator.model.checkpoint.headers import read_model_files
+from allocator.pruning.levels.store import open_store
 
 ROOT = Path(allocator.__file__).parent
 UNPICKLES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "pandas"}

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 
 from allocator.core.protocols import Outcome, Request
-from allocator.evaluate.engine import Engine, EngineSpec, Execution
-from allocator.evaluate.expansion import Portion
-from allocator.model.examples import Examples
-from allocator.prune.assemble import CompactLevels
-from allocator.prune.build import prune_on_dense_inputs
-from allocator.prune.problem import Problem
-from allocator.prune.store import StoreBuilder
+from allocator.evaluation.engine import Engine, EngineSpec, Execution
+from allocator.evaluation.expansion import Portion
+from allocator.model.data.examples import Examples
+from allocator.pruning.calibration.build import prune_on_dense_inputs
+from allocator.pruning.calibration.problem import Problem
+from allocator.pruning.levels.assemble import CompactLevels
+from allocator.pruning.levels.store import StoreBuilder
 
 
 class Worker:

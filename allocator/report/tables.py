@@ -236,7 +236,7 @@ def front_csv(front: Mapping[str, Any]) -> str:
 
 
 def status_lines(status: Mapping[str, Any]) -> str:
-    """Return how a run is, as :func:`allocator.status.read_status` tells it, a line for each thing."""
+    """Return how a run is, as :func:`allocator.run.status.read_status` tells it, a line for each thing."""
     state, age = status["state"], _duration(status["age_s"])
     states = {
         "running": f"running, heard of {age} ago",

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from allocator.core.files import file_fingerprint
-from allocator.model.family import served_types
+from allocator.model.family.schema import served_types
 
 Refused = Callable[..., str]
 Args = list[object]
@@ -700,7 +700,7 @@ def test_store_that_cannot_be_written(refused: Refused, search_args: Args, here:
 @contextmanager
 def small_disk() -> Iterator[None]:
     """From the fourth unit on no file may be larger than 4 KiB, so that writing fails half-way, as on a full disk."""
-    from allocator.prune.store import StoreBuilder
+    from allocator.pruning.levels.store import StoreBuilder
 
     write, written, limits = StoreBuilder.write, itertools.count(1), resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -741,7 +741,7 @@ def test_full_disk_in_the_middle_of_the_store(
         assert (here / "runs" / "run" / name).read_bytes() == (finished / name).read_bytes()
 
 
-@pytest.mark.parametrize("place", ["allocator.core.journal.Journal.append", "allocator.evaluate.engine.save_pruned"])
+@pytest.mark.parametrize("place", ["allocator.core.journal.Journal.append", "allocator.evaluation.engine.save_pruned"])
 def test_full_disk_later(
     cli: Callable[..., Any], search_args: Args, finished: Path, here: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:

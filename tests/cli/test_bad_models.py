@@ -17,7 +17,7 @@ import transformers
 import yaml
 from safetensors.torch import load_file, save_file
 
-from allocator.model.family import families_folder
+from allocator.model.family.schema import families_folder
 
 Refused = Callable[..., str]
 Args = list[object]
@@ -438,7 +438,7 @@ def test_model_type_that_two_files_serve(
 ) -> None:
     folder = shutil.copytree(families_folder(), here / "families")
     shutil.copy(folder / "llama.yaml", folder / "mine.yaml")
-    monkeypatch.setattr("allocator.model.family.families_folder", lambda: folder)
+    monkeypatch.setattr("allocator.model.family.schema.families_folder", lambda: folder)
     message = refused(*search_args)
     assert f"{folder / 'llama.yaml'} and {folder / 'mine.yaml'} both serve the model type 'llama'" in message
     assert "Take it out of one of them" in message
@@ -612,7 +612,7 @@ def test_plan_whose_family_file_is_not_at_hand(
     """As where the search had a file of its own for the model type."""
     shutil.copytree(families_folder(), here / "families")
     (here / "families" / "llama.yaml").unlink()
-    monkeypatch.setattr("allocator.model.family.families_folder", lambda: here / "families")
+    monkeypatch.setattr("allocator.model.family.schema.families_folder", lambda: here / "families")
     plan = [own_run, "--to", "ratios"] if command == "export" else [own_run / "plan.json"]
     message = refused(command, *plan, "--model", tiny_model, "--out", here / "out")
     assert "no family file is shipped for the model type 'llama'" in message

@@ -17,7 +17,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from allocator.core.plan import Plan
-from allocator.search.baselines import uniform
+from allocator.searchers.rules.baselines import uniform
 
 Cli = Callable[..., Any]
 
@@ -191,7 +191,7 @@ def test_search_json(cli: Cli, search_args: list[object], here: Path) -> None:
 
 def test_json_is_alone_on_standard_output(cli: Cli, search_args: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a library prints, as Ray does when a worker dies."""
-    from allocator import workflow
+    from allocator.commands import search as workflow
 
     def noisy(*arguments: Any) -> Any:
         print("(raylet) A worker died")

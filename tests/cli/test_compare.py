@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from allocator import comparison
+from allocator.commands import compare as comparison
 from allocator.core.budget import Budget, denser_moves, fits
 from allocator.core.errors import UserError
 from allocator.core.journal import Journal
 from allocator.core.plan import Plan
-from allocator.evaluate.engine import LocalEvaluator
-from allocator.search.rules import RULES
-from allocator.search.stepwise import MEASURED_RULES
+from allocator.evaluation.engine import LocalEvaluator
+from allocator.searchers.rules.measured import MEASURED_RULES
+from allocator.searchers.rules.one_shot import RULES
 
 Cli = Callable[..., Any]
 

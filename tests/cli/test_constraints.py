@@ -12,8 +12,8 @@ import pytest
 from allocator.core.budget import denser_moves
 from allocator.core.latency import LatencyTable
 from allocator.core.plan import Plan
-from allocator.evaluate.latency import describe
-from allocator.model.headers import read_model_files
+from allocator.evaluation.latency import describe
+from allocator.model.checkpoint.headers import read_model_files
 
 Cli = Callable[..., "Answer"]  # noqa: F821
 WORK = ["--set", "workload.prompt=48", "--set", "workload.generate=8"]
@@ -22,8 +22,8 @@ WORK = ["--set", "workload.prompt=48", "--set", "workload.generate=8"]
 @pytest.fixture(scope="session")
 def table(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A latency table of the tiny model, measured here."""
-    from allocator import api
-    from allocator.config import load_config
+    from allocator.commands import api
+    from allocator.run.config import load_config
 
     path = tmp_path_factory.mktemp("latency") / "table.json"
     config = load_config(None, {"model": str(tiny_model)}, [item for item in WORK if "=" in item])

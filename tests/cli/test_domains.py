@@ -12,11 +12,11 @@ import pytest
 import yaml
 
 import allocator
-from allocator.config import load_config
 from allocator.core.budget import denser_moves, fits
 from allocator.core.journal import Journal
 from allocator.core.plan import Plan
-from allocator.job import prepare
+from allocator.run.config import load_config
+from allocator.run.job import prepare
 
 LENGTH = 64
 SMALL = {

@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 
 import allocator
-from allocator.api import plan_from_run
-from allocator.config import load_config
+from allocator.commands.api import plan_from_run
 from allocator.core.budget import Budget
 from allocator.core.journal import Journal
 from allocator.core.plan import Plan
 from allocator.report import curves
-from allocator.search.baselines import uniform
-from allocator.search.sweep import budgets
+from allocator.run.config import load_config
+from allocator.searchers.methods.sweep import budgets
+from allocator.searchers.rules.baselines import uniform
 
 Cli = Callable[..., Any]
 SMALL = {

@@ -15,7 +15,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 import allocator
-from allocator.pool import ray_pool
+from allocator.pool import dispatch as ray_pool
 
 pools: list[ray_pool.RayPool] = []
 

@@ -23,12 +23,12 @@ import pytest
 import yaml
 
 import allocator
-from allocator.comparison import run_comparison
-from allocator.config import RunConfig, checked
+from allocator.commands.compare import run_comparison
+from allocator.commands.search import run_search
 from allocator.core.errors import UserError
-from allocator.parcel import COMMAND
-from allocator.status import read_status
-from allocator.workflow import run_search
+from allocator.run.config import RunConfig, checked
+from allocator.run.job_package import COMMAND
+from allocator.run.status import read_status
 
 ROOT = Path(__file__).parents[2]
 MANIFEST = ROOT / "search_spaces" / "cluster" / "rayjob.yaml"

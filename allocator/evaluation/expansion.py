@@ -1,0 +1,188 @@
+"""How the loss begins to change with every level of every unit: one backward pass, whatever the number of levels.
+
+The gradient of the loss in a unit's weights, times what a level would change in them, is the first-order change of the
+loss, for all units and levels at once. From the dense model to itself any distance has none; at a pruned one it holds
+what the unit's error has in common with the errors of all others, which is what a profile of single steps spends most
+of its evaluations on. The rest is the unit's own curvature, to a good approximation proportional to the mean square of
+what the level changes in the unit's output, by a factor that hardly changes as the search moves.
+
+Whole experts change what a router chooses, which is no change of weights: for these, the gradient is that in their
+output, and the mixture is run at every level on the tokens that reach it.
+
+Second-order Taylor saliency goes back to Optimal Brain Damage (LeCun et al., 1989); here it is of whole levels, with
+whatever refit they have, around an allocation that is pruned already.
+
+Shapes: B sequences, T tokens, D hidden size, n positions of all lessons, o outputs and i inputs of a matrix.
+``delta_no`` is the gradient in a matrix's outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from allocator.core.protocols import Expansion
+from allocator.core.space import Allocation, SearchSpace
+from allocator.evaluation.teacher import Lesson, Sums, Teacher
+from allocator.model.family.layout import Layout
+from allocator.model.live.walk import SEQUENCES_PER_BATCH, BlockWalker
+from allocator.pruning.levels.assemble import Assembler, Switchboard
+
+LESSONS_PER_PORTION = 2
+"""Batches of sequences that are expanded together; others may be expanded elsewhere. Part of the numerics."""
+
+_DIGITS = 7
+"""Significant digits that are kept: those of float32."""
+
+_Rows = tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Portion:
+    """What a part of the text says of an expansion.
+
+    Attributes:
+        sums: Of each of its lessons.
+        positions: Tokens of these that follow another.
+        slope: First-order change of the sum of the loss, for each level of each unit.
+        size: Squared change of the output, summed over some positions, likewise.
+        sized: How many positions these are.
+        wall_s: Time it took.
+    """
+
+    sums: list[Sums]
+    positions: int
+    slope: _Rows
+    size: _Rows
+    sized: int
+    wall_s: float = 0.0
+
+
+def num_portions(tokens: int, length: int) -> int:
+    """Return into how many portions an expansion on so many tokens, in sequences of a length, is cut."""
+    return -(-tokens // (length * SEQUENCES_PER_BATCH * LESSONS_PER_PORTION))
+
+
+def merged(portions: Sequence[Portion]) -> Expansion:
+    """Return the expansion of the mean loss of all portions."""
+    scale = 1.0 / sum(float(size_b.sum()) for portion in portions for _, size_b, _ in portion.sums)
+    each = 1.0 / sum(portion.sized for portion in portions)
+    slope = _sum([portion.slope for portion in portions], scale)
+    return Expansion(slope, _sum([portion.size for portion in portions], each))
+
+
+def _sum(tables: Sequence[_Rows], scale: float) -> _Rows:
+    return tuple(
+        tuple(float(f"{sum(values) * scale:.{_DIGITS}g}") for values in zip(*rows, strict=True))
+        for rows in zip(*tables, strict=True)
+    )
+
+
+class Expander:
+    """Expands the loss of a live model, whose units are in dense shapes at some allocation."""
+
+    def __init__(
+        self,
+        walker: BlockWalker,
+        layout: Layout,
+        space: SearchSpace,
+        assembler: Assembler,
+        switchboard: Switchboard,
+    ) -> None:
+        self._walker, self._space, self._assembler, self._switchboard = walker, space, assembler, switchboard
+        self._routed = {module for site in layout.sites if site.routed for module in site.modules}
+        self._routers = {site.name: router for site in layout.sites if site.experts for router in site.rows}
+        outputs = {site.name: site.output for site in layout.sites}
+        self._modules = [outputs.get(unit.name, unit.name) for unit in space.units]
+
+    def expand(self, allocation: Allocation, teacher: Teacher, lessons: Sequence[Lesson], some: range) -> Portion:
+        """Return what some lessons say of the expansion around an allocation.
+
+        Hidden states between all blocks are held, and what is needed within one block at a time. Only ``some`` of the
+        lessons' positions tell the size of changes.
+        """
+        walker, space = self._walker, self._space
+        count = sum(lesson.shown.numel() for lesson in lessons)  # what examples count as: not what every block reads
+        between: list[list[torch.Tensor]] = []
+        sums: list[Sums] = []
+        gradients: list[torch.Tensor] = []
+        for lesson in lessons:
+            states = [walker.embed(lesson.shown)]
+            for index in range(len(walker.blocks)):
+                states.append(walker.run(index, states[-1]))
+            leaving_btd = states.pop()
+            between.append(states)
+            total_b, size_b, nll_b = teacher.judge(lesson, walker, leaving_btd)
+            sums.append((total_b.cpu(), size_b.cpu(), nll_b.cpu()))  # for a process that may have no such device
+            gradients.append(teacher.gradient(lesson, walker, leaving_btd))
+        slope: list[tuple[float, ...]] = [()] * len(space.units)
+        size: list[tuple[float, ...]] = [()] * len(space.units)
+        for index in reversed(range(len(walker.blocks))):
+            units = [place for place, unit in enumerate(space.units) if unit.block == index]
+            modules = [self._modules[place] for place in units]
+            entering: dict[str, list[torch.Tensor]] = {module: [] for module in modules}
+            deltas: dict[str, list[torch.Tensor]] = {module: [] for module in modules}
+            for number, states in enumerate(between):
+                block_in_btd = states.pop().detach().requires_grad_()
+                with walker.listening(index, modules) as (inputs, outputs):
+                    block_out_btd = walker.run(index, block_in_btd)
+                reached = [module for module in modules if module in outputs]  # by a router, not all may be
+                wanted = [block_in_btd, *(outputs[module] for module in reached)]
+                gradients[number], *found = torch.autograd.grad(block_out_btd, wanted, gradients[number])
+                for module, delta in zip(reached, found, strict=True):
+                    entering[module].append(inputs[module].detach().flatten(0, -2))
+                    deltas[module].append(delta.flatten(0, -2))
+            for place, module in zip(units, modules, strict=True):
+                if not entering[module]:
+                    slope[place] = size[place] = (0.0,) * space.units[place].num_levels
+                    continue
+                input_ni, delta_no = (torch.cat(table.pop(module)) for table in (entering, deltas))
+                own = [position * len(input_ni) // count for position in some]
+                if module in self._routed:  # which has but some of the tokens
+                    own = [position for position in some if position < len(input_ni)]
+                expand = self._mixture if module in self._routers else self._unit
+                slope[place], size[place] = expand(place, allocation[place], input_ni, delta_no.float(), own)
+        positions = sum(lesson.positions for lesson in lessons)
+        return Portion(sums, positions, tuple(slope), tuple(size), len(some))
+
+    def _unit(
+        self, place: int, own: int, input_ni: torch.Tensor, delta_no: torch.Tensor, some: Sequence[int]
+    ) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return first-order changes of the loss, and squared changes of the output, for each level of a unit."""
+        unit, module = self._space.units[place], self._modules[place]
+        input_ni = input_ni.float()
+        gradient_oi, gradient_o, some_ni = delta_no.T @ input_ni, delta_no.sum(0), input_ni[some]
+        before = self._assembler.wide(unit.name, own)
+        slopes, sizes = [], []
+        for level in range(unit.num_levels):
+            after = before if level == own else self._assembler.wide(unit.name, level)
+            change_oi, change_o = (_change(before, after, f"{module}.{kind}") for kind in ("weight", "bias"))
+            of_weight, of_bias = gradient_oi * change_oi, gradient_o * change_o
+            slopes.append(float(of_weight.sum(dtype=torch.float64) + of_bias.sum(dtype=torch.float64)))
+            change_no = some_ni @ change_oi.T + change_o
+            sizes.append(float(change_no.square().sum(dtype=torch.float64)))
+        return tuple(slopes), tuple(sizes)
+
+    @torch.no_grad()
+    def _mixture(
+        self, place: int, own: int, input_ni: torch.Tensor, delta_no: torch.Tensor, some: Sequence[int]
+    ) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return the same for whole experts, which are run at every level."""
+        unit, model = self._space.units[place], self._walker.model
+        answers = []
+        for level in range(unit.num_levels):
+            self._switchboard.set(unit.name, level)
+            _, weights_nk, chosen_nk = model.get_submodule(self._routers[unit.name])(input_ni)
+            answers.append(model.get_submodule(unit.name)(input_ni, chosen_nk, weights_nk).float())
+        self._switchboard.set(unit.name, own)
+        changes = [answer_no - answers[own] for answer_no in answers]
+        slopes = tuple(float((delta_no * change_no).sum(dtype=torch.float64)) for change_no in changes)
+        return slopes, tuple(float(change_no[some].square().sum(dtype=torch.float64)) for change_no in changes)
+
+
+def _change(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], key: str) -> torch.Tensor:
+    """Return what changes in a tensor, which is all zeros where it is not there."""
+    nothing = torch.zeros(())
+    return after.get(key, nothing).float() - before.get(key, nothing).float()

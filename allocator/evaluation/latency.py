@@ -1,0 +1,244 @@
+"""How long a model takes to answer: a table of its sub-blocks at every shape, and whole models end to end.
+
+Sub-blocks are timed where they stand, in a whole model of random weights whose sub-blocks all have one level: between
+others that push their weights out of the caches, with the cost of calling them. What none takes is the rest of a pass
+at the last level, where hardly anything is left. That rest grows with what sub-blocks push out of the caches, so what
+it grows by is theirs, in equal shares. Adding up is then right by construction where all have one level, and is checked
+where they do not.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from torch import nn
+
+from allocator.core.latency import LatencySettings, LatencyTable, Timing
+from allocator.core.space import SearchSpace
+from allocator.model.checkpoint.headers import ModelFiles
+from allocator.model.family.layout import Layout
+from allocator.model.family.serving_costs import shape_of, size_of
+from allocator.model.live.load import shaped_model
+
+_WARM_UP = 2
+
+_TURNS = 5
+"""Repeats are spread over so many turns: a machine that others use too has slow seconds."""
+
+_PHASES = ("prefill", "decode")
+
+
+def make_table(
+    files: ModelFiles,
+    layout: Layout,
+    space: SearchSpace,
+    settings: LatencySettings,
+    device: str,
+    versions: Mapping[str, str],
+    step: Callable[[int], None] = lambda done: None,
+) -> LatencyTable:
+    """Measure every sub-block at every level of its ladder.
+
+    Args:
+        files: The dense model, of which shapes alone matter.
+        layout: Where its sub-blocks are.
+        space: Their ladders, those of structured pruning.
+        settings: The workload, and how to measure it.
+        device: ``cpu`` or ``cuda``.
+        versions: Of what was measured with.
+        step: Called with the number of levels done, after each.
+    """
+    ladders = {unit.name: unit.kept for unit in space.units}
+    shapes = {site.name: shape_of(site, files) for site in layout.sites}
+    deepest = max(len(ladder) for ladder in ladders.values())
+    at = [{name: ladder[min(level, len(ladder) - 1)] for name, ladder in ladders.items()} for level in range(deepest)]
+    found: dict[tuple[str, int], dict[str, list[float]]] = {}
+    spread: dict[tuple[str, int], list[float]] = {}
+    timed = _in_turns(files, layout, at, list(ladders), settings, device, step)
+    fixed = {phase: _rest(*timed[-1][phase]) for phase in _PHASES}
+    for kept, measured in zip(at, timed, strict=True):
+        staying = [name for name, count in kept.items() if count]
+        for phase, (total, own) in measured.items():
+            more = (median(_rest(total, own)) - median(fixed[phase])) / max(1, len(staying))
+            for name, times in own.items():
+                key = shapes[name], kept[name]
+                figure = median(times) + (more if name in staying else 0.0)
+                found.setdefault(key, {p: [] for p in _PHASES})[phase].append(figure)
+                spread.setdefault(key, []).append(_spread(times))
+    units: dict[str, list[Timing]] = {}
+    for (shape, count), medians in found.items():
+        units.setdefault(shape, []).append(_timing(count, medians, median(spread[shape, count])))
+    return LatencyTable(
+        device=describe(device),
+        versions=dict(versions),
+        settings=settings,
+        model=size_of(files, layout),
+        fixed=_timing(0, fixed, max(map(_spread, fixed.values()))),
+        units={shape: tuple(sorted(timings, key=lambda t: -t.kept)) for shape, timings in units.items()},
+    )
+
+
+def _rest(total: Sequence[float], own: Mapping[str, Sequence[float]]) -> list[float]:
+    """Return what is left of each pass without its sub-blocks."""
+    return [whole - sum(each) for whole, *each in zip(total, *own.values(), strict=True)]
+
+
+def measure(
+    files: ModelFiles,
+    layout: Layout,
+    shapes: Sequence[Mapping[str, int]],
+    settings: LatencySettings,
+    device: str,
+    step: Callable[[int], None] = lambda done: None,
+) -> list[dict[str, float]]:
+    """Return the milliseconds that models of some shapes take end to end, under the names of the costs.
+
+    Args:
+        files: The dense model.
+        layout: Where its sub-blocks are.
+        shapes: Of each model, the items that every sub-block keeps.
+        settings: The workload, and how to measure it.
+        device: ``cpu`` or ``cuda``.
+        step: Called with the number of models done, after each.
+    """
+    found = []
+    for timed in _in_turns(files, layout, shapes, [], settings, device, step):
+        prefill, decode = (median(timed[phase][0]) / 1e6 for phase in _PHASES)
+        found.append({"prefill_ms": prefill, "decode_ms": decode, "latency_ms": prefill + settings.generate * decode})
+    return found
+
+
+def describe(device: str) -> dict[str, str]:
+    """Return what tells one device from another."""
+    if device == "cuda":
+        return {"type": "cuda", "name": torch.cuda.get_device_name() if torch.cuda.is_available() else "none"}
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {"type": "cpu", "name": names[0] if names else platform.processor() or platform.machine()}
+
+
+Times = dict[str, tuple[list[float], dict[str, list[float]]]]
+"""By phase: nanoseconds of whole passes, and of each sub-block in each of them."""
+
+
+def _in_turns(
+    files: ModelFiles,
+    layout: Layout,
+    shapes: Sequence[Mapping[str, int]],
+    names: Sequence[str],
+    settings: LatencySettings,
+    device: str,
+    step: Callable[[int], None],
+) -> list[Times]:
+    """Time several models and their sub-blocks, a few repeats of each in turn: a slow moment is shared by all."""
+    found: list[Times] = [{phase: ([], {name: [] for name in names}) for phase in _PHASES} for _ in shapes]
+    turns = min(_TURNS, settings.repeats)
+    for turn in range(turns):
+        repeats = settings.repeats * (turn + 1) // turns - settings.repeats * turn // turns
+        for place, kept in enumerate(shapes):
+            with _placed(device, settings.threads):
+                model = shaped_model(files, layout, kept, getattr(torch, settings.dtype))
+                _timed(model, layout, settings, repeats, device, found[place])
+                del model  # before the next one is made
+            step((turn * len(shapes) + place + 1) // turns)
+    return found
+
+
+@torch.no_grad()
+def _timed(
+    model: nn.Module, layout: Layout, settings: LatencySettings, repeats: int, device: str, times: Times
+) -> None:
+    """Append the times of some repeats."""
+    clock = _Clock(device)
+    handles = []
+    names = list(times[_PHASES[0]][1])
+    for site in layout.sites:
+        if site.name in names:
+            first, last = model.get_submodule(site.roots[0]), model.get_submodule(site.roots[-1])
+            handles += [
+                first.register_forward_pre_hook(lambda *_, name=site.name: clock.note(name)),
+                last.register_forward_hook(lambda *_, name=site.name: clock.note(name)),
+            ]
+    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    generator = torch.Generator().manual_seed(0)
+    length = settings.prompt + settings.generate // 2
+    ids = torch.randint(0, vocabulary, (settings.batch, length + 1), generator=generator).to(device)
+
+    def run(phase: str, tokens: torch.Tensor, before: Any = None) -> None:
+        for attempt in range(_WARM_UP + repeats):
+            cache = deepcopy(before)  # a call appends to it
+            clock.read()
+            clock.note("")
+            model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            clock.note("")
+            passed = clock.read()
+            if attempt >= _WARM_UP:
+                times[phase][0].append(passed.pop(""))
+                for name in names:
+                    times[phase][1][name].append(passed.get(name, 0.0))
+
+    run("prefill", ids[:, : settings.prompt])
+    run("decode", ids[:, -1:], model(ids[:, :length], use_cache=True, logits_to_keep=1).past_key_values)
+    for handle in handles:
+        handle.remove()
+
+
+class _Clock:
+    """Notes when things begin and end, and reads how long they took."""
+
+    def __init__(self, device: str) -> None:
+        self._cuda = device == "cuda"
+        self._marks: dict[str, list[Any]] = {}
+
+    def note(self, name: str) -> None:
+        """Mark the beginning of something, or its end."""
+        if self._cuda:
+            mark: Any = torch.cuda.Event(enable_timing=True)
+            mark.record()
+        else:
+            mark = time.perf_counter_ns()
+        self._marks.setdefault(name, []).append(mark)
+
+    def read(self) -> dict[str, float]:
+        """Return the nanoseconds of everything since the last reading."""
+        if self._cuda:
+            torch.cuda.synchronize()
+        marks, self._marks = self._marks, {}
+        pairs = {name: each for name, each in marks.items() if len(each) == 2}
+        return {name: a.elapsed_time(b) * 1e6 if self._cuda else b - a for name, (a, b) in pairs.items()}
+
+
+class _placed:  # noqa: N801 - a context manager
+    """On a device, with so many threads."""
+
+    def __init__(self, device: str, threads: int) -> None:
+        self._device, self._threads = torch.device(device), threads
+
+    def __enter__(self) -> None:
+        self._before = torch.get_num_threads()
+        torch.set_num_threads(self._threads)
+        self._device.__enter__()
+
+    def __exit__(self, *reason: Any) -> None:
+        self._device.__exit__(*reason)
+        torch.set_num_threads(self._before)
+
+
+def _timing(kept: int, times: Mapping[str, Sequence[float]], spread: float) -> Timing:
+    prefill, decode = (max(0, round(median(times[phase]))) for phase in _PHASES)
+    return Timing(kept=kept, prefill_ns=prefill, decode_ns=decode, spread=round(spread, 4))
+
+
+def _spread(times: Sequence[float]) -> float:
+    if len(times) < 2 or median(times) <= 0:
+        return 0.0
+    low, _, high = quantiles(times, n=4)
+    return (high - low) / 2 / median(times)

@@ -1,0 +1,82 @@
+"""How much the loss moves when the weights of one unit do: a gradient's size without a backward pass."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from allocator.core.signals import Signals
+from allocator.core.space import Unit
+from allocator.evaluation.engine import EngineSpec, check_device
+from allocator.evaluation.loss import divergence
+from allocator.model.data.examples import Examples
+from allocator.model.live.load import load_model
+from allocator.model.live.walk import SEQUENCES_PER_BATCH, BlockWalker
+from allocator.pruning.calibration.problem import Progress
+
+_STEP = 1e-3
+"""ε."""
+
+_DIRECTIONS = 4
+"""Random directions for each unit, of which the mean is taken."""
+
+
+@torch.inference_mode()
+def zeroth_order(spec: EngineSpec, tokens: np.ndarray | Examples, progress: Progress = lambda done: None) -> Signals:
+    """Return ``gradient``: |L(θ + εz) - L(θ - εz)| / 2ε for each unit, z normal in the unit's weights and 0 elsewhere.
+
+    ECoFLaP (Sung et al., ICLR 2024, after MeZO): L is the negative log-likelihood in nats per token, ε = 1e-3. The
+    source draws a direction for every sample of a group of samples; here every unit gets four on the first batch of
+    sequences, the same ones in every run. In float32, whatever the run's data type, for ε is below the resolution of
+    bfloat16. Units of one block share the blocks before it: half a forward pass each way.
+
+    Args:
+        spec: The model and its units.
+        tokens: Calibration token ids [sequences, length].
+        progress: Hears how many blocks are done.
+    """
+    assert isinstance(tokens, np.ndarray), "causal language models alone"
+    check_device(spec.device)
+    torch.set_num_threads(spec.threads)
+    walker = BlockWalker(load_model(spec.files, torch.float32).to(spec.device), spec.layout)
+    tokens_bt = torch.from_numpy(np.array(tokens[:SEQUENCES_PER_BATCH], dtype=np.int64)).to(spec.device)
+    hidden_btd = walker.embed(tokens_bt)
+    sizes = np.zeros(len(spec.space.units))
+    for block in range(len(walker.blocks)):
+        for index, unit in enumerate(spec.space.units):
+            if unit.block == block:
+                slopes = [_slope(walker, spec, unit, tokens_bt, hidden_btd, (index, d)) for d in range(_DIRECTIONS)]
+                sizes[index] = np.mean(slopes)
+        hidden_btd = walker.run(block, hidden_btd)
+        progress(block + 1)
+    return Signals({"gradient": sizes})
+
+
+def _slope(
+    walker: BlockWalker,
+    spec: EngineSpec,
+    unit: Unit,
+    tokens_bt: torch.Tensor,
+    hidden_btd: torch.Tensor,
+    seed: tuple[int, int],
+) -> float:
+    """Return the size of the loss's slope along one direction, from what enters the unit's block."""
+    modules: tuple[str, ...] = (unit.name,)
+    if unit.kind != "matrix":
+        modules = next(site.modules for site in spec.layout.sites if site.name == unit.name)
+    weights = [walker.model.get_parameter(f"{module}.weight") for module in modules]
+    generator = torch.Generator().manual_seed(seed[0] * _DIRECTIONS + seed[1])
+    directions = [torch.randn(weight.shape, generator=generator).to(weight.device) for weight in weights]
+    before = [weight.clone() for weight in weights]
+    losses = []
+    for step in (_STEP, -_STEP):
+        for weight, dense, direction in zip(weights, before, directions, strict=True):
+            weight.copy_(dense + step * direction)
+        leaving_btd = hidden_btd
+        for index in range(unit.block, len(walker.blocks)):
+            leaving_btd = walker.run(index, leaving_btd)
+        _, nll_b = divergence(None, leaving_btd, walker.logits, tokens_bt)
+        losses.append(float(nll_b.sum()) / tokens_bt[:, 1:].numel())
+    for weight, dense in zip(weights, before, strict=True):
+        weight.copy_(dense)
+    return abs(losses[0] - losses[1]) / (2 * _STEP)

@@ -1,0 +1,93 @@
+"""DarwinLM: a level for the heads and for the channels of every layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from allocator.core.errors import UserError
+from allocator.interop.contract import Source, Target, command, write_verify
+from allocator.interop.targets.levels import (
+    LEVELS,
+    MODULES,
+    Rounded,
+    apportion,
+    dense_shapes,
+    lost,
+    num_heads,
+    outputs,
+    shrunk,
+    write_levels,
+    zeroed,
+)
+
+
+class DarwinLM(Target):
+    """Writes levels of output projections, each of which is a head, and as large a share of the channels.
+
+    Level l takes ``cols_removed_attn[l]`` columns of ``o_proj`` and ``cols_removed_mlp[l]`` of ``down_proj``, in every
+    layer the same; the lists are in ``metadata.pth``, which ``struct_prune.py`` writes from its arguments. They are of
+    one length and without repetition, and attention's are whole heads. ``evo_struct_prune_search.py`` exchanges one for
+    one within each kind, so that the levels of either keep their sum.
+
+    Attention has a level for every number of heads, and nothing is rounded there; the published lists have 11. Channels
+    have as many levels, and theirs are rounded, and moved to the sum that is the nearest to the plan's. The peer's own
+    search begins with one whole level for all, which a plan's mean need not be. Channels come first, as there.
+    """
+
+    name = "darwinlm"
+    writes = "levels of heads and channels for DarwinLM, and what they mean"
+    patterns = ("structured",)
+
+    def check(self, source: Source) -> None:
+        """Check what DarwinLM supposes of heads."""
+        attention, heads = outputs(source)[0], num_heads(source)
+        if attention.shape[0] % heads or attention.shape[1] != attention.shape[0]:
+            raise UserError(
+                f"export: DarwinLM takes the size of a head for hidden_size / {heads}, and {attention.module} is "
+                f"{list(attention.shape)}. See 'allocator export --list' for another target"
+            )
+
+    def write(self, source: Source, folder: Path) -> list[str]:
+        """Write them."""
+        heads = num_heads(source)
+        rows, columns, lists = [], {}, {}
+        for part, key in (("mlp", "cols_removed_mlp"), ("attention", "cols_removed_attn")):
+            own = [matrix for matrix in outputs(source) if matrix.part == part]
+            width = own[0].shape[1]
+            lists[key] = [round(level * width / heads) for level in range(heads + 1)]
+            wanted = [matrix.sparsity * heads for matrix in own]
+            levels = apportion(wanted, [(0, heads)] * len(own), round(sum(wanted)))
+            for matrix, level in zip(own, levels, strict=True):
+                columns[matrix.module] = width - lists[key][level]
+                rows.append(Rounded(matrix.module, level, matrix.sparsity, lists[key][level] / width))
+        write_levels(folder, rows, lists, _readme(lists))
+        verify = write_verify(folder, source, shapes=dense_shapes(source), kept=zeroed(source, columns))
+        return [
+            *lost(rows, sum(m.kept for m in source.matrices), shrunk(source, columns)),
+            "DarwinLM zeroes columns of output projections, and shrinks a model afterwards; it chooses single heads, "
+            "and keys and values that heads share stay",
+            f"next: README.txt; then, before it is shrunk, {verify}",
+        ]
+
+
+def _readme(lists: dict[str, list[int]]) -> list[str]:
+    prune = command(
+        *("torchrun", "--nproc-per-node=1", "struct_prune.py", "--model_name_or_path", "MODEL"),
+        *("--prunable_modules", MODULES, "--pre_block_modules", "model.embed_tokens", "model.rotary_emb"),
+        *("--block_modules", "model.layers", "--calibration_data", "DATA"),
+        *("--mlp_prune_name", "down_proj", "--attn_prune_name", "o_proj"),
+        *(word for name, counts in lists.items() for word in (f"--{name}", *counts)),
+        *("--save_dir", "DATABASE"),
+    )
+    measure = command(
+        *("python", "lmeval.py", "--model", "hf", "--model_args", "pretrained=MODEL"),
+        *("--sparse_weights_path", "DATABASE", "--sparse_config_path", f"HERE/{LEVELS}", "--tasks", "TASKS"),
+    )
+    return [
+        "A plan as levels of DarwinLM (https://github.com/IST-DASLab/DarwinLM). In its folder, with this one as HERE:",
+        "",
+        f"  {prune}",
+        f"  {measure}",
+        "",
+        "metadata.pth is what the first command writes into DATABASE, too.",
+    ]

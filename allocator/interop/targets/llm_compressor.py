@@ -1,0 +1,109 @@
+"""LLM Compressor: a recipe of exact module names, and a script that runs it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from allocator.core.errors import UserError
+from allocator.interop.contract import Source, Target, command, copy_script, refuse_other_layers, write_verify
+from allocator.interop.targets.matrices import Matrix, share
+from allocator.model.live.load import shaped_model
+
+_MODIFIERS = {"sparsegpt": "SparseGPTModifier", "wanda": "WandaPruningModifier"}
+
+_COLUMNS = 128
+"""What SparseGPT solves at once; of each such part it removes a weight more than its share."""
+
+_TIES = 0.0005
+"""Share of a matrix that SparseGPT may remove beyond that, as it also removes what equals the last weight to go."""
+
+
+class LlmCompressor(Target):
+    """Writes ``recipe.yaml`` and ``run.py``.
+
+    A modifier gives out its list of sparsities in the order in which the model has its modules, whatever the order of
+    its targets, so that is the order of both.
+    """
+
+    name = "llm-compressor"
+    writes = "recipe.yaml, run.py"
+    patterns = ("unstructured", "n:m")
+
+    def check(self, source: Source) -> None:
+        """Raise unless LLM Compressor has the plan's pruner, and something to do."""
+        refuse_other_layers(self, source)
+        pruner = source.plan.pruner.get("name")
+        if pruner not in _MODIFIERS:
+            raise UserError(
+                f"export: llm-compressor prunes with {' or '.join(_MODIFIERS)}, and the plan is for {pruner}. "
+                "Use --to torchao, which zeroes by magnitude"
+            )
+        if not any(source.plan.allocation):
+            raise UserError("export: the plan removes nothing, and llm-compressor runs no empty recipe. Give another")
+
+    def write(self, source: Source, folder: Path) -> list[str]:
+        """Write them."""
+        pruner = source.plan.pruner
+        modifiers: dict[tuple[str, str], list[Matrix]] = defaultdict(list)
+        for matrix in _in_order(source):
+            # SparseGPT cannot take everything; Wanda can, and by which score does not matter then
+            name = _MODIFIERS["wanda" if matrix.kept == 0 else pruner["name"]]
+            modifiers[name, _structure(matrix)].append(matrix)
+        groups = {
+            f"pruning_{number}_modifiers": {name: _settings(name, structure, own, pruner.get("damping"))}
+            for number, ((name, structure), own) in enumerate(modifiers.items())
+        }
+        recipe = yaml.safe_dump({"pruning_stage": groups}, sort_keys=False)
+        (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
+        copy_script("llm_compressor/run.py", folder)
+        copy_script("calibration.py", folder)
+        tolerance = _tolerance(modifiers)
+        write_verify(folder, source, tolerance=tolerance)
+        run = command("python", "run.py", "MODEL", "TEXT", "OUT", *_calibration(source))
+        lines = [f"run: {run} && python verify.py OUT"]
+        if tolerance:
+            lines.append(f"SparseGPT rounds up: a matrix may have {tolerance:.4%} more zeros than planned")
+        return lines
+
+
+def _in_order(source: Source) -> list[Matrix]:
+    """Return the matrices that lose something, in the order of the model's modules."""
+    with torch.device("meta"):
+        model = shaped_model(source.files, source.layout, {}, torch.float32)
+    order = {name: number for number, (name, _) in enumerate(model.named_modules())}
+    return sorted((m for m in source.matrices if m.kept < m.size), key=lambda matrix: order[matrix.module])
+
+
+def _structure(matrix: Matrix) -> str:
+    """Return how many of how many weights go; ``0:0`` where they go freely."""
+    return "0:0" if matrix.group is None else f"{matrix.group[1] - matrix.group[0]}:{matrix.group[1]}"
+
+
+def _settings(modifier: str, structure: str, own: list[Matrix], damping: float | None) -> dict[str, Any]:
+    settings: dict[str, Any] = {"mask_structure": structure, "ignore": ["re:.*lm_head"]}
+    if modifier == _MODIFIERS["sparsegpt"]:
+        group = int(structure.split(":")[1]) or 1
+        settings["block_size"] = max(_COLUMNS // group, 1) * group
+        settings |= {} if damping is None else {"dampening_frac": damping}
+    return {
+        **settings,
+        "sparsity": [share(matrix.size - matrix.kept, matrix.size) for matrix in own],
+        "targets": [matrix.module for matrix in own],
+    }
+
+
+def _tolerance(modifiers: dict[tuple[str, str], list[Matrix]]) -> float:
+    """Return by which share of a matrix its zeros may differ from the plan's."""
+    free = modifiers.get((_MODIFIERS["sparsegpt"], "0:0"), [])
+    return max((max(_TIES, -(-m.shape[1] // _COLUMNS) / m.size) for m in free), default=0.0)
+
+
+def _calibration(source: Source) -> list[str]:
+    """Return arguments that have the runner calibrate on as many tokens as the plan's pruner did."""
+    tokens, length = source.plan.pruner.get("tokens"), source.plan.pruner.get("sequence_length")
+    return ["--samples", str(tokens // length), "--length", str(length)] if tokens and length else []

@@ -1,0 +1,154 @@
+"""Optuna: a search as a study, for its analyses and for optuna-dashboard."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from allocator.core.budget import Budget
+from allocator.core.costs import costs_of, scaled
+from allocator.core.front import figure
+from allocator.core.journal import Journal
+from allocator.core.plan import Plan
+from allocator.core.protocols import Outcome
+from allocator.core.space import SearchSpace
+from allocator.interop.contract import Source, command, write_lines
+from allocator.interop.targets.searches import SearchTarget, rounds, run_of
+from allocator.report import curves
+
+if TYPE_CHECKING:
+    from optuna.study import Study
+    from optuna.trial import FrozenTrial
+
+FILE = "study.log"
+
+_BEGIN = datetime(1970, 1, 1, tzinfo=timezone.utc)
+
+
+class Optuna(SearchTarget):
+    """Writes a study for each round of a search, with a trial for every evaluation, in Optuna's journal format.
+
+    What was measured on all tokens of the search split, and could be a member of the front, is complete, and has
+    values; the losses of all others cannot be compared with these, so that they are pruned trials with figures. What
+    could not be measured has failed. Bounds are constraints, so that the best trials are within them.
+
+    A run keeps seconds and no dates, so that trials come one after the other from 1970 on.
+    """
+
+    name = "optuna"
+    writes = "a study with every evaluation, as Optuna's journal"
+
+    def write(self, source: Source, folder: Path) -> list[str]:
+        """Write it."""
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        logs = _Logs()
+        storage = optuna.storages.JournalStorage(logs)  # type: ignore[arg-type]
+        lines = []
+        for name, journal in rounds(run_of(source)):
+            names = _objectives(journal)
+            study = optuna.create_study(storage=storage, study_name=name, directions=["minimize"] * len(names))
+            _name_metrics(study, names)
+            for key in ("model", "pattern", "asked", "method", "seed", "budget"):
+                study.set_user_attr(key, {**journal.header, "pattern": journal.space.pattern}[key])
+            study.add_trials(trials := [*_trials(journal, names, source.plan)])
+            lines.append(f"study {name!r}: {_counts(trials)}")
+        write_lines(folder / FILE, (json.dumps({**log, "worker_id": "allocator"}) for log in logs.kept))
+        dates = "a run keeps no dates: trials come one after the other from 1970 on"
+        return [*lines, dates, f"next: {command('optuna-dashboard', FILE)}"]
+
+
+class _Logs:
+    """A journal in memory: one write in the end, and no trace of the process that wrote it."""
+
+    def __init__(self) -> None:
+        self.kept: list[dict[str, Any]] = []
+
+    def read_logs(self, log_number_from: int) -> Iterable[dict[str, Any]]:
+        return self.kept[log_number_from:]
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        self.kept += logs
+
+
+def _name_metrics(study: Study, names: list[str]) -> None:
+    from optuna.exceptions import ExperimentalWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        study.set_metric_names(names)
+
+
+def _objectives(journal: Journal) -> list[str]:
+    return curves.objectives(journal) if "objectives" in journal.header else [journal.loss]
+
+
+def _trials(journal: Journal, names: Sequence[str], plan: Plan) -> Iterator[FrozenTrial]:
+    import optuna
+    from optuna.distributions import BaseDistribution
+    from optuna.trial import TrialState
+
+    space, begin, planned = journal.space, _BEGIN, (plan.space, plan.allocation)
+    complete = {outcome.request.key for outcome in curves.comparable(journal)}
+    members = {outcome.request.key: place for place, outcome in enumerate(curves.members(journal))}
+    bounds = [*Budget(**journal.header["budget"]).limits.items()]
+    distributions: dict[str, BaseDistribution] = {
+        unit.name: optuna.distributions.IntDistribution(0, unit.num_levels - 1) for unit in space.units
+    }
+    for number, batch in enumerate(journal.batches):
+        for outcome in batch:
+            key, allocation = outcome.request.key, outcome.request.allocation
+            state = TrialState.FAIL if outcome.failed else TrialState.PRUNED
+            end = begin + timedelta(seconds=outcome.wall_s)
+            yield optuna.trial.FrozenTrial(
+                number=-1,
+                trial_id=-1,
+                value=None,
+                values=[_figure(space, outcome, name) for name in names] if key in complete else None,
+                state=TrialState.COMPLETE if key in complete else state,
+                params={unit.name: level for unit, level in zip(space.units, allocation, strict=True)},
+                distributions=distributions,
+                user_attrs={
+                    **_attributes(space, outcome, number),
+                    **({"front": members[key]} if key in members else {}),
+                    **({"plan": True} if key in complete and (space, allocation) == planned else {}),
+                },
+                system_attrs={"constraints": [space.cost(allocation, cost) - limit for cost, limit in bounds]},
+                intermediate_values={},
+                datetime_start=begin,
+                datetime_complete=end,
+            )
+            begin = end
+
+
+def _figure(space: SearchSpace, outcome: Outcome, name: str) -> float:
+    found = figure(space, outcome, name)
+    return scaled(name, int(found)) if name in space.fixed else found
+
+
+def _attributes(space: SearchSpace, outcome: Outcome, batch: int) -> dict[str, Any]:
+    request = outcome.request
+    return {
+        "split": request.split,
+        "tokens": request.tokens,
+        "seconds": outcome.wall_s,
+        "batch": batch,
+        **({"training": request.training} if request.training else {}),
+        **({"blocks": request.blocks} if request.blocks else {}),
+        **outcome.measured,
+        **costs_of(space, request.allocation),
+        **({"failed": outcome.failed} if outcome.failed else {}),
+    }
+
+
+def _counts(trials: Sequence[FrozenTrial]) -> str:
+    states = [trial.state.name for trial in trials]
+    return (
+        f"{len(trials)} evaluations; {states.count('COMPLETE')} complete, on all tokens; {states.count('PRUNED')} "
+        f"pruned, which cannot be compared with these; {states.count('FAIL')} failed"
+    )

@@ -1,0 +1,118 @@
+"""Torch-Pruning: ratios by module name, and a script that resolves them and applies them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from allocator.core.errors import UserError
+from allocator.core.files import write_json
+from allocator.core.space import Unit
+from allocator.interop.contract import Source, Target, copy_script, write_verify
+from allocator.interop.targets.weights import in_keys_of_llama
+from allocator.model.family.sub_blocks import Site
+from allocator.model.live.write import write_modelling
+
+
+class TorchPruning(Target):
+    """Writes ``ratios.json``, whose keys are those of Torch-Pruning's arguments, and ``apply.py``."""
+
+    name = "torch-pruning"
+    writes = "ratios.json by module name, apply.py"
+    patterns = ("structured",)
+
+    def check(self, source: Source) -> None:
+        """Raise where the plan takes whole sub-blocks, adds biases, or takes KV groups of several query heads."""
+        if not in_keys_of_llama(source):
+            raise UserError(
+                f"export: torch-pruning is told of heads in the way of Llama-like models, and this is a "
+                f"{source.files.architecture}. Use --to ratios, or --to hf for the executed plan"
+            )
+        grouped = source.files.config["num_attention_heads"] != _kv_heads(source)
+        for unit, level in zip(source.plan.space.units, source.plan.allocation, strict=True):
+            if unit.kept[level] == 0:
+                raise UserError(
+                    f"export: torch-pruning cannot remove the whole of {unit.name}, as the plan does. Search with "
+                    "--set 'ladder.sparsities=[0.25, 0.5, 0.75]', which leaves something, or use --to hf"
+                )
+            if level and unit.kind == "kv_groups" and grouped:
+                raise UserError(
+                    f"export: torch-pruning removes query heads and no KV head, and the plan takes KV groups of "
+                    f"{unit.name}. Search with --set ladder.attention=query_heads, or use --to hf"
+                )
+        if source.plan.pruner.get("bias"):
+            raise UserError(
+                "export: torch-pruning adds no bias, and the plan has them for what is lost. "
+                "Search with --set pruner.bias=false, or use --to hf"
+            )
+
+    def write(self, source: Source, folder: Path) -> list[str]:
+        """Write them."""
+        write_json(folder / "ratios.json", _arguments(source))
+        copy_script("torch_pruning/apply.py", folder)
+        write_modelling(folder, source.files.architecture)
+        write_verify(folder, source)
+        return [
+            "ratios.json has ratios half an item below the plan's, as Torch-Pruning rounds up what it removes",
+            "the widths are the plan's; which channels and heads go, Torch-Pruning chooses by their norms, "
+            "and it refits nothing: train the result, or expect a higher loss",
+            "run: python apply.py MODEL OUT && python verify.py OUT",
+        ]
+
+
+def _arguments(source: Source) -> dict[str, Any]:
+    """Return arguments of Torch-Pruning's pruner with names for modules.
+
+    Query, key and value have a width ratio beside that of heads: without one Torch-Pruning leaves their heads too. Its
+    value does not matter, as the width of a head stays.
+    """
+    units = {
+        unit.name: (unit, level) for unit, level in zip(source.plan.space.units, source.plan.allocation, strict=True)
+    }
+    widths: dict[str, float] = {}
+    heads: dict[str, float] = {}
+    counts: dict[str, int] = {}
+    for site in source.layout.sites:
+        unit, level = units[site.name]
+        if level == 0:
+            continue
+        ratio = _ratio(unit, level)
+        modules = _narrowed(site, source)
+        widths |= dict.fromkeys(modules, ratio)
+        if site.part == "attention":
+            heads |= dict.fromkeys(modules, ratio)
+            counts |= {m: site.total if m in site.rows else _kv_heads(source) for m in modules}
+    return {
+        "pruning_ratio_dict": widths,
+        "head_pruning_ratio_dict": heads,
+        "num_heads": counts,
+        "ignored_layers": _ignored(source),
+    }
+
+
+def _ratio(unit: Unit, level: int) -> float:
+    """Return the share of a unit that goes, less half an item: Torch-Pruning rounds up what it removes."""
+    return (unit.total - unit.kept[level] - 0.5) / unit.total
+
+
+def _narrowed(site: Site, source: Source) -> list[str]:
+    """Return the matrices of a sub-block whose rows are its items, key and value of query heads included."""
+    return [m.module for m in source.matrices if m.unit == site.name and m.module != site.output]
+
+
+def _ignored(source: Source) -> list[str]:
+    """Return what keeps its width: the head, embeddings, output projections, and norms of queries and keys."""
+    inputs = {module for site in source.layout.sites for module in _narrowed(site, source)}
+    names = {
+        name.removesuffix(".weight"): shape for name, shape in source.files.shapes.items() if name.endswith(".weight")
+    }
+    matrices = [name for name, shape in names.items() if len(shape) == 2 and name not in inputs]
+    sites = source.layout.sites
+    vectors = [f"{name}.weight" for name, shape in names.items() if len(shape) == 1]
+    norms = [name for name in vectors if any(site.owns(name) for site in sites)]
+    return sorted({*matrices, *norms, source.layout.tail[-1]})
+
+
+def _kv_heads(source: Source) -> int:
+    config = source.files.config
+    return int(config.get("num_key_value_heads") or config["num_attention_heads"])

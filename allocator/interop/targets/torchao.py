@@ -1,0 +1,57 @@
+"""The list of sparsifiers that torch.ao.pruning and torchao share: what each weight loses, by its name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from allocator.core.files import write_json
+from allocator.interop.contract import Source, Target, copy_script, refuse_other_layers, write_verify
+from allocator.interop.targets.matrices import Matrix, share
+
+
+class TorchAo(Target):
+    """Writes ``sparsifier.json``, which either tool takes as it is, and a script that applies it.
+
+    An entry names every setting that a sparsifier has a default for: that of WeightNormSparsifier is blocks of four
+    weights that go together. Dense matrices have no entry.
+    """
+
+    name = "torchao"
+    writes = "sparsifier list for torch.ao.pruning and torchao, apply.py"
+    patterns = ("unstructured", "n:m")
+
+    def check(self, source: Source) -> None:
+        """Raise where matrices are not linear layers."""
+        refuse_other_layers(self, source)
+
+    def write(self, source: Source, folder: Path) -> list[str]:
+        """Write them."""
+        pruned = [matrix for matrix in source.matrices if matrix.kept < matrix.size]
+        write_json(folder / "sparsifier.json", [_entry(matrix) for matrix in pruned])
+        copy_script("torchao/apply.py", folder)
+        copy_script("calibration.py", folder)
+        write_verify(folder, source)
+        halves = all(matrix.group is None or matrix.group[0] * 2 == matrix.group[1] for matrix in pruned)
+        wanda = (
+            "by Wanda with --wanda TEXT"
+            if halves
+            else "not by Wanda: torchao's zeroes half of a group and no other share"
+        )
+        return [
+            f"the plan is for {source.plan.pruner.get('name')}; here weights go by magnitude, or {wanda}. "
+            "Those that stay are not refitted",
+            "run: python apply.py MODEL OUT && python verify.py OUT",
+        ]
+
+
+def _entry(matrix: Matrix) -> dict[str, Any]:
+    entry = {"tensor_fqn": f"{matrix.module}.weight"}
+    if matrix.group is None:
+        level = share(matrix.size - matrix.kept, matrix.size)
+        return {**entry, "sparsity_level": level, "sparse_block_shape": [1, 1], "zeros_per_block": 1}
+    kept, size = matrix.group
+    # level 1.0 is that of blocks: all of them lose zeros_per_block
+    grouped = {**entry, "sparsity_level": 1.0, "sparse_block_shape": [1, size], "zeros_per_block": size - kept}
+    # what torchao's Wanda reads in place of them, and has for halves alone
+    return {**grouped, "semi_structured_block_size": size} if kept * 2 == size else grouped

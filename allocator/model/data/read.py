@@ -1,0 +1,347 @@
+"""Reading what a model is shown: packed text, documents with labels, images, or images with text, split by name.
+
+An example counts as ``length`` tokens, whatever it is, so that every split and fidelity is a number of examples.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import transformers
+
+from allocator.core.errors import UserError
+from allocator.model.checkpoint.headers import ModelFiles
+from allocator.model.data.examples import LABELS, Examples
+from allocator.model.data.text import in_hash_order, json_line, pack, read_documents, split_of
+from allocator.model.live.load import load_tokenizer, raw_tokenizer
+
+_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+Report = Callable[[str], None]
+"""Hears what a user should know."""
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One example before it is made into numbers: its name, what it is of, and its label, as it is written."""
+
+    name: str
+    content: Any
+    label: str | None = None
+
+
+def read_shown(
+    path: Path | None, files: ModelFiles, wanted: Mapping[str, int], length: int, report: Report = lambda message: None
+) -> dict[str, np.ndarray | Examples]:
+    """Read what a model of its kind is shown.
+
+    Args:
+        path: Where it is. Text: see :func:`~allocator.model.data.text.read_documents`; a model that classifies text
+        takes
+            labels from the key ``label`` of a .jsonl file. Images: a folder of them, where names of the folders inside
+            are labels for a model that classifies, or an .npz file of ``pixel_values`` and perhaps ``labels``. Images
+            with text: a .jsonl file whose lines have ``image``, a path beside the file, and ``text``, or an .npz file
+            of ``pixel_values`` and ``input_ids``.
+        files: The model.
+        wanted: Tokens of each split, multiples of ``length``.
+        length: Tokens that an example has, or counts as.
+        report: Hears of examples that are left out.
+
+    Raises:
+        UserError: It is something else, is damaged, or a split holds too few examples.
+    """
+    kind = files.kind
+    if kind.reads == "text" and path is not None and path.suffix in (".npz", *_IMAGES):
+        raise UserError(f"text: {files.architecture} reads text, and {path} is none. Give text, or another model")
+    if kind.reads == "text" and kind.answers != "classes":
+        return {**read_tokens(path, files, dict(wanted), length)}
+    counts = {split: tokens // length for split, tokens in wanted.items()}
+    if kind.reads == "text":
+        return {**_read_labelled(path, files, counts, length, report)}
+    if path is None or not path.exists():
+        what = "a folder of images" if kind.reads == "images" else 'a .jsonl file whose lines have "image" and "text"'
+        found = "none is named" if path is None else f"{path} does not exist"
+        raise UserError(f"text: {files.architecture} reads {kind.words}, and {found}. Name {what}, or an .npz file")
+    if path.suffix == ".npz":
+        return {**_read_arrays(path, files, counts, length)}
+    if kind.reads == "images":
+        return {**_read_images(path, files, counts, length)}
+    return {**_read_pairs(path, files, counts, length)}
+
+
+def read_tokens(text: Path | None, files: ModelFiles, wanted: dict[str, int], length: int) -> dict[str, np.ndarray]:
+    """Read text, split it, and pack each split into sequences.
+
+    Args:
+        text: Where the text is; None for the Python standard library.
+        files: The model, whose tokenizer it is. If it has a token that classifies, every sequence begins with it,
+            unless the model generates.
+        wanted: Tokens of each split, multiples of ``length``; ``training`` reads the calibration split too.
+        length: Tokens per sequence.
+
+    Raises:
+        UserError: A split holds too few tokens.
+    """
+    documents = read_documents(text)
+    encode, separator = load_tokenizer(files.folder)
+    first = None if files.kind.generates else raw_tokenizer(files.folder).cls_token_id
+    tokens = {}
+    for split, count in wanted.items():
+        source = "calibration" if split == "training" else split
+        own = [document for document in documents if split_of(document.name) == source]
+        try:
+            packed = pack(own, encode, count // length, length - (first is not None), separator)
+        except ValueError as error:
+            raise UserError(f"{split} split: {error}") from None
+        tokens[split] = packed if first is None else np.pad(packed, ((0, 0), (1, 0)), constant_values=first)
+    return tokens
+
+
+def _read_labelled(
+    path: Path | None, files: ModelFiles, counts: Mapping[str, int], length: int, report: Report
+) -> dict[str, Examples]:
+    """Return documents as one sequence each, with their labels where they have some. Shorter ones are left out."""
+    labels = _labels_in(path) if path is not None and path.is_file() and path.suffix == ".jsonl" else {}
+    items = [Item(each.name, each.text, labels.get(each.name)) for each in read_documents(path)]
+    tokenizer = raw_tokenizer(files.folder)
+    short = 0
+    long: list[Item] = []
+    for item in items:
+        ids = tokenizer(item.content, truncation=True, max_length=length, verbose=False)["input_ids"]
+        short += len(ids) < length
+        if len(ids) == length:
+            long.append(Item(item.name, ids, item.label))
+    if short:
+        report(
+            f"notice: {short} of {len(items)} documents are shorter than {length} tokens and left out. "
+            "A smaller tokens.sequence_length takes more of them"
+        )
+    numbered = _numbered(long, files, path)
+    return _made(numbered, counts, length, path, lambda own: {"input_ids": np.array([i.content for i in own])})
+
+
+def _labels_in(path: Path) -> dict[str, str]:
+    """Return the label, as it is written, of every document of a .jsonl file that has one."""
+    labels = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        record = _record(path, number, line)
+        if record is not None and record.get("label") is not None:
+            labels[f"{path.name}#{number}"] = str(record["label"])
+    return labels
+
+
+def _read_images(folder: Path, files: ModelFiles, counts: Mapping[str, int], length: int) -> dict[str, Examples]:
+    paths = [path for path in folder.rglob("*") if path.suffix.lower() in _IMAGES] if folder.is_dir() else []
+    if not paths:
+        raise UserError(
+            f"text: {files.architecture} reads images, and {folder} holds none ({', '.join(_IMAGES)}). "
+            "Name a folder of images, or an .npz file of pixel_values"
+        )
+    items = []
+    for path in paths:
+        place = path.relative_to(folder)
+        label = place.parts[0] if files.kind.answers == "classes" and len(place.parts) > 1 else None
+        items.append(Item(place.as_posix(), path, label))
+    prepare = _processor(files)
+    return _made(
+        _numbered(items, files, folder),
+        counts,
+        length,
+        folder,
+        lambda own: {"pixel_values": _pixels([item.content for item in own], prepare, files)},
+    )
+
+
+def _read_pairs(path: Path, files: ModelFiles, counts: Mapping[str, int], length: int) -> dict[str, Examples]:
+    if path.suffix != ".jsonl":
+        raise UserError(
+            f'text: {files.architecture} reads images with text, and {path} is no .jsonl file. Write lines {{"image": '
+            '"a.jpg", "text": "..."}, with paths beside the file, or give an .npz file'
+        )
+    items = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        record = _record(path, number, line)
+        if record is None:
+            continue
+        image, text = record.get("image"), record.get("text")
+        if type(image) is not str or type(text) is not str:
+            raise UserError(
+                f'text: {path}, line {number} has not the keys "image" and "text" with strings (found {sorted(record)})'
+            )
+        if not (path.parent / image).is_file():
+            raise UserError(f"text: {path}, line {number}: {path.parent / image} does not exist. Paths are beside it")
+        items.append(Item(f"{path.name}#{number}", (path.parent / image, text)))
+    prepare, tokenizer = _processor(files), raw_tokenizer(files.folder)
+    longest = int(files.settings["text_config"]["max_position_embeddings"])
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"model: {files.folder}: the tokenizer has no token for padding, which texts of pairs need")
+
+    def make(own: Sequence[Item]) -> dict[str, np.ndarray]:
+        # padding comes last and is not masked: texts are read causally, or the model was trained so
+        texts = [item.content[1] for item in own]
+        ids = tokenizer(texts, padding="max_length", truncation=True, max_length=longest)["input_ids"]
+        return {
+            "input_ids": np.array(ids, dtype=np.int64),
+            "pixel_values": _pixels([item.content[0] for item in own], prepare, files),
+        }
+
+    return _made([(item, None) for item in items], counts, length, path, make)
+
+
+def _read_arrays(path: Path, files: ModelFiles, counts: Mapping[str, int], length: int) -> dict[str, Examples]:
+    """Return the rows of an .npz file."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"text: {path}: not a readable .npz file ({error}). Write it with numpy.savez") from None
+    needed = ["pixel_values"] if files.kind.reads == "images" else ["input_ids", "pixel_values"]
+    if missing := [name for name in needed if name not in arrays]:
+        raise UserError(
+            f"text: {path} has no array {missing[0]}, found {sorted(arrays)}. {files.architecture} needs it"
+        )
+    labelled = LABELS in arrays and files.kind.answers == "classes"
+    names = [*needed, *([LABELS] if labelled else [])]
+    rows = {name: len(arrays[name]) for name in names}
+    if len(set(rows.values())) > 1:
+        raise UserError(f"text: {path}: arrays have different numbers of rows, {rows}")
+    pixels = arrays["pixel_values"].astype(np.float32)
+    _check_pixels(pixels, files, path)
+    if "input_ids" in names:
+        _check_ids(arrays["input_ids"], files, path)
+    items = [
+        Item(f"row#{number}", number, str(arrays[LABELS][number]) if labelled else None)
+        for number in range(len(pixels))
+    ]
+
+    def make(own: Sequence[Item]) -> dict[str, np.ndarray]:
+        chosen = [item.content for item in own]
+        ids = {"input_ids": arrays["input_ids"][chosen].astype(np.int64)} if "input_ids" in names else {}
+        return {**ids, "pixel_values": pixels[chosen]}
+
+    return _made(_numbered(items, files, path), counts, length, path, make)
+
+
+def _made(
+    items: Sequence[tuple[Item, int | None]],
+    counts: Mapping[str, int],
+    length: int,
+    path: Path | None,
+    make: Callable[[Sequence[Item]], dict[str, np.ndarray]],
+) -> dict[str, Examples]:
+    """Return as many examples of every split as it wants, in the order of the hash of their names."""
+    known = {item.name: number for item, number in items}
+    ordered = in_hash_order([item for item, _ in items])
+    made = {}
+    for split, count in counts.items():
+        own = [item for item in ordered if split_of(item.name) == split][:count]
+        if len(own) < count:
+            raise UserError(
+                f"{split} split: text: {count} examples are needed, {path} holds {len(own)}; give more, or ask for "
+                f"fewer, with --set tokens.calibration=N (or selection, or test), or, for the search split, its "
+                f"method's tokens. An example counts as tokens.sequence_length={length}"
+            )
+        arrays = make(own)
+        labels = [known[item.name] for item in own]
+        if all(label is not None for label in labels):
+            arrays[LABELS] = np.array(labels, dtype=np.int64)
+        made[split] = Examples(arrays, length)
+    return made
+
+
+def _numbered(items: Sequence[Item], files: ModelFiles, path: Path | None) -> list[tuple[Item, int | None]]:
+    """Return items with the numbers of their labels, for a model that classifies.
+
+    Raises:
+        UserError: A label is no class of the model, or some items have none.
+    """
+    if files.kind.answers != "classes" or all(item.label is None for item in items):
+        return [(item, None) for item in items]
+    classes = {str(name): int(number) for name, number in (files.settings.get("label2id") or {}).items()}
+    numbers = {str(number): number for number in range(max([*classes.values(), -1]) + 1)}
+    found: list[tuple[Item, int | None]] = []
+    for item in items:
+        label = item.label
+        if label is None:
+            raise UserError(f"text: {path}: {item.name} has no label, and others have. Give all of them one, or none")
+        number = classes.get(label, numbers.get(label))
+        if number is None:
+            some = ", ".join(list(classes)[:12])
+            raise UserError(
+                f"text: {path}: {item.name} has the label {label!r}, which is no class of {files.architecture}. "
+                f"It has {len(classes)}: {some}"
+            )
+        found.append((item, number))
+    return found
+
+
+def _record(path: Path, number: int, line: str) -> dict[str, Any] | None:
+    """Return what a line of a .jsonl file holds; None for an empty one."""
+    if not line.strip():
+        return None
+    record = json_line(path, number, line)
+    if not isinstance(record, dict):
+        raise UserError(f"text: {path}, line {number} is no JSON object; put one on each line")
+    return record
+
+
+def _processor(files: ModelFiles) -> Callable[[list[Any]], np.ndarray]:
+    """Return what makes pixels of images, as the model's preprocessor_config.json says."""
+    try:
+        processor: Any = transformers.AutoImageProcessor.from_pretrained(
+            files.folder, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"model: {files.folder}: images cannot be prepared: {reason} Copy preprocessor_config.json, and install "
+            "Pillow; or give an .npz file of pixel_values"
+        ) from None
+    return lambda images: np.asarray(processor(images=images, return_tensors="np")["pixel_values"], dtype=np.float32)
+
+
+def _pixels(paths: Sequence[Path], prepare: Callable[[list[Any]], np.ndarray], files: ModelFiles) -> np.ndarray:
+    from PIL import Image, UnidentifiedImageError
+
+    rows = []
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                rows.append(prepare([image.convert("RGB")]))
+        except (UnidentifiedImageError, OSError) as error:
+            raise UserError(f"text: {path}: not a readable image ({error}). Copy it again, or remove it") from None
+    pixels = np.concatenate(rows)
+    _check_pixels(pixels, files, files.folder / "preprocessor_config.json")
+    return pixels
+
+
+def _check_pixels(pixels: np.ndarray, files: ModelFiles, path: Path) -> None:
+    vision = {**files.settings, **(files.settings.get("vision_config") or {})}
+    channels, side = vision.get("num_channels", 3), vision["image_size"]
+    expected = (channels, *(side if isinstance(side, (list, tuple)) else (side, side)))
+    if pixels.ndim == 4 and pixels.shape[1] == channels and str(vision["model_type"]).startswith("dinov2"):
+        return  # any size: positions are interpolated
+    if pixels.shape[1:] != expected:
+        raise UserError(
+            f"text: {path} gives pixels of shape {list(pixels.shape[1:])} for each image, and "
+            f"{files.architecture} sees {list(expected)}. Make them so"
+        )
+    if not np.isfinite(pixels).all():
+        raise UserError(f"text: {path} gives pixels that are not finite")
+
+
+def _check_ids(ids: np.ndarray, files: ModelFiles, path: Path) -> None:
+    text = files.settings["text_config"]
+    longest, size = int(text["max_position_embeddings"]), int(text["vocab_size"])
+    if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or ids.shape[1] > longest:
+        raise UserError(
+            f"text: {path}: input_ids are {ids.dtype} of shape {list(ids.shape)}, and {files.architecture} reads "
+            f"integers of shape [N, {longest}] at most"
+        )
+    if ids.size and (ids.min() < 0 or ids.max() >= size):
+        raise UserError(f"text: {path}: input_ids lie in [{ids.min()}, {ids.max()}], and the vocabulary has {size}")

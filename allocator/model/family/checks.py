@@ -1,0 +1,232 @@
+"""What must hold between a family file and a model before anything is pruned by it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any, NoReturn
+
+from allocator.core.errors import UserError
+from allocator.model.checkpoint.headers import ModelFiles
+
+_DEPTH = re.compile(r"^(n|num)_((hidden|encoder|decoder)_)?layers?$|^(en|de)coder_layers$")
+
+
+def check_depth(blocks: str, numbers: Sequence[int], files: ModelFiles) -> None:
+    """Check that a model has blocks of a name, all of them, and each with weights of its own.
+
+    Raises:
+        UserError: There are none, numbers are left out, or the configuration says another number of layers.
+    """
+    if not numbers:
+        there = numbered(files)
+        hint = "" if there is None else f", whose numbered modules are {there}"
+        raise UserError(
+            f"family: blocks {blocks!r} matches no module of {files.architecture}{hint}. Name its blocks "
+            "with {block} in place of the number"
+        )
+    gap = next((number for number in range(numbers[-1]) if number not in numbers), None)
+    if gap is not None:
+        raise UserError(
+            f"family: blocks {blocks!r} matches {len(numbers)} blocks of {files.architecture} up to number "
+            f"{numbers[-1]}, and number {gap} is not there. Copy the model again, or correct the line"
+        )
+    stated = sorted({*_depths(files.config)})
+    if stated and len(numbers) not in stated:
+        raise UserError(
+            f"family: blocks {blocks!r} matches {len(numbers)} blocks of {files.architecture}, and config.json says "
+            f"{' or '.join(map(str, stated))} layers. Copy the model again, or correct the line; layers that share "
+            "their weights cannot be pruned"
+        )
+
+
+def _depths(config: Mapping[str, Any]) -> Iterator[int]:
+    """Yield every number of layers that a configuration states."""
+    for key, value in config.items():
+        if isinstance(value, int) and _DEPTH.match(key):
+            yield value
+        elif isinstance(value, Mapping):
+            yield from _depths(value)
+
+
+def numbered(files: ModelFiles) -> str | None:
+    """Return how most of the numbered modules are called, with ``{block}`` for the number; None where none has one."""
+    found = Counter(match[1] for name in files.shapes if (match := re.match(r"^(.*?\.)\d+\.", name)))
+    return f"{found.most_common(1)[0][0]}{{block}}" if found else None
+
+
+def check_skipped(skipped: Mapping[str, str], tail: Sequence[str], owned: Collection[str], files: ModelFiles) -> None:
+    """Check that every matrix is in a unit or under ``skip``, and in one of them.
+
+    A line of ``skip`` may name nothing, for a family serves models with and without it. One that was meant for a matrix
+    leaves that uncovered, and is named with it.
+
+    Args:
+        skipped: Modules by name, and the line of ``skip`` for each.
+        tail: Modules that follow the blocks.
+        owned: Matrices of units.
+        files: The model.
+
+    Raises:
+        UserError: One is in neither, or in both.
+    """
+    for module in sorted(owned):
+        other = "skip" if module in skipped else "tail" if module in tail else None
+        if other is not None:
+            raise UserError(
+                f"family: {module} is in a unit and under {other!r}, and is pruned or stays. Take it out of one of them"
+            )
+    there = {name.removesuffix(".weight"): shape for name, shape in files.shapes.items()}
+    idle = [line for module, line in skipped.items() if module not in there]
+    for module, shape in there.items():
+        if len(shape) >= 2 and module not in owned and module not in skipped:
+            near = get_close_matches(_numberless(module), idle, n=1) if idle else []
+            hint = f". 'skip' names {near[0]!r}, which is not there: correct it" if near else ""
+            raise UserError(
+                f"family: matrix {module} {list(shape)} of {files.architecture} is in no unit{hint}. "
+                "Name it in a unit, or list it under 'skip'"
+            )
+
+
+def check_heads(inputs: Sequence[str], output: str, fused: bool, files: ModelFiles) -> None:
+    """Check that heads divide the matrices of attention: queries, keys and values, in this order, and the output.
+
+    Raises:
+        UserError: They do not.
+    """
+    heads = num_heads(files)
+    rows = {module: files.shapes[f"{module}.weight"][0] for module in inputs}
+    columns = files.shapes[f"{output}.weight"][1]
+    if columns % heads:
+        _refuse(output, f"{columns} columns, which {heads} query heads do not divide")
+    width = columns // heads
+    if fused:
+        rest = rows[inputs[0]] - columns
+        if rest <= 0 or rest % (2 * width):
+            _refuse(
+                inputs[0],
+                f"{rows[inputs[0]]} rows, which are not {heads} heads of {width} queries and as many keys as values",
+            )
+        groups = rest // (2 * width)
+    else:
+        # models from before grouped queries name query heads alone
+        groups = int(files.config.get("num_key_value_heads") or heads)
+        query, key, value = inputs
+        if groups < 1:
+            raise UserError(f"family: num_key_value_heads of config.json is {groups}. Correct it")
+        for module, count, kind in (
+            (query, heads, "query heads"),
+            (key, groups, "kv_groups"),
+            (value, groups, "kv_groups"),
+        ):
+            if rows[module] % count:
+                _refuse(module, f"{rows[module]} rows, which {count} {kind} do not divide")
+        if rows[query] * groups != rows[key] * heads:
+            _refuse(
+                key,
+                f"{rows[key]} rows for {groups} KV groups, and {query} {rows[query]} for {heads} query heads, so that "
+                "their heads differ in width",
+            )
+        if rows[value] * heads != columns * groups:
+            _refuse(
+                value,
+                f"{rows[value]} rows for {groups} KV groups, and {output} {columns} columns for {heads} query heads, "
+                "so that their heads differ in width",
+            )
+    if heads % groups:
+        _refuse(inputs[0], f"{heads} query heads, which {groups} kv_groups do not divide")
+
+
+def _refuse(module: str, found: str) -> NoReturn:
+    raise UserError(
+        f"family: {module} has {found}. Correct the counts of heads in config.json, or the names in the family file"
+    )
+
+
+def num_heads(files: ModelFiles) -> int:
+    """Return the query heads of a layer.
+
+    Raises:
+        UserError: The configuration does not say.
+    """
+    for key in ("num_attention_heads", "n_head", "n_heads"):
+        heads = files.config.get(key)
+        if isinstance(heads, int) and heads > 0:
+            return heads
+    raise UserError(
+        f"model: config.json of {files.architecture} does not say how many query heads a layer has "
+        f"(num_attention_heads: {files.config.get('num_attention_heads')}). Add it, or save the model again"
+    )
+
+
+def check_biases(owned: Collection[str], files: ModelFiles) -> None:
+    """Check that a bias is as long as its matrix has rows, and that of a unit is there in every block or in none.
+
+    Raises:
+        UserError: One is not.
+    """
+    remedy = "Copy the model again, or save it again with save_pretrained"
+    first: dict[str, str] = {}
+    for name, shape in files.shapes.items():
+        module = name.removesuffix(".weight")
+        if module == name or len(shape) != 2:
+            continue
+        bias = files.shapes.get(f"{module}.bias")
+        if bias not in (None, shape[:1]):
+            raise UserError(
+                f"model: {module}.bias has the shape {list(bias or ())}, and {name} has {shape[0]} rows. {remedy}"
+            )
+        other = first.setdefault(_numberless(module), module) if module in owned else module
+        if (f"{other}.bias" in files.shapes) != (bias is not None):
+            there, absent = (module, other) if bias is not None else (other, module)
+            raise UserError(f"model: {files.folder}: {there}.bias is there and {absent}.bias is not. {remedy}")
+
+
+def _numberless(module: str) -> str:
+    return re.sub(r"\.\d+\.", ".{block}.", module)
+
+
+def check_vectors(
+    name: str,
+    lost: Collection[int],
+    inputs: Collection[str],
+    output: str,
+    skipped: Collection[str],
+    own: Mapping[str, tuple[int, ...]],
+    files: ModelFiles,
+) -> None:
+    """Check that no vector beside the matrices of a sub-block would have to lose what they lose.
+
+    A norm of hidden channels or of all heads would, and nothing says so. One of the hidden size may be as long by
+    chance: it belongs to what the sub-block adds where it lies with the output projection, apart from the inputs, and
+    any that stays can be listed under ``skip``.
+
+    Args:
+        name: The sub-block.
+        lost: Lengths of what it loses a part of.
+        inputs: Matrices whose rows it loses.
+        output: The matrix whose columns it loses.
+        skipped: Modules that stay.
+        own: Shapes of the sub-block's tensors.
+        files: The model.
+
+    Raises:
+        UserError: One would.
+    """
+    hidden = files.shapes[f"{output}.weight"][0]
+    for key, shape in own.items():
+        if len(shape) != 1 or shape[0] not in lost:
+            continue
+        module = key.rpartition(".")[0]
+        if key == f"{module}.bias" and len(files.shapes.get(f"{module}.weight", ())) == 2:
+            continue
+        home = f"{module.rpartition('.')[0]}."
+        beside_output = output.startswith(home) and not any(each.startswith(home) for each in inputs)
+        if module not in skipped and not (shape[0] == hidden and beside_output):
+            raise UserError(
+                f"family: {key} of {files.architecture} has {shape[0]} values, as many as {name} has of what it loses, "
+                "and no line says that it loses them too. Such a model cannot be pruned; if the vector has nothing to "
+                "do with what goes, list its module under 'skip', with {block} for the number"
+            )

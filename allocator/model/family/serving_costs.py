@@ -1,0 +1,305 @@
+"""What a model costs to serve: multiply-accumulates, bytes of weights and of the KV cache, and looked-up times.
+
+For one workload: a batch of prompts, and how many tokens are generated after each. Per layer and kept item, with n the
+tokens of the prompt and c = n + generated those of the whole context:
+
+    prefill_macs  batch * n * (matrices + n * (query rows + value columns))   stock attention computes all n * n scores
+    decode_macs   batch * (matrices + c * (query rows + value columns))       of the last token, the dearest
+    kv_bytes      batch * c * (key rows + value rows) * bytes per number
+    weight_bytes  parameters * bytes per number
+
+The head runs on the last token of every prompt only, as generation does; other matrices around the blocks run on all.
+A layer with a sliding window of w keeps w - 1 tokens. Latent attention caches what keys and values are made of, and
+makes them again at every step. Attention that is removed holds its place in the cache with one number for keys and one
+for values. Of experts a token passes as many as its router picks, whichever stay; a router is taken to use the channels
+of all alike. Masked weights are stored and computed as others are: of all these, single weights and N:M change none.
+
+Models that do not generate have no decode_macs and kv_bytes, and logits of every token where they have some. An image
+is as many tokens as the model has positions for, and so is the text beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+from allocator.core.errors import UserError
+from allocator.core.latency import LatencyTable
+from allocator.core.space import Cost, SearchSpace, Unit
+from allocator.model.checkpoint.headers import ModelFiles
+from allocator.model.checkpoint.kinds import Kind
+from allocator.model.family.layout import Layout, hidden_size, staying, whole
+from allocator.model.family.sub_blocks import Site
+
+GENERATING: tuple[Cost, ...] = ("decode_macs", "kv_bytes", "decode_ms", "latency_ms")
+"""Costs that models have that generate."""
+
+_BYTES = {
+    **dict.fromkeys(("F64", "I64", "U64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "BOOL"), 1),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What is served at once.
+
+    Attributes:
+        batch: Sequences.
+        prompt: Tokens of each that are there before.
+        generate: Tokens that are generated after them.
+    """
+
+    batch: int
+    prompt: int
+    generate: int
+
+    def __str__(self) -> str:
+        return f"batch {self.batch}, {self.prompt} tokens and {self.generate} generated"
+
+    @property
+    def context(self) -> int:
+        """Tokens of each sequence in the end."""
+        return self.prompt + self.generate
+
+
+def served(
+    space: SearchSpace, layout: Layout, files: ModelFiles, work: Workload, table: LatencyTable | None = None
+) -> SearchSpace:
+    """Return a space with the costs of serving, and with times where there is a table of them.
+
+    Raises:
+        UserError: The table is for other shapes or another workload.
+    """
+    if table is not None:
+        check_timed(layout)
+        _check(table, files, layout, work)
+    works = [_work_of(site, layout, files, work) for site in layout.sites]
+    serving = {s.name: _Serving(s, files, own, table, layout.kind) for s, own in zip(layout.sites, works, strict=True)}
+    if space.pattern == "structured":
+        others = [serving[unit.name].costs(unit) for unit in space.units]
+        beside: dict[Cost, int] = dict.fromkeys(others[0], 0)
+    else:  # what masks leave is computed and stored as before
+        dense = [serving[site.name].dense() for site in layout.sites]
+        nothing = dict.fromkeys(dense[0], 0)
+        by_block = {site.block: own for site, own in zip(layout.sites, works, strict=True)}
+        others = [
+            {
+                cost: (value,) * unit.num_levels
+                for cost, value in {**nothing, **_masked(unit, files, by_block[unit.block])}.items()
+                if cost in nothing
+            }
+            for unit in space.units
+        ]
+        beside = {cost: sum(each[cost] for each in dense) for cost in dense[0]}
+    bytes_ = sum(prod(shape) * width_of(files, name) for name, shape in files.shapes.items())
+    fixed: dict[Cost, int] = {**space.fixed, **beside}
+    if layout.kind.generates:
+        for cost in ("prefill_macs", "decode_macs"):
+            fixed[cost] += work.batch * space.fixed["macs"]
+        around = sum(prod(files.shapes[f"{module}.weight"]) for module in whole(layout, files, space.pattern))
+        fixed["prefill_macs"] += work.batch * (work.prompt - 1) * around
+    else:
+        fixed["prefill_macs"] += work.batch * work.prompt * space.fixed["macs"]
+    fixed["weight_bytes"] = bytes_ - sum(each["weight_bytes"][0] for each in others)
+    if table is not None:
+        fixed["prefill_ms"] += table.fixed.prefill_ns
+        fixed["decode_ms"] += table.fixed.decode_ns
+        fixed["latency_ms"] += table.fixed.prefill_ns + work.generate * table.fixed.decode_ns
+    units = tuple(replace(unit, others=each) for unit, each in zip(space.units, others, strict=True))
+    return replace(space, units=units, fixed=fixed)
+
+
+def shape_of(site: Site, files: ModelFiles) -> str:
+    """Return what two sub-blocks have in common that take the same time: kind, items, and the rows that one item owns.
+
+    Such as ``channels of 704: 1+1 in, 1 out, hidden 192``.
+    """
+    rows = "+".join(str(own.rows) for own in site.inputs)
+    staying = "".join(f", {rows} rows stay" for rows in [_staying_rows(site, files)] if rows)
+    window = _window(files.config, site.block) if site.part == "attention" else None
+    seen = "" if window is None else f", window {window}"
+    hidden = files.shapes[f"{site.modules[-1]}.weight"][0]
+    if site.experts:
+        channels = files.shapes[f"{site.modules[-1]}.weight"][1]
+        return f"{site.kind} of {site.total}, {site.used * site.total} picked: {channels} channels, hidden {hidden}"
+    return f"{site.kind} of {site.total}: {rows} in, {site.width} out, hidden {hidden}{staying}{seen}"
+
+
+def check_timed(layout: Layout) -> None:
+    """Check that every sub-block takes a time of its own.
+
+    Raises:
+        UserError: Single experts are sub-blocks, whose times are a matter of which tokens reach them.
+    """
+    if {mixture.name for mixture in layout.mixtures} - {site.name for site in layout.sites}:
+        raise UserError(
+            "workload.latency: how long an expert takes depends on which tokens reach it, and no table has that. "
+            "Use --set ladder.experts=whole, or a bound on params, macs or weight_bytes"
+        )
+
+
+class _Serving:
+    """What one sub-block costs to serve."""
+
+    def __init__(self, site: Site, files: ModelFiles, work: Workload, table: LatencyTable | None, kind: Kind) -> None:
+        self._site, self._files, self._work, self._table, self._kind = site, files, work, table, kind
+        self._bytes = width_of(files, f"{site.modules[-1]}.weight")
+
+    def costs(self, unit: Unit) -> dict[Cost, tuple[int, ...]]:
+        """Return the costs of every level."""
+        site, work = self._site, self._work
+        scores = self._score_macs
+        prefill = work.batch * work.prompt * work.prompt * scores
+        seen = self._seen(work.context)
+        decode = work.batch * (seen * scores + (seen - 1) * self._expanded_macs)
+        levels = range(unit.num_levels)
+        found: dict[Cost, tuple[int, ...]] = {
+            "prefill_macs": tuple(work.batch * work.prompt * unit.macs[lv] + prefill * unit.kept[lv] for lv in levels),
+            "decode_macs": tuple(work.batch * unit.macs[lv] + decode * unit.kept[lv] for lv in levels),
+            "weight_bytes": tuple(count * self._item_bytes for count in unit.kept)
+            if site.experts
+            else tuple(self._bytes * count for count in unit.params),
+            "kv_bytes": tuple(self._kv_bytes(count) for count in unit.kept),
+        }
+        if not self._kind.generates:
+            return {cost: ladder for cost, ladder in found.items() if cost not in GENERATING}
+        if self._table is not None:
+            first, next_ = self._table.ladder(shape_of(site, self._files), unit.kept)
+            whole = tuple(a + work.generate * b for a, b in zip(first, next_, strict=True))
+            found |= {"prefill_ms": first, "decode_ms": next_, "latency_ms": whole}
+        return found
+
+    def dense(self) -> dict[Cost, int]:
+        """Return what attention costs beside its matrices, and the time of the whole, when nothing is removed."""
+        site, work = self._site, self._work
+        macs = work.batch * site.total * self._score_macs
+        seen = self._seen(work.context)
+        expanded = work.batch * site.total * (seen - 1) * self._expanded_macs
+        found = {
+            "prefill_macs": macs * work.prompt * work.prompt,
+            "decode_macs": macs * seen + expanded,
+            "weight_bytes": 0,
+            "kv_bytes": self._kv_bytes(site.total),
+        }
+        if not self._kind.generates:
+            return {cost: value for cost, value in found.items() if cost not in GENERATING}
+        if self._table is not None:
+            ((first,), (next_,)) = self._table.ladder(shape_of(site, self._files), (site.total,))
+            found |= {"prefill_ms": first, "decode_ms": next_, "latency_ms": first + work.generate * next_}
+        return found
+
+    @property
+    def _score_macs(self) -> int:
+        """For each item, query position and key position: its scores, and the mix of its values."""
+        if self._site.part != "attention":
+            return 0
+        # queries are as wide as what they mix, unless keys and values are made of one matrix of their own
+        queries = self._site.inputs[0].rows if self._site.cached else self._site.width
+        return queries + self._site.width
+
+    @property
+    def _item_bytes(self) -> int:
+        """Of a whole expert, whose share of the router may be of another type than its matrices."""
+        shapes = self._files.shapes
+        owned = (name for name in shapes if self._site.owns(name))
+        return sum(prod(shapes[name]) * width_of(self._files, name) for name in owned) // self._site.total
+
+    @property
+    def _expanded_macs(self) -> int:
+        """For each item, what it takes to make its key and value of what is cached of one token."""
+        if self._site.cached is None:
+            return 0
+        shapes = self._files.shapes
+        return sum(own.rows * shapes[f"{own.module}.weight"][1] for own in self._site.inputs[1:])
+
+    def _kv_bytes(self, kept: int) -> int:
+        site, work = self._site, self._work
+        if site.part != "attention":
+            return 0
+        rows = (sum(site.rows.values()) - site.width) * kept or _staying_rows(site, self._files)
+        if site.cached is not None:
+            rows = self._files.shapes[f"{site.cached}.weight"][0]
+        rows = rows if kept else 2  # what holds the place
+        return work.batch * self._held(work.context) * self._bytes * rows
+
+    def _held(self, context: int) -> int:
+        window = _window(self._files.config, self._site.block)
+        return context if window is None else min(context, window - 1)
+
+    def _seen(self, context: int) -> int:
+        """Keys that the last token of a context attends to, its own among them."""
+        return min(context, self._held(context) + 1)
+
+
+def _work_of(site: Site, layout: Layout, files: ModelFiles, work: Workload) -> Workload:
+    """Return what a sub-block reads of a workload: all of it, or as many tokens as its tower has positions for."""
+    if layout.kind.reads == "text":
+        return work
+    tower = layout.blocks[site.block].partition(".")[0] if layout.towers else ""
+    positions = [
+        shape[-2] for name, shape in files.shapes.items() if "position_embedding" in name and name.startswith(tower)
+    ]
+    return replace(work, prompt=positions[0] if positions else work.prompt)
+
+
+def _masked(unit: Unit, files: ModelFiles, work: Workload) -> dict[Cost, int]:
+    """Return what a matrix costs at any level."""
+    return {
+        "prefill_macs": work.batch * work.prompt * unit.macs[0],
+        "decode_macs": work.batch * unit.macs[0],
+        "weight_bytes": unit.total * width_of(files, f"{unit.name}.weight"),
+    }
+
+
+def _check(table: LatencyTable, files: ModelFiles, layout: Layout, work: Workload) -> None:
+    """Check that a table was made for a workload and for a model of this size."""
+    settings = table.settings
+    measured = Workload(settings.batch, settings.prompt, settings.generate)
+    if measured != work:
+        raise UserError(
+            f"workload.latency: the table is for {measured}, and the run asks for {work}. Make one for this workload "
+            "with 'allocator latency', or set workload.batch, workload.prompt and workload.generate as in the table"
+        )
+    if table.model != (own := size_of(files, layout)):
+        raise UserError(
+            f"workload.latency: the table is for a model of {table.model}, and this one has {own}. "
+            "Make one of this model with 'allocator latency'"
+        )
+
+
+def size_of(files: ModelFiles, layout: Layout) -> dict[str, int]:
+    """Return what the time beside sub-blocks depends on."""
+    return {
+        "hidden": hidden_size(layout, files),
+        "vocabulary": int(files.config["vocab_size"]),
+        "blocks": len(layout.blocks),
+    }
+
+
+def width_of(files: ModelFiles, name: str) -> int:
+    """Return the bytes of one number of a tensor."""
+    kind = files.dtypes[name]
+    if kind not in _BYTES:
+        raise UserError(f"model: {files.folder}: {name} is of type {kind}, whose size is not known. Convert it to BF16")
+    return _BYTES[kind]
+
+
+def _staying_rows(site: Site, files: ModelFiles) -> int:
+    """Return the rows of matrices that stay as long as any item does."""
+    return sum(files.shapes[f"{module}.weight"][0] for module in staying(site, files))
+
+
+def _window(config: Mapping[str, Any], block: int) -> int | None:
+    """Return how many tokens a layer sees, where it does not see all."""
+    window = config.get("sliding_window")
+    if window is None or config.get("use_sliding_window") is False:
+        return None
+    kinds = config.get("layer_types")
+    if kinds is not None:
+        return int(window) if kinds[block] == "sliding_attention" else None
+    return int(window) if block >= int(config.get("max_window_layers") or 0) else None

@@ -1,0 +1,373 @@
+"""Sub-blocks of a model that lose something: which matrices they hold, and which rows and columns belong together."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import NamedTuple
+
+from allocator.core.errors import UserError
+from allocator.model.checkpoint.headers import ModelFiles
+from allocator.model.family.checks import check_heads, num_heads
+from allocator.model.family.schema import (
+    EXPERT_INPUTS,
+    EXPERT_OUTPUT,
+    Attention,
+    Channels,
+    Experts,
+    Family,
+    KvGroups,
+    Mixture,
+    Part,
+    each_name,
+)
+
+
+class Rows(NamedTuple):
+    """Rows of a matrix that items own: item i has [start + i·rows, start + (i+1)·rows)."""
+
+    module: str
+    rows: int
+    start: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A prunable sub-block of one block, with concrete module names.
+
+    It holds ``total`` items (channels, KV groups or query heads). Item i owns rows of the input modules, as ``inputs``
+    says, and columns [i·width, (i+1)·width) of the output module. A matrix in which several parts are fused has as
+    many entries in ``inputs``, which cover it from the first row to the last. Query heads own no rows of key and value,
+    which stay as long as any head does, and each run of ``group`` of them, which share a KV group, loses the same
+    number. ``counts`` are attributes of its ``home`` that are proportional to items.
+
+    It consists of its ``roots``: usually one module, whose name it has. Where it has no module of its own, they are
+    what leads to the output projection, and that; it has then the name of the module that its matrices share, or of
+    the output projection where they share but the block.
+
+    Whole experts own a row each of a router beside them, and every matrix in ``experts``; ``least`` of them stay, or
+    none does. What is ``routed`` is one of several sub-blocks of a module, which adds their sum: experts, channels
+    inside of one, and what all tokens pass beside them.
+    """
+
+    name: str
+    roots: tuple[str, ...]
+    kind: str
+    part: Part
+    block: int
+    total: int
+    inputs: tuple[Rows, ...]
+    output: str
+    width: int
+    group: int | None = None
+    counts: tuple[str, ...] = ()
+    cached: str | None = None
+    routed: str | None = None
+    experts: tuple[tuple[str, ...], ...] = ()
+    least: int = 0
+    used: Fraction = Fraction(1)
+    """Share of the tokens that pass it, where a router divides them evenly."""
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Its matrices, the output projection last."""
+        return (*self.rows, *itertools.chain(*self.experts)) if self.experts else (*self.rows, self.output)
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """Rows of each input module that one item owns."""
+        rows: dict[str, int] = {}
+        for own in self.inputs:
+            rows[own.module] = rows.get(own.module, 0) + own.rows
+        return rows
+
+    @property
+    def home(self) -> str:
+        """The module that its matrices share: the sub-block, or the block."""
+        return _shared(self.modules)
+
+    @property
+    def removal(self) -> dict[str, str]:
+        """What takes the place of each of its roots when it goes; see :func:`~.modeling_pruned.remove`."""
+        if len(self.roots) == 1:
+            return {self.roots[0]: self.part}
+        inner = "attention" if self.part == "attention" else "input"
+        return {root: "output" if root == self.output else inner for root in self.roots}
+
+    def owns(self, tensor: str) -> bool:
+        """Whether a tensor is one of its own, and goes with it."""
+        return any(tensor.startswith(f"{root}.") for root in self.roots)
+
+
+def sites_of(
+    family: Family, block: str, index: int, files: ModelFiles, attention: Attention, experts: Experts
+) -> tuple[list[Site], list[Site]]:
+    """Return the sub-blocks of one block, and its mixtures of experts with whole experts for items."""
+    sites: list[Site] = []
+    mixtures: list[Site] = []
+    for part, parts in family.units.items():
+        if isinstance(parts, Mixture) and (f"{block}.{parts.router}.weight" in files.shapes or parts.dense is None):
+            mixtures.append(_mixture(part, parts, block, index, files))
+            sites += _parts_of(mixtures[-1], parts, family, block, files, experts)
+        else:
+            own = parts.dense if isinstance(parts, Mixture) else parts
+            assert own is not None
+            sites.append(_site(part, own, family, block, index, files, attention))
+    return sites, mixtures
+
+
+def _parts_of(
+    mixture: Site, parts: Mixture, family: Family, block: str, files: ModelFiles, experts: Experts
+) -> list[Site]:
+    """Return the sub-blocks of a mixture: whole experts or each of them, and what all tokens pass."""
+    around = _shared(mixture.roots)
+    own = [mixture] if experts == "whole" else [_inside(mixture, number, files) for number in range(mixture.total)]
+    if parts.shared is not None and any(f"{block}.{name}.weight" in files.shapes for name in parts.shared.names):
+        own.append(_site(mixture.part, parts.shared, family, block, mixture.block, files, "kv_groups"))
+    return [replace(site, routed=around) for site in own]
+
+
+def _mixture(part: Part, parts: Mixture, block: str, index: int, files: ModelFiles) -> Site:
+    """Return whole experts as items."""
+    router, name = f"{block}.{parts.router}", f"{block}.{parts.experts}"
+    for module in (router, f"{name}.0.{EXPERT_OUTPUT}"):
+        if f"{module}.weight" not in files.shapes:
+            near = ", ".join(sorted(n for n in files.shapes if n.startswith(f"{block}."))[:12])
+            raise UserError(
+                f"family: unit {part!r} looks for {module}, which {files.architecture} lacks. It has {near}. "
+                "Experts are looked for one by one: save a model that stacks them with transformers' save_pretrained, "
+                "and say under 'renamed' what the files call their gate_proj, up_proj and down_proj"
+            )
+    total = files.shapes[f"{router}.weight"][0]
+    experts = tuple(
+        tuple(f"{name}.{number}.{matrix}" for matrix in (*EXPERT_INPUTS, EXPERT_OUTPUT)) for number in range(total)
+    )
+    shapes = {tuple(files.shapes.get(f"{module}.weight", ()) for module in expert) for expert in experts}
+    if len(shapes) > 1 or any(len(shape) != 2 for shape in next(iter(shapes))):
+        raise UserError(f"family: {router} has {total} rows, and there are not as many experts of one shape in {name}")
+    groups, least = _routing(files, total)
+    return Site(
+        name=name,
+        roots=(router, name),
+        kind="experts",
+        part=part,
+        block=index,
+        total=total,
+        inputs=(Rows(router, 1),),
+        output=name,
+        width=1,
+        group=total // groups if groups > 1 else None,
+        experts=experts,
+        least=least,
+        used=Fraction(int(files.config["num_experts_per_tok"]), total),
+    )
+
+
+def _routing(files: ModelFiles, total: int) -> tuple[int, int]:
+    """Return in how many groups a router sees its experts, and how many must stay for it to pick what it picks."""
+    picked = int(files.config["num_experts_per_tok"])
+    groups = int(files.config.get("n_group") or 1)
+    if total % groups:
+        raise UserError(f"family: {total} experts of {files.architecture} do not divide into {groups} groups (n_group)")
+    # a group is judged by its two best
+    each = -(-picked // int(files.config.get("topk_group") or 1))
+    return groups, groups * max(each, 2) if files.config.get("n_group") else picked
+
+
+def _inside(mixture: Site, number: int, files: ModelFiles) -> Site:
+    """Return one expert with channels as items."""
+    *inputs, output = mixture.experts[number]
+    return Site(
+        name=f"{mixture.name}.{number}",
+        roots=(f"{mixture.name}.{number}",),
+        kind="channels",
+        part=mixture.part,
+        block=mixture.block,
+        total=files.shapes[f"{output}.weight"][1],
+        inputs=tuple(Rows(module, 1) for module in inputs),
+        output=output,
+        width=1,
+        used=mixture.used,
+    )
+
+
+def _shared(modules: Iterable[str]) -> str:
+    """Return the innermost module that holds all of some modules."""
+    return os.path.commonpath([module.replace(".", "/") for module in modules]).replace("/", ".")
+
+
+def _site(
+    part: Part,
+    parts: KvGroups | Channels,
+    family: Family,
+    block: str,
+    index: int,
+    files: ModelFiles,
+    attention: Attention,
+) -> Site:
+    inputs, output = [_either(block, names, files) for names in parts.inputs], f"{block}.{parts.output}"
+    for module in (*inputs, output):
+        if f"{module}.weight" not in files.shapes:
+            near = ", ".join(sorted(n for n in files.shapes if n.startswith(f"{block}."))[:12])
+            raise UserError(f"family: unit {part!r} names {module}, which {files.architecture} lacks. It has {near}")
+    columns = files.shapes[f"{output}.weight"][1]
+    rows = {module: files.shapes[f"{module}.weight"][0] for module in inputs}
+    if isinstance(parts, KvGroups) and (parts.fused is not None or len(inputs) == 3):
+        check_heads(inputs, output, parts.fused is not None, files)
+    total = columns if isinstance(parts, Channels) else _num_groups(parts, files, rows[inputs[0]], columns)
+    home = _shared([*inputs, output])
+    others = [f"{block}.{m}" for other, its in family.units.items() if other != part for m in its.names]
+    alone = home != block and not any(module.startswith(f"{home}.") for module in others)
+    runs = {module: inputs.count(module) if isinstance(parts, Channels) else 1 for module in inputs}
+    for module, size in {**rows, output: columns}.items():
+        if size % (total * runs.get(module, 1)):
+            raise UserError(f"family: {module} has {size} rows or columns, which {total} {parts.kind} do not divide")
+    site = Site(
+        name=home if alone else output,
+        roots=_roots(part, parts, block, home if alone else None, files),
+        kind=parts.kind,
+        part=part,
+        block=index,
+        total=total,
+        inputs=_rows(parts, inputs, rows, total, columns // total),
+        output=output,
+        width=columns // total,
+        counts=tuple(parts.counts) if isinstance(parts, KvGroups) else (),
+        cached=f"{block}.{parts.cache}" if isinstance(parts, KvGroups) and parts.cache else None,
+    )
+    if isinstance(parts, Channels):
+        return site
+    _check_norms(site, parts, block, files)
+    return _heads(site, parts, files) if attention == "query_heads" else site
+
+
+def _roots(part: Part, parts: KvGroups | Channels, block: str, home: str | None, files: ModelFiles) -> tuple[str, ...]:
+    """Return the modules that a sub-block consists of, in the order of the forward pass; ``home`` is one of its own."""
+    inputs, output = [_either(block, names, files) for names in parts.inputs], f"{block}.{parts.output}"
+    roots = [f"{block}.{name}" for name in parts.remove]
+    if not roots and home is not None:
+        return (home,)
+    if not roots:
+        leading = [_shared(inputs)] if part == "attention" else [*dict.fromkeys(inputs)]
+        roots = [*leading, output]
+    held = {root: [m for m in (*inputs, output) if f"{m}.".startswith(f"{root}.")] for root in roots}
+    wrong = [root for root, modules in held.items() if not modules]
+    wrong += sorted({*inputs, output} - {module for modules in held.values() for module in modules})
+    if len(roots) > 1 and output not in roots:
+        wrong.append(output)
+    # attention returns more than a matrix does, and keeps its place in the cache
+    if part == "attention":
+        wrong += [root for root in roots if root in (block, *inputs)]
+    if wrong:
+        raise UserError(
+            f"family: unit {part!r} of {files.architecture} cannot be removed as {', '.join(roots)}, for {wrong[0]}. "
+            "Name under 'remove' the modules that go with it: of attention the one that holds queries, keys and "
+            "values, and the output projection itself where it lies beside what stays"
+        )
+    return tuple(roots)
+
+
+def _check_norms(site: Site, parts: KvGroups, block: str, files: ModelFiles) -> None:
+    """Raise where a norm over all heads is not named as one, or what is named is none."""
+    named = {f"{block}.{norm}.weight" for norm in parts.norms}
+    if missing := sorted(named - files.shapes.keys()):
+        raise UserError(f"family: norms of unit {site.part!r} names {missing[0]}, which {files.architecture} lacks")
+    widths = {(own.rows * site.total,) for own in site.inputs}
+    odd = sorted(
+        name
+        for name, shape in files.shapes.items()
+        if site.total > 1 and site.owns(name) and name.endswith(".weight") and shape in widths
+    )
+    if odd:
+        raise UserError(
+            f"family: {odd[0]} of {files.architecture} is as long as all heads together. If it norms queries or keys, "
+            f"name it in unit {site.part!r} under 'norms': attention then goes as a whole or not at all. If it lies "
+            "behind the output projection, name under 'remove' what goes without it"
+        )
+
+
+def _either(block: str, names: str, files: ModelFiles) -> str:
+    """Return the module of a block that has one of the names ``a | b``; the first, if there is none."""
+    modules = [f"{block}.{name}" for name in each_name(names)]
+    return next((module for module in modules if f"{module}.weight" in files.shapes), modules[0])
+
+
+def _rows(
+    parts: KvGroups | Channels, inputs: Sequence[str], rows: Mapping[str, int], total: int, width: int
+) -> tuple[Rows, ...]:
+    """Return the rows of input modules that items own; an item of attention has as many queries as ``width``."""
+    if isinstance(parts, Channels):
+        run = {module: rows[module] // inputs.count(module) for module in inputs}
+        before = [inputs[:place].count(module) for place, module in enumerate(inputs)]
+        return tuple(
+            Rows(module, run[module] // total, run[module] * number)
+            for module, number in zip(inputs, before, strict=True)
+        )
+    if parts.fused is None:
+        return tuple(Rows(module, rows[module] // total) for module in inputs)
+    module = inputs[0]
+    each = rows[module] // total
+    if parts.fused == "by_group":
+        return (Rows(module, each),)
+    rest = (each - width) // 2
+    return Rows(module, width), Rows(module, rest, total * width), Rows(module, rest, total * (width + rest))
+
+
+def _heads(site: Site, parts: KvGroups, files: ModelFiles) -> Site:
+    """Return the same attention with query heads for items."""
+    if parts.fused is not None:
+        raise UserError(
+            f"ladder.attention: queries, keys and values of {files.architecture} are one matrix, so query heads cannot "
+            "go alone. Use --set ladder.attention=kv_groups"
+        )
+    if parts.norms:
+        raise UserError(
+            f"ladder.attention: {files.architecture} has norms over all heads, so that query heads cannot go alone. "
+            "Use --set ladder.attention=kv_groups, which takes the whole attention"
+        )
+    heads = num_heads(files)
+    if heads == site.total:
+        raise UserError(
+            f"ladder.attention: {files.architecture} has one query head per KV group, so query heads cannot go alone. "
+            "Use --set ladder.attention=kv_groups"
+        )
+    group, odd = divmod(heads, site.total)
+    query, rows, _ = site.inputs[0]
+    if odd or rows % group or site.width % group:
+        raise UserError(
+            f"family: {query} and {site.output} have {rows} rows and {site.width} columns per KV group, "
+            f"which {heads} query heads in {site.total} KV groups do not divide"
+        )
+    return replace(
+        site,
+        kind="query_heads",
+        total=heads,
+        inputs=(Rows(query, rows // group),),
+        width=site.width // group,
+        group=group,
+    )
+
+
+def _num_groups(parts: KvGroups, files: ModelFiles, rows: int, columns: int) -> int:
+    """Return the KV groups of attention, from the rows of its first input and the columns of its output projection.
+
+    Those that cannot go one without the other count as one.
+    """
+    if parts.norms:
+        return 1
+    if parts.fused is not None:
+        return (rows - columns) * num_heads(files) // (2 * columns)
+    # models from before grouped queries name query heads alone
+    return int(files.config.get("num_key_value_heads") or num_heads(files))
+
+
+def lengths(site: Site, files: ModelFiles) -> set[int]:
+    """Return the lengths of what a sub-block loses a part of; the width of a head is none, whatever it equals."""
+    lengths = {site.width * site.total, *(own.rows * site.total for own in site.inputs)}
+    if site.kind == "channels":
+        return lengths
+    heads = num_heads(files)
+    return {*lengths, site.total, heads} - {site.width * site.total // heads}

@@ -1,0 +1,211 @@
+"""Writing a pruned checkpoint that stock tools load, and counting what is in one.
+
+The files mirror the dense checkpoint's shards. Where shapes changed, ``config.json`` lists them and a short
+modelling file lies beside the weights, so that ``trust_remote_code=True`` loads it without this package;
+where only values changed, the checkpoint is an ordinary dense one with zeros.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from allocator.core.errors import UserError
+from allocator.core.files import whole_folder, write_json
+from allocator.core.space import SearchSpace
+from allocator.model.checkpoint.headers import INDEX, ModelFiles, read_model_files
+from allocator.model.checkpoint.kinds import CAUSAL, Kind
+from allocator.model.family.layout import Layout
+from allocator.model.family.sub_blocks import Site
+from allocator.model.live.memory import give_back
+
+Replacements = Mapping[str, torch.Tensor | None]
+"""New values by tensor name; None for a tensor that is gone."""
+
+_TEMPLATE_IMPORT = "from transformers import LlamaForCausalLM as Dense"
+_COPIED = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+
+
+def read_tensors(files: ModelFiles, names: list[str]) -> dict[str, torch.Tensor]:
+    """Read some tensors of a checkpoint, in the checkpoint's data type."""
+    tensors = {}
+    for shard in sorted({files.shards[name] for name in names}):
+        with safe_open(files.folder / shard, framework="pt") as file:
+            own = [name for name in names if files.shards[name] == shard]
+            tensors.update({name: file.get_tensor(stored_name(files, name)) for name in own})
+    return {name: tensor.T.contiguous() if name in files.transposed else tensor for name, tensor in tensors.items()}
+
+
+def write_checkpoint(files: ModelFiles, layout: Layout, replace: Callable[[str], Replacements], out: Path) -> None:
+    """Write a pruned copy of a model.
+
+    Args:
+        files: The dense model.
+        layout: Where its units are.
+        replace: Returns the new tensors of a sub-block by its name, one sub-block at a time.
+        out: A folder that does not exist yet. It appears when it is whole.
+
+    Raises:
+        UserError: There is such a folder, or the disk is full, or fails.
+    """
+    with whole_folder(out) as partial:
+        try:
+            _write(files, layout, replace, partial)
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{out}: the checkpoint cannot be written ({error}). Free some space: a search goes on with --resume, "
+                "and a plan may be executed to another disk"
+            ) from None
+
+
+def _write(files: ModelFiles, layout: Layout, replace: Callable[[str], Replacements], folder: Path) -> None:
+    shapes: dict[str, list[int]] = {}
+    gone: set[str] = set()
+    weight_map: dict[str, str] = {}
+    added: list[str] = []
+    cached: tuple[str, Replacements] = ("", {})
+    owners = {name: site.name for site in layout.sites for name in files.shapes if site.owns(name)}
+    for shard in sorted(set(files.shards.values())):
+        tensors: dict[str, torch.Tensor] = {}
+        give_back()
+        with safe_open(files.folder / shard, framework="pt") as file:
+            for name in sorted(key for key, home in files.shards.items() if home == shard):
+                owner, stored = owners.get(name), stored_name(files, name)
+                if owner is not None and cached[0] != owner:
+                    cached = (owner, replace(owner))
+                new = cached[1].get(name, ...) if owner is not None else ...
+                if new is None:
+                    gone.add(name)
+                    continue
+                weight_map[stored] = shard
+                if new is ...:
+                    tensors[stored] = file.get_tensor(stored)
+                    continue
+                as_stored = new.T if name in files.transposed else new
+                tensors[stored] = as_stored.to(dtype_of(files.dtypes[name])).contiguous()
+                if name.endswith(".weight") and tuple(new.shape) != files.shapes[name]:
+                    shapes[name.removesuffix(".weight")] = list(new.shape)
+                    bias = name.removesuffix("weight") + "bias"
+                    if bias not in files.shapes and (gained := cached[1].get(bias)) is not None:
+                        gained_name = stored_name(files, bias)
+                        tensors[gained_name] = gained.to(tensors[stored].dtype).contiguous()
+                        weight_map[gained_name] = shard
+                        added.append(bias.removesuffix(".bias"))
+        save_file(tensors, folder / shard, metadata={"format": "pt"})
+    removed: dict[str, str] = {}
+    for site in layout.sites:
+        if f"{site.output}.weight" in gone:
+            removed |= site.removal
+    config = dict(files.config)
+    if shapes or gone:
+        counts = {
+            site.home: [list(site.counts), [shapes[site.output][1] // site.width, site.total]]
+            for site in layout.sites
+            if site.counts and site.output in shapes
+        }
+        experts = {each.name: [*each.rows, _kept_experts(each, layout, gone)] for each in layout.mixtures}
+        routers = {router for router, _ in experts.values()}
+        config["pruned"] = {
+            "architecture": files.architecture,
+            "shapes": {module: shape for module, shape in shapes.items() if module not in routers},
+            "biases": sorted(added),
+            "removed": removed,
+            **({"counts": counts} if counts else {}),
+            **({"experts": experts} if experts else {}),
+            **({"renamed": dict(files.renames)} if files.renames else {}),
+        }
+        kind = files.kind
+        config["architectures"] = [kind.pruned]
+        config["auto_map"] = {kind.auto: f"modeling_pruned.{kind.pruned}"}
+        write_modelling(folder, files.architecture, kind)
+    write_companions(folder, files, config, weight_map)
+
+
+def stored_name(files: ModelFiles, name: str) -> str:
+    """Return the name in a checkpoint's files of one of the model's tensors, or of a bias that it gains."""
+    if name not in files.shapes and name.endswith(".bias"):
+        weight = f"{name.removesuffix('bias')}weight"
+        return f"{files.stored.get(weight, weight).removesuffix('weight')}bias"
+    return files.stored.get(name, name)
+
+
+def _kept_experts(mixture: Site, layout: Layout, gone: set[str]) -> list[int]:
+    """Return the numbers of experts that a router still knows; of those that lost all channels it does."""
+    whole = mixture.name in {site.name for site in layout.sites}
+    matrices = [f"{expert[0]}.weight" for expert in mixture.experts]
+    return [number for number, name in enumerate(matrices) if not whole or name not in gone]
+
+
+def write_companions(folder: Path, files: ModelFiles, config: Mapping[str, Any], weight_map: Mapping[str, str]) -> None:
+    """Write what lies beside the weights: the configuration, the tokenizer, and the index where a model has one.
+
+    Args:
+        folder: Holds the weights.
+        files: The dense model.
+        config: The content of ``config.json``.
+        weight_map: The file, inside ``folder``, of every tensor.
+    """
+    if (files.folder / INDEX).exists():
+        sizes = sum((folder / shard).stat().st_size for shard in set(weight_map.values()))
+        write_json(folder / INDEX, {"metadata": {"total_size": sizes}, "weight_map": dict(weight_map)})
+    write_config(folder, config)
+    for pattern in _COPIED:
+        for path in files.folder.glob(pattern):
+            shutil.copy(path, folder / path.name)
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write ``config.json``."""
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def write_modelling(folder: Path, architecture: str, kind: Kind = CAUSAL) -> None:
+    """Write the modelling file that loads a compact checkpoint without this package."""
+    code = (resources.files("allocator.model.live") / "modeling_pruned.py").read_text(encoding="utf-8")
+    assert _TEMPLATE_IMPORT in code
+    line = f"from transformers import {architecture} as Dense"
+    code = code.replace(_TEMPLATE_IMPORT, line).replace(CAUSAL.pruned, kind.pruned)
+    (folder / "modeling_pruned.py").write_text(code, encoding="utf-8")
+
+
+def count_params(folder: Path, space: SearchSpace, dense: ModelFiles) -> int:
+    """Count the parameters of a saved checkpoint as the budget counts them.
+
+    Structured: elements of all tensors. Unstructured: of a unit's matrix, at most the kept positions are not
+    zero, and kept weights may happen to be zero; so what is counted is the dense count less the zeros of
+    unit matrices.
+    """
+    files = read_model_files(folder).named_like(dense)
+    total = 0
+    matrices = {f"{unit.name}.weight" for unit in space.units if unit.kind == "matrix"}
+    for name, shape in files.shapes.items():
+        if name in matrices:
+            total += int(torch.count_nonzero(read_tensors(files, [name])[name]))
+        else:
+            total += int(torch.Size(shape).numel())
+    return total
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """Return torch's type of a safetensors data type (``BF16``, ``F32``, ...)."""
+    table = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+    return table[name]

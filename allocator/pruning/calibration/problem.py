@@ -1,0 +1,171 @@
+"""What is to be pruned: units in the order of the forward pass, and what a local pruner is given for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+
+from allocator.core.errors import UserError
+from allocator.core.space import SearchSpace, Unit
+from allocator.model.checkpoint.headers import ModelFiles
+from allocator.model.data.examples import Shown
+from allocator.model.family.layout import Layout
+from allocator.model.family.sub_blocks import Site
+from allocator.model.live.walk import SEQUENCES_PER_BATCH, BlockWalker
+from allocator.model.live.write import read_tensors
+from allocator.pruning.calibration.factorise import Report, silent
+from allocator.pruning.calibration.statistics import Statistics
+from allocator.pruning.levels.assemble import CompactLevels
+from allocator.pruning.pruners.registry import LocalPruner
+
+Progress = Callable[[int], None]
+"""Hears how many blocks are done."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One unit to prune: the matrix whose inputs matter, and its columns per item.
+
+    Of whole experts that is the router, and ``experts`` is the name of what it chooses from.
+    """
+
+    unit: Unit
+    module: str
+    width: int
+    experts: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Units that are pruned from inputs that only the stages before have a part in.
+
+    Attributes:
+        sites: Their sub-blocks: one, or several whose sum is added.
+        tasks: The units.
+        writes: Whether this is the last stage of these sub-blocks, after which it is known what they add.
+    """
+
+    sites: tuple[Site, ...]
+    tasks: tuple[Task, ...]
+    writes: bool
+
+    @property
+    def site(self) -> Site:
+        """The sub-block, where there is one."""
+        (site,) = self.sites
+        return site
+
+    @property
+    def routed(self) -> bool:
+        """Whether tokens reach these sub-blocks as a router says, so that none has a target of its own."""
+        return self.sites[0].routed is not None
+
+    @property
+    def adds(self) -> str:
+        """The module whose output is what these sub-blocks add to the residual stream."""
+        return self.sites[0].routed or self.sites[0].output
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What a local pruner is given for one unit.
+
+    Attributes:
+        task: The unit.
+        weight_oi: What its matrix should behave like.
+        statistics: Of the inputs of that matrix.
+        wanted: Levels to make.
+        dtype: Data type in which levels are kept: the checkpoint's.
+    """
+
+    task: Task
+    weight_oi: torch.Tensor
+    statistics: Statistics
+    wanted: tuple[int, ...]
+    dtype: torch.dtype
+
+    def solve(self, pruner: LocalPruner, report: Report = silent) -> CompactLevels:
+        """Return the unit's compact levels."""
+        found = pruner.levels(self.task.unit, self.task.width, self.weight_oi, self.statistics, self.wanted, report)
+        return stored(found, self.dtype)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A model to prune, and the text that shows how it is used.
+
+    Attributes:
+        walker: The dense model.
+        files: The same model on disk.
+        layout: Where its units are.
+        space: Their ladders.
+        pruner: The local pruner.
+        shown: Token ids [sequences, length], or other examples.
+        progress: Hears how many blocks are done.
+        report: Hears what a user should know.
+    """
+
+    walker: BlockWalker
+    files: ModelFiles
+    layout: Layout
+    space: SearchSpace
+    pruner: LocalPruner
+    shown: Shown
+    progress: Progress = lambda done: None
+    report: Report = silent
+
+    def embedded(self) -> list[torch.Tensor]:
+        """Return what enters the first block, batch by batch."""
+        return [self.walker.embed(batch) for batch in self.shown.split(SEQUENCES_PER_BATCH)]
+
+    def dense_weight(self, task: Task) -> torch.Tensor:
+        """Return the dense weight of a task's matrix, in the checkpoint's data type.
+
+        Raises:
+            UserError: It holds NaN or infinity.
+        """
+        name = f"{task.module}.weight"
+        weight = read_tensors(self.files, [name])[name]
+        if not torch.isfinite(weight).all():
+            raise UserError(f"model: {self.files.folder}: {name} holds NaN or infinity. Repair or replace the model")
+        return weight
+
+
+Solve = Callable[[Sequence[Problem]], list[CompactLevels]]
+"""Solves problems that do not depend on each other, wherever it likes."""
+
+
+def stored(compact: CompactLevels, dtype: torch.dtype) -> CompactLevels:
+    """Return compact levels with their values in the checkpoint's data type."""
+    return {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in compact.items()}
+
+
+def routers(tasks: Iterable[Task]) -> dict[str, str]:
+    """Return routers whose experts are units, each with the name of its experts."""
+    return {task.module: task.experts for task in tasks if task.experts is not None}
+
+
+def stages(layout: Layout, space: SearchSpace) -> list[list[Stage]]:
+    """Return the stages of every block, in the order of the forward pass."""
+    units = {unit.name: unit for unit in space.units}
+    by_block: list[list[Stage]] = [[] for _ in layout.blocks]
+    structured = space.pattern == "structured"
+    for _, group in groupby(layout.sites, lambda site: (site.block, site.routed or site.name)):
+        sites = tuple(group)
+        before: list[Task] = []
+        last: list[Task] = []
+        for site in sites:
+            if site.experts:
+                (router,) = site.rows
+                last.append(Task(units[site.name], router, site.width, site.name))
+            elif structured:
+                last.append(Task(units[site.name], site.output, site.width))
+            else:
+                before += [Task(units[module], module, 1) for module in site.rows]
+                last.append(Task(units[site.output], site.output, 1))
+        own = [Stage(sites, tuple(before), writes=False)] if before else []
+        by_block[sites[0].block] += [*own, Stage(sites, tuple(last), writes=True)]
+    return by_block

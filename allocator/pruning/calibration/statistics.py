@@ -1,0 +1,164 @@
+"""What is to be known about the inputs of a matrix: their norms, their moments, or their Gram matrix.
+
+Shapes: n tokens, i input features. ``input_ni``, ``gram_ii``, ``square_i``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import nn
+
+from allocator.pruning.calibration.finite import check_finite
+from allocator.pruning.calibration.routing import Routing
+
+Need = Literal["nothing", "norms", "moments", "gram"]
+
+
+class Gram:
+    """H = XᵀX, the sum of X and the number of tokens, accumulated in fp32. Shapes [in, in] and [in].
+
+    Where outputs Y are aimed at that are not those of the weight at hand, also XᵀY, [in, out], and the sum of Y.
+    """
+
+    def __init__(self, num_inputs: int, device: torch.device | str = "cpu") -> None:
+        self.gram_ii = torch.zeros(num_inputs, num_inputs, device=device)
+        self.sum_i = torch.zeros(num_inputs, device=device)
+        self.count = 0
+        self.answer_io: torch.Tensor | None = None
+        self.target_o: torch.Tensor | None = None
+
+    def add(self, input_ni: torch.Tensor) -> None:
+        """Add a batch."""
+        input_ni = input_ni.float()
+        self.gram_ii.addmm_(input_ni.T, input_ni)
+        self.sum_i += input_ni.sum(0)
+        self.count += len(input_ni)
+
+    def aim(self, input_ni: torch.Tensor, target_no: torch.Tensor) -> None:
+        """Add the outputs that are aimed at for a batch that was added."""
+        answer_io, target_o = input_ni.float().T @ target_no, target_no.sum(0)
+        self.answer_io = answer_io if self.answer_io is None else self.answer_io.add_(answer_io)
+        self.target_o = target_o if self.target_o is None else self.target_o.add_(target_o)
+
+    def check(self, module: str) -> None:
+        """Raise if an activation was not finite."""
+        check_finite(self.gram_ii, module)
+        if self.answer_io is not None:
+            check_finite(self.answer_io, module)
+
+
+class Norms:
+    """Sum of squares of every input feature, which is diag(XᵀX). Shape [in]."""
+
+    def __init__(self, num_inputs: int, device: torch.device | str = "cpu") -> None:
+        self.square_i = torch.zeros(num_inputs, device=device)
+
+    def add(self, input_ni: torch.Tensor) -> None:
+        """Add a batch."""
+        self.square_i += input_ni.float().square().sum(0)
+
+    def check(self, module: str) -> None:
+        """Raise if an activation was not finite."""
+        check_finite(self.square_i, module)
+
+
+class Moments:
+    """Sum and sum of squares of every input feature, in float64, and the number of tokens. Shapes [in]."""
+
+    def __init__(self, num_inputs: int, device: torch.device | str = "cpu") -> None:
+        self.sum_i, self.square_i = torch.zeros(2, num_inputs, dtype=torch.float64, device=device)
+        self.count = 0
+
+    @property
+    def variance_i(self) -> torch.Tensor:
+        """Variance of every input feature over the tokens."""
+        count = max(1, self.count)  # no token may have been sent to an expert
+        return (self.square_i / count - (self.sum_i / count).square()).clamp_min(0.0)
+
+    def add(self, input_ni: torch.Tensor) -> None:
+        """Add a batch."""
+        input_ni = input_ni.double()
+        self.sum_i += input_ni.sum(0)
+        self.square_i += input_ni.square().sum(0)
+        self.count += len(input_ni)
+
+    def check(self, module: str) -> None:
+        """Raise if an activation was not finite."""
+        check_finite(self.square_i, module)
+
+
+class Nothing:
+    """For pruners that look at weights alone."""
+
+    def __init__(self, num_inputs: int, device: torch.device | str = "cpu") -> None:
+        pass
+
+    def add(self, input_ni: torch.Tensor) -> None:
+        """Ignore the batch."""
+
+    def check(self, module: str) -> None:
+        """Nothing can be wrong."""
+
+
+Statistics: TypeAlias = Gram | Norms | Moments | Nothing | Routing
+"""What is gathered, by what is needed. Moments are for allocation rules, routing is for whole experts."""
+
+KINDS: Mapping[Need, Callable[[int, torch.device], Statistics]] = {
+    "gram": Gram,
+    "norms": Norms,
+    "moments": Moments,
+    "nothing": Nothing,
+}
+
+
+def start(
+    model: nn.Module, modules: Sequence[str], need: Need, mixtures: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, Statistics]:
+    """Return empty statistics of the inputs of named linear modules, on their devices.
+
+    Args:
+        model: Holds them.
+        modules: Their names.
+        need: What is gathered of them.
+        mixtures: Routers among them, by name, with the name of their experts; what they choose is gathered.
+    """
+
+    def kind(name: str) -> Statistics:
+        if name in mixtures:
+            return Routing(model.get_submodule(name), model.get_submodule(mixtures[name]))
+        weight = model.get_parameter(f"{name}.weight")
+        return KINDS[need](weight.shape[1], weight.device)
+
+    return {name: kind(name) for name in modules}
+
+
+@contextmanager
+def collected(
+    model: nn.Module, modules: Sequence[str], need: Need, mixtures: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[dict[str, Statistics]]:
+    """Collect statistics of the inputs of named linear modules while the body runs the model. See :func:`start`.
+
+    Raises:
+        UserError: At the end, if an input was NaN or infinite; names the module.
+    """
+    gathered = start(model, modules, need, mixtures)
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def add(module: nn.Module, args: tuple[Any, ...]) -> None:
+            gathered[name].add(args[0].flatten(0, -2))
+
+        return add
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in modules]
+    try:
+        yield gathered
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, statistics in gathered.items():
+        statistics.check(name)

@@ -1,0 +1,282 @@
+"""From compact levels to weights: assembled for a checkpoint, or switched in place in a live model."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from allocator.core.space import SearchSpace, Unit
+from allocator.model.checkpoint.headers import ModelFiles
+from allocator.model.family.layout import Layout
+from allocator.model.family.sub_blocks import Rows, Site
+from allocator.model.live.modeling_pruned import choose, counted, recount, regroup, remove
+from allocator.model.live.write import Replacements, read_tensors
+from allocator.pruning.levels.masks import sparse_weight
+from allocator.pruning.pruners.obs import item_columns
+
+CompactLevels = Mapping[str, torch.Tensor]
+"""What a local pruner returns for one unit, and a level store keeps."""
+
+OUTPUT_BYTES = 1 << 30
+"""Memory for output projections that are kept ready; beyond it those not used for longest are read again."""
+
+_ALIGNMENT = 64
+
+
+class Assembler:
+    """Makes the weights of any unit at any level.
+
+    A dense tensor is held once. Rows of a structured unit lie in the checkpoint's order while it is dense; when it
+    is pruned they are permuted into the order of removal, so that every level of them is a prefix: a view, not a
+    copy. Only output projections differ per level.
+    """
+
+    def __init__(
+        self,
+        files: ModelFiles,
+        layout: Layout,
+        space: SearchSpace,
+        compact: Callable[[str], CompactLevels],
+        model: nn.Module | None = None,
+    ) -> None:
+        """Take the dense tensors of units from a live model, or read them lazily.
+
+        Args:
+            files: The dense model.
+            layout: Where its units are.
+            space: Their ladders.
+            compact: Returns a unit's compact levels by its name.
+            model: A dense model, whose data type and device results get; None for a checkpoint as it is on disk.
+        """
+        self._files, self._compact = files, compact
+        self._units = {unit.name: unit for unit in space.units}
+        self._sites = {site.name: site for site in layout.sites}
+        self._members = {
+            site.name: [u for u in space.units if u.name == site.name or u.name in site.modules]
+            for site in layout.sites
+        }
+        self._dense: dict[str, dict[str, torch.Tensor]] = {}
+        self._permuted: set[str] = set()
+        self._outputs: OrderedDict[tuple[str, int], torch.Tensor] = OrderedDict()
+        self._room = OUTPUT_BYTES
+        if model is not None:
+            for name, unit in self._units.items():
+                own = _tensors(model, self._roots(name), buffers=unit.kind == "experts")
+                for parameter in own.values():
+                    parameter.data = _aligned(parameter.data)
+                self._dense[name] = {key: parameter.detach() for key, parameter in own.items()}
+
+    def unit(self, name: str, level: int) -> Replacements:
+        """Return every tensor of a unit at a level, by parameter name; None for what is gone."""
+        unit = self._units[name]
+        dense = self._dense_tensors(name)
+        if unit.kind == "matrix":
+            if level == 0:
+                return dict(dense)
+            weight = f"{name}.weight"
+            return {**dense, weight: sparse_weight(self._compact(name), level, dense[weight])}
+        if unit.kept[level] == 0:
+            return dict.fromkeys(dense)
+        if unit.kind == "experts":
+            return dict(dense) if level == 0 else self._chosen(self._sites[name], unit, level, dense)
+        if (level > 0) != (name in self._permuted):
+            self._permute(self._sites[name], dense)
+        return dict(dense) if level == 0 else self._prefix(self._sites[name], unit, level, dense)
+
+    def wide(self, name: str, level: int) -> dict[str, torch.Tensor]:
+        """Return every tensor of a unit at a level in the shapes of the dense one, whose outputs are the same.
+
+        Whole experts have no such form: fewer rows of a router are another choice. A structured unit's rows are in the
+        order of removal, and its output projection is zero where it reads what is removed. So the weights of two levels
+        can be subtracted.
+        """
+        unit = self._units[name]
+        dense = self._dense_tensors(name)
+        if unit.kind == "matrix":
+            return {key: tensor for key, tensor in self.unit(name, level).items() if tensor is not None}
+        site, compact = self._sites[name], self._compact(name)
+        if name not in self._permuted:
+            self._permute(site, dense)
+        key = f"{site.output}.weight"
+        whole_oi = dense[key]
+        if level == 0:
+            order = item_columns(compact["order"].long(), site.width)
+            return {**dense, key: whole_oi[:, order.to(whole_oi.device)]}
+        if unit.kept[level] == 0:
+            output = f"{site.output}."
+            gone = {name: torch.zeros_like(tensor) for name, tensor in dense.items() if name.startswith(output)}
+            return {**dense, **gone}
+        written = self._written(site, level, dense)
+        by_group = written[key].unflatten(1, (unit.num_groups, -1))
+        lost = whole_oi.shape[1] // unit.num_groups - by_group.shape[2]
+        return {**dense, **written, key: functional.pad(by_group, (0, lost)).flatten(1)}
+
+    def whole(self, name: str) -> bool:
+        """Whether a sub-block is a unit, and not its matrices."""
+        return name in self._units and self._units[name].kind != "matrix"
+
+    def site(self, name: str, levels: Mapping[str, int]) -> Replacements:
+        """Return every tensor of a sub-block, whose units are at ``levels``."""
+        tensors: dict[str, torch.Tensor | None] = {}
+        for unit in self._members[name]:
+            tensors.update(self.unit(unit.name, levels[unit.name]))
+        return tensors
+
+    def _roots(self, name: str) -> tuple[str, ...]:
+        """Return the modules that a unit consists of."""
+        return (name,) if self._units[name].kind == "matrix" else self._sites[name].roots
+
+    def _chosen(self, site: Site, unit: Unit, level: int, dense: Mapping[str, torch.Tensor]) -> Replacements:
+        """Return the tensors of the experts that stay, and their rows of the router."""
+        by_group = self._compact(site.name)["order"].long().view(unit.num_groups, -1)
+        kept = by_group[:, : unit.kept[level] // unit.num_groups].flatten().sort().values
+        stay = {module for number in kept.tolist() for module in site.experts[number]}
+        whole = {module for expert in site.experts for module in expert}
+        return {
+            key: (dense[key] if module in stay else None) if module in whole else dense[key][kept.to(dense[key].device)]
+            for key in dense
+            for module in (key.rpartition(".")[0],)
+        }
+
+    def _dense_tensors(self, name: str) -> dict[str, torch.Tensor]:
+        if name not in self._dense:
+            inside = tuple(f"{root}." for root in self._roots(name))
+            names = [key for key in self._files.shapes if key.startswith(inside)]
+            self._dense[name] = {key: _aligned(tensor) for key, tensor in read_tensors(self._files, names).items()}
+        return self._dense[name]
+
+    def _permute(self, site: Site, dense: dict[str, torch.Tensor]) -> None:
+        """Put rows into the order of removal, or back into the checkpoint's."""
+        order = self._compact(site.name)["order"].long()
+        items = order.argsort() if site.name in self._permuted else order
+        for module in site.rows:
+            runs = [own.start + item_columns(items, own.rows) for own in site.inputs if own.module == module]
+            picked = torch.cat(runs)
+            for key in (f"{module}.weight", f"{module}.bias"):
+                if key in dense:
+                    dense[key] = dense[key][picked.to(dense[key].device)]
+        self._permuted ^= {site.name}
+
+    def _prefix(self, site: Site, unit: Unit, level: int, dense: Mapping[str, torch.Tensor]) -> Replacements:
+        tensors = {**dense, **self._written(site, level, dense)}
+        for module in site.rows:
+            for key in (f"{module}.weight", f"{module}.bias"):
+                if key in dense:
+                    # a view where there is one group and one run of rows
+                    runs = [_kept(dense[key], own, unit, level) for own in site.inputs if own.module == module]
+                    tensors[key] = runs[0] if len(runs) == 1 else torch.cat(runs)
+        return tensors
+
+    def _written(self, site: Site, level: int, dense: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return what pruning writes anew: the output projection, and a bias that stands for what is lost."""
+        compact, output = self._compact(site.name), dense[f"{site.output}.weight"]
+        tensors = {f"{site.output}.weight": self._output(site.name, level, output)}
+        if f"bias.{level}" in compact:
+            key, lost = f"{site.output}.bias", compact[f"bias.{level}"].to(output.device, output.dtype, copy=True)
+            tensors[key] = dense[key] + lost if key in dense else lost
+        return tensors
+
+    def _output(self, name: str, level: int, like: torch.Tensor) -> torch.Tensor:
+        """Return an output projection at a level, in the data type and on the device of the dense one."""
+        found = self._outputs.pop((name, level), None)
+        if found is None:
+            found = self._compact(name)[f"output.{level}"].to(like.device, like.dtype, copy=True)
+            self._room -= found.nbytes
+        self._outputs[name, level] = found
+        while self._room < 0:
+            self._room += self._outputs.popitem(last=False)[1].nbytes
+        return found
+
+
+class Switchboard:
+    """Switches units of a live model between levels, in place."""
+
+    def __init__(self, model: nn.Module, layout: Layout, assembler: Assembler) -> None:
+        """Take over a dense model."""
+        self._model, self._assembler = model, assembler
+        # those that are units; the others never lose a module, nor an item
+        self._sites = {site.name: site for site in layout.sites if assembler.whole(site.name)}
+        self._originals = {root: model.get_submodule(root) for site in self._sites.values() for root in site.roots}
+        self._homes = {name: model.get_submodule(site.home) for name, site in self._sites.items()}
+        self._counts = {name: counted(self._homes[name], site.counts) for name, site in self._sites.items()}
+        self._parameters: dict[str, Any] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        self._levels: dict[str, tuple[int, bool] | None] = {}
+
+    def set(self, name: str, level: int, wide: bool = False) -> None:
+        """Put a unit at a level, ``wide`` in dense shapes where it has such; nothing happens if it is there."""
+        wide = wide and not (name in self._sites and self._sites[name].experts)
+        if self._levels.get(name, (0, False)) == (level, wide):
+            return
+        self._put(name, self._assembler.wide(name, level) if wide else self._assembler.unit(name, level))
+        self._levels[name] = (level, wide)
+
+    def blend(self, name: str, shares: Sequence[float]) -> None:
+        """Put a unit, in dense shapes, at a weighted mean of its levels.
+
+        What a structured unit adds is linear in its output projection, whose inputs are those of the dense unit: at the
+        mean of its levels it adds the mean of what they add.
+        """
+        levels = [self._assembler.wide(name, level) for level in range(len(shares))]
+        blended: dict[str, torch.Tensor] = {}
+        for key in dict.fromkeys(key for tensors in levels for key in tensors):
+            parts = [(share, tensors[key]) for share, tensors in zip(shares, levels, strict=True) if key in tensors]
+            blended[key] = torch.stack([share * tensor.float() for share, tensor in parts]).sum(0).to(parts[0][1].dtype)
+        self._put(name, blended)
+        self._levels[name] = None
+
+    def _put(self, name: str, tensors: Replacements) -> None:
+        if name in self._sites and self._sites[name].experts:
+            self._choose(self._sites[name], tensors)
+        elif all(tensor is None for tensor in tensors.values()):
+            for root, part in self._sites[name].removal.items():
+                remove(self._model, root, part)
+        else:
+            site = self._sites.get(name)
+            for root in () if site is None else site.roots:
+                self._model.set_submodule(root, self._originals[root])
+            for key, tensor in tensors.items():
+                assert tensor is not None
+                # what is not there yet is a bias that pruning adds
+                self._parameters.setdefault(key, nn.Parameter(tensor, requires_grad=False)).data = tensor
+            if site is not None:
+                regroup(self._homes[name])
+                project, kept = self._model.get_submodule(site.output), tensors[f"{site.output}.weight"]
+                assert kept is not None
+                recount(self._homes[name], self._counts[name], kept.shape[1] // site.width, site.total)
+                bias = f"{site.output}.bias"
+                project.register_parameter("bias", self._parameters[bias] if bias in tensors else None)
+
+    def _choose(self, site: Site, tensors: Replacements) -> None:
+        """Have a router choose from some experts."""
+        (router,) = site.rows
+        kept = [number for number, (module, *_) in enumerate(site.experts) if tensors[f"{module}.weight"] is not None]
+        choose(self._model, site.name, router, kept, self._originals[site.name], self._originals[router])
+        for key, tensor in tensors.items():
+            if key.startswith(f"{router}.") and tensor is not None:
+                self._parameters[key].data = tensor
+
+
+def _tensors(model: nn.Module, names: Sequence[str], buffers: bool) -> dict[str, torch.Tensor]:
+    """Return parameters of modules by name, and ``buffers``: a router may keep a bias in one."""
+    found: dict[str, torch.Tensor] = {}
+    for name in names:
+        module = model.get_submodule(name)
+        found |= dict(module.named_parameters(prefix=name))
+        found |= dict(module.named_buffers(prefix=name)) if buffers else {}
+    return found
+
+
+def _kept(tensor: torch.Tensor, own: Rows, unit: Unit, level: int) -> torch.Tensor:
+    """Return the rows of a run, in the order of removal, that a level keeps."""
+    by_group = tensor[own.start : own.start + own.rows * unit.total].unflatten(0, (unit.num_groups, -1))
+    return by_group[:, : unit.kept[level] * own.rows // unit.num_groups].flatten(0, 1)
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    # memory-mapped tensors may be unaligned, and kernels may then round differently from what is switched in later
+    return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor

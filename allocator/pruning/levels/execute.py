@@ -1,0 +1,65 @@
+"""Executing a plan: from the level store or recomputed, saved, reloaded, counted, and compared with the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from allocator.core.errors import UserError
+from allocator.core.space import Allocation, SearchSpace
+from allocator.model.checkpoint.headers import ModelFiles
+from allocator.model.family.layout import Layout
+from allocator.model.live.write import count_params, read_tensors, write_checkpoint
+from allocator.pruning.levels.assemble import Assembler, CompactLevels
+
+
+def save_pruned(
+    allocation: Allocation,
+    files: ModelFiles,
+    layout: Layout,
+    space: SearchSpace,
+    compact: Callable[[str], CompactLevels],
+    out: Path,
+) -> int:
+    """Write the checkpoint of an allocation, count its parameters on disk, and return the count.
+
+    Args:
+        allocation: One level per unit.
+        files: The dense model.
+        layout: Where its units are.
+        space: Their ladders.
+        compact: Returns a unit's compact levels: a level store, or what was recomputed along the allocation.
+        out: A folder that does not exist yet.
+
+    Raises:
+        UserError: The saved checkpoint does not hold what the allocation says.
+    """
+    levels = {unit.name: level for unit, level in zip(space.units, allocation, strict=True)}
+
+    def replace(site: str) -> dict[str, torch.Tensor | None]:
+        # an assembler of its own: the dense tensors that it reads are held for one sub-block only
+        return dict(Assembler(files, layout, space, compact).site(site, levels))
+
+    write_checkpoint(files, layout, replace, out)
+    planned, counted = space.cost(allocation), count_params(out, space, files)
+    if not planned - _kept_zeros(levels, files, space, compact) <= counted <= planned:
+        raise UserError(
+            f"{out}: holds {counted} parameters, and the plan says {planned}. Please report this as a defect"
+        )
+    return counted
+
+
+def _kept_zeros(
+    levels: Mapping[str, int], files: ModelFiles, space: SearchSpace, compact: Callable[[str], CompactLevels]
+) -> int:
+    """Count the weights of unit matrices that may be kept and zero: zero when dense, or updated to zero."""
+    zeros = 0
+    for unit in space.units:
+        if unit.kind == "matrix":
+            level, name = levels[unit.name], f"{unit.name}.weight"
+            values = compact(unit.name).get(f"values.{level}") if level else None
+            values = read_tensors(files, [name])[name] if values is None else values
+            zeros += int((values == 0).sum())
+    return zeros

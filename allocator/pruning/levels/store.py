@@ -1,0 +1,192 @@
+"""The level store: every unit pruned at every level, on disk, ready to be assembled.
+
+A folder with one safetensors file per unit and a manifest that says what the store belongs to and how each
+file must hash. The manifest is written last, so a store without one is unfinished.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from allocator.core.errors import UserError
+from allocator.core.files import check_name, check_place, file_fingerprint, fingerprint, read_json, write_json
+from allocator.core.space import SearchSpace
+from allocator.pruning.levels.assemble import CompactLevels
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+
+_KEY = "key.json"
+
+
+class LevelStore:
+    """A finished store, memory-mapped."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.absolute()
+        self._cache: dict[str, CompactLevels] = {}
+
+    def __call__(self, unit: str) -> CompactLevels:
+        """Return the compact levels of a unit."""
+        if unit not in self._cache:
+            with safe_open(self.folder / f"{unit}.safetensors", framework="pt") as file:
+                self._cache[unit] = {key: file.get_tensor(key) for key in file.keys()}
+        return self._cache[unit]
+
+
+class StoreBuilder:
+    """A store in the making, in a hidden neighbour of its folder. Every unit in it is whole, and stays after a crash.
+
+    Several processes may write into one at once, on one machine or many: a unit's file is the same whoever writes it.
+    """
+
+    def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
+        """Begin, or go on with what was begun for the same key.
+
+        Args:
+            folder: Where the store will be.
+            key: What it belongs to: model, calibration, pruner, space.
+
+        Raises:
+            UserError: See :func:`check_free`.
+        """
+        check_free(folder)
+        self._folder, self._key = folder.absolute(), dict(key)
+        # a place of its own for every key, for runs that differ may share the store's name by mistake
+        self._partial = self._folder.with_name(f".{folder.name}.{fingerprint(self._key)[7:19]}.partial")
+        begun = self._partial / _KEY
+        if begun.is_file() and read_json(begun, "key of a level store") != self._key:
+            shutil.rmtree(self._partial, ignore_errors=True)
+        if not begun.is_file():  # units come after it, so that there is none but perhaps another process
+            self._partial.mkdir(parents=True, exist_ok=True)
+            write_json(begun, self._key)
+
+    def __call__(self, unit: str) -> CompactLevels | None:
+        """Return the compact levels of a unit that is there, or None."""
+        path = self._path(unit)
+        return load_file(path) if path.is_file() else None
+
+    def __contains__(self, unit: str) -> bool:
+        """Whether a unit is there."""
+        return self._path(unit).is_file()
+
+    def write(self, unit: str, levels: CompactLevels) -> None:
+        """Write a unit.
+
+        Raises:
+            UserError: The disk is full, or fails. What was written stays.
+        """
+        path = self._path(unit)
+        temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in levels.items()}, temporary)
+            temporary.replace(path)
+        except (SafetensorError, OSError) as error:
+            temporary.unlink(missing_ok=True)
+            if not self._partial.exists():
+                return  # another process has finished the store meanwhile
+            raise self._unwritable(error) from None
+
+    def missing(self, space: SearchSpace) -> list[int]:
+        """Return the blocks of which a unit is not there."""
+        return sorted({unit.block for unit in space.units if unit.name not in self})
+
+    def fill(self, made: Iterable[tuple[str, CompactLevels]]) -> None:
+        """Write units as they are made."""
+        for unit, levels in made:
+            self.write(unit, levels)
+
+    def finish(self, units: Iterable[str]) -> LevelStore:
+        """Let the store appear under its name.
+
+        Raises:
+            UserError: The disk is full, or fails. What was written stays.
+        """
+        try:
+            hashes = {unit: file_fingerprint(self._path(unit)) for unit in units}
+            manifest = {"schema": SCHEMA, "kind": "allocator.levels", "key": self._key, "units": hashes}
+            write_json(self._partial / MANIFEST, manifest)
+            for path in self._partial.iterdir():
+                if path.name != MANIFEST and path.stem not in hashes:
+                    path.unlink()
+            self._partial.rename(self._folder)
+        except OSError as error:
+            if (built_meanwhile := open_store(self._folder, self._key)) is None:
+                raise self._unwritable(error) from None
+            return built_meanwhile
+        return LevelStore(self._folder)
+
+    def _unwritable(self, error: Exception) -> UserError:
+        return UserError(
+            f"{self._folder}: the level store cannot be written ({error}). Free some space and resume: "
+            "units that are finished stay. Or name a folder on another disk with --set store=FOLDER"
+        )
+
+    def _path(self, unit: str) -> Path:
+        return self._partial / f"{unit}.safetensors"
+
+
+def create_store(folder: Path, key: Mapping[str, Any], levels: Iterable[tuple[str, CompactLevels]]) -> LevelStore:
+    """Write a store unit by unit, and return it. See :class:`StoreBuilder`."""
+    builder, names = StoreBuilder(folder, key), []
+    for unit, tensors in levels:
+        builder.write(unit, tensors)
+        names.append(unit)
+    return builder.finish(names)
+
+
+def open_store(folder: Path, key: Mapping[str, Any]) -> LevelStore | None:
+    """Open a finished store, or return None where there is none.
+
+    Raises:
+        UserError: The store belongs to another model, calibration or setting, or a file of it is damaged.
+    """
+    if not (folder / MANIFEST).exists():
+        return None
+    manifest = read_json(folder / MANIFEST, "level store manifest")
+    remedy = f"Remove {folder} to have it built again, or name another with --set store=FOLDER"
+    ours = manifest.get("kind") == "allocator.levels" and manifest.get("schema") == SCHEMA
+    if not ours or not all(isinstance(manifest.get(name), dict) for name in ("key", "units")):
+        raise UserError(f"{folder / MANIFEST}: not a level store of schema {SCHEMA}. {remedy}")
+    for name, value in key.items():
+        if manifest["key"].get(name) != value:
+            raise UserError(
+                f"{folder}: the level store was built for another {name}: {manifest['key'].get(name)}, "
+                f"and this search needs {value}. {remedy}"
+            )
+    strays = sorted({path.stem for path in folder.glob("*.safetensors")} - set(manifest["units"]))
+    if strays:
+        raise UserError(f"{folder / MANIFEST}: damaged: it does not name {strays[0]}, which is there. {remedy}")
+    for unit, expected in manifest["units"].items():
+        check_name(unit, folder / MANIFEST)
+        path = folder / f"{unit}.safetensors"
+        if not path.is_file():
+            raise UserError(f"{path}: missing from the level store. {remedy}")
+        if file_fingerprint(path) != expected:
+            raise UserError(f"{path}: damaged: its hash is not the manifest's. {remedy}")
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise UserError(f"{path}: not readable: {error}. {remedy}") from None
+    return LevelStore(folder)
+
+
+def check_free(folder: Path) -> None:
+    """Check that a store can be written here: nothing is there, or an empty folder.
+
+    Raises:
+        UserError: The folder holds something, or cannot be written to.
+    """
+    remedy = "Name an empty or new folder with --set store=FOLDER"
+    if folder.is_dir() and (found := next(folder.iterdir(), None)) is not None:
+        raise UserError(f"{folder}: not a level store, and it holds {found.name}, which is not replaced. {remedy}")
+    check_place(folder, remedy)

@@ -1,0 +1,153 @@
+"""How a run gets on, kept in its folder while it does: ``status.json``, for whoever looks from outside."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from allocator.core.errors import UserError
+from allocator.core.files import write_json
+from allocator.run.reporting import Reporter
+
+NAME = "status.json"
+SCHEMA = 1
+
+BEAT_S = 10.0
+"""Seconds after which the file is written again at the latest, so that a look at it tells whether the run lives."""
+
+_THROTTLE_S = 1.0
+_RECENT_S = 60.0
+_PLACES = re.compile(r"\w+://\S+|\b\d{1,3}(\.\d{1,3}){3}(:\d+)?\b")
+
+
+class Recorder:
+    """A reporter that hears for another, and keeps what it hears. Use as a context manager around a whole run.
+
+    Nothing is written before :meth:`begin`, and no failure to write disturbs the run.
+    """
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+        self._path: Path | None = None
+        self._workers: Callable[[], int] = lambda: 0
+        self._status: dict[str, Any] = {"phase": "", "done": 0, "total": None}
+        self._points: deque[tuple[float, int, int]] = deque(maxlen=256)
+        self._written_s = 0.0
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            self._status["state"] = "stopped"
+        elif error is not None:
+            self._status["state"] = "failed"
+            said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            self._status["error"] = _PLACES.sub("<address>", said)[:2000]
+        else:
+            self._status["state"] = "finished"
+        self._write()
+
+    def begin(self, folder: Path, evaluations: int) -> None:
+        """The folder is that of the run now, in which so much is measured, and which lives as long as this process."""
+        self._path = folder / NAME
+        self._status = {"state": "running", "begun": _now(), **self._status, "evaluations": evaluations}
+        self._write()
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    def staff(self, evaluator: Any) -> None:
+        """These are the workers, if it has any."""
+        self._workers = lambda: getattr(evaluator, "alive", 0)
+
+    def found(self, evaluations: int, members: int, reached: Mapping[str, float]) -> None:
+        """So much is measured: allocations, how many of them the front has, and the figures that tell how good it is.
+
+        Call it before the step that it belongs to.
+        """
+        with self._lock:
+            if evaluations < self._status["evaluations"]:
+                self._points.clear()  # another round, with a journal of its own
+            self._status.update(evaluations=evaluations, front=members, reached=dict(reached))
+
+    def phase(self, name: str, total: int | None = None) -> None:
+        """See :class:`~allocator.run.reporting.Reporter`."""
+        with self._lock:
+            self._status.update(phase=name, done=0, total=total)
+            self._points.clear()
+            self._note()
+        self._write()
+        self._reporter.phase(name, total)
+
+    def step(self, done: int, note: str = "") -> None:
+        """See :class:`~allocator.run.reporting.Reporter`."""
+        with self._lock:
+            self._status["done"] = done
+            self._note()
+        if time.monotonic() - self._written_s >= _THROTTLE_S:
+            self._write()
+        self._reporter.step(done, note)
+
+    def say(self, message: str) -> None:
+        """See :class:`~allocator.run.reporting.Reporter`."""
+        self._reporter.say(message)
+
+    def _note(self) -> None:
+        now = time.monotonic()
+        self._points.append((now, self._status["done"], self._status.get("evaluations", 0)))
+        while len(self._points) > 2 and self._points[1][0] < now - _RECENT_S:
+            self._points.popleft()
+
+    def _pace(self) -> dict[str, float]:
+        """Return what the last minute says of speed, and of the time that is left in the phase."""
+        pace: dict[str, float] = {}
+        if not self._points or self._points[0][0] == self._points[-1][0]:
+            return pace
+        (start, first, known), (end, done, measured) = self._points[0], self._points[-1]
+        total = self._status["total"]
+        if measured > known:
+            pace["evaluations_per_s"] = round((measured - known) / (end - start), 3)
+        if total is not None and done > first:
+            pace["phase_left_s"] = round(max(0.0, (total - done) * (end - start) / (done - first)), 1)
+        return pace
+
+    def _beat(self) -> None:
+        while not self._ended.wait(BEAT_S):
+            if time.monotonic() - self._written_s >= BEAT_S:
+                self._write()
+
+    def _write(self) -> None:
+        if self._path is None:
+            return
+        with self._lock, contextlib.suppress(OSError):
+            running = self._status["state"] == "running"
+            pace = {**self._pace(), "workers": self._workers()} if running else {}
+            head = {"schema": SCHEMA, "kind": "allocator.run.status"}
+            self._written_s = time.monotonic()
+            write_json(self._path, {**head, **self._status, **pace, "machine": machine(), "updated": _now()})
+
+
+def machine() -> str:
+    """Return what tells one machine, since it was started, from others, and names none."""
+    try:
+        booted = Path("/proc/sys/kernel/random/boot_id").read_bytes()
+    except OSError:
+        return "unknown"
+    return hashlib.sha256(booted).hexdigest()[:12]
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

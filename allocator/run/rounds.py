@@ -1,0 +1,54 @@
+"""From one round of a search to the next: a job with finer ladders, and what the rounds before it came to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from allocator.core.space import SearchSpace
+from allocator.model.family.space import build_space
+from allocator.run.job import Job, serving
+from allocator.searchers.coarse_to_fine import Round, filled, recentre, translated
+from allocator.searchers.decide import Decision
+
+
+def next_job(job: Job, decision: Decision) -> Job:
+    """Return the job of the round that follows a decision."""
+    config, baselines = job.config, (decision.uniform, decision.two_rate)
+    space = build_space(
+        job.layout,
+        job.files,
+        config.pattern,
+        job.target,
+        recentre(job.space, decision.searched, baselines),
+        config.ladder.align,
+        bias=config.pruner.bias,
+    )
+    space = serving(config, job.files, job.layout, space)
+    chosen, uniform, two_rate = (translated(a, job.space, space) for a in (decision.searched, *baselines))
+    return _in_round(job, space, Round(filled(space, chosen, job.budget), uniform, two_rate, history(job, decision)))
+
+
+def job_of_round(job: Job, header: Mapping[str, Any]) -> Job:
+    """Return the job of the round that a journal was begun for; ``job`` is that of the first round."""
+    if "round" not in header:
+        return job
+    return _in_round(job, SearchSpace.from_json(header["space"]), Round.from_json(header["round"]))
+
+
+def history(job: Job, decision: Decision) -> tuple[Mapping[str, Any], ...]:
+    """Return what each round spent and reached, up to that of a job."""
+    own = {
+        "evaluations": decision.spent.evaluations,
+        "candidate_tokens": round(decision.spent.tokens),
+        "ended": decision.ended,
+        "losses": dict(decision.losses),
+    }
+    return (*(() if job.round is None else job.round.earlier), own)
+
+
+def _in_round(job: Job, space: SearchSpace, begun: Round) -> Job:
+    # the incumbent alone would have weights made for it, and few that differ from it would seem better
+    along = begun.incumbent if job.config.pruner.inputs == "path" else None
+    return replace(job, space=space, along=along, round=begun)

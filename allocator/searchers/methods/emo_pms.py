@@ -1,0 +1,265 @@
+"""EMO-PMS: evolutionary multi-objective search, divided over runs of blocks and put together by what each impairs.
+
+After Shang et al., "An EMO joint pruning with multiple sub-networks", 2023 (arXiv 2303.16212, first version). The
+network is cut into contiguous groups of blocks. In every round each group has an evolution of its own, NSGA-II over its
+units, against costs and the error of the features that leave it; features enter it as its pruned predecessors leave
+them. A group's evaluation runs that group alone, so that of K groups it costs 1/K of a whole one; groups evolve side
+by side. Then the joint step: every member of every local front takes its group's place in the current network, the
+global impairment is measured, fronts are merged by exact (min, +) combination of impairments, and the best merged
+schemes are measured for real.
+
+The paper prunes convolutional networks filter by filter and trains sub-networks to take pruned features; here levels
+come from a store whose pruner has refitted them, and nothing is trained. It speaks of one current network. Where the
+answer is a whole front there is none, and it leaves the choice open: here a round goes on from the known member
+nearest to a place on the first cost's range, first the middle, then the quarters, the eighths and so on. Features are
+compared with those of the dense model at the same place, token by token, without a feature selector. How impairments
+are combined is open too; (min, +) takes them to add up, which the last measurement then checks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from allocator.core.budget import Budget, fits, spans
+from allocator.core.errors import UserError
+from allocator.core.front import non_dominated
+from allocator.core.protocols import Outcome, Request
+from allocator.core.space import Allocation, Cost, SearchSpace
+from allocator.searchers.methods.nsga import make_nsga
+from allocator.searchers.script import Script
+
+Levels = tuple[int, ...]
+"""One level for each unit of a group."""
+
+
+@dataclass(frozen=True, slots=True)
+class EmoPmsSettings:
+    """Settings of EMO-PMS.
+
+    Attributes:
+        groups: Into how many runs of blocks the network is cut.
+        rounds: How often groups evolve and are put together.
+        generations: Of each group's evolution, in every round.
+        population: Members of it, at most as many of whose front take part in the joint step.
+        schemes: Merged schemes that are measured on all tokens, in every round.
+        profile: Tokens on which groups and impairments are measured.
+        tokens: Tokens of schemes.
+    """
+
+    groups: int = 4
+    rounds: int = 6
+    generations: int = 8
+    population: int = 12
+    schemes: int = 20
+    profile: int = 1024
+    tokens: int = 8192
+
+    def __post_init__(self) -> None:
+        counts = (self.groups, self.rounds, self.generations, self.schemes)
+        if min(counts) < 1 or self.population < 4 or not 1 <= self.profile <= self.tokens:
+            raise UserError(
+                "search.emo_pms: expected groups, rounds, generations and schemes >= 1, population >= 4 and "
+                f"1 <= profile <= tokens, found {', '.join(map(str, counts))}, {self.population}, {self.profile} and "
+                f"{self.tokens}"
+            )
+
+
+def emo_pms(
+    space: SearchSpace,
+    budget: Budget,
+    objectives: Sequence[Cost],
+    start: Sequence[Allocation],
+    settings: EmoPmsSettings,
+    seed: int,
+) -> Script:
+    """Search the front of the loss and of costs within a budget, from ``start``. See the module's text."""
+    groups, span = _groups(space, settings.groups), spans(space, budget, objectives[:1])[objectives[0]]
+    bounded = [cost for cost, limit in budget.limits.items() if limit < space.cost(space.dense, cost)]
+    costs = list(dict.fromkeys([*objectives, *bounded]))
+    known = _losses((yield [Request(allocation, settings.tokens) for allocation in start]))
+    bred: list[list[Levels]] = [[] for _ in groups]
+    for number in range(settings.rounds):
+        base = _nearest(space, objectives[0], known, _place(number), span)
+        locals_ = [
+            _Local(space, group, base, costs, first, settings, [seed, number, place])
+            for place, (group, first) in enumerate(zip(groups, bred, strict=True))
+        ]
+        for _ in range(settings.generations + 1):
+            asked = [local.ask() for local in locals_]
+            if not any(asked):
+                break
+            told = {o.request.key: o for o in (yield [request for requests in asked for request in requests])}
+            for local, requests in zip(locals_, asked, strict=True):
+                local.tell([told[request.key] for request in requests])
+        bred = [local.front() for local in locals_]
+        options = [list(dict.fromkeys([group.of(base), *front])) for group, front in zip(groups, bred, strict=True)]
+        plugged = [[group.into(base, levels) for levels in own] for group, own in zip(groups, options, strict=True)]
+        wanted = dict.fromkeys(allocation for own in plugged for allocation in own)
+        losses = _losses((yield [Request(allocation, settings.profile) for allocation in wanted]))
+        impairments = [[losses[allocation] - losses[base] for allocation in own] for own in plugged]
+        merged = _merged(space, budget, objectives, costs, groups, options, impairments)
+        new = [scheme for scheme in merged if scheme not in known]
+        chosen = dict.fromkeys(round(place) for place in np.linspace(0, len(new) - 1, min(settings.schemes, len(new))))
+        if chosen:
+            known |= _losses((yield [Request(new[place], settings.tokens) for place in chosen]))
+    return f"all {settings.rounds} rounds over {len(groups)} groups are done"
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """A contiguous run of blocks.
+
+    Attributes:
+        places: Of its units in the space.
+        start: Its first block.
+        end: The block after its last.
+    """
+
+    places: tuple[int, ...]
+    start: int
+    end: int
+
+    def of(self, allocation: Allocation) -> Levels:
+        """Return the group's part of an allocation."""
+        return tuple(allocation[place] for place in self.places)
+
+    def into(self, allocation: Allocation, levels: Levels) -> Allocation:
+        """Return an allocation with other levels for the group."""
+        own = dict(zip(self.places, levels, strict=True))
+        return tuple(own.get(place, level) for place, level in enumerate(allocation))
+
+
+def _groups(space: SearchSpace, count: int) -> list[_Group]:
+    """Cut the blocks that have units into so many runs of nearly equal length, or one for each if they are fewer."""
+    blocks = sorted({unit.block for unit in space.units})
+    found = []
+    for run in np.array_split(blocks, min(count, len(blocks))):
+        start, end = int(run[0]), int(run[-1]) + 1
+        places = tuple(place for place, unit in enumerate(space.units) if start <= unit.block < end)
+        found.append(_Group(places, start, end))
+    return found
+
+
+class _Local:
+    """The evolution of one group in one round: costs, also those that are bounded, against the error of what leaves."""
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        group: _Group,
+        base: Allocation,
+        costs: Sequence[Cost],
+        first: Sequence[Levels],
+        settings: EmoPmsSettings,
+        seed: Sequence[int],
+    ) -> None:
+        self._space, self._group, self._costs, self._settings = space, group, costs, settings
+        # what comes after is not run
+        self._before = tuple(lv if unit.block < group.end else 0 for lv, unit in zip(base, space.units, strict=True))
+        units = [space.units[place] for place in group.places]
+        drawn = int(np.random.SeedSequence(seed).generate_state(1)[0])
+        population = _population([unit.num_levels for unit in units], [group.of(base), *first], settings, drawn)
+        self._nsga = make_nsga("nsga2", units, population, settings.population, 1 + len(costs), drawn)
+        self._bred: Any = None
+
+    def ask(self) -> list[Request]:
+        """Return the next generation; empty when nothing new is bred."""
+        self._bred = self._nsga.ask()
+        return [self._request(row) for row in (() if self._bred is None else self._bred.get("X"))]
+
+    def tell(self, outcomes: Sequence[Outcome]) -> None:
+        """Select among parents and offspring."""
+        if not outcomes:
+            return
+        costs = [[self._space.cost(outcome.request.allocation, cost) for cost in self._costs] for outcome in outcomes]
+        self._bred.set("F", np.column_stack([[outcome.loss for outcome in outcomes], np.array(costs, dtype=float)]))
+        self._nsga.tell(infills=self._bred)
+
+    def front(self) -> list[Levels]:
+        """Return the members of the front, in the order of the first cost; evenly spaced ones, if they are many."""
+        best = self._nsga.opt
+        order = np.lexsort((best.get("F")[:, 0], best.get("F")[:, 1]))
+        places = dict.fromkeys(np.linspace(0, len(order) - 1, min(len(order), self._settings.population)).round())
+        return [tuple(int(level) for level in best.get("X")[order[int(place)]]) for place in places]
+
+    def _request(self, row: Sequence[int]) -> Request:
+        allocation = self._group.into(self._before, tuple(int(level) for level in row))
+        return Request(allocation, self._settings.profile, blocks=self._group.end)
+
+
+def _population(
+    lengths: Sequence[int], first: Sequence[Levels], settings: EmoPmsSettings, seed: int
+) -> list[list[int]]:
+    """Return what is given, equal shares of every ladder, and random levels, all different."""
+    size, upper = settings.population, np.array(lengths) - 1
+    rng = np.random.default_rng(seed)
+    even = [tuple(np.round(share * upper).astype(int).tolist()) for share in np.linspace(0.0, 1.0, size)]
+    kept = list(dict.fromkeys(first))[: size // 2]
+    found: dict[Levels, None] = dict.fromkeys([*kept, *even])
+    for _ in range(10 * size):
+        if len(found) >= size:
+            break
+        found[tuple(rng.integers(0, upper + 1).tolist())] = None
+    return [list(levels) for levels in found][:size]
+
+
+def _place(number: int) -> float:
+    """Return 1/2, 1/4, 3/4, 1/8, 5/8, ...: numbers from 1 on, their binary digits mirrored at the point."""
+    digits = f"{number + 1:b}"[::-1]
+    return int(digits, 2) / float(1 << len(digits))
+
+
+def _nearest(
+    space: SearchSpace, cost: Cost, known: Mapping[Allocation, float], place: float, span: tuple[int, int]
+) -> Allocation:
+    """Return the member of the front of what is known that is nearest to a place on the span of a cost."""
+    allocations = list(known)
+    spent = np.array([space.cost(allocation, cost) for allocation in allocations])
+    front = non_dominated(np.column_stack([spent, [known[allocation] for allocation in allocations]]))
+    low, high = span
+    return allocations[min(front, key=lambda member: abs(spent[member] - low - place * (high - low)))]
+
+
+def _merged(
+    space: SearchSpace,
+    budget: Budget,
+    objectives: Sequence[Cost],
+    costs: Sequence[Cost],
+    groups: Sequence[_Group],
+    options: Sequence[Sequence[Levels]],
+    impairments: Sequence[Sequence[float]],
+) -> list[Allocation]:
+    """Return the front within the budget of the sum of impairments and objectives: one option for each group, exactly.
+
+    ``costs`` are the objectives, and what else the budget bounds: what is ahead in these may yet fit where the other
+    does not.
+    """
+    figures, schemes = np.zeros((1, 1 + len(costs))), np.zeros((1, 0), dtype=np.int64)
+    for group, own, losses in zip(groups, options, impairments, strict=True):
+        units = [space.units[place] for place in group.places]
+        spent = [
+            [sum(u.costs(cost)[level] for u, level in zip(units, levels, strict=True)) for cost in costs]
+            for levels in own
+        ]
+        added = np.column_stack([losses, np.array(spent, dtype=float)])
+        figures = (figures[:, None] + added).reshape(-1, added.shape[1])
+        schemes = np.column_stack([schemes.repeat(len(own), axis=0), np.tile(np.arange(len(own)), len(schemes))])
+        best = non_dominated(figures)
+        figures, schemes = figures[best], schemes[best]
+    inside, rows = list[Allocation](), list[int]()
+    for row, scheme in enumerate(schemes.tolist()):
+        allocation = space.dense
+        for group, own, pick in zip(groups, options, scheme, strict=True):
+            allocation = group.into(allocation, own[pick])
+        if fits(space, allocation, budget):
+            inside.append(allocation)
+            rows.append(row)
+    return [inside[place] for place in non_dominated(figures[rows, : 1 + len(objectives)])]
+
+
+def _losses(outcomes: Sequence[Outcome]) -> dict[Allocation, float]:
+    return {outcome.request.allocation: outcome.loss for outcome in outcomes}

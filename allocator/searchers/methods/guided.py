@@ -1,0 +1,174 @@
+"""Guided evolution: proposals that a model ranks, and every outcome teaches; the best of them are raced.
+
+Exchange evolution measures each offspring to learn whether it is good. Here proposals are cheap. Where the evaluator
+has gradients, the loss is expanded whenever the centre moves; the proposals are what the model thinks best nearby, and
+what samples of it do (Thompson, 1933), each found by a knapsack: exchanges of several units at once. Without
+gradients, thousands of exchanges are drawn from the best allocations so far, favouring units that have most to gain and
+least to lose, and the model ranks them. Only a few proposals are measured, in a race on growing token sets. Where
+blocks can be removed, some entrants remove or restore a contiguous run of them, which no model judges.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from allocator.core.errors import UserError
+from allocator.core.space import Allocation
+from allocator.searchers.methods.evolution import move_run
+from allocator.searchers.methods.race import race
+from allocator.searchers.script import Memory, Script
+from allocator.searchers.solvers.knapsack import knapsack_nearby
+
+_EXPLORATION = 0.25
+"""Share of exchanged units that are drawn without regard to the model."""
+
+_RUNS_EVERY = 8
+"""One entrant in so many moves a run of blocks, where blocks can be removed."""
+
+_RADII = 3
+"""Allocations that the model likes best are looked for within so many levels of the centre."""
+
+_CLOSE = 2e-7
+"""Share of the loss, for each unit, by which a knapsack of a sample may miss: exact, but for hundreds of units."""
+
+_SETTLED = 4
+"""Proposals that are brought into the budget exactly, for each entrant."""
+
+
+@dataclass(frozen=True, slots=True)
+class GuidedSettings:
+    """Settings of guided evolution.
+
+    Attributes:
+        generations: Races, at most.
+        patience: Races without a better allocation after which the search ends.
+        proposals: Exchanges that are drawn for each race.
+        entrants: Of these, how many are raced.
+        survivors: How many entrants of a race may be measured on all tokens.
+        parents: Allocations from which exchanges are drawn: the best so far.
+        max_exchanges: A proposal differs from its parent by min(U{1..m}, U{1..m}) exchanges.
+    """
+
+    generations: int = 100
+    patience: int = 4
+    proposals: int = 2048
+    entrants: int = 16
+    survivors: int = 3
+    parents: int = 3
+    max_exchanges: int = 4
+
+    def __post_init__(self) -> None:
+        if min(self.generations, self.patience, self.entrants, self.survivors, self.parents, self.max_exchanges) < 1:
+            raise UserError("search.guided: every setting must be at least 1")
+        if self.proposals < self.entrants:
+            raise UserError(f"search.guided.proposals: expected at least entrants ({self.entrants})")
+
+
+def guided(memory: Memory, settings: GuidedSettings, seed: int) -> Script:
+    """Search from the memory's centre. See the module's text."""
+    stale = 0
+    for turn in range(settings.generations):
+        yield from memory.expand()
+        entrants = propose(memory, settings, np.random.default_rng([seed, turn]))
+        if not entrants:
+            return "nothing is left that was not proposed"
+        yield from race(memory, entrants, settings.survivors)
+        stale = 0 if memory.advance() else stale + 1
+        if stale == settings.patience:
+            return f"nothing better in {stale} races"
+    return f"all {settings.generations} races are done"
+
+
+def propose(memory: Memory, settings: GuidedSettings, rng: np.random.Generator) -> list[Allocation]:
+    """Return new allocations that the model likes best, within the budget and with the budget full."""
+    found: dict[Allocation, None] = {}
+    if all(unit.kept[-1] == 0 for unit in memory.space.units):
+        runs = [
+            move_run(memory.space, memory.centre, memory.budget, rng) for _ in range(settings.entrants // _RUNS_EVERY)
+        ]
+        found.update((child, None) for child in runs if not memory.seen(child))
+    room = settings.entrants - len(found)
+    if memory.gradients:
+        found.update(dict.fromkeys(_samples(memory, room, rng)))
+        return list(found)
+    children = list(dict.fromkeys([*_samples(memory, settings.entrants // 4, rng), *_exchanged(memory, settings, rng)]))
+    if children:
+        order = np.argsort(memory.surrogate.predict(np.array(children)), kind="stable")
+        found.update((children[place], None) for place in order[:room])
+    return list(found)
+
+
+def _samples(memory: Memory, count: int, rng: np.random.Generator) -> list[Allocation]:
+    """Return what is best by the model, and by samples of it, within one, two and three levels of the centre."""
+    surrogate = memory.surrogate
+    slack = _CLOSE * len(memory.centre)
+    found: dict[Allocation, None] = {}
+    for index in range(count):
+        table_ul = surrogate.table_ul if index < _RADII else surrogate.draw(rng)
+        answer = knapsack_nearby(memory.ladders, table_ul, memory.centre, 1 + index % _RADII, slack)
+        if not memory.seen(answer):
+            found[answer] = None
+    return list(found)
+
+
+def _exchanged(memory: Memory, settings: GuidedSettings, rng: np.random.Generator) -> list[Allocation]:
+    """Return exchanges of the best allocations that the model likes best, settled."""
+    ladders, surrogate = memory.ladders, memory.surrogate
+    parents = memory.ranked()[: settings.parents]
+    share = settings.proposals // len(parents)
+    drawn = [exchanges(memory, np.array(parent), share, settings.max_exchanges, rng) for parent in parents]
+    levels_nu = np.unique(np.concatenate(drawn), axis=0)
+    if not len(levels_nu):
+        return []
+    promise_n = surrogate.predict(levels_nu) + _rate(memory) * ladders.short(levels_nu)
+    best = np.argsort(promise_n, kind="stable")[: _SETTLED * settings.entrants]
+    children = [ladders.settle(levels_nu[row], surrogate.table_ul) for row in best]
+    return [child for child in children if not memory.seen(child)]
+
+
+def exchanges(
+    memory: Memory, parent_u: np.ndarray, count: int, max_exchanges: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Return a parent after exchanges, [count, U]; budgets are not settled.
+
+    Units are drawn by what the model says that a level more or less would lose or gain.
+    """
+    ladders, table_ul = memory.ladders, memory.surrogate.table_ul
+    units = np.arange(len(parent_u))
+    sparser_u, denser_u = np.minimum(parent_u + 1, ladders.last_u), np.maximum(parent_u - 1, 0)
+    giving_u = _preference(-(table_ul[units, sparser_u] - table_ul[units, parent_u]), parent_u < ladders.last_u)
+    taking_u = _preference(table_ul[units, parent_u] - table_ul[units, denser_u], parent_u > 0)
+    levels_nu = np.repeat(parent_u[None], count, axis=0)
+    if not giving_u.any() or not taking_u.any():
+        return levels_nu[:0]
+    times_n = rng.integers(1, max_exchanges + 1, size=(2, count)).min(0)
+    rows = np.arange(count)
+    for turn in range(max_exchanges):
+        active = rows[times_n > turn]
+        for weights_u, step in ((giving_u, 1), (taking_u, -1)):
+            drawn = rng.choice(units, size=len(active), p=weights_u)
+            size = step * (1 + (rng.random(len(active)) < 0.2))
+            levels_nu[active, drawn] = np.clip(levels_nu[active, drawn] + size, 0, ladders.last_u[drawn])
+    return levels_nu
+
+
+def _preference(gain_u: np.ndarray, can_u: np.ndarray) -> np.ndarray:
+    """Return probabilities that fall with the rank of a gain, and are zero where a unit cannot move."""
+    if not can_u.any():
+        return np.zeros(len(gain_u))
+    rank_u = np.argsort(np.argsort(-np.where(can_u, gain_u, -np.inf), kind="stable"), kind="stable")
+    weight_u = can_u * np.exp(-rank_u / max(1.0, can_u.sum() / 4))
+    even_u = can_u / can_u.sum()
+    return np.asarray((1 - _EXPLORATION) * weight_u / weight_u.sum() + _EXPLORATION * even_u)
+
+
+def _rate(memory: Memory) -> float:
+    """Return what cost is worth: the median over units of what the last step lost for its price."""
+    ladders, table_ul, level_u = memory.ladders, memory.surrogate.table_ul, np.array(memory.centre)
+    units = np.flatnonzero(level_u > 0)
+    price_u = ladders.price_ul[units, level_u[units] - 1] - ladders.price_ul[units, level_u[units]]
+    loss_u = table_ul[units, level_u[units]] - table_ul[units, level_u[units] - 1]
+    dear = price_u > 0
+    return max(0.0, float(np.median(loss_u[dear] / price_u[dear]))) if dear.any() else 0.0

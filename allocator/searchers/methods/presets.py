@@ -1,0 +1,68 @@
+"""Exchange evolution as three papers publish it: their numbers, for the patterns for which they give them.
+
+What they have in common, and how exchanges and budgets differ here, is in :mod:`allocator.searchers.methods.evolution`.
+All begin at uniform. They prune differently, which is the local pruner's matter, and evaluate as our engine does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from allocator.core.errors import UserError
+
+PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    # Sieberling et al., ICML 2025, appendix: unstructured sparsity on 7 to 8 B models
+    "evopress": {
+        "unstructured": {
+            "generations": 400,
+            "patience": 400,
+            "offspring": 64,
+            "tokens": [2048, 16384, 65536],
+            "survivors": [8, 2, 1],
+            "max_exchanges": 3,
+            "within_kind": False,
+        }
+    },
+    # Tang et al., COLM 2026: exchanges as in EvoPress, inside one type of module; its training is a setting of its own
+    "darwinlm": {
+        "structured": {
+            "generations": 200,
+            "patience": 200,
+            "offspring": 16,
+            "tokens": [1024, 2048, 4096, 8192],
+            "survivors": [8, 4, 2, 1],
+            "max_exchanges": 3,
+            "within_kind": True,
+        }
+    },
+    # Li et al., NeurIPS 2025: one of its coarse-to-fine iterations; of the last stage's two, the better is the parent
+    "tyr": {
+        "structured": {
+            "generations": 50,
+            "patience": 50,
+            "offspring": 128,
+            "tokens": [2048, 16384, 131072],
+            "survivors": [16, 4, 1],
+            "max_exchanges": 4,
+            "within_kind": True,
+        }
+    },
+}
+"""By name, then by pattern: settings of exchange evolution."""
+
+
+def preset(name: str, pattern: str) -> dict[str, Any]:
+    """Return the published settings of a method for a pattern.
+
+    Raises:
+        UserError: Its paper gives none for the pattern; names the presets that have some.
+    """
+    published = PRESETS[name]
+    if pattern not in published:
+        others = [other for other, patterns in PRESETS.items() if pattern in patterns]
+        raise UserError(
+            f"search.method: {name} publishes numbers for {', '.join(published)} pruning, and none for {pattern}. "
+            f"Use {', '.join([*others, 'evolution'])}, or give the numbers yourself as search.evolution"
+        )
+    return dict(published[pattern])

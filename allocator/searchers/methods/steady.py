@@ -1,0 +1,136 @@
+"""Steady-state evolution with a fixed lag: proposals one by one, for workers that must not wait for a generation.
+
+Proposal t sees exactly the outcomes of proposals up to t - lag - 1, whoever is fast and however many workers there are:
+so the search is a function of its seed and lag. Up to lag + 1 proposals are measured at once, and none waits for the
+slowest of a generation. What it costs is that parents are lag proposals old.
+
+A proposal is a child of the best that is known (by the exchanges of :mod:`allocator.searchers.methods.evolution`), on
+the first of the token sets; or, where one in ``reduction`` of what a set has scored has not gone on to the next, the
+best of these goes on. This is the asynchronous successive halving of ASHA (Li et al., "A system for massively parallel
+hyperparameter tuning", MLSys 2020), with children of the incumbent for its random draws, and promotions from the
+highest set first. It departs from ASHA in what a promotion sees: there whatever has come in, here what the lag lets
+through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from allocator.core.budget import Budget
+from allocator.core.errors import UserError
+from allocator.core.protocols import Outcome, Request
+from allocator.core.space import Allocation, SearchSpace
+from allocator.searchers.methods.evolution import proposals
+
+_ATTEMPTS = 512
+"""How often a child is drawn until it is one that was not proposed."""
+
+
+@dataclass(frozen=True, slots=True)
+class SteadySettings:
+    """Settings of steady-state evolution.
+
+    Attributes:
+        trials: Proposals, those included that go on to more tokens.
+        patience: Proposals without a better allocation after which the search ends.
+        lag: Proposals that are measured at once beside the oldest. Two or three for each worker keep workers busy; it
+            is part of the search, so two runs with one lag are the same search on any number of workers.
+        tokens: Token sets, increasing.
+        reduction: One in so many of what a token set has scored goes on to the next.
+        max_exchanges: A child differs by min(U{1..m}, U{1..m}) exchanges.
+    """
+
+    trials: int = 400
+    patience: int = 200
+    lag: int = 16
+    tokens: tuple[int, ...] = (1024, 4096)
+    reduction: int = 5
+    max_exchanges: int = 3
+
+    def __post_init__(self) -> None:
+        if min(self.trials, self.patience, self.max_exchanges) < 1 or self.lag < 0 or self.reduction < 2:
+            raise UserError(
+                "search.steady: trials, patience and max_exchanges must be at least 1, reduction 2, and lag 0"
+            )
+        if list(self.tokens) != sorted(set(self.tokens)) or not self.tokens or self.tokens[0] < 1:
+            raise UserError(f"search.steady.tokens: expected increasing counts, found {list(self.tokens)}")
+
+
+class SteadyEvolution:
+    """Steady-state evolution for one budget. See the module's text for the method and its source."""
+
+    def __init__(
+        self, space: SearchSpace, budget: Budget, start: Sequence[Allocation], settings: SteadySettings, seed: int
+    ) -> None:
+        """Begin at the best of ``start``, allocations within the budget."""
+        self._space, self._budget, self._settings, self._seed = space, budget, settings, seed
+        self._start = list(dict.fromkeys(start))
+        self._seen = set(self._start)
+        self._scored: list[dict[Allocation, float]] = [{} for _ in settings.tokens]
+        self._promoted: list[set[Allocation]] = [set() for _ in settings.tokens]
+        self._parent, self._loss = self._start[0], float("inf")
+        self._asked = self._told = self._better = 0
+        self._end = ""
+
+    def ask(self) -> Sequence[Request]:
+        """Return the next proposal, which goes by what was told so far; the first are the starts, on all tokens.
+
+        It is none where the search is over, unless what is told yet changes that.
+        """
+        if self._asked == 0:
+            self._asked += 1
+            return [Request(allocation, self._settings.tokens[-1]) for allocation in self._start]
+        if self._asked > self._settings.trials:
+            self._end = f"all {self._settings.trials} proposals are done"
+            return []
+        if self._told - self._better >= self._settings.patience:
+            self._end = f"no better allocation for {self._told - self._better} proposals"
+            return []
+        request = self._promotion() or self._child()
+        if request is None:
+            self._end = f"no new allocation was drawn in {_ATTEMPTS} attempts"
+            return []
+        self._asked += 1
+        return [request]
+
+    def tell(self, outcomes: Sequence[Outcome]) -> None:
+        """Take what the oldest proposal came to."""
+        self._told += 1
+        last = len(self._settings.tokens) - 1
+        for outcome in outcomes:
+            rung, allocation = self._settings.tokens.index(outcome.request.tokens), outcome.request.allocation
+            self._scored[rung][allocation] = outcome.loss
+            if rung == last and (outcome.loss, allocation) < (self._loss, self._parent):
+                self._loss, self._parent, self._better = outcome.loss, allocation, self._told
+
+    def ended(self) -> str:
+        """Return why nothing more is asked."""
+        return self._end
+
+    def finalists(self) -> Sequence[Allocation]:
+        """Return what was scored on all tokens, best first."""
+        scored = self._scored[-1]
+        return sorted(scored, key=lambda allocation: (scored[allocation], allocation))
+
+    def _promotion(self) -> Request | None:
+        """Return the best that may go on to more tokens, from the highest set that has any."""
+        for rung in reversed(range(len(self._settings.tokens) - 1)):
+            scored, promoted = self._scored[rung], self._promoted[rung]
+            if len(promoted) < len(scored) // self._settings.reduction:
+                waiting = [allocation for allocation in scored if allocation not in promoted]
+                best = min(waiting, key=lambda allocation: (scored[allocation], allocation))
+                promoted.add(best)
+                return Request(best, self._settings.tokens[rung + 1])
+        return None
+
+    def _child(self) -> Request | None:
+        rng = np.random.default_rng([self._seed, self._asked])
+        exchanges = self._settings.max_exchanges
+        for child in proposals(self._space, self._parent, self._budget, rng, exchanges, False, _ATTEMPTS):
+            if child not in self._seen:
+                self._seen.add(child)
+                return Request(child, self._settings.tokens[0])
+        return None

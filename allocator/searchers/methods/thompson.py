@@ -1,0 +1,125 @@
+"""Thompson sampling of an additive model of the loss, each sample of it minimised exactly.
+
+Thompson (1933): draw a model from the posterior, measure what it thinks best, learn. The model is
+:mod:`allocator.searchers.surrogates.additive`, a table over units and levels; the best allocation of a table within the
+budget is a knapsack's. So exploration is over whole allocations, never over moves: what the posterior is sure of, every
+draw agrees on, and what it is not, draws try in many ways at once. The model holds only nearby, so draws are minimised
+within a trust region around the best allocation so far, as TuRBO's are (Eriksson et al., NeurIPS 2019). Its size is not
+adapted: the draws of a batch take one level, two and so on in turn, and more when none of them is new.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from allocator.core.budget import Budget
+from allocator.core.errors import UserError
+from allocator.core.protocols import Outcome, Request
+from allocator.core.space import Allocation, SearchSpace
+from allocator.searchers.solvers.knapsack import knapsack_nearby
+from allocator.searchers.solvers.space_arrays import Ladders
+from allocator.searchers.surrogates.additive import POWERS, AdditiveModel
+
+MAX_TRIALS = 2000
+"""The posterior factorises a matrix of trials squared."""
+
+_ROUNDS = 4
+"""How often draws that gave nothing new are drawn again, before trust regions widen."""
+
+
+@dataclass(frozen=True, slots=True)
+class ThompsonSettings:
+    """Settings of Thompson sampling.
+
+    Attributes:
+        trials: Allocations measured in all, at most 2,000.
+        patience: Batches without a better allocation after which the search ends.
+        batch: Draws that are measured side by side.
+        tokens: Tokens of every measurement.
+        radius: Levels that a unit may move from the best allocation so far, at most; draws take 1 to this in turn.
+    """
+
+    trials: int = 200
+    patience: int = 8
+    batch: int = 8
+    tokens: int = 8192
+    radius: int = 2
+
+    def __post_init__(self) -> None:
+        if min(self.trials, self.patience, self.batch, self.tokens, self.radius) < 1:
+            raise UserError("search.thompson: trials, patience, batch, tokens and radius must be at least 1")
+        if self.trials > MAX_TRIALS:
+            raise UserError(
+                f"search.thompson.trials: the model learns from at most {MAX_TRIALS} measurements in reasonable time, "
+                f"found {self.trials}. Ask for fewer, or search with search.method=evolution"
+            )
+
+
+class Thompson:
+    """Thompson sampling for one budget. See the module's text for the method and its source."""
+
+    def __init__(
+        self, space: SearchSpace, budget: Budget, start: Sequence[Allocation], settings: ThompsonSettings, seed: int
+    ) -> None:
+        """Begin with ``start``, allocations within the budget, of which the best is the model's reference."""
+        self._space, self._settings, self._seed = space, settings, seed
+        self._ladders = Ladders(space, budget)
+        self._candidates = list(dict.fromkeys(start))[: settings.trials]
+        self._scored: dict[Allocation, float] = {}
+        self._models: list[AdditiveModel] = []
+        self._stale = 0
+        self._end = ""
+
+    def ask(self) -> Sequence[Request]:
+        """Return the starts, then what draws of the model think best."""
+        return [Request(allocation, self._settings.tokens) for allocation in self._candidates]
+
+    def tell(self, outcomes: Sequence[Outcome]) -> None:
+        """Teach the model, and draw the next batch from it."""
+        before = min(self._scored.values(), default=np.inf)
+        self._scored.update({outcome.request.allocation: outcome.loss for outcome in outcomes})
+        best = self.finalists()[0]
+        self._stale = 0 if self._scored[best] < before else self._stale + 1
+        if not self._models:
+            reference = best, self._scored[best]
+            self._models = [AdditiveModel(self._space, *reference, power) for power in POWERS]
+        for model in self._models:
+            model.learn([outcome.request.allocation for outcome in outcomes], [outcome.loss for outcome in outcomes])
+        self._candidates = []
+        if len(self._scored) == self._settings.trials:
+            self._end = f"all {self._settings.trials} trials are done"
+        elif self._stale == self._settings.patience:
+            self._end = f"no better allocation for {self._stale} batches"
+        else:
+            self._candidates = self._propose(max(self._models, key=lambda model: model.likelihood), best)
+            self._end = "the model's draws agree on allocations that were measured"
+
+    def ended(self) -> str:
+        """Return why nothing more is asked."""
+        return self._end
+
+    def finalists(self) -> Sequence[Allocation]:
+        """Return what was measured, best first."""
+        return sorted(self._scored, key=lambda allocation: (self._scored[allocation], allocation))
+
+    def _propose(self, model: AdditiveModel, best: Allocation) -> list[Allocation]:
+        """Return new allocations that draws think best, each once, from the smallest trust regions that have any."""
+        size = min(self._settings.batch, self._settings.trials - len(self._scored))
+        rng = np.random.default_rng([self._seed, len(self._scored)])
+        widest = max(self._settings.radius, *self._space.sparsest)
+        children: dict[Allocation, None] = {}
+        for wider in range(widest - self._settings.radius + 1):
+            for _ in range(_ROUNDS):
+                for number, table in enumerate(model.draw(size - len(children), rng)):
+                    radius = 1 + wider + number % self._settings.radius
+                    child = knapsack_nearby(self._ladders, table, best, radius)
+                    if child not in self._scored:
+                        children[child] = None
+                if len(children) == size:
+                    return list(children)
+            if children:
+                break
+        return list(children)

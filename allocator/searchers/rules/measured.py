@@ -1,0 +1,207 @@
+"""Rules that measure the model as they go: procedures of a few steps, run as searchers.
+
+A procedure is a generator: it yields the batches that it wants measured, is sent their outcomes, and returns its
+allocation. All it knows is what it was told, so that a replay of the outcomes continues it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from allocator.core.budget import Budget, fits
+from allocator.core.protocols import Outcome, Request
+from allocator.core.space import Allocation, SearchSpace
+from allocator.searchers.rules.apportion import apportioned, on_budget, refilled, to_levels
+from allocator.searchers.rules.baselines import two_rate
+from allocator.searchers.rules.one_shot import EVERY, ITEMS
+from allocator.searchers.solvers.knapsack import knapsack
+
+Procedure = Generator[list[Request], Sequence[Outcome], Allocation]
+
+
+@dataclass(frozen=True, slots=True)
+class Fidelity:
+    """Tokens of the search split on which a procedure measures.
+
+    Attributes:
+        few: For the many measurements by which it finds its way.
+        all: For those between which it chooses its answer.
+    """
+
+    few: int
+    all: int
+
+
+def sweep_two_rate(space: SearchSpace, budget: Budget, target: float, tokens: Fidelity) -> Procedure:
+    """Measure every two-rate allocation, and take the best. See ``baselines.two_rate``."""
+    outcomes = yield [Request(allocation, tokens.all) for allocation in two_rate(space, budget)]
+    return _best(outcomes).request.allocation
+
+
+_SLOPES = 8
+
+
+def atp(space: SearchSpace, budget: Budget, target: float, tokens: Fidelity) -> Procedure:
+    """Let sparsity grow in a straight line over depth: s_i = S - β(L - 1)/2 + iβ, the best of eight slopes β.
+
+    ATP (Huang et al., "Determining layer-wise sparsity for LLMs through a theoretical perspective", ICML 2025). Slopes
+    are eighths of the steepest that stays within [0, 1]. The source sweeps on the perplexity of test data, and its line
+    meets S as a plain mean over layers; here the search split decides, and the line is shifted to meet the budget.
+    """
+    depth = np.array([unit.block for unit in space.units], dtype=float)
+    depth -= depth.max() / 2
+    steepest = min(target, 1.0 - target) / max(float(depth.max()), 0.5)
+    candidates: dict[Allocation, None] = {}
+    for step in range(1, _SLOPES + 1):
+        line = steepest * step / _SLOPES * depth
+        candidates[apportioned(space, budget, partial(np.add, line), -1.0, 2.0)] = None
+    outcomes = yield [Request(allocation, tokens.all) for allocation in candidates]
+    return _best(outcomes).request.allocation
+
+
+def finercut(space: SearchSpace, budget: Budget, target: float, tokens: Fidelity) -> Procedure:
+    """Drop the attention or the feed-forward network whose removal changes the output least, until the budget holds.
+
+    All that are left are scored again after each removal (Zhang et al., "FinerCut: finer-grained interpretable layer
+    pruning", 2024). The change is the run's loss; the source takes distances between logits. It removes a number of
+    sub-blocks; here the last one dropped takes back what the budget leaves. To drop a unit is to put it at its last
+    level.
+    """
+    parts: dict[tuple[int, str], list[int]] = {}
+    for index, unit in enumerate(space.units):
+        if unit.num_levels > 1:
+            parts.setdefault((unit.block, unit.part), []).append(index)
+    allocation, last = space.dense, list[int]()
+    while not fits(space, allocation, budget):
+        candidates = {_dropped(space, allocation, inside): key for key, inside in parts.items()}
+        outcomes = yield [Request(candidate, tokens.few) for candidate in candidates]
+        allocation = _best(outcomes).request.allocation
+        last = parts.pop(candidates[allocation])
+    return refilled(space, allocation, budget, last)
+
+
+_STEP = 0.05
+_AMPLITUDE = 0.03
+
+
+def adapt_pruner(space: SearchSpace, budget: Budget, target: float, tokens: Fidelity) -> Procedure:
+    """Prune in small steps, each a little less where a block of the model as pruned so far does more.
+
+    s_l ← s_l + Δ - A·Î_l with Δ about 0.05 and A = 0.03; Î is the block's influence, 1 - cosine of its input and
+    output, less the mean over blocks and scaled to max |Î| = 1 (Pan et al., "Adapt-Pruner", 2025). After each step the
+    sparsities are shifted to the share of the budget that is due; the source does not weigh layers by their sizes. It
+    may train between steps, which is not done here.
+    """
+    steps = max(1, round(target / _STEP))
+    whole = {cost: space.cost(space.dense, cost) for cost in budget.limits}
+    blocks = np.array([unit.block for unit in space.units])
+    sparsities, allocation = np.zeros(len(blocks)), space.dense
+    for step in range(1, steps + 1):
+        (outcome,) = yield [Request(allocation, tokens.few, also="influence")]
+        influence = np.array([outcome.measured[f"influence.{block}"] for block in range(blocks.max() + 1)])
+        centred = influence - influence.mean()
+        scale = float(np.abs(centred).max()) or 1.0
+        base = sparsities - _AMPLITUDE * centred[blocks] / scale
+        due = Budget(**{cost: whole[cost] - (whole[cost] - budget.limits[cost]) * step // steps for cost in whole})
+        sparsities = on_budget(space, due, partial(np.add, base), -1.0, 2.0)
+        allocation = to_levels(space, due, sparsities)
+    return allocation
+
+
+def rd(space: SearchSpace, budget: Budget, target: float, tokens: Fidelity) -> Procedure:
+    """Minimise Σ δ_u(s_u) within the budget, δ being the distortion with one unit alone pruned, for every level.
+
+    Xu et al., "Efficient joint optimization of layer-adaptive weight pruning", ICCV 2023: distortions of the output are
+    taken to add up. Theirs is the squared distance of outputs, ours the run's loss; their dynamic program counts single
+    weights, ours is exact too.
+    """
+    single = [
+        tuple(level if other == index else 0 for other in range(len(space.units)))
+        for index, unit in enumerate(space.units)
+        for level in range(1, unit.num_levels)
+    ]
+    outcomes = yield [Request(allocation, tokens.few) for allocation in [space.dense, *single]]
+    losses = {outcome.request.allocation: outcome.loss for outcome in outcomes}
+    distortions = iter([losses[allocation] - losses[space.dense] for allocation in single])
+    table = [[0.0, *(next(distortions) for _ in range(1, unit.num_levels))] for unit in space.units]
+    return knapsack(space, budget, table)
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredRule:
+    """A rule that measures the model as it goes.
+
+    Attributes:
+        run: From space, budget, target and tokens to its procedure.
+        patterns: Those that it serves.
+    """
+
+    run: Callable[[SearchSpace, Budget, float, Fidelity], Procedure]
+    patterns: tuple[str, ...]
+
+
+MEASURED_RULES: Mapping[str, MeasuredRule] = {
+    "two_rate": MeasuredRule(sweep_two_rate, EVERY),
+    "atp": MeasuredRule(atp, EVERY),
+    "finercut": MeasuredRule(finercut, ITEMS),
+    "adapt_pruner": MeasuredRule(adapt_pruner, EVERY),
+    "rd": MeasuredRule(rd, EVERY),
+}
+"""By name: rules that are searchers."""
+
+
+class Stepwise:
+    """A procedure as a searcher: measures where it starts, does its steps, and measures the answer."""
+
+    def __init__(self, procedure: Procedure, start: Sequence[Allocation], tokens: Fidelity) -> None:
+        """Take a procedure that has not begun; ``start`` are allocations to compare its answer with, perhaps none."""
+        self._procedure, self._tokens = procedure, tokens
+        self._scored: dict[Allocation, float] = {}
+        self._state = "start" if start else "steps"
+        self._requests = [Request(a, tokens.all) for a in dict.fromkeys(start)] if start else self._advance(None)
+
+    def ask(self) -> Sequence[Request]:
+        """Return the starts, then the batches of the procedure, then its answer."""
+        return self._requests
+
+    def tell(self, outcomes: Sequence[Outcome]) -> None:
+        """Go a step on."""
+        if self._state == "steps":
+            self._requests = self._advance(outcomes)
+            return
+        self._scored.update({outcome.request.allocation: outcome.loss for outcome in outcomes})
+        if self._state == "start":
+            self._state = "steps"
+            self._requests = self._advance(None)
+        else:
+            self._requests = []
+
+    def ended(self) -> str:
+        """Return why nothing more is asked."""
+        return "the rule has come to its answer"
+
+    def finalists(self) -> Sequence[Allocation]:
+        """Return the answer and the starts, best first."""
+        return sorted(self._scored, key=lambda allocation: (self._scored[allocation], allocation))
+
+    def _advance(self, outcomes: Sequence[Outcome] | None) -> list[Request]:
+        try:
+            return next(self._procedure) if outcomes is None else self._procedure.send(outcomes)
+        except StopIteration as end:
+            self._state = "answer"
+            return [Request(end.value, self._tokens.all)]
+
+
+def _dropped(space: SearchSpace, allocation: Allocation, inside: Sequence[int]) -> Allocation:
+    levels = list(allocation)
+    for index in inside:
+        levels[index] = space.units[index].num_levels - 1
+    return tuple(levels)
+
+
+def _best(outcomes: Sequence[Outcome]) -> Outcome:
+    return min(outcomes, key=lambda outcome: (outcome.loss, outcome.request.allocation))

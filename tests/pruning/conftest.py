@@ -1,0 +1,133 @@
+"""A tiny model resolved and pruned at every level, once per session."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from allocator.core.space import SearchSpace
+from allocator.model.checkpoint.headers import ModelFiles, read_model_files
+from allocator.model.family.layout import Layout, open_model, resolve_layout
+from allocator.model.family.schema import Attention, Experts
+from allocator.model.family.space import build_space
+from allocator.model.live.load import load_model
+from allocator.model.live.walk import BlockWalker
+from allocator.pruning.calibration.build import prune_on_dense_inputs
+from allocator.pruning.calibration.problem import Calibration
+from allocator.pruning.pruners.registry import LocalPruner, make_pruner
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, its space, and its levels from dense inputs."""
+
+    files: ModelFiles
+    layout: Layout
+    space: SearchSpace
+    pruner: LocalPruner
+    tokens: torch.Tensor
+    compact: dict[str, Any]
+
+    def walker(self) -> BlockWalker:
+        """Return a freshly loaded dense model."""
+        return BlockWalker(load_model(self.files), self.layout)
+
+    def calibration(self, files: ModelFiles | None = None) -> Calibration:
+        """Return a freshly loaded dense model with the calibration text."""
+        files = files or self.files
+        return Calibration(self.walker(), files, self.layout, self.space, self.pruner, self.tokens)
+
+
+def _tokens(seed: int, sequences: int, length: int) -> torch.Tensor:
+    return torch.randint(0, 128, (sequences, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="session")
+def tokens():
+    """Makes random token ids: ``tokens(seed, sequences, length)``."""
+    return _tokens
+
+
+@pytest.fixture(scope="session")
+def make_case():
+    """Resolves and prunes a model folder: ``make_case(folder, "structured", "obs")``."""
+
+    def make(
+        folder: Path,
+        pattern: str,
+        name: str,
+        attention: Attention = "kv_groups",
+        bias: bool = False,
+        experts: Experts = "inside",
+    ) -> Case:
+        files, family = open_model(folder)
+        layout = resolve_layout(family, files, attention, experts)
+        space = build_space(layout, files, pattern, 0.5, bias=bias)
+        whole = "reconstruction" if experts == "whole" else None
+        pruner, tokens = make_pruner(name, pattern, 0.01, bias, whole), _tokens(1, 9, 32)
+        walker = BlockWalker(load_model(files), layout)
+        compact = dict(prune_on_dense_inputs(Calibration(walker, files, layout, space, pruner, tokens)))
+        return Case(files, layout, space, pruner, tokens, compact)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def structured(make_case, tiny_model) -> Case:
+    return make_case(tiny_model, "structured", "obs")
+
+
+@pytest.fixture(scope="session")
+def structured_qwen2(make_case, tiny_qwen2) -> Case:
+    return make_case(tiny_qwen2, "structured", "obs")
+
+
+@pytest.fixture(scope="session")
+def structured_bf16(make_case, tiny_model_bf16) -> Case:
+    return make_case(tiny_model_bf16, "structured", "obs")
+
+
+@pytest.fixture(scope="session")
+def structured_opt(make_case, make_model) -> Case:
+    """Its feed-forward network is no module of its own, and works on all tokens of a batch at once."""
+    return make_case(make_model("opt"), "structured", "obs")
+
+
+@pytest.fixture(scope="session")
+def unstructured_opt(make_case, make_model) -> Case:
+    return make_case(make_model("opt"), "unstructured", "sparsegpt")
+
+
+@pytest.fixture(scope="session")
+def unstructured(make_case, tiny_model) -> Case:
+    return make_case(tiny_model, "unstructured", "wanda")
+
+
+@pytest.fixture(scope="session")
+def sparsegpt(make_case, tiny_model_bf16) -> Case:
+    return make_case(tiny_model_bf16, "unstructured", "sparsegpt")
+
+
+@pytest.fixture(scope="session")
+def n_m(make_case, tiny_model) -> Case:
+    return make_case(tiny_model, "n:m", "sparsegpt")
+
+
+@pytest.fixture(scope="session")
+def broken_weight(tiny_model, tmp_path_factory) -> ModelFiles:
+    """The tiny model with one weight that is not a number."""
+    folder = tmp_path_factory.mktemp("broken") / "model"
+    shutil.copytree(tiny_model, folder)
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        name = "model.layers.1.mlp.down_proj.weight"
+        if name in tensors:
+            tensors[name][0, 0] = float("nan")
+            save_file(tensors, path, metadata={"format": "pt"})
+    return read_model_files(folder)

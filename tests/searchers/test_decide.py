@@ -1,0 +1,109 @@
+from dataclasses import replace
+
+import pytest
+
+from allocator.core.budget import budget_for, denser_moves, fits
+from allocator.core.journal import Journal
+from allocator.core.protocols import Outcome
+from allocator.searchers.decide import FINALISTS, SearchSettings, decide
+from allocator.searchers.methods.bayesian import GpSettings, TpeSettings
+from allocator.searchers.methods.evolution import EvolutionSettings
+from allocator.searchers.methods.thompson import ThompsonSettings
+
+EVOLUTION = EvolutionSettings(generations=6, offspring=6, tokens=(64, 128), survivors=(2, 1))
+SETTINGS = {
+    "evolution": SearchSettings("evolution", evolution=EVOLUTION),
+    "evolution with training": SearchSettings("evolution", evolution=replace(EVOLUTION, training=(32, 256))),
+    "auto": SearchSettings("auto", tokens=(64, 128)),
+    "tpe": SearchSettings("tpe", tpe=TpeSettings(trials=20, batch=4, tokens=128)),
+    "gp": SearchSettings("gp", gp=GpSettings(trials=18, batch=4, tokens=128)),
+    "thompson": SearchSettings("thompson", thompson=ThompsonSettings(trials=30, batch=4, tokens=128)),
+}
+
+
+@pytest.fixture(params=SETTINGS)
+def settings(request):
+    return SETTINGS[request.param]
+
+
+def test_the_decision_is_replayed_from_the_journal_alone(settings, space, landscape, refusing, tmp_path):
+    budget, path = budget_for(space, 0.5), tmp_path / "journal.jsonl"
+    arguments = (space, budget, settings, 3, 256)
+    with Journal.create(path, {"space": space.to_json()}) as journal:
+        decision = decide(*arguments, landscape(space), journal)
+    written = path.read_bytes()
+    with Journal.resume(path) as journal:
+        assert decide(*arguments, refusing, journal) == decision
+    assert path.read_bytes() == written
+
+
+def test_resumed_from_a_torn_journal_it_writes_the_same_journal(settings, space, landscape, tmp_path):
+    budget, path = budget_for(space, 0.5), tmp_path / "journal.jsonl"
+    arguments = (space, budget, settings, 3, 256)
+    with Journal.create(path, {"space": space.to_json()}) as journal:
+        decision = decide(*arguments, landscape(space), journal)
+    whole = path.read_bytes()
+    header = whole.index(b"\n") + 1
+    for share in (0.0, 0.3, 0.7, 0.99):
+        path.write_bytes(whole[: header + int(share * (len(whole) - header))])
+        with Journal.resume(path) as journal:
+            assert decide(*arguments, landscape(space), journal) == decision
+        assert path.read_bytes() == whole
+
+
+def test_the_winner_is_the_best_finalist_on_the_selection_split(settings, space, landscape, tmp_path):
+    budget = budget_for(space, 0.5)
+    phases = []
+    with Journal.create(tmp_path / "journal.jsonl", {"space": space.to_json()}) as journal:
+        decision = decide(space, budget, settings, 3, 256, landscape(space), journal, phase=phases.append)
+        selected = [o for o in journal if o.request.split == "selection"]
+    assert phases == ["baselines", "search", "selection"]
+    assert 1 <= len(selected) <= FINALISTS
+    assert {(o.request.tokens, o.request.training) for o in selected} == {(256, settings.training)}
+    assert decision.searched == min(selected, key=lambda o: o.loss).request.allocation
+    kl = landscape(space).kl
+    assert kl(decision.searched) <= min(kl(decision.uniform), kl(decision.two_rate))
+    for allocation in (decision.uniform, decision.two_rate, decision.searched):
+        assert fits(space, allocation, budget)
+        assert denser_moves(space, allocation, budget) == []
+
+
+@pytest.mark.parametrize("split", ["search", "selection"])
+def test_what_cannot_be_measured_is_not_chosen(space, landscape, tmp_path, split):
+    """Though it would be best: it fails once, and then another is."""
+    budget = budget_for(space, 0.5)
+
+    def decided(name, poison):
+        class Ill(landscape):
+            def evaluate(self, requests):
+                for request in requests:
+                    if request.allocation == poison and request.split == split:
+                        self.requests.append(request)
+                        yield Outcome(request, {}, 0.0, failed="3 workers died")
+                    else:
+                        yield from super().evaluate([request])
+
+        evaluator = Ill(space)
+        with Journal.create(tmp_path / name, {"space": space.to_json()}) as journal:
+            decision = decide(space, budget, SETTINGS["evolution"], 3, 256, evaluator, journal)
+        return decision, [r for r in evaluator.requests if r.allocation == poison]
+
+    best, _ = decided("well", None)
+    other, asked = decided("ill", best.searched)
+    assert other.searched != best.searched
+    assert len({request.key for request in asked}) == len(asked) > 0
+    assert split == "selection" or {request.split for request in asked} == {"search"}
+
+
+def test_what_was_measured_before_an_error_is_kept(space, landscape, tmp_path):
+    class Breaking(landscape):
+        def evaluate(self, requests):
+            for number, outcome in enumerate(super().evaluate(requests)):
+                if len(self.requests) > 30:
+                    raise RuntimeError(f"broken at {number}")
+                yield outcome
+
+    budget, path = budget_for(space, 0.5), tmp_path / "journal.jsonl"
+    with Journal.create(path, {"space": space.to_json()}) as journal, pytest.raises(RuntimeError, match="broken"):
+        decide(space, budget, SETTINGS["evolution"], 3, 256, Breaking(space), journal)
+    assert len(Journal.read(path)) == 30

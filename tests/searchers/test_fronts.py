@@ -1,0 +1,364 @@
+"""Searches of whole fronts: one contract for all, and what each promises beyond it."""
+
+import functools
+import itertools
+
+import landscapes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from allocator.core.budget import Budget, denser_moves, fits
+from allocator.core.effort import candidate_tokens
+from allocator.core.front import knee, minimised, pareto_front
+from allocator.core.journal import Journal
+from allocator.core.protocols import Outcome, Request
+from allocator.core.space import SearchSpace
+from allocator.searchers.decide import ONE_LOSS, SearchSettings
+from allocator.searchers.fronts import decide_front, make_front_searcher
+from allocator.searchers.methods import nsga as nsga_module
+from allocator.searchers.methods.bayesian import GpSettings, TpeSettings
+from allocator.searchers.methods.emo_pms import EmoPmsSettings
+from allocator.searchers.methods.guided import GuidedSettings
+from allocator.searchers.methods.nsga import NsgaSettings
+from allocator.searchers.methods.sweep import SweepSettings, budgets
+from allocator.searchers.rules.baselines import uniform
+from allocator.searchers.solvers.knapsack import additive_front
+
+NSGA = NsgaSettings(generations=5, population=8, profile=64, tokens=128)
+EMO = EmoPmsSettings(groups=3, rounds=2, generations=3, population=6, schemes=8, profile=64, tokens=128)
+METHODS = {
+    "sweep": SearchSettings("sweep", tokens=(64, 128), sweep=SweepSettings(points=4, entrants=4)),
+    "sweep, twice": SearchSettings("sweep", tokens=(32, 64, 128), sweep=SweepSettings(points=3, entrants=3, passes=2)),
+    "nsga2": SearchSettings("nsga2", nsga=NSGA),
+    "nsga3": SearchSettings("nsga3", nsga=NSGA),
+    "emo_pms": SearchSettings("emo_pms", emo_pms=EMO),
+    "tpe": SearchSettings("tpe", tpe=TpeSettings(trials=40, batch=8, tokens=128)),
+    "gp": SearchSettings("gp", gp=GpSettings(trials=19, batch=7, tokens=128)),
+}
+
+
+SEVERAL = [name for name, settings in METHODS.items() if settings.method not in ONE_LOSS]
+
+
+@pytest.fixture(params=METHODS)
+def name(request):
+    return request.param
+
+
+class Followed:
+    """A search from its beginning to its end, answered by what is known and then by an evaluator."""
+
+    def __init__(self, searcher, evaluator, known=()):
+        self.batches, self.told, self.asked = [], [], []
+        answers = {outcome.request.key: outcome for outcome in known}
+        while requests := searcher.ask():
+            new = [request for request in requests if request.key not in answers]
+            self.asked += new
+            answers |= {outcome.request.key: outcome for outcome in evaluator.evaluate(new)}
+            self.batches.append(list(requests))
+            self.told.append([answers[request.key] for request in requests])
+            searcher.tell(self.told[-1])
+        self.ended = searcher.ended()
+
+    @property
+    def measured(self):
+        """What was measured on all tokens."""
+        return [o for batch in self.told for o in batch if o.request.tokens == 128 and not o.request.also]
+
+
+def _whole(space):
+    return Budget(params=space.cost(space.dense))
+
+
+def _follow(settings, space, evaluator, seed=0, budget=None, objectives=("params",), known=()):
+    budget = budget or _whole(space)
+    names = minimised("kl", objectives)
+    costs = [name for name in names if name in space.fixed]
+    start = [uniform(space, each) for each in (budgets(space, budget, costs[:1], 3) if costs else [budget])]
+    return Followed(make_front_searcher(space, budget, names, start, settings, seed), evaluator, known)
+
+
+@pytest.fixture
+def follow(name):
+    """Runs the searcher of a method."""
+    return lambda *given, **more: _follow(METHODS[name], *given, **more)
+
+
+known_directions = functools.cache(nsga_module.get_reference_directions)
+
+
+@pytest.fixture
+def spread_once(monkeypatch):
+    """The directions of NSGA-III take a second, and are the same for a seed: the test of seeds sees to that."""
+    monkeypatch.setattr(nsga_module, "get_reference_directions", known_directions)
+
+
+def _inside(space, outcome, cost="params"):
+    low, high = space.cost(space.sparsest, cost), space.cost(space.dense, cost)
+    return (space.cost(outcome.request.allocation, cost) - low) / (high - low)
+
+
+@pytest.mark.usefixtures("spread_once")
+def test_fronts_range_over_sizes_and_keep_the_budget(follow, space, landscape):
+    limit = (2 * space.cost(space.dense, "macs") + space.cost(space.sparsest, "macs")) // 3
+    budget = Budget(params=space.cost(space.dense), macs=limit)
+    measured = follow(space, landscape(space), budget=budget).measured
+    assert all(fits(space, o.request.allocation, budget) for o in measured)
+    front = pareto_front(space, measured, ["kl", "params"])
+    assert len(front) >= 4
+    sizes = [_inside(space, outcome) for outcome in front]
+    assert max(sizes) > 0.5
+    assert min(sizes) < 0.35
+
+
+@pytest.mark.usefixtures("spread_once")
+@pytest.mark.parametrize("objectives", [("params", "macs"), ("macs",)])
+def test_costs_of_any_number_are_objectives(follow, make_space, landscape, objectives):
+    space = make_space([[100, 80, 60, 40, 20, 0], [50, 30, 0], [70, 35, 10], [20, 15, 10, 5]])
+    measured = follow(space, landscape(space), objectives=objectives).measured
+    front = pareto_front(space, measured, ["kl", *objectives])
+    assert len({space.cost(o.request.allocation) for o in front}) >= 3
+
+
+class TwoTexts:
+    """For one text only the even units matter, for the other only the odd ones."""
+
+    def __init__(self, space):
+        self._space = space
+
+    def evaluate(self, requests):
+        for request in requests:
+            each = [u.sparsity(level) ** 2 for u, level in zip(self._space.units, request.allocation, strict=True)]
+            even, odd = sum(each[::2]), sum(each[1::2])
+            yield Outcome(request, {"kl.even": even, "kl.odd": odd, "kl": (even + odd) / 2}, 0.0)
+
+
+@pytest.mark.usefixtures("spread_once")
+@pytest.mark.parametrize("name", SEVERAL)
+@pytest.mark.parametrize("costs", [(), ("params",)])
+def test_losses_of_several_texts_are_objectives(follow, make_space, costs):
+    space = make_space([[100, 80, 60, 40, 20, 0]] * 6)
+    budget, names = Budget(params=space.limit_for(0.5)), ["kl.even", "kl.odd"]
+    measured = follow(space, TwoTexts(space), budget=budget, objectives=(*names, *costs)).measured
+    front = pareto_front(space, measured, [*names, *costs])
+    assert all(fits(space, o.request.allocation, budget) for o in measured)
+    if costs:
+        assert len({_inside(space, o) for o in front}) >= 3
+        return
+    assert not any(denser_moves(space, o.request.allocation, budget) for o in measured)
+    for name in names:
+        assert min(o.measured[name] for o in front) < 0.8 * measured[0].measured[name]
+
+
+@pytest.mark.usefixtures("spread_once")
+@pytest.mark.parametrize(
+    "ladders",
+    [
+        [[100, 80, 60, 40, 20, 0]],
+        [[100, 50]],
+        [[50], [40], [90, 60, 30, 0], [10]],
+        [[50], [40]],
+        [[1000, 1], [3, 2, 1, 0], [77, 11], [500, 499, 3]],
+    ],
+    ids=["one unit", "two levels", "one unit that moves", "no choice", "unequal costs"],
+)
+def test_odd_spaces(follow, make_space, landscape, ladders):
+    space = make_space(ladders, fixed=5)
+    followed = follow(space, landscape(space))
+    assert followed.measured
+    assert followed.ended
+
+
+def test_seeds_resuming_and_nothing_twice(follow, space, landscape):
+    whole = follow(space, landscape(space), seed=5)
+    assert len({request.key for request in whole.asked}) == len(whole.asked)
+    measured = list({o.request.key: o for batch in whole.told for o in batch}.values())
+    for known in {0, 1, len(measured) // 2, len(measured)}:
+        resumed = follow(space, landscape(space), seed=5, known=measured[:known])
+        assert resumed.batches == whole.batches
+        assert [r.key for r in resumed.asked] == [o.request.key for o in measured[known:]]
+
+
+@given(data=st.data())
+def test_budgets_are_reachable_different_and_inside(spaces, data):
+    space = data.draw(spaces)
+    objectives = data.draw(st.sampled_from([["params"], ["macs"], ["params", "macs"]]))
+    within = Budget(params=data.draw(st.integers(space.cost(space.sparsest), space.cost(space.dense))))
+    found = budgets(space, within, objectives, data.draw(st.integers(1, 16)))
+    assert found
+    for budget in found:
+        assert fits(space, space.sparsest, budget)
+        assert budget.limits["params"] <= within.limits["params"]
+        assert budget.limits.keys() in ({"params"}, {"params", *objectives})
+
+
+def test_budgets_go_from_loose_to_tight(space):
+    dense = Budget(params=space.cost(space.dense))
+    limits = [budget.limits["params"] for budget in budgets(space, dense, ["params"], 12)]
+    assert len(limits) == 12
+    assert limits == sorted(set(limits), reverse=True)
+    assert limits[0] < space.cost(space.dense)
+    assert limits[-1] > space.cost(space.sparsest)
+    grid = budgets(space, dense, ["params", "macs"], 12)
+    assert len(grid) == 15
+    assert len({tuple(budget.limits.values()) for budget in grid}) == 15
+
+
+def _hypervolume(space, outcomes, worst):
+    """Of two objectives, by hand: the area that a front dominates, of the box from nothing to the worst loss."""
+    front = pareto_front(space, [o for o in outcomes if o.loss < worst], ["kl", "params"])
+    area, before = 0.0, 1.0
+    for outcome in front:
+        size = _inside(space, outcome)
+        area += (before - size) * (1 - outcome.loss / worst)
+        before = size
+    return area
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_sweep_is_ahead_of_nsga2_for_less(seed):
+    space = landscapes.make_uneven_space(seed, 16, 9)
+    worst = landscapes.bowl(seed, reach=3, space=space, length=16).loss(uniform(space, Budget(params=_middle(space))))
+    found = {}
+    for method in ("sweep", "nsga2"):
+        nsga = NsgaSettings(generations=40, population=24, profile=32, tokens=128)
+        settings = SearchSettings(method, tokens=(32, 64, 128), nsga=nsga)
+        followed = _follow(settings, space, landscapes.bowl(seed, reach=3, space=space, length=16), seed)
+        spent = sum(sum(candidate_tokens(space, [o.request for o in batch])) for batch in followed.told)
+        found[method] = spent, _hypervolume(space, followed.measured, worst)
+    assert found["sweep"][0] < found["nsga2"][0]
+    assert found["sweep"][1] >= found["nsga2"][1]
+
+
+def _middle(space):
+    return (space.cost(space.dense) + space.cost(space.sparsest)) // 2
+
+
+def test_a_front_of_an_additive_loss_is_exact_where_budgets_are(make_space, landscape):
+    space = make_space([[100, 80, 60, 40, 20, 0], [70, 50, 30, 10], [90, 60, 30, 0], [50, 40, 30, 20]])
+    evaluator = landscape(space, interaction=0.0)
+    settings = SearchSettings("sweep", tokens=(64, 128), sweep=SweepSettings(points=6, entrants=12, passes=4))
+    measured = _follow(settings, space, evaluator).measured
+    exact = additive_front(space, "params", [term.tolist() for term in evaluator.terms])
+    for budget in budgets(space, _whole(space), ["params"], 6):
+        least = min(value for cost, value, _ in exact if cost <= budget.limits["params"])
+        found = min(evaluator.kl(o.request.allocation) for o in measured if fits(space, o.request.allocation, budget))
+        assert found <= 1.02 * least
+
+
+@pytest.fixture
+def decided(space, landscape, tmp_path):
+    def decide_with(settings, budget=None, knee_=True, evaluator=None, name="journal", objectives=("params",)):
+        path = tmp_path / f"{name}.jsonl"
+        header = {"space": space.to_json(), "loss": "kl"}
+        with Journal.resume(path) if path.exists() else Journal.create(path, header) as journal:
+            chosen = decide_front(
+                space,
+                budget or _whole(space),
+                objectives,
+                settings,
+                0,
+                256,
+                evaluator or landscape(space),
+                journal,
+                knee_,
+            )
+            return chosen, list(journal)
+
+    return decide_with
+
+
+def test_members_are_selected_on_text_of_their_own_and_the_knee_is_the_plan(decided, space):
+    decision, outcomes = decided(METHODS["sweep"])
+    selected = [o for o in outcomes if o.request.split == "selection"]
+    front = pareto_front(space, selected, ["kl", "params"])
+    figures = np.array([[o.loss, space.cost(o.request.allocation)] for o in front])
+    worst = max(o.loss for o in outcomes[:3])
+    low, high = space.cost(space.sparsest), space.cost(space.dense)
+    bend = figures[:, 0] / worst + (figures[:, 1] - low) / (high - low)
+    assert decision.searched == front[int(bend.argmin())].request.allocation
+    before = outcomes[: outcomes.index(selected[0])]
+    searched = [o for o in before if o.request == Request(o.request.allocation, 128)]
+    members = {o.request.allocation for o in pareto_front(space, searched, ["kl", "params"])}
+    assert {o.request.allocation for o in selected} <= members
+    own = Budget(params=space.cost(decision.searched))
+    assert decision.uniform == uniform(space, own)
+    assert fits(space, decision.two_rate, own)
+
+
+def test_with_a_target_the_member_of_least_loss_is_the_plan(decided, space):
+    budget = Budget(params=space.limit_for(0.5))
+    decision, outcomes = decided(METHODS["nsga2"], budget, knee_=False)
+    selected = [o for o in outcomes if o.request.split == "selection"]
+    assert decision.losses["selection"] == min(o.loss for o in selected)
+    assert fits(space, decision.searched, budget)
+
+
+def test_a_finished_decision_is_replayed_without_measuring(decided, refusing):
+    first, _ = decided(METHODS["sweep"])
+    again, _ = decided(METHODS["sweep"], evaluator=refusing)
+    assert again == first
+
+
+def test_the_knee_is_where_a_front_bends():
+    def bend(points, reference):
+        return knee(np.array(points), np.zeros(len(reference)), np.array(reference))
+
+    assert bend([[0.0, 10.0], [1.0, 1.0], [10.0, 0.0]], [10.0, 10.0]) == 1
+    assert bend([[3.0, 3.0]], [10.0, 10.0]) == 0
+    assert bend([[0.0, 5.0, 5.0], [1.0, 0.0, 5.0], [1.2, 0.0, 0.0]], [10.0, 10.0, 10.0]) == 2
+
+
+def test_what_has_lost_everything_does_not_move_the_knee():
+    points = [[0.1, 9.0], [0.5, 5.0], [2.0, 3.0], [900.0, 0.0]]
+    ideal, reference = np.zeros(2), np.array([4.0, 10.0])
+    assert knee(np.array(points), ideal, reference) == knee(np.array(points[:-1]), ideal, reference) == 1
+
+
+@given(data=st.data())
+def test_fronts_of_three_objectives_are_non_dominated_and_complete(data):
+    levels = st.tuples(*(st.integers(0, 3) for _ in range(3)))
+    losses = data.draw(st.dictionaries(levels, st.sampled_from([0.0, 0.5, 1.0, 2.0]), max_size=20))
+    space = SearchSpace.from_json(
+        {
+            "pattern": "structured",
+            "fixed": {"params": 1, "macs": 1},
+            "units": [
+                {
+                    "name": f"u{index}",
+                    "kind": "channels",
+                    "part": "mlp",
+                    "block": index,
+                    "total": 3,
+                    "kept": [3, 2, 1, 0],
+                    "params": [9, 5, 2, 0],
+                    "macs": [4, 4 - index, 1, 0],
+                    "group": None,
+                }
+                for index in range(3)
+            ],
+        }
+    )
+    outcomes = [Outcome(Request(allocation, 64), {"kl": loss, "nll": 0.0}, 0.0) for allocation, loss in losses.items()]
+    front = pareto_front(space, outcomes, ["kl", "params", "macs"])
+
+    def figures(outcome):
+        allocation = outcome.request.allocation
+        return outcome.loss, space.cost(allocation), space.cost(allocation, "macs")
+
+    def beats(one, other):
+        return one != other and all(a <= b for a, b in zip(one, other, strict=True))
+
+    every = {figures(outcome) for outcome in outcomes}
+    expected = {one for one in every if not any(beats(other, one) for other in every)}
+    assert [figures(outcome) for outcome in front] == sorted(expected)
+    assert not any(beats(*pair) for pair in itertools.permutations(map(figures, front), 2))
+
+
+@pytest.mark.parametrize("wrong", [{"points": 0}, {"passes": 0}, {"entrants": 0}, {"survivors": 0}])
+def test_settings_of_a_sweep(wrong):
+    with pytest.raises(ValueError, match=r"search\.sweep: every setting must be at least 1"):
+        SweepSettings(**wrong)
+    assert GuidedSettings(entrants=SweepSettings().entrants)
