@@ -34,7 +34,7 @@ from allocator.core.space import Allocation, SearchSpace
 from allocator.evaluation import trie
 from allocator.evaluation.engine import Engine, EngineSpec
 from allocator.evaluation.loss import divergence
-from allocator.model.checkpoint.headers import PACKAGED, locate, read_model_files
+from allocator.model.checkpoint.headers import PACKAGED, locate, read_checkpoint
 from allocator.model.family.layout import resolve_layout
 from allocator.model.family.schema import find_family
 from allocator.model.family.space import build_space
@@ -83,14 +83,14 @@ class Case:
 def make_case(name: str, folder: Path) -> Case:
     model = locate(PACKAGED) if name == "packaged" else random_model(folder / "model")
     sequences, length, repeats = (4, 512, 5) if name == "packaged" else (4, 128, 2)
-    files = read_model_files(model)
-    layout = resolve_layout(find_family(files.config["model_type"]), files)
-    space = build_space(layout, files, "structured", 0.5)
-    vocabulary = files.config["vocab_size"]
+    checkpoint = read_checkpoint(model)
+    layout = resolve_layout(find_family(checkpoint.config["model_type"]), checkpoint)
+    space = build_space(layout, checkpoint, "structured", 0.5)
+    vocabulary = checkpoint.config["vocab_size"]
     tokens = np.random.default_rng(0).integers(0, vocabulary, size=(8, length))
-    calibration = EngineSpec(files, layout, space, pruner=Obs()).calibration(torch.from_numpy(tokens))
+    calibration = EngineSpec(checkpoint, layout, space, pruner=Obs()).calibration(torch.from_numpy(tokens))
     store = create_store(folder / "levels", {}, prune_on_dense_inputs(calibration))
-    return Case(name, EngineSpec(files, layout, space, store), tokens[:sequences], repeats)
+    return Case(name, EngineSpec(checkpoint, layout, space, store), tokens[:sequences], repeats)
 
 
 def random_model(folder: Path) -> Path:
@@ -131,8 +131,8 @@ def floor(case: Case, scratch: Path) -> list[Row]:
         models = []
         for index, allocation in enumerate(allocations):
             out = scratch / f"{case.name}-{share}-{index}"
-            save_pruned(allocation, case.spec.files, case.spec.layout, case.space, case.spec.store, out)
-            models.append(load_model(read_model_files(out)))
+            save_pruned(allocation, case.spec.checkpoint, case.spec.layout, case.space, case.spec.store, out)
+            models.append(load_model(read_checkpoint(out)))
         ratios, ours = [], []
         with torch.inference_mode():
             for repeat in range(case.repeats + 1):
@@ -163,7 +163,7 @@ def peers(case: Case, scratch: Path) -> list[Row]:
     job.mkdir()
     np.save(job / "tokens.npy", case.tokens)
     (job / "job.json").write_text(json.dumps({
-        "model": str(case.spec.files.folder), "store": str(case.spec.store.folder), "allocations": allocations,
+        "model": str(case.spec.checkpoint.folder), "store": str(case.spec.store.folder), "allocations": allocations,
     }))  # fmt: skip
     _write_masked(case, job)
     found: dict[str, list[dict]] = {"ours": [], "peers": []}
@@ -193,13 +193,13 @@ def peers(case: Case, scratch: Path) -> list[Row]:
 
 def _write_masked(case: Case, job: Path) -> None:
     """Write every level of every output projection in its dense shape, a file each, as the peers keep them."""
-    for site, unit in zip(case.spec.layout.sites, case.space.units, strict=True):
+    for sub_block, unit in zip(case.spec.layout.sub_blocks, case.space.units, strict=True):
         compact = case.spec.store(unit.name)
-        like = case.spec.files.shapes[f"{site.output}.weight"]
+        like = case.spec.checkpoint.shapes[f"{sub_block.output}.weight"]
         for level in range(1, unit.num_levels):
             weight = torch.zeros(like, dtype=torch.bfloat16)
             if unit.kept[level]:
-                columns = item_columns(compact["order"][: unit.kept[level]].long(), site.width)
+                columns = item_columns(compact["order"][: unit.kept[level]].long(), sub_block.width)
                 weight[:, columns] = compact[f"output.{level}"].to(weight.dtype)
             save_file({"weight": weight}, job / f"{unit.name}.{level}.safetensors")
 
@@ -209,11 +209,11 @@ def run_side(side: str, job: Path) -> None:
     about = json.loads((job / "job.json").read_text())
     tokens = np.load(job / "tokens.npy")
     allocations = [tuple(allocation) for allocation in about["allocations"]]
-    files = read_model_files(Path(about["model"]))
-    layout = resolve_layout(find_family(files.config["model_type"]), files)
-    space = build_space(layout, files, "structured", 0.5)
+    checkpoint = read_checkpoint(Path(about["model"]))
+    layout = resolve_layout(find_family(checkpoint.config["model_type"]), checkpoint)
+    space = build_space(layout, checkpoint, "structured", 0.5)
     before = _memory("VmRSS")
-    measure = (_ours if side == "ours" else _peers)(files, layout, space, Path(about["store"]), job, tokens)
+    measure = (_ours if side == "ours" else _peers)(checkpoint, layout, space, Path(about["store"]), job, tokens)
     seconds, read = [], []
     for allocation in [*allocations, *allocations]:
         start = time.process_time()
@@ -228,11 +228,11 @@ def _memory(name: str) -> int:
     return int(re.findall(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[0]) << 10
 
 
-def _ours(files, layout, space, store, job, tokens) -> Callable[[Allocation], int]:
+def _ours(checkpoint, layout, space, store, job, tokens) -> Callable[[Allocation], int]:
     from allocator.pruning.levels.store import open_store
 
     levels = open_store(store, {})
-    engine = Engine(EngineSpec(files, layout, space, levels), {"search": tokens})
+    engine = Engine(EngineSpec(checkpoint, layout, space, levels), {"search": tokens})
     engine.measure(Request(space.dense, tokens.size))
     seen: set[tuple[str, int]] = set()
 
@@ -245,13 +245,13 @@ def _ours(files, layout, space, store, job, tokens) -> Callable[[Allocation], in
     return measure
 
 
-def _peers(files, layout, space, store, job, tokens) -> Callable[[Allocation], int]:
+def _peers(checkpoint, layout, space, store, job, tokens) -> Callable[[Allocation], int]:
     torch.set_num_threads(1)
-    model = load_model(files)
+    model = load_model(checkpoint)
     batches = torch.from_numpy(tokens).split(SEQUENCES_PER_BATCH)
     with torch.inference_mode():
         teacher = [model(batch, use_cache=False).logits for batch in batches]
-    outputs = [model.get_submodule(site.output).weight for site in layout.sites]
+    outputs = [model.get_submodule(sub_block.output).weight for sub_block in layout.sub_blocks]
     dense = [weight.clone() for weight in outputs]
     before: list[int] = [0] * len(outputs)
 
@@ -314,7 +314,7 @@ def _bound(case: Case, engine: Engine, allocations: Sequence[Allocation]) -> flo
     """
     walker = engine._walker
     lessons = engine._teacher.lessons("search", case.tokens.size, "kl")
-    hidden = [torch.randn(*lesson.tokens_bt.shape, case.spec.files.config["hidden_size"]) for lesson in lessons]
+    hidden = [torch.randn(*lesson.tokens_bt.shape, case.spec.checkpoint.config["hidden_size"]) for lesson in lessons]
     pairs = list(zip(lessons, hidden, strict=True))
     judging, heading = [], []
     with torch.inference_mode():
@@ -342,10 +342,10 @@ def _macs(case: Case, allocation: Allocation) -> float:
 
 def _block_macs(case: Case, allocation: Allocation, block: int) -> float:
     macs = 0.0
-    for site, unit, level in zip(case.spec.layout.sites, case.space.units, allocation, strict=True):
+    for sub_block, unit, level in zip(case.spec.layout.sub_blocks, case.space.units, allocation, strict=True):
         if unit.block == block:
             # queries times keys and scores times values, of which the causal half counts
-            scores = unit.kept[level] * site.width * case.tokens.shape[1] if unit.part == "attention" else 0
+            scores = unit.kept[level] * sub_block.width * case.tokens.shape[1] if unit.part == "attention" else 0
             macs += unit.macs[level] + scores
     return macs
 
@@ -356,10 +356,10 @@ def switches(case: Case, scratch: Path) -> list[Row]:
     board, model = engine._switchboard, engine._walker.model
     assert board is not None
     first, again, dense, copied = [], [], [], 0
-    for site, unit in zip(case.spec.layout.sites, case.space.units, strict=True):
+    for sub_block, unit in zip(case.spec.layout.sub_blocks, case.space.units, strict=True):
         levels = [level for level in range(1, unit.num_levels) if unit.kept[level]]
         dense.append(_seconds(lambda n=unit.name, lv=levels[0]: board.set(n, lv)))
-        weights = [model.get_submodule(module).weight for module, _ in site.inputs]
+        weights = [model.get_submodule(module).weight for module, _ in sub_block.inputs]
         places = [weight.untyped_storage().data_ptr() for weight in weights]
         first += [_seconds(lambda n=unit.name, lv=level: board.set(n, lv)) for level in levels[1:]]
         for _ in range(case.repeats):
@@ -378,7 +378,7 @@ def switches(case: Case, scratch: Path) -> list[Row]:
 
 def stores(case: Case, scratch: Path) -> list[Row]:
     """A level store: one deep pass against a solve per level, and its bytes against dense-shaped levels."""
-    vocabulary, length = case.spec.files.config["vocab_size"], case.tokens.shape[1]
+    vocabulary, length = case.spec.checkpoint.config["vocab_size"], case.tokens.shape[1]
     # enough tokens for a Hessian of full rank
     tokens = np.random.default_rng(1).integers(0, vocabulary, size=(-(-STORE_TOKENS // length), length))
     blocks = range(len(case.spec.layout.blocks)) if case.name == "packaged" else range(1)

@@ -107,7 +107,7 @@ def rows(pattern: str, target: float, pruner: str, tokens: int, say: Callable[[R
             levels, cpu_s = shared[inputs]
             with tempfile.TemporaryDirectory() as scratch:
                 out = Path(scratch) / "checkpoint"
-                save_pruned(allocation, job.files, job.layout, job.space, levels.__getitem__, out)
+                save_pruned(allocation, job.checkpoint, job.layout, job.space, levels.__getitem__, out)
                 measured = engine.measure_checkpoint(out, "test", tokens)
             found.append({
                 "pattern": pattern,

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from allocator.core.costs import scaled
+from allocator.core.costs import from_units
 from allocator.core.latency import LatencySettings
 from allocator.evaluation.latency import describe, make_table, measure
 from allocator.model.family.serving_costs import Workload, served
@@ -35,7 +35,7 @@ def errors(model: str, repeats: int, seed: int) -> list[dict[str, float]]:
     work = WORK[model]
     with tempfile.TemporaryDirectory() as folder:
         given = {} if model == "packaged" else {"model": str(random_model(Path(folder)))}
-        files, layout, space = read_model(load_config(None, {"workers": 0, **given}))
+        checkpoint, layout, space = read_model(load_config(None, {"workers": 0, **given}))
         settings = LatencySettings(
             batch=work.batch,
             prompt=work.prompt,
@@ -44,15 +44,18 @@ def errors(model: str, repeats: int, seed: int) -> list[dict[str, float]]:
             threads=1,
             repeats=repeats,
         )
-        table = make_table(files, layout, space, settings, "cpu", versions())
-        space = served(space, layout, files, work, table)
+        table = make_table(checkpoint, layout, space, settings, "cpu", versions())
+        space = served(space, layout, checkpoint, work, table)
         rng = np.random.default_rng(seed)
         drawn = [tuple(int(rng.integers(unit.num_levels)) for unit in space.units) for _ in range(ALLOCATIONS)]
         allocations = [space.dense, *drawn]
         shapes = [{u.name: u.kept[level] for u, level in zip(space.units, a, strict=True)} for a in allocations]
-        measured = measure(files, layout, shapes, settings, "cpu")
+        measured = measure(checkpoint, layout, shapes, settings, "cpu")
     return [
-        {name: scaled(name, space.cost(allocation, name)) / milliseconds - 1 for name, milliseconds in figures.items()}
+        {
+            name: from_units(name, space.cost(allocation, name)) / milliseconds - 1
+            for name, milliseconds in figures.items()
+        }
         for allocation, figures in zip(allocations, measured, strict=True)
     ]
 

@@ -32,7 +32,7 @@ from allocator.core.budget import Budget, repair
 from allocator.core.protocols import Request
 from allocator.core.space import Allocation
 from allocator.evaluation.engine import Engine, EngineSpec
-from allocator.model.checkpoint.headers import read_model_files
+from allocator.model.checkpoint.headers import read_checkpoint
 from allocator.model.family.layout import resolve_layout
 from allocator.model.family.schema import find_family
 from allocator.model.family.space import build_space
@@ -50,10 +50,10 @@ Row = dict[str, object]
 
 
 def spec(folder: Path) -> EngineSpec:
-    files = read_model_files(folder / "model")
-    layout = resolve_layout(find_family(files.config["model_type"]), files)
-    space = build_space(layout, files, "structured", 0.5)
-    return EngineSpec(files, layout, space, open_store(folder / "levels", {}), Obs())
+    checkpoint = read_checkpoint(folder / "model")
+    layout = resolve_layout(find_family(checkpoint.config["model_type"]), checkpoint)
+    space = build_space(layout, checkpoint, "structured", 0.5)
+    return EngineSpec(checkpoint, layout, space, open_store(folder / "levels", {}), Obs())
 
 
 def write_model(folder: Path, blocks: int) -> None:
@@ -107,7 +107,7 @@ def search(folder: Path) -> None:
 def save(folder: Path) -> None:
     one = spec(folder)
     assert one.store is not None
-    save_pruned(half(one), one.files, one.layout, one.space, one.store, folder / "checkpoint")
+    save_pruned(half(one), one.checkpoint, one.layout, one.space, one.store, folder / "checkpoint")
 
 
 @dataclass(frozen=True)

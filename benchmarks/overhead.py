@@ -48,7 +48,7 @@ class Formula:
         common_r = self.rank_ru @ at_u
         parts = diagonal_su @ at_u**2 + (common_r**2).sum()
         expansion = None
-        if request.also == "expansion" and self.gradients:
+        if request.probe == "expansion" and self.gradients:
             move_ul = self.sparsity_ul - at_u[:, None]
             gradient_u = 2 * (diagonal_su.mean(0) * at_u + self.rank_ru.T @ common_r)
             rows = [tuple(map(tuple, table.tolist())) for table in (gradient_u[:, None] * move_ul, move_ul**2)]
@@ -83,7 +83,7 @@ def measure(settings: SearchSettings, gradients: bool) -> dict[str, Any]:
     while candidates < CANDIDATES and (requests := timed(searcher.ask)):
         outcomes: Sequence[Outcome] = [formula.answer(request) for request in requests]
         timed(searcher.tell, outcomes)
-        candidates += sum(not request.also for request in requests)
+        candidates += sum(not request.probe for request in requests)
     return {"candidates": candidates, "ms": round(1000 * seconds / candidates, 2), "ended": searcher.ended()}
 
 

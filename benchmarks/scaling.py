@@ -80,8 +80,8 @@ def offspring(job: Job, count: int, tokens: int, seed: int) -> list[Request]:
 def prepared() -> Iterator[tuple[Job, EngineSpec]]:
     """Yield the packaged model's job at half of its units, and what an engine on a level store of it is made from."""
     job = prepare(load_config(None, {"workers": 0}, ["tokens.calibration=4096", "search.rounds=1"]))
-    walker, text = BlockWalker(load_model(job.files), job.layout), torch.from_numpy(job.tokens["calibration"])
-    levels = prune_on_dense_inputs(Calibration(walker, job.files, job.layout, job.space, job.pruner, text))
+    walker, text = BlockWalker(load_model(job.checkpoint), job.layout), torch.from_numpy(job.tokens["calibration"])
+    levels = prune_on_dense_inputs(Calibration(walker, job.checkpoint, job.layout, job.space, job.pruner, text))
     with tempfile.TemporaryDirectory() as scratch:
         yield job, job.engine_spec(create_store(Path(scratch) / "levels", job.store_key, levels))
 

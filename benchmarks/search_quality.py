@@ -207,7 +207,7 @@ def read_run(journal: Journal) -> Run:
         batch = [outcome for outcome in batch if outcome.request.split == "search"]
         evaluations += len(batch)
         tokens += sum(candidate_tokens(space, [outcome.request for outcome in batch]))
-        full = [o for o in batch if o.request.tokens == TEXT and not o.request.also]
+        full = [o for o in batch if o.request.tokens == TEXT and not o.request.probe]
         within = [o for o in full if fits(space, o.request.allocation, budget)]
         best = min(within, key=_order, default=None)
         if best is not None and (not points or best.loss < points[-1].loss):

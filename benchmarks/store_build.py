@@ -17,7 +17,7 @@ from allocator.model.live.stream import StreamedWalker
 from allocator.model.live.write import read_tensors
 from allocator.pruning.calibration.build import prune_on_dense_inputs
 from allocator.pruning.calibration.factorise import factorise
-from allocator.pruning.calibration.problem import Calibration, Problem
+from allocator.pruning.calibration.problem import Calibration, UnitProblem
 from allocator.pruning.calibration.statistics import Gram
 from allocator.pruning.levels.store import create_store
 from allocator.pruning.pruners import removal
@@ -49,18 +49,20 @@ def measure(
 
 
 def _space(spec: EngineSpec, pattern: str, sparsities: list[float]) -> SearchSpace:
-    return build_space(spec.layout, spec.files, pattern, 0.5, sparsities)
+    return build_space(spec.layout, spec.checkpoint, pattern, 0.5, sparsities)
 
 
 def _calibration(spec: EngineSpec, space: SearchSpace, pruner: LocalPruner, tokens_nt: torch.Tensor) -> Calibration:
-    return Calibration(StreamedWalker(spec.files, spec.layout), spec.files, spec.layout, space, pruner, tokens_nt)
+    return Calibration(
+        StreamedWalker(spec.checkpoint, spec.layout), spec.checkpoint, spec.layout, space, pruner, tokens_nt
+    )
 
 
 def _passes(spec: EngineSpec, tokens_nt: torch.Tensor, blocks: Collection[int], repeats: int) -> list[Finding]:
     """Solve the same problems, eight levels each, by the pruner and level by level; statistics are given to both."""
     obs, problems = Obs(), []
 
-    def keep(given: list[Problem]) -> list[dict[str, torch.Tensor]]:
+    def keep(given: list[UnitProblem]) -> list[dict[str, torch.Tensor]]:
         kept = [[level for level in one.wanted if one.task.unit.kept[level]] for one in given]
         problems.extend(replace(one, wanted=tuple(levels)) for one, levels in zip(given, kept, strict=True))
         return [{} for _ in given]
@@ -94,7 +96,7 @@ def _passes(spec: EngineSpec, tokens_nt: torch.Tensor, blocks: Collection[int], 
     return findings
 
 
-def _solve(problem: Problem, level: int, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _solve(problem: UnitProblem, level: int, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Return kept columns and their refitted weights for one level, from its own factors and its own greedy pass."""
     task, statistics = problem.task, problem.statistics
     assert isinstance(statistics, Gram)
@@ -142,7 +144,7 @@ def _left(weight_oi: torch.Tensor, inverse_ii: torch.Tensor, width: int, count: 
 
 
 def _difference(
-    problem: Problem, deep: dict[str, torch.Tensor], level: int, separate: tuple[torch.Tensor, torch.Tensor]
+    problem: UnitProblem, deep: dict[str, torch.Tensor], level: int, separate: tuple[torch.Tensor, torch.Tensor]
 ) -> float:
     """Return the relative difference of one level's output projections, in their dense shapes."""
     task, (kept, kept_ok) = problem.task, separate
@@ -180,15 +182,15 @@ def _dense_bytes(spec: EngineSpec, space: SearchSpace, blocks: Collection[int]) 
 
     Structured levels keep their output projections themselves.
     """
-    sites = {site.name: site for site in spec.layout.sites}
+    sub_blocks = {sub_block.name: sub_block for sub_block in spec.layout.sub_blocks}
     needed = every = 0
     for unit in space.units:
         if unit.block in blocks:
-            site = sites.get(unit.name)
+            sub_block = sub_blocks.get(unit.name)
             sizes = {
-                module: read_tensors(spec.files, [f"{module}.weight"])[f"{module}.weight"].nbytes
-                for module in (site.modules if site else [unit.name])
+                module: read_tensors(spec.checkpoint, [f"{module}.weight"])[f"{module}.weight"].nbytes
+                for module in (sub_block.modules if sub_block else [unit.name])
             }
-            needed += sum(size for module, size in sizes.items() if not site or module != site.output)
+            needed += sum(size for module, size in sizes.items() if not sub_block or module != sub_block.output)
             every += sum(sizes.values()) * (unit.num_levels - 1)
     return needed, every

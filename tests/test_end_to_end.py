@@ -554,19 +554,19 @@ NAMES = ["structured", "unstructured", "attention of block 0 removed", "much rem
 @pytest.mark.parametrize("name", NAMES)
 def test_checkpoint_loads_without_this_package(checkpoints: dict[str, Any], tiny_model: Path, name: str) -> None:
     """Its logits are those of the live model switched to the plan's levels."""
-    from allocator.model.checkpoint.headers import read_model_files
+    from allocator.model.checkpoint.headers import read_checkpoint
     from allocator.model.family.layout import resolve_layout
     from allocator.model.family.schema import find_family
     from allocator.model.live.load import load_model
-    from allocator.pruning.levels.assemble import Assembler, Switchboard
+    from allocator.pruning.levels.assemble import Assembler, LevelSwitch
     from allocator.pruning.levels.store import open_store
 
     plan, out, folder = checkpoints[name]
-    files = read_model_files(tiny_model)
-    layout = resolve_layout(find_family("llama"), files)
-    model, store = load_model(files), open_store(folder, {})
+    checkpoint = read_checkpoint(tiny_model)
+    layout = resolve_layout(find_family("llama"), checkpoint)
+    model, store = load_model(checkpoint), open_store(folder, {})
     assert store is not None
-    switchboard = Switchboard(model, layout, Assembler(files, layout, plan.space, store, model))
+    switchboard = LevelSwitch(model, layout, Assembler(checkpoint, layout, plan.space, store, model))
     for unit, level in zip(plan.space.units, plan.allocation, strict=True):
         switchboard.set(unit.name, level)
     tokens = torch.from_numpy(np.load(out.parent / "tokens.npy"))

@@ -13,9 +13,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import allocator
-from allocator.model.checkpoint.headers import read_model_files
+from allocator.model.checkpoint.headers import read_checkpoint
 from allocator.model.data.examples import as_tensors, inputs_of
-from allocator.model.data.read import read_shown
+from allocator.model.data.read import read_examples
 from allocator.model.family.schema import families_folder, load_family
 from allocator.model.live.load import load_model
 from allocator.run.config import load_config
@@ -175,7 +175,7 @@ def searched(model: Path, pattern: str, text: Path, runs_dir: Path) -> Any:
 def goes_the_whole_way(model: Path, pattern: str, text_folder: Path, tmp_path: Path) -> None:
     flags = {"model": str(model), "pattern": pattern}
     space, _ = allocator.inspect(load_config(None, flags, []))
-    dense = load_model(read_model_files(model))
+    dense = load_model(read_checkpoint(model))
     kept = [buffer for name, buffer in dense.named_buffers() if name in dense.state_dict()]
     assert space.cost(space.dense) == sum(tensor.numel() for tensor in (*dense.parameters(), *kept))
 
@@ -187,7 +187,7 @@ def goes_the_whole_way(model: Path, pattern: str, text_folder: Path, tmp_path: P
 
     reloaded = reload(result.checkpoint)
     tokens = torch.arange(40).view(2, 20)
-    own = load_model(read_model_files(result.checkpoint))
+    own = load_model(read_checkpoint(result.checkpoint))
     torch.testing.assert_close(reloaded(tokens).logits, own(tokens).logits, rtol=0, atol=1e-5)
     written = [
         reloaded.generate(tokens, max_new_tokens=6, do_sample=False, use_cache=cached, pad_token_id=0)
@@ -207,32 +207,32 @@ def test_a_model_that_does_not_generate_goes_the_whole_way(
     tmp_path: Path,
 ) -> None:
     model = make_other(architecture, **({"num_labels": 5} if architecture.endswith("Classification") else {}))
-    files = read_model_files(model)
-    text = labelled if "Sequence" in architecture else text_folder if files.kind.reads == "text" else pixels
+    checkpoint = read_checkpoint(model)
+    text = labelled if "Sequence" in architecture else text_folder if checkpoint.kind.reads == "text" else pixels
     flags = {"model": str(model), "pattern": pattern}
     space, _ = allocator.inspect(load_config(None, flags, []))
-    assert space.cost(space.dense) == sum(p.numel() for p in load_model(files).parameters())
+    assert space.cost(space.dense) == sum(p.numel() for p in load_model(checkpoint).parameters())
     assert {"prefill_macs", "weight_bytes"} < {*space.fixed}
     assert not {"kv_bytes", "decode_macs"} & {*space.fixed}
 
     result = searched(model, pattern, text, tmp_path)
     measured = result.summary["measured"]
-    away = "kl" if files.kind.logits else "hidden"
+    away = "kl" if checkpoint.kind.logits else "hidden"
     assert measured["dense"][away] == pytest.approx(0, abs=1e-6)
     assert "perplexity" not in measured["searched"]
     assert ("accuracy" in measured["searched"]) == architecture.endswith("Classification")
     again = allocator.evaluate(result.checkpoint, model=model, text=text, tokens=128, length=64)
     assert again[away] == pytest.approx(measured["searched"][away], rel=1e-5)
 
-    auto = getattr(transformers, files.kind.auto)
+    auto = getattr(transformers, checkpoint.kind.auto)
     reloaded = auto.from_pretrained(result.checkpoint, trust_remote_code=True, dtype=torch.float32).eval()
-    shown = read_shown(text, files, {"test": 128}, 64)["test"]
+    shown = read_examples(text, checkpoint, {"test": 128}, 64)["test"]
     inputs = inputs_of(as_tensors(shown))
-    own, dense = load_model(read_model_files(result.checkpoint)), load_model(files)
+    own, dense = load_model(read_checkpoint(result.checkpoint)), load_model(checkpoint)
     with torch.no_grad():
-        found, expected, before = (answer(each(**inputs), files.kind.answers) for each in (reloaded, own, dense))
+        found, expected, before = (answer(each(**inputs), checkpoint.kind.answers) for each in (reloaded, own, dense))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-    if files.kind.logits:
+    if checkpoint.kind.logits:
         log_p, log_q = (each.double().log_softmax(-1) for each in (before, found))
         distance = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
     else:

@@ -13,7 +13,7 @@ import pytest
 
 import allocator
 from allocator.core.errors import UserError
-from allocator.model.checkpoint.headers import read_model_files
+from allocator.model.checkpoint.headers import read_checkpoint
 from allocator.run.config import load_config
 from allocator.run.job import prepare
 
@@ -82,7 +82,7 @@ def test_towers_have_one_budget_and_costs_of_their_own_positions(make_other: Cal
     towers = {unit.name.partition(".")[0] for unit in space.units}
     assert towers == {"text_model", "vision_model"}
     assert [unit.block for unit in space.units] == [0, 0, 1, 1, 2, 2, 3, 3]
-    shapes = read_model_files(model).shapes
+    shapes = read_checkpoint(model).shapes
     positions = {"text_model": 12, "vision_model": 5}  # four patches and a class
     for unit in space.units:
         tokens = positions[unit.name.partition(".")[0]]
@@ -151,5 +151,5 @@ def test_a_configuration_with_few_keys_is_read_with_defaults(make_other: Callabl
     config["text_config"] = {k: v for k, v in config["text_config"].items() if k != "attention_dropout"}
     del config["vision_config"]["num_channels"]
     path.write_text(json.dumps(config))
-    settings = read_model_files(tmp_path / "model").settings
+    settings = read_checkpoint(tmp_path / "model").settings
     assert settings["vision_config"]["num_channels"] == 3

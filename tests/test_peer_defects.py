@@ -22,7 +22,7 @@ from allocator.core.journal import Journal
 from allocator.core.protocols import Outcome, Request
 from allocator.core.space import SearchSpace
 from allocator.evaluation.engine import Engine, EngineSpec
-from allocator.model.checkpoint.headers import read_model_files
+from allocator.model.checkpoint.headers import read_checkpoint
 from allocator.model.family.layout import resolve_layout
 from allocator.model.family.schema import find_family
 from allocator.model.family.space import build_space
@@ -68,10 +68,10 @@ class Case:
 @pytest.fixture(scope="module")
 def case(make_model, tmp_path_factory) -> Case:
     shape = {"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM, "hidden_size": HIDDEN}
-    files = read_model_files(make_model("qwen3", num_hidden_layers=3, **shape))
-    layout = resolve_layout(find_family("qwen3"), files)
-    space = build_space(layout, files, "structured", 0.5)
-    spec = EngineSpec(files, layout, space, None, make_pruner("obs", "structured", 0.01))
+    checkpoint = read_checkpoint(make_model("qwen3", num_hidden_layers=3, **shape))
+    layout = resolve_layout(find_family("qwen3"), checkpoint)
+    space = build_space(layout, checkpoint, "structured", 0.5)
+    spec = EngineSpec(checkpoint, layout, space, None, make_pruner("obs", "structured", 0.01))
     tokens = torch.from_numpy(np.random.default_rng(1).integers(0, 128, size=(9, 32)))
     compact = dict(prune_on_dense_inputs(spec.calibration(tokens)))
     built = create_store(tmp_path_factory.mktemp("store") / "levels", {}, compact.items())
@@ -109,7 +109,7 @@ def test_a_checkpoint_is_smaller_by_what_the_plan_says(case, tmp_path):
     sizes = {}
     for name, allocation in {"dense": case.space.dense, "middle": case.middle, "least": case.space.sparsest}.items():
         counted = save_pruned(
-            allocation, case.spec.files, case.spec.layout, case.space, case.compact.__getitem__, tmp_path / name
+            allocation, case.spec.checkpoint, case.spec.layout, case.space, case.compact.__getitem__, tmp_path / name
         )
         tensors = load_file(tmp_path / name / "model.safetensors")
         sizes[name] = sum(tensor.nbytes for tensor in tensors.values())
@@ -125,15 +125,19 @@ def test_key_and_value_heads_are_pruned_in_the_size_that_the_configuration_gives
     assert all((unit.kind, unit.total, unit.kept) == ("kv_groups", KV_HEADS, (2, 1, 0)) for unit in attention)
     per_group = (2 * HEADS // KV_HEADS + 2) * HEAD_DIM * HIDDEN
     assert all(unit.params[0] - unit.params[1] == per_group for unit in attention)
-    save_pruned(case.middle, case.spec.files, case.spec.layout, case.space, case.compact.__getitem__, tmp_path / "out")
-    dense, pruned = (load_file(folder / "model.safetensors") for folder in (case.spec.files.folder, tmp_path / "out"))
+    save_pruned(
+        case.middle, case.spec.checkpoint, case.spec.layout, case.space, case.compact.__getitem__, tmp_path / "out"
+    )
+    dense, pruned = (
+        load_file(folder / "model.safetensors") for folder in (case.spec.checkpoint.folder, tmp_path / "out")
+    )
     for unit in attention:
         keep = int(case.compact[unit.name]["order"][0])
         for name, heads in {"q_proj": HEADS // KV_HEADS, "k_proj": 1, "v_proj": 1}.items():
             rows = slice(keep * heads * HEAD_DIM, (keep + 1) * heads * HEAD_DIM)
             weight = f"{unit.name}.{name}.weight"
             assert torch.equal(pruned[weight], dense[weight][rows])
-    model = load_model(read_model_files(tmp_path / "out"))
+    model = load_model(read_checkpoint(tmp_path / "out"))
     cache = model(case.tokens[:2], use_cache=True).past_key_values
     assert all(layer.keys.shape == layer.values.shape == (2, 1, 32, HEAD_DIM) for layer in cache.layers)
 
@@ -156,9 +160,9 @@ def test_statistics_cover_every_calibration_token(case, monkeypatch, inputs, bat
         list(prune_on_dense_inputs(case.calibration(), solve=solve))
     else:  # the first sub-block is given what the dense model gives it
         list(prune_on_pruned_inputs(case.calibration(), case.middle, every_level=True, solve=solve))
-    assert seen.keys() == {site.output for site in case.spec.layout.sites}
+    assert seen.keys() == {sub_block.output for sub_block in case.spec.layout.sub_blocks}
     assert {statistics.count for statistics in seen.values()} == {case.tokens.numel()}
-    model, direct = load_model(case.spec.files), {}
+    model, direct = load_model(case.spec.checkpoint), {}
     for name in seen:
         model.get_submodule(name).register_forward_pre_hook(
             lambda owner, args, name=name: direct.update({name: args[0].flatten(0, -2).double()})
@@ -230,11 +234,11 @@ def test_a_search_with_one_feasible_allocation_ends(space, tmp_path, name):
 @pytest.mark.parametrize(("name", "pattern"), [("obs", "structured"), ("sparsegpt", "unstructured")])
 def test_a_failed_factorisation_is_said_and_never_the_identity(case, name, pattern):
     """A Hessian that cannot be inverted, replaced by the identity without a word: 154 modules went unnoticed."""
-    files, layout = case.spec.files, case.spec.layout
-    unit = build_space(layout, files, pattern, 0.5).units[-1]
+    checkpoint, layout = case.spec.checkpoint, case.spec.layout
+    unit = build_space(layout, checkpoint, pattern, 0.5).units[-1]
     assert "mlp" in unit.name
-    output = f"{layout.sites[-1].output}.weight"
-    weight, statistics = checkpoint.read_tensors(files, [output])[output], Gram(48)
+    output = f"{layout.sub_blocks[-1].output}.weight"
+    weight, statistics = checkpoint.read_tensors(checkpoint, [output])[output], Gram(48)
     statistics.add(torch.randn(200, 48, generator=torch.Generator().manual_seed(0)))
 
     def levels(damping, report=lambda message: None):

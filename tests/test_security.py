@@ -16,7 +16,7 @@ from allocator.core.errors import UserError
 from allocator.core.files import check_name
 from allocator.core.journal import Journal
 from allocator.core.plan import Plan
-from allocator.model.checkpoint.headers import read_model_files
+from allocator.model.checkpoint.headers import read_checkpoint
 from allocator.pruning.levels.store import open_store
 
 ROOT = Path(allocator.__file__).parent
@@ -123,4 +123,4 @@ def test_index_of_a_model(tmp_path: Path, tiny_model: Path) -> None:
     index = {"weight_map": {"x": "../../x.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match=r"'../../x.safetensors' is no name"):
-        read_model_files(model)
+        read_checkpoint(model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from allocator.core.budget import Budget, fits
-from allocator.core.costs import scaled
+from allocator.core.costs import from_units
 from allocator.core.space import SearchSpace, Unit
 from allocator.run.config import RunConfig
 from allocator.run.job import read_model
@@ -47,8 +47,8 @@ def alignment(config: RunConfig, space: SearchSpace, budget: Budget) -> dict[str
         },
         "unused": {
             cost: {
-                "aligned": scaled(cost, limit - space.cost(even, cost)),
-                "unaligned": None if even_free is None else scaled(cost, limit - free.cost(even_free, cost)),
+                "aligned": from_units(cost, limit - space.cost(even, cost)),
+                "unaligned": None if even_free is None else from_units(cost, limit - free.cost(even_free, cost)),
             }
             for cost, limit in budget.limits.items()
         },

@@ -13,7 +13,7 @@ from allocator.commands.compare import comparison_config, run_comparison
 from allocator.commands.import_plan import adopt
 from allocator.commands.search import Result, run_search
 from allocator.core.budget import Budget, budget_for
-from allocator.core.costs import Bound, scaled, shown
+from allocator.core.costs import Bound, format_cost, from_units
 from allocator.core.errors import UserError, did_you_mean
 from allocator.core.files import check_apart, check_file, check_new_folder, fingerprint, whole_folder
 from allocator.core.front import figure, pareto_front
@@ -29,9 +29,9 @@ from allocator.interop.contract import Source
 from allocator.interop.contract import check as check_target
 from allocator.interop.readers.ratios import Levels
 from allocator.interop.targets.registry import TARGETS
-from allocator.model.checkpoint.headers import ModelFiles, locate, read_model_files
-from allocator.model.data.examples import Examples, shown_fingerprint
-from allocator.model.data.read import read_shown
+from allocator.model.checkpoint.headers import Checkpoint, locate, read_checkpoint
+from allocator.model.data.examples import Examples, fingerprint_examples
+from allocator.model.data.read import read_examples
 from allocator.model.family.draft import Covered, coverage, draft
 from allocator.model.family.layout import Layout, named_by, resolve_layout
 from allocator.model.family.schema import Family, find_family, served_types
@@ -190,7 +190,7 @@ def inspect(config: RunConfig) -> tuple[SearchSpace, dict[str, Any]]:
         "params": {"dense": space.cost(space.dense), "in_units": space.unit_params, "fixed": space.fixed["params"]},
         "macs_per_token": {"dense": space.cost(space.dense, "macs"), "fixed": space.fixed["macs"]},
         "asked": config.asked,
-        "budget": {cost: scaled(cost, limit) for cost, limit in budget.limits.items()},
+        "budget": {cost: from_units(cost, limit) for cost, limit in budget.limits.items()},
         "uniform": {"params": space.cost(even), "sparsity": round(space.sparsity(even), 6)},
         "units": space.to_json()["units"],
     }
@@ -204,7 +204,7 @@ def explain(config: RunConfig) -> list[Covered]:
     Raises:
         UserError: The model or the family file cannot be read.
     """
-    files = read_model_files(locate(config.model))
+    files = read_checkpoint(locate(config.model))
     kind = str(files.config.get("model_type"))
     family = served_types().get(kind) if config.family is None else find_family(kind, config.family)
     return coverage(files if family is None else named_by(family, files), family)
@@ -216,7 +216,7 @@ def suggest(config: RunConfig) -> str:
     Raises:
         UserError: The model cannot be read, or has no numbered blocks.
     """
-    return draft(read_model_files(locate(config.model)))
+    return draft(read_checkpoint(locate(config.model)))
 
 
 def latency(config: RunConfig, out: Path | str, repeats: int = 20, reporter: Reporter | None = None) -> LatencyTable:
@@ -350,7 +350,7 @@ def _choose(
         kept = [outcome for outcome in within if figure(space, outcome, name) <= limit]
         if not kept:
             least = min((figure(space, outcome, name) for outcome in within), default=0.0)
-            least_shown = shown(name, int(least)) if name in space.fixed else f"{least:.4f}"
+            least_shown = format_cost(name, int(least)) if name in space.fixed else f"{least:.4f}"
             raise UserError(
                 f"{folder}: nothing that was measured keeps {text}; the least {name} is {least_shown}. "
                 "Allow more, or search with that constraint"
@@ -431,8 +431,8 @@ def prune(
     if len(texts) > 1:
         shown = read_texts(texts, files, split, length)["calibration"]
     else:
-        shown = read_shown(next(iter(texts.values())), files, split, length)["calibration"]
-    if shown_fingerprint(shown) != settings["calibration"]:
+        shown = read_examples(next(iter(texts.values())), files, split, length)["calibration"]
+    if fingerprint_examples(shown) != settings["calibration"]:
         raise UserError(
             "text: the plan was made with other calibration text. Name the same with --text, run the same Python "
             "version if it was the standard library, or put the plan together from its run's level store with "
@@ -560,7 +560,7 @@ def evaluate(
     """
     if tokens % length:
         raise UserError(f"tokens: {tokens} is not a multiple of the sequence length {length}")
-    (files, named), pruned = _opened(model, family), read_model_files(locate(checkpoint))
+    (files, named), pruned = _opened(model, family), read_checkpoint(locate(checkpoint))
     check_length(files, length, "length")
     dense, own = _shape(files), _shape(pruned)
     if own != dense:
@@ -570,7 +570,7 @@ def evaluate(
         )
     pattern = "structured" if "pruned" in pruned.config else "unstructured"
     layout = resolve_layout(named, files, experts="whole" if pattern == "structured" else "inside")
-    shown = read_shown(None if text is None else Path(text), files, {"test": tokens}, length)
+    shown = read_examples(None if text is None else Path(text), files, {"test": tokens}, length)
     space = build_space(layout, files, pattern, target=0.5)
     engine = Engine(EngineSpec(files, layout, space, store=None), shown)
     return {
@@ -579,9 +579,9 @@ def evaluate(
     }
 
 
-def _opened(model: Path | str, family: Path | str | None) -> tuple[ModelFiles, Family]:
+def _opened(model: Path | str, family: Path | str | None) -> tuple[Checkpoint, Family]:
     """Return a model and its family, whose tensors are what its class makes of its configuration."""
-    files = read_model_files(locate(model))
+    files = read_checkpoint(locate(model))
     kind = str(files.config.get("model_type"))
     if family is None and kind not in served_types():
         raise UserError(
@@ -594,7 +594,7 @@ def _opened(model: Path | str, family: Path | str | None) -> tuple[ModelFiles, F
     return files, own
 
 
-def _model_of(plan: Plan, model: Path | str, family: Path | str | None) -> tuple[ModelFiles, Layout]:
+def _model_of(plan: Plan, model: Path | str, family: Path | str | None) -> tuple[Checkpoint, Layout]:
     """Return the model that a plan was made for, and where the plan's units are in it."""
     files, named = _opened(model, family)
     if files.fingerprint != plan.model["fingerprint"]:
@@ -613,7 +613,7 @@ def _model_of(plan: Plan, model: Path | str, family: Path | str | None) -> tuple
     return files, layout
 
 
-def _check_units(plan: Plan, layout: Layout, files: ModelFiles) -> None:
+def _check_units(plan: Plan, layout: Layout, files: Checkpoint) -> None:
     """Raise if the plan's units are not those of the model."""
     # ladders aside, n:m units are the unstructured ones, whatever the size of their groups
     pattern = "structured" if plan.space.pattern == "structured" else "unstructured"
@@ -628,7 +628,7 @@ def _check_units(plan: Plan, layout: Layout, files: ModelFiles) -> None:
         )
 
 
-def _shape(files: ModelFiles) -> str:
+def _shape(files: Checkpoint) -> str:
     """Return what a pruned model shares with the dense one, in words."""
     architecture = files.config.get("pruned", {}).get("architecture", files.architecture)
     sizes = (f"{key} {files.config.get(key)}" for key in ("num_hidden_layers", "hidden_size", "vocab_size"))

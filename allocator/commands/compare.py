@@ -12,7 +12,7 @@ from typing import Any
 
 from allocator.commands.search import build_store, cluster, evaluators
 from allocator.core.budget import fits
-from allocator.core.costs import scaled
+from allocator.core.costs import from_units
 from allocator.core.errors import UserError, did_you_mean
 from allocator.core.files import fingerprint, read_json, write_json
 from allocator.core.plan import Plan
@@ -117,9 +117,13 @@ def _run(
     chosen = rules_for(config.pattern, rules) if rules or not plans else []
     job = prepare(config, reporter.say)
     config = job.config
-    if not job.files.kind.generates and (odd := [n for n in chosen if n in RULES and "gradient" in RULES[n].needs]):
+    if not job.checkpoint.kind.generates and (
+        odd := [n for n in chosen if n in RULES and "gradient" in RULES[n].needs]
+    ):
         if rules:
-            raise UserError(f"--rule: {odd[0]} follows the likelihood of text, and {job.files.architecture} has none")
+            raise UserError(
+                f"--rule: {odd[0]} follows the likelihood of text, and {job.checkpoint.architecture} has none"
+            )
         reporter.say(f"notice: {odd[0]} is left out, for it follows the likelihood of text")
         chosen = [name for name in chosen if name not in odd]
     entries = {"dense": Entry(job.space, job.space.dense), **_plan_entries(job, plans)}
@@ -169,7 +173,7 @@ class _Table:
             "model": job.model_id,
             "pattern": job.space.pattern,
             "asked": job.config.asked,
-            "budget": {cost: scaled(cost, limit) for cost, limit in job.budget.limits.items()},
+            "budget": {cost: from_units(cost, limit) for cost, limit in job.budget.limits.items()},
             "pruner": job.pruner_id,
             "measured": {},
             "allocations": {},
@@ -216,9 +220,9 @@ def _plan_entries(job: Job, plans: Sequence[Path]) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
     for path in plans:
         plan = Plan.load(path)
-        if plan.model["fingerprint"] != job.files.fingerprint:
+        if plan.model["fingerprint"] != job.checkpoint.fingerprint:
             raise UserError(
-                f"{path}: a plan for {plan.model['id']}, another model. Compare plans of {job.files.folder}"
+                f"{path}: a plan for {plan.model['id']}, another model. Compare plans of {job.checkpoint.folder}"
             )
         if plan.space.pattern != job.space.pattern:
             raise UserError(
@@ -226,7 +230,7 @@ def _plan_entries(job: Job, plans: Sequence[Path]) -> dict[str, Entry]:
                 f"{job.space.pattern}. Compare with --pattern {plan.space.pattern}"
             )
         own, ours = ([(u.name, u.kind, u.params[0], u.group) for u in s.units] for s in (plan.space, job.space))
-        served = serving(job.config, job.files, job.layout, plan.space) if own == ours else plan.space
+        served = serving(job.config, job.checkpoint, job.layout, plan.space) if own == ours else plan.space
         if own != ours or any(served.fixed[cost] != job.space.fixed[cost] for cost in ("params", "macs")):
             raise UserError(
                 f"{path}: its units are others than this comparison's. Use the plan's settings of ladder.attention, "

@@ -11,10 +11,10 @@ from allocator.core.files import fingerprint
 from allocator.core.plan import Plan
 from allocator.core.space import SearchSpace, Unit
 from allocator.interop.readers.ratios import Levels, read_ratios
-from allocator.model.checkpoint.headers import ModelFiles
-from allocator.model.family.layout import staying
+from allocator.model.checkpoint.headers import Checkpoint
+from allocator.model.family.layout import retained_matrices
 from allocator.model.family.space import build_space
-from allocator.model.family.sub_blocks import Site
+from allocator.model.family.sub_blocks import SubBlock
 from allocator.run.config import RunConfig
 from allocator.run.job import Job, prepare, serving, versions
 
@@ -43,7 +43,7 @@ def adopt(path: Path, config: RunConfig, levels: Levels | None = None) -> tuple[
         key = "ladder.sparsities" if config.ladder.sparsities is not None else "pruner.inputs=path"
         raise UserError(f"{key}: is for the ladders of a search, and an imported plan has its own. Leave it out")
     job = prepare(config)
-    asked = _asked(path, job, read_ratios(path, job.layout, job.files, levels))
+    asked = _asked(path, job, read_ratios(path, job.layout, job.checkpoint, levels))
     space = _space(job, asked)
     allocation = tuple(_nearest(unit, asked[unit.name]) for unit in space.units)
     plan = Plan(
@@ -71,7 +71,9 @@ def _asked(path: Path, job: Job, ratios: Mapping[str, float]) -> dict[str, float
         UserError: One is not named, or its matrices disagree.
     """
     if job.space.pattern == "structured":
-        shares = {site.name: _share(path, site, job.files, ratios) for site in job.layout.sites}
+        shares = {
+            sub_block.name: _share(path, sub_block, job.checkpoint, ratios) for sub_block in job.layout.sub_blocks
+        }
         asked = {name: share for name, share in shares.items() if share is not None}
     else:
         asked = {unit.name: ratios[unit.name] for unit in job.space.units if unit.name in ratios}
@@ -82,21 +84,21 @@ def _asked(path: Path, job: Job, ratios: Mapping[str, float]) -> dict[str, float
     return asked
 
 
-def _share(path: Path, site: Site, files: ModelFiles, ratios: Mapping[str, float]) -> float | None:
+def _share(path: Path, sub_block: SubBlock, checkpoint: Checkpoint, ratios: Mapping[str, float]) -> float | None:
     """Return what a sub-block shall lose, which all of its matrices must agree in; None where none is named."""
-    own = {module: ratios[module] for module in site.modules if module in ratios}
+    own = {module: ratios[module] for module in sub_block.modules if module in ratios}
     if not own:
         return None
-    share = own.get(site.output, next(iter(own.values())))
-    kept = round(site.total * (1 - share))
+    share = own.get(sub_block.output, next(iter(own.values())))
+    kept = round(sub_block.total * (1 - share))
     # matrices without rows of items, as key and value of query heads, stay until all goes
-    beside = {module: ratios[module] for module in staying(site, files) if module in ratios}
-    odd = {m: s for m, s in own.items() if round(site.total * (1 - s)) != kept}
+    beside = {module: ratios[module] for module in retained_matrices(sub_block, checkpoint) if module in ratios}
+    odd = {m: s for m, s in own.items() if round(sub_block.total * (1 - s)) != kept}
     odd |= {m: s for m, s in beside.items() if s != (0.0 if kept else 1.0)}
     if odd:
-        named = ", ".join(f"{s:.4g} ({m.removeprefix(site.home)[1:]})" for m, s in {**own, **beside}.items())
+        named = ", ".join(f"{s:.4g} ({m.removeprefix(sub_block.parent)[1:]})" for m, s in {**own, **beside}.items())
         raise UserError(
-            f"{path}: the matrices of {site.name} lose {site.kind} together, and are asked to lose "
+            f"{path}: the matrices of {sub_block.name} lose {sub_block.kind} together, and are asked to lose "
             f"{named}. Give them one share, see --set ladder.attention, or use --pattern unstructured"
         )
     return share
@@ -113,7 +115,7 @@ def _space(job: Job, asked: Mapping[str, float]) -> SearchSpace:
         patterns = tuple(f"{count}:{group}" for count in sorted(counts, reverse=True))
     space = build_space(
         job.layout,
-        job.files,
+        job.checkpoint,
         config.pattern,
         target=0.5,
         ladder={unit: [share] for unit, share in asked.items()},
@@ -121,7 +123,7 @@ def _space(job: Job, asked: Mapping[str, float]) -> SearchSpace:
         patterns=patterns,
         bias=config.pruner.bias,
     )
-    return serving(config, job.files, job.layout, space)
+    return serving(config, job.checkpoint, job.layout, space)
 
 
 def _nearest(unit: Unit, share: float) -> int:

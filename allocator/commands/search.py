@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from allocator.core.budget import Budget, fits
-from allocator.core.costs import COSTS, scaled
+from allocator.core.costs import COSTS, from_units
 from allocator.core.errors import UserError
 from allocator.core.files import fingerprint, write_json
 from allocator.core.journal import Journal
@@ -345,11 +345,11 @@ def _latency(job: Job, decision: Decision, reporter: Reporter) -> dict[str, Any]
     shapes = [{u.name: u.kept[level] for u, level in zip(job.space.units, a, strict=True)} for a in named.values()]
     found = {}
     for (name, allocation), figures in zip(
-        named.items(), measure(job.files, job.layout, shapes, table.settings, device, reporter.step), strict=True
+        named.items(), measure(job.checkpoint, job.layout, shapes, table.settings, device, reporter.step), strict=True
     ):
         found[name] = {
             figure: {
-                "predicted": round(scaled(figure, job.space.cost(allocation, figure)), 6),
+                "predicted": round(from_units(figure, job.space.cost(allocation, figure)), 6),
                 "measured": round(milliseconds, 6),
             }
             for figure, milliseconds in figures.items()

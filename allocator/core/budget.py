@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from allocator.core.costs import Bound, shown
+from allocator.core.costs import Bound, format_cost
 from allocator.core.errors import UserError
 from allocator.core.space import Allocation, Cost, SearchSpace
 
@@ -53,8 +53,9 @@ def budget_for(space: SearchSpace, target: float | None, bounds: Iterable[Bound]
     missed = [cost for cost, limit in limits.items() if space.cost(space.sparsest, cost) > limit]
     if missed:
         reach = "; ".join(
-            f"{cost} <= {shown(cost, limits[cost])} is out of reach of the ladders, which span "
-            f"{shown(cost, space.cost(space.sparsest, cost))} to {shown(cost, space.cost(space.dense, cost))}"
+            f"{cost} <= {format_cost(cost, limits[cost])} is out of reach of the ladders, which span "
+            f"{format_cost(cost, space.cost(space.sparsest, cost))} to "
+            f"{format_cost(cost, space.cost(space.dense, cost))}"
             f"{_holders(space, cost)}"
             for cost in missed
         )
@@ -67,7 +68,7 @@ def _holders(space: SearchSpace, cost: Cost) -> str:
     last = {unit.name: unit.costs(cost)[-1] for unit in space.units}
     held = {"what no unit holds": space.fixed[cost], **last}
     most = sorted((name for name in held if held[name]), key=lambda name: -held[name])
-    named = ", ".join(f"{name} {shown(cost, held[name])}" for name in most[:_NAMED])
+    named = ", ".join(f"{name} {format_cost(cost, held[name])}" for name in most[:_NAMED])
     more = f", and {len(most) - _NAMED} more units" if len(most) > _NAMED else ""
     return f" (held by {named}{more})" if most else ""
 

@@ -98,7 +98,9 @@ class Bound:
 def check_known(space: SearchSpace, cost: Cost) -> None:
     """Raise if a space does not know a cost: there is no latency table, or the model does not generate."""
     if cost not in space.fixed and COSTS[cost].scale == 1:
-        raise UserError(f"{cost}: this model does not generate, and has no such cost. It has {', '.join(known(space))}")
+        raise UserError(
+            f"{cost}: this model does not generate, and has no such cost. It has {', '.join(known_costs(space))}"
+        )
     if cost not in space.fixed:
         raise UserError(
             f"{cost}: not known without a latency table. Make one with 'allocator latency --out table.json' "
@@ -106,28 +108,28 @@ def check_known(space: SearchSpace, cost: Cost) -> None:
         )
 
 
-def shown(cost: Cost, value: int) -> str:
+def format_cost(cost: Cost, value: int) -> str:
     """Return a cost as people read it."""
     scale = COSTS[cost].scale
     return f"{value:,}" if scale == 1 else f"{value / scale:,.3f}"
 
 
-def known(space: SearchSpace) -> list[Cost]:
+def known_costs(space: SearchSpace) -> list[Cost]:
     """Return the costs that a space knows, in the order in which they are listed here."""
     return [cost for cost in COSTS if cost in space.fixed]
 
 
-def counted(cost: Cost, value: float) -> int:
-    """Return the integer that was written as :func:`scaled` writes it."""
+def to_units(cost: Cost, value: float) -> int:
+    """Return the integer that was written as :func:`from_units` writes it."""
     return round(value * COSTS[cost].scale)
 
 
 def costs_of(space: SearchSpace, allocation: Allocation) -> dict[Cost, float]:
     """Return every cost of the whole model that is known, as it is written and shown: times in milliseconds."""
-    return {cost: scaled(cost, space.cost(allocation, cost)) for cost in known(space)}
+    return {cost: from_units(cost, space.cost(allocation, cost)) for cost in known_costs(space)}
 
 
-def scaled(cost: Cost, value: int) -> float:
+def from_units(cost: Cost, value: int) -> float:
     """Return a cost as it is written: an integer, or milliseconds."""
     scale = COSTS[cost].scale
     return value if scale == 1 else value / scale

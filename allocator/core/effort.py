@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from allocator.core.errors import UserError
-from allocator.core.protocols import Extra, Request
+from allocator.core.protocols import Probe, Request
 from allocator.core.space import Allocation, SearchSpace
 
 Kind = Literal["evaluations", "tokens", "minutes"]
@@ -121,15 +121,15 @@ def candidate_tokens(space: SearchSpace, requests: Sequence[Request], trained: T
     """
     macs = [np.array(unit.macs, dtype=float) for unit in space.units]
     blocks = np.array([unit.block for unit in space.units])
-    groups: dict[tuple[str, int, Extra], list[int]] = {}
+    groups: dict[tuple[str, int, Probe], list[int]] = {}
     costs = [0.0] * len(requests)
     dense = space.cost(space.dense, "macs")
     all_levels = sum((unit.num_levels - 1) * unit.macs[0] for unit in space.units) / dense
     for index, request in enumerate(requests):
-        if request.also == "expansion":
+        if request.probe == "expansion":
             costs[index] = _EXPANSION_COST * request.tokens + min(request.tokens, EXPANSION_POSITIONS) * all_levels
         else:
-            groups.setdefault((request.split, request.tokens, request.also), []).append(index)
+            groups.setdefault((request.split, request.tokens, request.probe), []).append(index)
     for (_, tokens, _), members in groups.items():
         before, known = np.full(len(blocks), -1), 0.0
         for index in sorted(members, key=lambda member: (requests[member].allocation, _end(requests[member]))):

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, get_args
 from allocator.core.budget import Budget, fits
 from allocator.core.errors import UserError
 from allocator.core.files import canonical_json
-from allocator.core.protocols import BEFORE, FEATURES, Expansion, Extra, Key, Outcome, Request
+from allocator.core.protocols import BEFORE, FEATURES, Expansion, Key, Outcome, Probe, Request
 from allocator.core.space import Allocation, SearchSpace
 
 SCHEMA = 3
@@ -137,10 +137,10 @@ class Journal:
                 "split": request.split,
                 "tokens": request.tokens,
                 **({"training": request.training} if request.training else {}),
-                **({"also": request.also} if request.also else {}),
+                **({"also": request.probe} if request.probe else {}),
                 **({"blocks": request.blocks} if request.blocks else {}),
                 "measured": dict(outcome.measured),
-                "parts": list(outcome.parts),
+                "parts": list(outcome.sequence_losses),
                 **({"failed": outcome.failed} if outcome.failed else {}),
                 **({"expansion": asdict(outcome.expansion)} if outcome.expansion else {}),
                 "wall_s": round(outcome.wall_s, 4),
@@ -221,11 +221,11 @@ def _parse(path: Path, data: bytes) -> tuple[dict[str, Any], dict[int, list[Outc
                 raise ValueError(f"{len(allocation)} levels for {len(ladders)} units")
             if not all(0 <= level < length for level, length in zip(allocation, ladders, strict=True)):
                 raise ValueError("a level outside its unit's ladder")
-            training, also = int(entry.get("training", 0)), entry.get("also", "")
-            if also not in get_args(Extra):
-                raise ValueError(f"nothing is called {also!r} that could be measured beside the loss")
+            training, probe = int(entry.get("training", 0)), entry.get("also", "")
+            if probe not in get_args(Probe):
+                raise ValueError(f"nothing is called {probe!r} that could be measured beside the loss")
             blocks = int(entry.get("blocks", 0))
-            request = Request(allocation, int(entry["tokens"]), str(entry["split"]), training, also, blocks)
+            request = Request(allocation, int(entry["tokens"]), str(entry["split"]), training, probe, blocks)
             loss = FEATURES if blocks else minimised
             measured = {str(name): float(value) for name, value in entry["measured"].items()}
             failed = str(entry.get("failed", ""))

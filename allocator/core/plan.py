@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from allocator.core.budget import Budget
-from allocator.core.costs import COSTS, counted, known, scaled
+from allocator.core.costs import COSTS, from_units, known_costs, to_units
 from allocator.core.errors import UserError
 from allocator.core.files import check_name, read_json, write_json
 from allocator.core.space import Allocation, SearchSpace
@@ -64,7 +64,7 @@ class Plan:
                 "total": unit.total,
                 "ladder": {
                     "kept": list(unit.kept),
-                    **{cost: [scaled(cost, each) for each in unit.costs(cost)] for cost in known(space)},
+                    **{cost: [from_units(cost, each) for each in unit.costs(cost)] for cost in known_costs(space)},
                 },
             }
             for unit, level in zip(space.units, allocation, strict=True)
@@ -75,16 +75,16 @@ class Plan:
             "model": dict(self.model),
             "pattern": space.pattern,
             "budget": {
-                cost: {"limit": scaled(cost, limit), "achieved": scaled(cost, space.cost(allocation, cost))}
+                cost: {"limit": from_units(cost, limit), "achieved": from_units(cost, space.cost(allocation, cost))}
                 for cost, limit in self.budget.limits.items()
             },
             "costs": {
                 cost: {
-                    "achieved": scaled(cost, space.cost(allocation, cost)),
-                    "dense": scaled(cost, space.cost(space.dense, cost)),
-                    "fixed": scaled(cost, space.fixed[cost]),
+                    "achieved": from_units(cost, space.cost(allocation, cost)),
+                    "dense": from_units(cost, space.cost(space.dense, cost)),
+                    "fixed": from_units(cost, space.fixed[cost]),
                 }
-                for cost in known(space)
+                for cost in known_costs(space)
             },
             "sparsity": round(space.sparsity(allocation), 6),
             "units": units,
@@ -133,7 +133,7 @@ class Plan:
             raise UserError(f"{path}: its budget is on {', '.join(sorted(unknown))}, which its units say nothing of")
         plan = cls._from_json(data)
         for cost, figures in data["budget"].items():
-            achieved = scaled(cost, plan.space.cost(plan.allocation, cost))
+            achieved = from_units(cost, plan.space.cost(plan.allocation, cost))
             if achieved != figures["achieved"] or achieved > figures["limit"]:
                 raise UserError(
                     f"{path}: the units cost {achieved} {cost}, and the plan says {figures['achieved']} within a limit "
@@ -149,14 +149,14 @@ class Plan:
 
     @classmethod
     def _from_json(cls, data: Mapping[str, Any]) -> Plan:
-        fixed = {cost: counted(cost, figures["fixed"]) for cost, figures in data["costs"].items()}
+        fixed = {cost: to_units(cost, figures["fixed"]) for cost, figures in data["costs"].items()}
         units = [
             {
                 "name": name,
                 **{key: unit[key] for key in ("kind", "part", "block", "group", "total")},
                 **{key: unit["ladder"][key] for key in ("kept", "params", "macs")},
                 "others": {
-                    cost: [counted(cost, each) for each in unit["ladder"][cost]]
+                    cost: [to_units(cost, each) for each in unit["ladder"][cost]]
                     for cost in fixed
                     if cost not in ("params", "macs")
                 },
@@ -167,7 +167,7 @@ class Plan:
             model=data["model"],
             space=SearchSpace.from_json({"pattern": data["pattern"], "units": units, "fixed": fixed}),
             allocation=tuple(unit["level"] for unit in data["units"].values()),
-            budget=Budget(**{cost: counted(cost, figures["limit"]) for cost, figures in data["budget"].items()}),
+            budget=Budget(**{cost: to_units(cost, figures["limit"]) for cost, figures in data["budget"].items()}),
             pruner=data["pruner"],
             measured=data["measured"],
             provenance=data["provenance"],

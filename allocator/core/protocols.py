@@ -8,10 +8,10 @@ from typing import Literal, Protocol
 
 from allocator.core.space import Allocation
 
-Extra = Literal["", "influence", "expansion"]
+Probe = Literal["", "influence", "expansion"]
 """What is measured beside the loss; see :class:`Request`."""
 
-Key = tuple[Allocation, str, int, int, Extra, int]
+Key = tuple[Allocation, str, int, int, Probe, int]
 
 FEATURES = "features"
 """The loss of what leaves some of the blocks; see :attr:`Request.blocks`."""
@@ -34,7 +34,7 @@ class Request:
         tokens: Of the split, on which it is measured.
         split: Which text.
         training: Tokens on which it is trained before; 0 for none.
-        also: What else to measure. ``influence``: ``influence.<block>``, for every block of the model at this
+        probe: What else to measure. ``influence``: ``influence.<block>``, for every block of the model at this
             allocation: 1 - cosine of what enters and what leaves it, averaged over tokens. ``expansion``: how the
             loss begins to change with the level of every unit, from one backward pass, without training; an evaluator
             that has no gradients leaves it out.
@@ -47,13 +47,13 @@ class Request:
     tokens: int
     split: str = "search"
     training: int = 0
-    also: Extra = ""
+    probe: Probe = ""
     blocks: int = 0
 
     @property
     def key(self) -> Key:
         """What makes two requests the same."""
-        return (self.allocation, self.split, self.tokens, self.training, self.also, self.blocks)
+        return (self.allocation, self.split, self.tokens, self.training, self.probe, self.blocks)
 
     @property
     def fidelity(self) -> Fidelity:
@@ -87,7 +87,8 @@ class Outcome:
             for; after training, also the loss before it as ``<loss>_before``.
         wall_s: Seconds that it took; what a batch shares is counted once.
         loss_name: The measurement that a search minimises.
-        parts: It for each sequence of the text, in order: two allocations measured on the same text differ by the
+        sequence_losses: It for each sequence of the text, in order: two allocations measured on the same text differ by
+        the
             mean of their differences part by part, whose spread tells how sure that is. Perhaps empty.
         expansion: If it was asked for, and the evaluator has gradients.
         failed: Why nothing could be measured; empty where it could.
@@ -97,7 +98,7 @@ class Outcome:
     measured: Mapping[str, float]
     wall_s: float
     loss_name: str = "kl"
-    parts: tuple[float, ...] = ()
+    sequence_losses: tuple[float, ...] = ()
     expansion: Expansion | None = None
     failed: str = ""
 

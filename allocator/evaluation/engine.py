@@ -15,7 +15,7 @@ import torch
 
 from allocator.core.effort import EXPANSION_POSITIONS
 from allocator.core.errors import UserError
-from allocator.core.protocols import BEFORE, FEATURES, Extra, Outcome, Request
+from allocator.core.protocols import BEFORE, FEATURES, Outcome, Probe, Request
 from allocator.core.space import Allocation, SearchSpace
 from allocator.evaluation import trie
 from allocator.evaluation.expansion import LESSONS_PER_PORTION, Expander, Portion, merged, num_portions
@@ -23,7 +23,7 @@ from allocator.evaluation.loss import Loss, feature_error
 from allocator.evaluation.teacher import Lesson, Sums, Teacher
 from allocator.evaluation.training import Trainer, Training
 from allocator.evaluation.training_states import States
-from allocator.model.checkpoint.headers import ModelFiles, read_model_files
+from allocator.model.checkpoint.headers import Checkpoint, read_checkpoint
 from allocator.model.data.examples import Examples, as_tensors
 from allocator.model.family.layout import Layout
 from allocator.model.live.load import load_model
@@ -31,8 +31,8 @@ from allocator.model.live.stream import StreamedWalker
 from allocator.model.live.walk import BlockWalker
 from allocator.pruning.calibration.build import prune_on_dense_inputs, prune_on_pruned_inputs
 from allocator.pruning.calibration.factorise import Report, silent
-from allocator.pruning.calibration.problem import Calibration, Problem, Progress
-from allocator.pruning.levels.assemble import Assembler, CompactLevels, Switchboard
+from allocator.pruning.calibration.problem import Calibration, Progress, UnitProblem
+from allocator.pruning.levels.assemble import Assembler, CompactLevels, LevelSwitch
 from allocator.pruning.levels.execute import save_pruned
 from allocator.pruning.levels.store import LevelStore, StoreBuilder
 from allocator.pruning.pruners.registry import LocalPruner
@@ -52,7 +52,7 @@ class EngineSpec:
     """What an engine is made from, on any machine that sees the folders.
 
     Attributes:
-        files: The dense model.
+        checkpoint: The dense model.
         layout: Where its units are.
         space: Their ladders.
         store: The level store; None for an engine that only measures checkpoints.
@@ -66,7 +66,7 @@ class EngineSpec:
             apart, as ``<loss>.<domain>``. Empty where there is one text.
     """
 
-    files: ModelFiles
+    checkpoint: Checkpoint
     layout: Layout
     space: SearchSpace
     store: LevelStore | None = None
@@ -84,9 +84,9 @@ class EngineSpec:
         """Return what pruning works on: the model, block by block from disk, and token ids [sequences, length]."""
         assert self.pruner is not None
         torch.set_num_threads(self.threads)
-        walker = StreamedWalker(self.files, self.layout, DTYPES[self.dtype])
+        walker = StreamedWalker(self.checkpoint, self.layout, DTYPES[self.dtype])
         return Calibration(
-            walker, self.files, self.layout, self.space, self.pruner, as_tensors(tokens), progress, report
+            walker, self.checkpoint, self.layout, self.space, self.pruner, as_tensors(tokens), progress, report
         )
 
 
@@ -123,20 +123,20 @@ class Engine:
         self._spec = spec
         self._arrays = tokens
         self._tokens = {split: as_tensors(shown) for split, shown in tokens.items()}
-        self._walker = self._load(spec.files)
+        self._walker = self._load(spec.checkpoint)
         some = next(iter(self._tokens.values()))[:1]
         self._walker.check((some if isinstance(some, Examples) else some[:, :_CHECKED]).to(spec.device))
-        self._switchboard: Switchboard | None = None
+        self._switchboard: LevelSwitch | None = None
         if spec.store is not None:
-            assembler = Assembler(spec.files, spec.layout, spec.space, spec.store, self._walker.model)
-            self._switchboard = Switchboard(self._walker.model, spec.layout, assembler)
+            assembler = Assembler(spec.checkpoint, spec.layout, spec.space, spec.store, self._walker.model)
+            self._switchboard = LevelSwitch(self._walker.model, spec.layout, assembler)
             self._expander = Expander(self._walker, spec.layout, spec.space, assembler, self._switchboard)
         self._trainer: Trainer | None = None
         if spec.store is not None and spec.training is not None:
             text = self._tokens["training"]
             assert isinstance(text, torch.Tensor), "causal language models alone are trained"
             self._trainer = Trainer(
-                spec.files,
+                spec.checkpoint,
                 spec.layout,
                 spec.space,
                 spec.store,
@@ -154,13 +154,13 @@ class Engine:
 
     def measure_batch(self, requests: Sequence[Request]) -> Iterator[Outcome]:
         """Yield what :meth:`measure` returns for each request, in an order that shares work between them."""
-        groups: dict[tuple[str, int, Extra], list[Request]] = {}
+        groups: dict[tuple[str, int, Probe], list[Request]] = {}
         for request in requests:
-            if request.also == "expansion":
+            if request.probe == "expansion":
                 count = num_portions(request.tokens, self._tokens[request.split].shape[1])
                 yield expanded(request, self._spec.loss, [self.expand(request, index) for index in range(count)])
             else:
-                groups.setdefault((request.split, request.tokens, request.also), []).append(request)
+                groups.setdefault((request.split, request.tokens, request.probe), []).append(request)
         for group in groups.values():
             for outcome in self._measure_group(group):
                 yield self._after_training(outcome) if outcome.request.training else outcome
@@ -187,7 +187,7 @@ class Engine:
             ``kl`` from the dense model, or ``hidden`` where there are no logits; ``nll`` where something is wanted,
             with the ``perplexity`` of text, and the ``accuracy`` of what classifies.
         """
-        walker, kind = self._load(read_model_files(folder)), self._walker.kind
+        walker, kind = self._load(read_checkpoint(folder)), self._walker.kind
         lessons = self._teacher.lessons(split, tokens, "kl" if kind.logits else "hidden")
         measured, _ = self._judge(walker, lessons)
         if kind.generates:
@@ -211,11 +211,11 @@ class Engine:
         else:
             assert spec.store is not None
             compact = spec.store
-        params = save_pruned(execution.allocation, spec.files, spec.layout, spec.space, compact, execution.out)
+        params = save_pruned(execution.allocation, spec.checkpoint, spec.layout, spec.space, compact, execution.out)
         return {"params": params, **self.measure_checkpoint(execution.out, "test", tokens)}
 
-    def _load(self, files: ModelFiles) -> BlockWalker:
-        model = load_model(files, DTYPES[self._spec.dtype]).to(self._spec.device)
+    def _load(self, checkpoint: Checkpoint) -> BlockWalker:
+        model = load_model(checkpoint, DTYPES[self._spec.dtype]).to(self._spec.device)
         return BlockWalker(model, self._spec.layout)
 
     def _measure_group(self, requests: Sequence[Request]) -> Iterator[Outcome]:
@@ -242,7 +242,7 @@ class Engine:
             for number, (lesson, hidden_btd) in enumerate(zip(lessons, entering, strict=True)):
                 for index in range(step.start, request.blocks or len(walker.blocks)):
                     entering_btd, hidden_btd = hidden_btd, walker.run(index, hidden_btd)
-                    if request.also == "influence":
+                    if request.probe == "influence":
                         ends = [walker.residual(index, state) for state in (entering_btd, hidden_btd)]
                         turned[index] += float((1.0 - cosines(*ends)).sum())
                     if index + 1 in kept:
@@ -257,7 +257,7 @@ class Engine:
             else:
                 name = self._spec.loss
                 measured, parts = self._means(sums, lessons)
-            if request.also == "influence":
+            if request.probe == "influence":
                 each = [walker.residual(i, embedded[0]).shape[1] for i in range(len(turned))]  # positions of an example
                 examples = sum(len(state) for state in embedded)
                 measured.update(
@@ -338,7 +338,7 @@ def _accuracy(walker: BlockWalker, lessons: Sequence[Lesson]) -> dict[str, float
     """Return the share of examples whose most probable class is their label; nothing where they have none."""
     right = known = 0
     for lesson in lessons:
-        read, head = walker.read(walker.run_all(walker.embed(lesson.shown)), lesson.shown)
+        read, head = walker.logit_inputs(walker.run_all(walker.embed(lesson.shown)), lesson.shown)
         right += int((head(read).argmax(-1) == lesson.wanted_bp).sum())
         known += lesson.positions
     return {"accuracy": right / known} if known else {}
@@ -380,7 +380,7 @@ class LocalEvaluator:
         calibration = self._spec.calibration(self._tokens["calibration"], progress, self._notify)
         builder.fill(prune_on_dense_inputs(calibration, blocks))
 
-    def solve(self, problems: Sequence[Problem]) -> list[CompactLevels]:
+    def solve(self, problems: Sequence[UnitProblem]) -> list[CompactLevels]:
         """Solve problems of the local pruner, in order."""
         assert self._spec.pruner is not None
         return [problem.solve(self._spec.pruner, self._notify) for problem in problems]

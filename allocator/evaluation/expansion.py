@@ -28,7 +28,7 @@ from allocator.core.space import Allocation, SearchSpace
 from allocator.evaluation.teacher import Lesson, Sums, Teacher
 from allocator.model.family.layout import Layout
 from allocator.model.live.walk import SEQUENCES_PER_BATCH, BlockWalker
-from allocator.pruning.levels.assemble import Assembler, Switchboard
+from allocator.pruning.levels.assemble import Assembler, LevelSwitch
 
 LESSONS_PER_PORTION = 2
 """Batches of sequences that are expanded together; others may be expanded elsewhere. Part of the numerics."""
@@ -89,12 +89,14 @@ class Expander:
         layout: Layout,
         space: SearchSpace,
         assembler: Assembler,
-        switchboard: Switchboard,
+        switchboard: LevelSwitch,
     ) -> None:
         self._walker, self._space, self._assembler, self._switchboard = walker, space, assembler, switchboard
-        self._routed = {module for site in layout.sites if site.routed for module in site.modules}
-        self._routers = {site.name: router for site in layout.sites if site.experts for router in site.rows}
-        outputs = {site.name: site.output for site in layout.sites}
+        self._routed = {module for sub_block in layout.sub_blocks if sub_block.routed for module in sub_block.modules}
+        self._routers = {
+            sub_block.name: router for sub_block in layout.sub_blocks if sub_block.experts for router in sub_block.rows
+        }
+        outputs = {sub_block.name: sub_block.output for sub_block in layout.sub_blocks}
         self._modules = [outputs.get(unit.name, unit.name) for unit in space.units]
 
     def expand(self, allocation: Allocation, teacher: Teacher, lessons: Sequence[Lesson], some: range) -> Portion:
@@ -126,7 +128,7 @@ class Expander:
             deltas: dict[str, list[torch.Tensor]] = {module: [] for module in modules}
             for number, states in enumerate(between):
                 block_in_btd = states.pop().detach().requires_grad_()
-                with walker.listening(index, modules) as (inputs, outputs):
+                with walker.record_io(index, modules) as (inputs, outputs):
                     block_out_btd = walker.run(index, block_in_btd)
                 reached = [module for module in modules if module in outputs]  # by a router, not all may be
                 wanted = [block_in_btd, *(outputs[module] for module in reached)]

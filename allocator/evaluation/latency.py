@@ -22,7 +22,7 @@ from torch import nn
 
 from allocator.core.latency import LatencySettings, LatencyTable, Timing
 from allocator.core.space import SearchSpace
-from allocator.model.checkpoint.headers import ModelFiles
+from allocator.model.checkpoint.headers import Checkpoint
 from allocator.model.family.layout import Layout
 from allocator.model.family.serving_costs import shape_of, size_of
 from allocator.model.live.load import shaped_model
@@ -36,7 +36,7 @@ _PHASES = ("prefill", "decode")
 
 
 def make_table(
-    files: ModelFiles,
+    checkpoint: Checkpoint,
     layout: Layout,
     space: SearchSpace,
     settings: LatencySettings,
@@ -47,7 +47,7 @@ def make_table(
     """Measure every sub-block at every level of its ladder.
 
     Args:
-        files: The dense model, of which shapes alone matter.
+        checkpoint: The dense model, of which shapes alone matter.
         layout: Where its sub-blocks are.
         space: Their ladders, those of structured pruning.
         settings: The workload, and how to measure it.
@@ -56,12 +56,12 @@ def make_table(
         step: Called with the number of levels done, after each.
     """
     ladders = {unit.name: unit.kept for unit in space.units}
-    shapes = {site.name: shape_of(site, files) for site in layout.sites}
+    shapes = {sub_block.name: shape_of(sub_block, checkpoint) for sub_block in layout.sub_blocks}
     deepest = max(len(ladder) for ladder in ladders.values())
     at = [{name: ladder[min(level, len(ladder) - 1)] for name, ladder in ladders.items()} for level in range(deepest)]
     found: dict[tuple[str, int], dict[str, list[float]]] = {}
     spread: dict[tuple[str, int], list[float]] = {}
-    timed = _in_turns(files, layout, at, list(ladders), settings, device, step)
+    timed = _in_turns(checkpoint, layout, at, list(ladders), settings, device, step)
     fixed = {phase: _rest(*timed[-1][phase]) for phase in _PHASES}
     for kept, measured in zip(at, timed, strict=True):
         staying = [name for name, count in kept.items() if count]
@@ -79,7 +79,7 @@ def make_table(
         device=describe(device),
         versions=dict(versions),
         settings=settings,
-        model=size_of(files, layout),
+        model=size_of(checkpoint, layout),
         fixed=_timing(0, fixed, max(map(_spread, fixed.values()))),
         units={shape: tuple(sorted(timings, key=lambda t: -t.kept)) for shape, timings in units.items()},
     )
@@ -91,7 +91,7 @@ def _rest(total: Sequence[float], own: Mapping[str, Sequence[float]]) -> list[fl
 
 
 def measure(
-    files: ModelFiles,
+    checkpoint: Checkpoint,
     layout: Layout,
     shapes: Sequence[Mapping[str, int]],
     settings: LatencySettings,
@@ -101,7 +101,7 @@ def measure(
     """Return the milliseconds that models of some shapes take end to end, under the names of the costs.
 
     Args:
-        files: The dense model.
+        checkpoint: The dense model.
         layout: Where its sub-blocks are.
         shapes: Of each model, the items that every sub-block keeps.
         settings: The workload, and how to measure it.
@@ -109,7 +109,7 @@ def measure(
         step: Called with the number of models done, after each.
     """
     found = []
-    for timed in _in_turns(files, layout, shapes, [], settings, device, step):
+    for timed in _in_turns(checkpoint, layout, shapes, [], settings, device, step):
         prefill, decode = (median(timed[phase][0]) / 1e6 for phase in _PHASES)
         found.append({"prefill_ms": prefill, "decode_ms": decode, "latency_ms": prefill + settings.generate * decode})
     return found
@@ -130,7 +130,7 @@ Times = dict[str, tuple[list[float], dict[str, list[float]]]]
 
 
 def _in_turns(
-    files: ModelFiles,
+    checkpoint: Checkpoint,
     layout: Layout,
     shapes: Sequence[Mapping[str, int]],
     names: Sequence[str],
@@ -145,7 +145,7 @@ def _in_turns(
         repeats = settings.repeats * (turn + 1) // turns - settings.repeats * turn // turns
         for place, kept in enumerate(shapes):
             with _placed(device, settings.threads):
-                model = shaped_model(files, layout, kept, getattr(torch, settings.dtype))
+                model = shaped_model(checkpoint, layout, kept, getattr(torch, settings.dtype))
                 _timed(model, layout, settings, repeats, device, found[place])
                 del model  # before the next one is made
             step((turn * len(shapes) + place + 1) // turns)
@@ -160,12 +160,15 @@ def _timed(
     clock = _Clock(device)
     handles = []
     names = list(times[_PHASES[0]][1])
-    for site in layout.sites:
-        if site.name in names:
-            first, last = model.get_submodule(site.roots[0]), model.get_submodule(site.roots[-1])
+    for sub_block in layout.sub_blocks:
+        if sub_block.name in names:
+            first, last = (
+                model.get_submodule(sub_block.modules_removed[0]),
+                model.get_submodule(sub_block.modules_removed[-1]),
+            )
             handles += [
-                first.register_forward_pre_hook(lambda *_, name=site.name: clock.note(name)),
-                last.register_forward_hook(lambda *_, name=site.name: clock.note(name)),
+                first.register_forward_pre_hook(lambda *_, name=sub_block.name: clock.note(name)),
+                last.register_forward_hook(lambda *_, name=sub_block.name: clock.note(name)),
             ]
     vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     generator = torch.Generator().manual_seed(0)

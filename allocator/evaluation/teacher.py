@@ -78,11 +78,13 @@ class Teacher:
         """Compare what leaves a student's last block with a lesson."""
         total = nll = student_btd.new_zeros(len(student_btd), dtype=torch.float64)
         if lesson.loss != "hidden" or lesson.positions:
-            total, nll = summed(self._taught(lesson), *student.read(student_btd, lesson.shown), lesson.wanted_bp)
+            total, nll = summed(
+                self._taught(lesson), *student.logit_inputs(student_btd, lesson.shown), lesson.wanted_bp
+            )
         if lesson.loss == "hidden":
             assert lesson.hidden_btd is not None
             given, own = (
-                w.given(h, lesson.shown) for w, h in ((self._walker, lesson.hidden_btd), (student, student_btd))
+                w.final_states(h, lesson.shown) for w, h in ((self._walker, lesson.hidden_btd), (student, student_btd))
             )
             return (*displacement(given, own), nll)
         if lesson.loss == "nll":
@@ -94,12 +96,12 @@ class Teacher:
         leaf_btd = student_btd.detach().requires_grad_()
         if lesson.loss == "hidden":
             assert lesson.hidden_btd is not None
-            given = self._walker.given(lesson.hidden_btd, lesson.shown)
-            distance_b, _ = displacement(given, student.given(leaf_btd, lesson.shown))
+            given = self._walker.final_states(lesson.hidden_btd, lesson.shown)
+            distance_b, _ = displacement(given, student.final_states(leaf_btd, lesson.shown))
             distance_b.sum().backward()
             assert leaf_btd.grad is not None
             return leaf_btd.grad
-        read, head = student.read(leaf_btd, lesson.shown)
+        read, head = student.logit_inputs(leaf_btd, lesson.shown)
         inner = read.detach().requires_grad_()
         # chunk by chunk, so that logits of one chunk alone are held
         for kl_n, nll_n in divergences(self._taught(lesson), inner, head, lesson.wanted_bp):
@@ -110,7 +112,7 @@ class Teacher:
     def _taught(self, lesson: Lesson) -> Iterable[Targets] | None:
         if lesson.kept is None and lesson.loss in ("kl", "topk_kl"):
             assert lesson.hidden_btd is not None
-            return targets(lesson.loss, *self._walker.read(lesson.hidden_btd, lesson.shown))
+            return targets(lesson.loss, *self._walker.logit_inputs(lesson.hidden_btd, lesson.shown))
         return lesson.kept
 
     def _batches(self, split: str, tokens: int) -> list[tuple[int, int]]:
@@ -128,7 +130,7 @@ class Teacher:
         hidden_btd = self._walker.run_all(self._walker.embed(shown))
         if loss == "hidden":
             return Lesson(loss, shown, wanted_bp, hidden_btd, None)
-        kept = self._keep(targets(loss, *self._walker.read(hidden_btd, shown)), wanted_bp.numel())
+        kept = self._keep(targets(loss, *self._walker.logit_inputs(hidden_btd, shown)), wanted_bp.numel())
         return Lesson(loss, shown, wanted_bp, hidden_btd if kept is None else None, kept)
 
     def _keep(self, taught: Iterator[Targets], positions: int) -> tuple[Targets, ...] | None:

@@ -25,10 +25,10 @@ from allocator.core.errors import UserError
 from allocator.core.protocols import Request
 from allocator.core.space import Allocation, SearchSpace
 from allocator.evaluation.training_states import States
-from allocator.model.checkpoint.headers import ModelFiles
+from allocator.model.checkpoint.headers import Checkpoint
 from allocator.model.family.layout import Layout
 from allocator.model.live.load import load_model
-from allocator.pruning.levels.assemble import Assembler, Switchboard
+from allocator.pruning.levels.assemble import Assembler, LevelSwitch
 from allocator.pruning.levels.masks import kept_mask
 from allocator.pruning.levels.store import LevelStore
 
@@ -135,7 +135,7 @@ class Trainer:
 
     def __init__(
         self,
-        files: ModelFiles,
+        checkpoint: Checkpoint,
         layout: Layout,
         space: SearchSpace,
         store: LevelStore,
@@ -145,16 +145,16 @@ class Trainer:
         device: str,
     ) -> None:
         """Train on token ids [sequences, length], and return models of a data type."""
-        self._files, self._layout, self._space, self._store = files, layout, space, store
+        self._checkpoint, self._layout, self._space, self._store = checkpoint, layout, space, store
         self._training, self._tokens_nt = training, tokens_nt
         self._dtype, self._device = dtype, device
         self._states = States(training.folder)
 
     def trainee(self, allocation: Allocation) -> Trainee:
         """Return an allocation, assembled from the level store, before any training."""
-        model = load_model(self._files).to(self._device)
-        assembler = Assembler(self._files, self._layout, self._space, self._store, model)
-        switchboard = Switchboard(model, self._layout, assembler)
+        model = load_model(self._checkpoint).to(self._device)
+        assembler = Assembler(self._checkpoint, self._layout, self._space, self._store, model)
+        switchboard = LevelSwitch(model, self._layout, assembler)
         removed: dict[str, torch.Tensor] = {}
         for unit, level in zip(self._space.units, allocation, strict=True):
             switchboard.set(unit.name, level)

@@ -38,7 +38,7 @@ def zeroth_order(spec: EngineSpec, tokens: np.ndarray | Examples, progress: Prog
     assert isinstance(tokens, np.ndarray), "causal language models alone"
     check_device(spec.device)
     torch.set_num_threads(spec.threads)
-    walker = BlockWalker(load_model(spec.files, torch.float32).to(spec.device), spec.layout)
+    walker = BlockWalker(load_model(spec.checkpoint, torch.float32).to(spec.device), spec.layout)
     tokens_bt = torch.from_numpy(np.array(tokens[:SEQUENCES_PER_BATCH], dtype=np.int64)).to(spec.device)
     hidden_btd = walker.embed(tokens_bt)
     sizes = np.zeros(len(spec.space.units))
@@ -63,7 +63,7 @@ def _slope(
     """Return the size of the loss's slope along one direction, from what enters the unit's block."""
     modules: tuple[str, ...] = (unit.name,)
     if unit.kind != "matrix":
-        modules = next(site.modules for site in spec.layout.sites if site.name == unit.name)
+        modules = next(sub_block.modules for sub_block in spec.layout.sub_blocks if sub_block.name == unit.name)
     weights = [walker.model.get_parameter(f"{module}.weight") for module in modules]
     generator = torch.Generator().manual_seed(seed[0] * _DIRECTIONS + seed[1])
     directions = [torch.randn(weight.shape, generator=generator).to(weight.device) for weight in weights]

@@ -20,7 +20,7 @@ from allocator.core.errors import UserError
 from allocator.core.files import read_json, write_json
 from allocator.core.plan import Plan
 from allocator.interop.targets.matrices import Matrix, matrices
-from allocator.model.checkpoint.headers import ModelFiles
+from allocator.model.checkpoint.headers import Checkpoint
 from allocator.model.family.layout import Layout
 from allocator.model.live.write import stored_name
 
@@ -34,26 +34,26 @@ class Source:
 
     Attributes:
         plan: The plan.
-        files: The dense model; its headers are enough.
+        checkpoint: The dense model; its headers are enough.
         layout: Where the plan's units are in it.
         run: The run that the plan came from, for targets that show a search; None for a plan alone.
-        checkpoint: The executed plan, for targets that carry weights; None where it is not at hand.
+        executed: The checkpoint of the plan, for targets that carry weights; None where it is not at hand.
     """
 
     plan: Plan
-    files: ModelFiles
+    checkpoint: Checkpoint
     layout: Layout
     run: Path | None = None
-    checkpoint: Path | None = None
+    executed: Path | None = None
 
     @cached_property
     def matrices(self) -> tuple[Matrix, ...]:
         """What the plan keeps of every matrix of its units; which experts stay, its checkpoint says."""
         said: dict[str, Any] = {}
-        if self.checkpoint is not None and (self.checkpoint / "config.json").is_file():
-            said = read_json(self.checkpoint / "config.json", "model configuration").get("pruned") or {}
+        if self.executed is not None and (self.executed / "config.json").is_file():
+            said = read_json(self.executed / "config.json", "model configuration").get("pruned") or {}
         experts = {name: kept for name, (_, kept) in said.get("experts", {}).items()}
-        return matrices(self.plan, self.files, self.layout, experts)
+        return matrices(self.plan, self.checkpoint, self.layout, experts)
 
 
 class Target(ABC):
@@ -94,10 +94,10 @@ def check(target: Target, source: Source) -> None:
             f"export: {target.name} cannot express {pattern} plans, only {' and '.join(target.patterns)} ones. "
             f"See 'allocator export --list' for one that can"
         )
-    if not (target.any_kind or source.files.kind.generates):
+    if not (target.any_kind or source.checkpoint.kind.generates):
         raise UserError(
             f"export: {target.name} takes plans of causal language models, and this one is of "
-            f"{source.files.architecture}. Use --to ratios, or --to hf for the executed plan"
+            f"{source.checkpoint.architecture}. Use --to ratios, or --to hf for the executed plan"
         )
     target.check(source)
 
@@ -126,11 +126,11 @@ def write_verify(
     modules = {}
     for matrix in source.matrices:
         shape = list(stored.get(matrix.module, matrix.kept_shape))
-        modules[stored_name(source.files, f"{matrix.module}.weight").removesuffix(".weight")] = {
+        modules[stored_name(source.checkpoint, f"{matrix.module}.weight").removesuffix(".weight")] = {
             "shape": shape if all(shape) else None,
             "zeros": max(0, shape[0] * shape[1] - left.get(matrix.module, matrix.kept)),
             "group": None if matrix.group is None else list(matrix.group),
-            "transposed": f"{matrix.module}.weight" in source.files.transposed,
+            "transposed": f"{matrix.module}.weight" in source.checkpoint.transposed,
         }
     write_json(folder / PLANNED, {"tolerance": tolerance, "modules": modules})
     copy_script(VERIFY, folder)
@@ -142,11 +142,12 @@ def refuse_other_layers(target: Target, source: Source) -> None:
     if source.layout.mixtures:
         raise UserError(
             f"export: {target.name} knows linear layers, and transformers stacks the experts of "
-            f"{source.files.architecture}. Use --to ratios, or --to hf for the executed plan"
+            f"{source.checkpoint.architecture}. Use --to ratios, or --to hf for the executed plan"
         )
-    if source.files.transposed:
+    if source.checkpoint.transposed:
         raise UserError(
-            f"export: {target.name} knows linear layers, and those of {source.files.architecture} are Conv1D, inputs "
+            f"export: {target.name} knows linear layers, and those of {source.checkpoint.architecture} are Conv1D, "
+            f"inputs "
             "first. Use --to ratios, or --to hf for the executed plan"
         )
 

@@ -74,7 +74,7 @@ class _Job:
     again: bool = False
 
 
-class Crew:
+class ActorPool:
     """Ray actors that pull tasks. Each has ``ready()``, which says what hardware it is on."""
 
     def __init__(self, hire: Callable[[], Any], size: int, notify: Notify, patience_s: float = PATIENCE_S) -> None:

@@ -16,11 +16,11 @@ from allocator.evaluation.engine import EngineSpec, Execution, expanded
 from allocator.evaluation.expansion import Portion, num_portions
 from allocator.evaluation.training_states import States
 from allocator.model.data.examples import Examples
-from allocator.pool.actor_pool import MAX_DEATHS, Crew, Died, Notify
+from allocator.pool.actor_pool import MAX_DEATHS, ActorPool, Died, Notify
 from allocator.pool.cluster import Demand
 from allocator.pool.durations import PATIENCE_S, Task
 from allocator.pool.worker import Worker
-from allocator.pruning.calibration.problem import Problem, Progress
+from allocator.pruning.calibration.problem import Progress, UnitProblem
 from allocator.pruning.levels.assemble import CompactLevels
 from allocator.pruning.levels.store import StoreBuilder
 
@@ -77,7 +77,7 @@ class RayPool:
         self._sent: dict[int, _Sent] = {}
         self._open: set[Key] = set()
         self._portions: dict[Key, dict[int, Portion]] = {}
-        self._crew = Crew(self._hire, workers, notify, patience_s)
+        self._crew = ActorPool(self._hire, workers, notify, patience_s)
 
     @property
     def alive(self) -> int:
@@ -95,10 +95,10 @@ class RayPool:
         What is asked for before all of it is yielded is measured at the same time. An iterator yields what of either
         is done, and ends when nothing of its own is left.
         """
-        plain = [request for request in requests if request.also != "expansion"]
+        plain = [request for request in requests if request.probe != "expansion"]
         self._open.update(request.key for request in requests)
         for request in requests:
-            if request.also == "expansion":
+            if request.probe == "expansion":
                 self._portions[request.key] = {}
                 for index in range(num_portions(request.tokens, self._lengths[request.split])):
                     self._send(_Sent((request,), index))
@@ -123,7 +123,7 @@ class RayPool:
                 self._notify(message)
             look()
 
-    def solve(self, problems: Sequence[Problem]) -> list[CompactLevels]:
+    def solve(self, problems: Sequence[UnitProblem]) -> list[CompactLevels]:
         """Solve problems of the local pruner side by side; results in order."""
         return self._in_order([Task("solve", (problem,)) for problem in problems])
 
@@ -244,7 +244,7 @@ def _runs(requests: Sequence[Request], workers: int) -> list[list[Request]]:
     Half of them in a run for each worker, half of the rest likewise, and so on (factoring: Hummel, Schonberg and Flynn,
     CACM 1992): long runs share most, and short ones at the end leave no worker idle while another is at a long one.
     """
-    ordered = sorted(requests, key=lambda r: (r.split, r.tokens, r.also, r.allocation, r.blocks))
+    ordered = sorted(requests, key=lambda r: (r.split, r.tokens, r.probe, r.allocation, r.blocks))
     runs: list[list[Request]] = []
     start = 0
     while start < len(ordered):

@@ -18,7 +18,7 @@ from allocator.evaluation.engine import Engine, EngineSpec, Execution
 from allocator.evaluation.expansion import Portion
 from allocator.model.data.examples import Examples
 from allocator.pruning.calibration.build import prune_on_dense_inputs
-from allocator.pruning.calibration.problem import Problem
+from allocator.pruning.calibration.problem import UnitProblem
 from allocator.pruning.levels.assemble import CompactLevels
 from allocator.pruning.levels.store import StoreBuilder
 
@@ -55,7 +55,7 @@ class Worker:
         builder.fill(prune_on_dense_inputs(calibration, [block for block in blocks if block in missing]))
         return said
 
-    def solve(self, problem: Problem) -> tuple[CompactLevels, list[str]]:
+    def solve(self, problem: UnitProblem) -> tuple[CompactLevels, list[str]]:
         """Solve a problem of the local pruner, and return what a user should know."""
         assert self._spec.pruner is not None
         said: list[str] = []

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from allocator.core.signals import QUANTILES, Signal, Signals
-from allocator.model.family.sub_blocks import Site
+from allocator.model.family.sub_blocks import SubBlock
 from allocator.model.live.memory import give_back
 from allocator.pruning.calibration.problem import Calibration
 from allocator.pruning.calibration.statistics import Moments, Statistics, collected
@@ -37,9 +37,9 @@ def collect(calibration: Calibration, wanted: Collection[Signal]) -> Signals:
     rows: dict[Signal, list[np.ndarray]] = {name: [] for name in wanted}
     hidden = calibration.embedded()
     for index in range(len(walker.blocks)):
-        sites = [site for site in calibration.layout.sites if site.block == index]
-        modules = [module for site in sites for module in site.modules]
-        with walker.held(index):
+        sub_blocks = [sub_block for sub_block in calibration.layout.sub_blocks if sub_block.block == index]
+        modules = [module for sub_block in sub_blocks for module in sub_block.modules]
+        with walker.loaded(index):
             with collected(walker.model, modules, "moments") as moments:
                 leaving = [walker.run(index, batch) for batch in hidden]
             weights = {module: walker.model.get_parameter(f"{module}.weight").detach().float() for module in modules}
@@ -52,7 +52,7 @@ def collect(calibration: Calibration, wanted: Collection[Signal]) -> Signals:
                 **_of_matrices([weights[module] for module in own], wanted),
             }
             if "fluctuation" in wanted:
-                found["fluctuation"] = [_fluctuation(site, weights, moments) for site in sites]
+                found["fluctuation"] = [_fluctuation(sub_block, weights, moments) for sub_block in sub_blocks]
         for name, values in found.items():
             rows[name] += values
         hidden = leaving
@@ -135,12 +135,14 @@ def hill_exponent(weight_oi: torch.Tensor) -> float:
     return 1.0 + k / max(float(logs), _LEAST)
 
 
-def _fluctuation(site: Site, weights: Mapping[str, torch.Tensor], moments: Mapping[str, Statistics]) -> np.ndarray:
-    outputs = [expert[-1] for expert in site.experts] or [site.output]
+def _fluctuation(
+    sub_block: SubBlock, weights: Mapping[str, torch.Tensor], moments: Mapping[str, Statistics]
+) -> np.ndarray:
+    outputs = [expert[-1] for expert in sub_block.experts] or [sub_block.output]
     score_i = torch.cat([_moments(moments, m).variance_i * weights[m].double().square().sum(0) for m in outputs])
     spread = score_i.std() if len(score_i) > 1 else torch.zeros(())
     standard_i = (score_i - score_i.mean()) / (spread if spread > 0 else 1.0)
-    return np.asarray(standard_i.view(site.total, -1).mean(1).cpu().numpy())
+    return np.asarray(standard_i.view(sub_block.total, -1).mean(1).cpu().numpy())
 
 
 def _moments(moments: Mapping[str, Statistics], module: str) -> Moments:

@@ -13,7 +13,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from allocator.core.costs import COSTS, shown
+from allocator.core.costs import COSTS, format_cost
 from allocator.core.latency import LatencyTable, Timing
 from allocator.core.plan import Plan
 from allocator.core.space import Cost, SearchSpace, Unit
@@ -349,7 +349,7 @@ def plan_table(plan: Plan) -> Table:
     removed = share(space.sparsity(plan.allocation))
     table.add_row("whole model", "parameters", count(achieved), count(dense), removed, style="bold")
     kept = "; ".join(
-        f"{cost} {shown(cost, space.cost(plan.allocation, cost))} of at most {shown(cost, limit)}"
+        f"{cost} {format_cost(cost, space.cost(plan.allocation, cost))} of at most {format_cost(cost, limit)}"
         for cost, limit in plan.budget.limits.items()
     )
     table.caption = f"Budget: {kept}. Removed, last line: share of the units."
@@ -364,7 +364,7 @@ def latency_table(table: LatencyTable) -> Table:
         made.add_column(heading, justify="right", no_wrap=True)
 
     def row(name: str, kept: str, timing: Timing) -> None:
-        times = (shown("latency_ms", timing.prefill_ns), shown("latency_ms", timing.decode_ns))
+        times = (format_cost("latency_ms", timing.prefill_ns), format_cost("latency_ms", timing.decode_ns))
         made.add_row(name, kept, *times, share(timing.spread, 0))
 
     row("what no sub-block takes", "", table.fixed)

@@ -22,9 +22,9 @@ from allocator.core.space import Allocation, SearchSpace
 from allocator.core.version import __version__
 from allocator.evaluation.engine import EngineSpec, check_device
 from allocator.evaluation.training import Training
-from allocator.model.checkpoint.headers import ModelFiles, locate
-from allocator.model.data.examples import LABELS, Examples, shown_fingerprint
-from allocator.model.data.read import read_shown, read_tokens
+from allocator.model.checkpoint.headers import Checkpoint, locate
+from allocator.model.data.examples import LABELS, Examples, fingerprint_examples
+from allocator.model.data.read import read_examples, read_tokens
 from allocator.model.family.layout import Layout, open_model, resolve_layout
 from allocator.model.family.serving_costs import Workload, served
 from allocator.model.family.space import build_space
@@ -49,7 +49,7 @@ class Job:
 
     Attributes:
         config: As given.
-        files: The dense model.
+        checkpoint: The dense model.
         layout: Where its units are.
         space: Their ladders and costs.
         budget: What the target allows.
@@ -60,7 +60,7 @@ class Job:
     """
 
     config: RunConfig
-    files: ModelFiles
+    checkpoint: Checkpoint
     layout: Layout
     space: SearchSpace
     budget: Budget
@@ -74,14 +74,14 @@ class Job:
         """Which model this is, wherever it lies."""
         return {
             "id": Path(self.config.model).resolve().name if Path(self.config.model).is_dir() else self.config.model,
-            "architecture": self.files.architecture,
-            "fingerprint": self.files.fingerprint,
+            "architecture": self.checkpoint.architecture,
+            "fingerprint": self.checkpoint.fingerprint,
         }
 
     @cached_property
     def text_fingerprints(self) -> dict[str, str]:
         """Hash of the tokens of each split."""
-        return {split: shown_fingerprint(shown) for split, shown in self.tokens.items()}
+        return {split: fingerprint_examples(shown) for split, shown in self.tokens.items()}
 
     @cached_property
     def pruner_id(self) -> dict[str, Any]:
@@ -126,7 +126,7 @@ class Job:
     def store_key(self) -> dict[str, str]:
         """What a level store must have been built for."""
         return {
-            "model": self.files.fingerprint,
+            "model": self.checkpoint.fingerprint,
             "calibration": self.text_fingerprints["calibration"],
             "pruner": fingerprint({key: value for key, value in self.pruner_id.items() if key != "execution"}),
             "space": ladders_id(self.space),
@@ -151,9 +151,9 @@ class Job:
 
     def engine_spec(self, store: LevelStore | None) -> EngineSpec:
         """Return what an engine of this job is made from."""
-        files = replace(self.files, folder=self.files.folder.absolute())
+        checkpoint = replace(self.checkpoint, folder=self.checkpoint.folder.absolute())
         return EngineSpec(
-            files,
+            checkpoint,
             self.layout,
             self.space,
             store,
@@ -189,7 +189,7 @@ def ladders_id(space: SearchSpace) -> str:
     return fingerprint([space.pattern, *([u.name, u.kind, u.total, u.kept, u.params, u.group] for u in space.units)])
 
 
-def read_model(config: RunConfig) -> tuple[ModelFiles, Layout, SearchSpace]:
+def read_model(config: RunConfig) -> tuple[Checkpoint, Layout, SearchSpace]:
     """Read a model's headers and resolve its search space; no weight is loaded.
 
     Raises:
@@ -197,9 +197,9 @@ def read_model(config: RunConfig) -> tuple[ModelFiles, Layout, SearchSpace]:
     """
     if config.target is not None and not 0.0 < config.target < 1.0:
         raise UserError(f"target: expected a share in (0, 1), found {config.target}. 0.5 removes half of the units")
-    files, family = open_model(locate(config.model), config.family)
-    if "pruned" in files.config:
-        raise UserError(f"model: {files.folder} is pruned already. Give the dense model that it was made from")
+    checkpoint, family = open_model(locate(config.model), config.family)
+    if "pruned" in checkpoint.config:
+        raise UserError(f"model: {checkpoint.folder} is pruned already. Give the dense model that it was made from")
     ladder, structured = config.ladder, config.pattern == "structured"
     if config.pattern == "n:m" and ladder.sparsities is not None:
         raise UserError(
@@ -216,12 +216,12 @@ def read_model(config: RunConfig) -> tuple[ModelFiles, Layout, SearchSpace]:
             f"ladder.attention: query_heads serves structured pruning, and the pattern is {config.pattern}. "
             "Leave it out"
         )
-    check_stock(files, family)
-    layout = resolve_layout(family, files, ladder.attention, ladder.experts if structured else "inside")
+    check_stock(checkpoint, family)
+    layout = resolve_layout(family, checkpoint, ladder.attention, ladder.experts if structured else "inside")
     build = partial(
         build_space,
         layout,
-        files,
+        checkpoint,
         config.pattern,
         ladder=ladder.sparsities,
         align=ladder.align,
@@ -233,14 +233,14 @@ def read_model(config: RunConfig) -> tuple[ModelFiles, Layout, SearchSpace]:
         limits = [bound.limit(space) for bound in config.bounds if bound.name == "params"]
         share = min([1 - (limit - space.fixed["params"]) / space.unit_params for limit in limits], default=0.5)
         space = build(target=min(max(share, 0.0), 1.0))
-    return files, layout, serving(config, files, layout, space)
+    return checkpoint, layout, serving(config, checkpoint, layout, space)
 
 
-def serving(config: RunConfig, files: ModelFiles, layout: Layout, space: SearchSpace) -> SearchSpace:
+def serving(config: RunConfig, checkpoint: Checkpoint, layout: Layout, space: SearchSpace) -> SearchSpace:
     """Return a space with what its levels cost to serve."""
     work = config.workload
     table = None if work.latency is None else LatencyTable.load(work.latency)
-    return served(space, layout, files, Workload(work.batch, work.prompt, work.generate), table)
+    return served(space, layout, checkpoint, Workload(work.batch, work.prompt, work.generate), table)
 
 
 def prepare(config: RunConfig, report: Report = silent) -> Job:
@@ -255,8 +255,8 @@ def prepare(config: RunConfig, report: Report = silent) -> Job:
     """
     if config.workers == 0:
         check_device(config.device)
-    files, layout, space = read_model(config)
-    config = fitted(config, files)
+    checkpoint, layout, space = read_model(config)
+    config = fitted(config, checkpoint)
     for cost in (name for name in config.objectives if name in COSTS):
         check_known(space, cost)
         if space.cost(space.sparsest, cost) == space.cost(space.dense, cost):
@@ -296,46 +296,53 @@ def prepare(config: RunConfig, report: Report = silent) -> Job:
                 f"search.evolution.training: {count} tokens are not whole batches of {config.training.batch_sequences} "
                 f"sequences of {length}. Ask for {-(-count // step) * step}, or set training.batch_sequences"
             )
-    check_length(files, length, "tokens.sequence_length")
-    along = _along(config, files, space, budget)
+    check_length(checkpoint, length, "tokens.sequence_length")
+    along = _along(config, checkpoint, space, budget)
     tokens: dict[str, np.ndarray | Examples]
     if config.domains:
-        tokens = {**read_texts(config.domains, files, wanted, length)}
+        tokens = {**read_texts(config.domains, checkpoint, wanted, length)}
     else:
-        tokens = read_shown(config.text, files, wanted, length, report)
+        tokens = read_examples(config.text, checkpoint, wanted, length, report)
     _check_labels(config, tokens)
-    return Job(config, files, layout, space, budget, pruner, tokens, along)
+    return Job(config, checkpoint, layout, space, budget, pruner, tokens, along)
 
 
-def fitted(config: RunConfig, files: ModelFiles) -> RunConfig:
+def fitted(config: RunConfig, checkpoint: Checkpoint) -> RunConfig:
     """Return a configuration with a loss that the model can be measured by, where none was asked for.
 
     Raises:
         UserError: Something was asked for that this kind of model does not serve.
     """
-    kind = files.kind
+    kind = checkpoint.kind
     if kind.generates:
         return config
     if config.loss not in kind.losses:
         if "loss" in config.model_fields_set:
             raise UserError(
-                f"loss: {files.architecture} cannot be measured by {config.loss}. Use {' or '.join(kind.losses)}"
+                f"loss: {checkpoint.architecture} cannot be measured by {config.loss}. Use {' or '.join(kind.losses)}"
             )
         config = config.model_copy(update={"loss": kind.losses[0]})
         config.search.serve(config.loss, config.objectives)
     if "nll" in config.objectives and kind.answers != "classes":
-        raise UserError(f"objectives: nll is of text that follows, or of labels, and {files.architecture} has neither")
+        raise UserError(
+            f"objectives: nll is of text that follows, or of labels, and {checkpoint.architecture} has neither"
+        )
     if config.search.training:
         raise UserError(
-            f"search.evolution.training: {files.architecture} is not a causal language model, which alone are trained. "
+            f"search.evolution.training: {checkpoint.architecture} is not a causal language model, which alone are "
+            f"trained. "
             "Use another method"
         )
     if config.workload.latency is not None:
-        raise UserError(f"workload.latency: {files.architecture} does not generate, and has no table. Leave it out")
+        raise UserError(
+            f"workload.latency: {checkpoint.architecture} does not generate, and has no table. Leave it out"
+        )
     if config.domains and kind.reads != "text":
-        raise UserError(f"domains: {files.architecture} reads {kind.words}, and domains are texts. Use text in place")
+        raise UserError(
+            f"domains: {checkpoint.architecture} reads {kind.words}, and domains are texts. Use text in place"
+        )
     if config.domains and kind.answers == "classes":
-        raise UserError(f"domains: {files.architecture} classifies, and domains have no labels. Use text in place")
+        raise UserError(f"domains: {checkpoint.architecture} classifies, and domains have no labels. Use text in place")
     return config
 
 
@@ -346,21 +353,21 @@ def _check_labels(config: RunConfig, tokens: Mapping[str, np.ndarray | Examples]
         raise UserError(f"{asked}: nll is of labels, and the examples have none. Give some, or use another")
 
 
-def check_length(files: ModelFiles, length: int, asked: str) -> None:
+def check_length(checkpoint: Checkpoint, length: int, asked: str) -> None:
     """Check that a model reads text of a length.
 
     Raises:
         UserError: It is too long, as ``asked`` for.
     """
-    settings = files.settings or files.config
-    longest = settings.get("max_position_embeddings") if files.kind.reads == "text" else None
-    if longest is not None and str(files.config.get("model_type")) in _OFFSET:
+    settings = checkpoint.settings or checkpoint.config
+    longest = settings.get("max_position_embeddings") if checkpoint.kind.reads == "text" else None
+    if longest is not None and str(checkpoint.config.get("model_type")) in _OFFSET:
         longest -= int(settings["pad_token_id"]) + 1
     if longest is not None and length > longest:
         raise UserError(f"{asked}: the model reads at most {longest} tokens, found {length}")
 
 
-def _along(config: RunConfig, files: ModelFiles, space: SearchSpace, budget: Budget) -> Allocation | None:
+def _along(config: RunConfig, checkpoint: Checkpoint, space: SearchSpace, budget: Budget) -> Allocation | None:
     """Return the allocation along which units are pruned, if it is to be one."""
     if config.pruner.inputs != "path":
         if config.pruner.along is not None:
@@ -370,7 +377,7 @@ def _along(config: RunConfig, files: ModelFiles, space: SearchSpace, budget: Bud
     if config.pruner.along is None:
         return uniform(space, budget)
     plan = Plan.load(config.pruner.along)
-    if plan.model["fingerprint"] != files.fingerprint or ladders_id(plan.space) != ladders_id(space):
+    if plan.model["fingerprint"] != checkpoint.fingerprint or ladders_id(plan.space) != ladders_id(space):
         raise UserError(
             f"pruner.along: {config.pruner.along} is a plan for another model or other ladders. "
             "Name a plan of this model with this pattern and these ladders, or leave it out for uniform"
@@ -379,7 +386,7 @@ def _along(config: RunConfig, files: ModelFiles, space: SearchSpace, budget: Bud
 
 
 def read_texts(
-    texts: Mapping[str, Path | None], files: ModelFiles, wanted: dict[str, int], length: int
+    texts: Mapping[str, Path | None], checkpoint: Checkpoint, wanted: dict[str, int], length: int
 ) -> dict[str, np.ndarray]:
     """Read several texts by name, as :func:`read_tokens` reads one: sequences of each in turn.
 
@@ -388,12 +395,12 @@ def read_texts(
     """
     count = len(texts)
     if count == 1:
-        return read_tokens(next(iter(texts.values())), files, wanted, length)
+        return read_tokens(next(iter(texts.values())), checkpoint, wanted, length)
     packed = {split: np.empty((tokens // length, length), dtype=np.int64) for split, tokens in wanted.items()}
     for place, (name, text) in enumerate(texts.items()):
         own = {split: len(rows[place::count]) * length for split, rows in packed.items()}
         try:
-            read = read_tokens(text, files, own, length)
+            read = read_tokens(text, checkpoint, own, length)
         except UserError as error:
             raise UserError(f"domains.{name}: {error}") from None
         for split, rows in packed.items():

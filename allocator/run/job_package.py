@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from allocator.core.errors import UserError
-from allocator.model.checkpoint.headers import PACKAGED, model_files
+from allocator.model.checkpoint.headers import PACKAGED, list_model_files
 from allocator.model.data.text import text_files
 from allocator.model.family.schema import families_folder
 from allocator.run.config import RunConfig, checked, read_keys
@@ -34,7 +34,7 @@ _SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Parcel:
+class JobPackage:
     """What is sent.
 
     Attributes:
@@ -64,7 +64,7 @@ class Parcel:
                 archive.writestr(entry, content if isinstance(content, bytes) else content.read_bytes())
 
 
-def pack(keys: Mapping[str, Any], file: Path | None = None, *, installed: bool = False) -> Parcel:
+def pack(keys: Mapping[str, Any], file: Path | None = None, *, installed: bool = False) -> JobPackage:
     """Check a configuration as far as it can be without the cluster, and return what its job takes along.
 
     Args:
@@ -99,7 +99,7 @@ def pack(keys: Mapping[str, Any], file: Path | None = None, *, installed: bool =
         files.update(_input(label, named, there))
         group[key] = there
     files[RUN_FILE] = yaml.safe_dump(sent, sort_keys=False).encode()
-    parcel = Parcel(config, files)
+    parcel = JobPackage(config, files)
     if parcel.size_bytes > MAX_BYTES:
         largest = sorted(files.items(), key=lambda each: -_size(each[1]))[:_SHOWN]
         listed = "".join(
@@ -161,7 +161,7 @@ def _input(label: str, named: Path, there: str) -> Iterator[tuple[str, Path]]:
     if named.is_file():
         yield there, named
         return
-    for path in model_files(named) if label == "model" else text_files(named):
+    for path in list_model_files(named) if label == "model" else text_files(named):
         inside = path.relative_to(named)
         if _NEVER & set(inside.parts):
             raise UserError(

@@ -18,14 +18,14 @@ def next_job(job: Job, decision: Decision) -> Job:
     config, baselines = job.config, (decision.uniform, decision.two_rate)
     space = build_space(
         job.layout,
-        job.files,
+        job.checkpoint,
         config.pattern,
         job.target,
         recentre(job.space, decision.searched, baselines),
         config.ladder.align,
         bias=config.pruner.bias,
     )
-    space = serving(config, job.files, job.layout, space)
+    space = serving(config, job.checkpoint, job.layout, space)
     chosen, uniform, two_rate = (translated(a, job.space, space) for a in (decision.searched, *baselines))
     return _in_round(job, space, Round(filled(space, chosen, job.budget), uniform, two_rate, history(job, decision)))
 

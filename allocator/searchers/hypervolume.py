@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from pymoo.indicators.hv import HV
 
-from allocator.core.costs import scaled
+from allocator.core.costs import from_units
 from allocator.core.effort import candidate_tokens
 from allocator.core.front import figure, pareto_front
 from allocator.core.journal import Journal
@@ -89,7 +89,7 @@ class Hypervolume:
         space, curve = self._journal.space, self.curve()
         ideal, reference = (
             {
-                name: scaled(name, int(value)) if name in space.fixed else float(value)
+                name: from_units(name, int(value)) if name in space.fixed else float(value)
                 for name, value in zip(self._objectives, point, strict=True)
             }
             for point in box(self._journal, self._objectives)

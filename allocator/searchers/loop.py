@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from allocator.core.effort import Effort, Limit, Trained, candidate_tokens
 from allocator.core.errors import UserError
 from allocator.core.journal import Journal
-from allocator.core.protocols import Evaluator, Extra, Fidelity, Key, Outcome, Request, Searcher
+from allocator.core.protocols import Evaluator, Fidelity, Key, Outcome, Probe, Request, Searcher
 from allocator.core.space import Allocation
 
 Listener = Callable[[Sequence[Outcome]], None]
@@ -49,7 +49,7 @@ class Measurer:
         self._numbers: dict[Key, int] = {}
         self._trained = Trained()
         self._batch = 0
-        self._worst: dict[tuple[Fidelity, Extra], Outcome] = {}
+        self._worst: dict[tuple[Fidelity, Probe], Outcome] = {}
         self._stand_ins: dict[Key, Outcome] = {}
         self.failed: set[Allocation] = set()
         self._under_way = 0
@@ -95,7 +95,7 @@ class Measurer:
         answers = [self._journal.get(request) for request in batch.requests]
         measured = [answer for answer in answers if answer is not None]
         assert len(measured) == len(answers), "an evaluator answers every request"
-        self.failed.update(o.request.allocation for o in measured if o.failed and not o.request.also)
+        self.failed.update(o.request.allocation for o in measured if o.failed and not o.request.probe)
         for outcome in measured:
             self._compare(outcome)
         return [self._stand_in(outcome) if outcome.failed else outcome for outcome in measured]
@@ -117,7 +117,7 @@ class Measurer:
             self._journal.append(failure, self._numbers[failure.request.key])
 
     def _compare(self, outcome: Outcome) -> None:
-        kind = (outcome.request.fidelity, outcome.request.also)
+        kind = (outcome.request.fidelity, outcome.request.probe)
         if not outcome.failed and (kind not in self._worst or outcome.loss > self._worst[kind].loss):
             self._worst[kind] = outcome
 
@@ -125,14 +125,14 @@ class Measurer:
         request = failure.request
         if request.key not in self._stand_ins:
             # an expansion that is left out says that there are no gradients
-            worst = self._worst.get((request.fidelity, "" if request.also == "expansion" else request.also))
+            worst = self._worst.get((request.fidelity, "" if request.probe == "expansion" else request.probe))
             if worst is None or worst.loss <= 0:
                 raise UserError(f"evaluation: nothing can be measured on {request.tokens} tokens: {failure.failed}")
             self._stand_ins[request.key] = replace(
                 worst,
                 request=request,
                 measured={name: 2 * value for name, value in worst.measured.items()},
-                parts=tuple(2 * part for part in worst.parts),
+                sequence_losses=tuple(2 * part for part in worst.sequence_losses),
             )
         return self._stand_ins[request.key]
 

@@ -127,7 +127,7 @@ class Memory:
             yield from self.compare([self._step(int(unit)) for unit in units], few)
 
     def _expand(self, tokens: int) -> Steps:
-        request = Request(self.centre, tokens, also="expansion")
+        request = Request(self.centre, tokens, probe="expansion")
         if not self.gradients:
             return
         if (outcome := self._known.get(request.key)) is None:
@@ -185,7 +185,7 @@ def difference(one: Outcome, other: Outcome) -> Difference:
     """Return the paired difference of two outcomes on the same text."""
     assert one.request.tokens == other.request.tokens
     size = max((abs(one.loss) + abs(other.loss)) / 2, 1e-300)
-    each = (np.array(one.parts) - np.array(other.parts)) / size
+    each = (np.array(one.sequence_losses) - np.array(other.sequence_losses)) / size
     return Difference(
         allocation=one.request.allocation,
         reference=other.request.allocation,

@@ -13,7 +13,7 @@ from allocator.core.budget import denser_moves
 from allocator.core.latency import LatencyTable
 from allocator.core.plan import Plan
 from allocator.evaluation.latency import describe
-from allocator.model.checkpoint.headers import read_model_files
+from allocator.model.checkpoint.headers import read_checkpoint
 
 Cli = Callable[..., "Answer"]  # noqa: F821
 WORK = ["--set", "workload.prompt=48", "--set", "workload.generate=8"]
@@ -69,8 +69,8 @@ def test_a_plan_keeps_and_fills_every_bound(
         assert limit == int(share * space.cost(dense, cost) + 1e-6)
         assert space.cost(plan.allocation, cost) <= limit
     assert denser_moves(space, plan.allocation, plan.budget) == []
-    files = read_model_files(Path(result["checkpoint"]))
-    assert 4 * sum(map(prod, files.shapes.values())) == space.cost(plan.allocation, "weight_bytes")
+    checkpoint = read_checkpoint(Path(result["checkpoint"]))
+    assert 4 * sum(map(prod, checkpoint.shapes.values())) == space.cost(plan.allocation, "weight_bytes")
     for name in ("dense", "uniform", "searched"):
         for figures in result["latency"][name].values():
             assert figures["predicted"] > 0

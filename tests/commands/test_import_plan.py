@@ -16,7 +16,7 @@ import torch
 from allocator.commands import api
 from allocator.core.errors import UserError
 from allocator.core.plan import Plan
-from allocator.model.checkpoint.headers import read_model_files
+from allocator.model.checkpoint.headers import read_checkpoint
 from allocator.model.live.write import count_params
 
 SETTINGS = ["tokens.sequence_length=64", "tokens.calibration=1024", "tokens.selection=64", "tokens.test=64"]
@@ -127,7 +127,7 @@ def test_a_list_by_block_is_executed_as_counted(
     assert "up to 0.2400 of it (model.layers.1.self_attn)" in lines[1]
     plan.save(tmp_path / "plan.json")
     counted = api.prune(tmp_path / "plan.json", tmp_path / "made", model=tiny_model, text=text_folder)
-    made = count_params(tmp_path / "made", plan.space, read_model_files(tiny_model))
+    made = count_params(tmp_path / "made", plan.space, read_checkpoint(tiny_model))
     assert counted == made == plan.budget.limits["params"]
     assert f"{counted:,} parameters" in lines[0]
 

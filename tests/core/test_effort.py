@@ -62,7 +62,7 @@ def test_an_expansion_costs_four_dense_passes_and_every_level_on_a_few_tokens(ma
     space = make_space([[100, 50, 0], [60, 20], [40]], fixed=10, parts=("mlp",))
     levels = 3 * (2 * 100 + 1 * 60) / (10 + 3 * 200)
     for allocation in (space.dense, space.sparsest):
-        cost = candidate_tokens(space, [Request(allocation, tokens, also="expansion")])
+        cost = candidate_tokens(space, [Request(allocation, tokens, probe="expansion")])
         assert cost == pytest.approx([4 * tokens + few * levels])
 
 
@@ -70,7 +70,7 @@ requests_of_two_blocks = st.builds(
     Request,
     st.tuples(st.integers(0, 1), st.integers(0, 1)),
     st.sampled_from([64, 1024]),
-    also=st.sampled_from(["", "influence", "expansion"]),
+    probe=st.sampled_from(["", "influence", "expansion"]),
 )
 
 
@@ -79,7 +79,7 @@ def test_an_expansion_shares_nothing_with_its_batch_in_any_order(two_blocks, req
     costs = dict(zip(requests, candidate_tokens(two_blocks, requests), strict=True))
     shuffled = random.sample(requests, len(requests))
     assert dict(zip(shuffled, candidate_tokens(two_blocks, shuffled), strict=True)) == costs
-    others = [request for request in requests if request.also != "expansion"]
+    others = [request for request in requests if request.probe != "expansion"]
     assert [costs[request] for request in others] == candidate_tokens(two_blocks, others)
     for request in set(requests) - set(others):
         assert [costs[request]] == candidate_tokens(two_blocks, [request])

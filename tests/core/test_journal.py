@@ -203,7 +203,7 @@ def test_create_never_overwrites(path):
 def test_what_was_asked_beside_the_loss_keeps_its_own_entry(tmp_path, space):
     path = tmp_path / "journal.jsonl"
     plain = Request(space.dense, 64)
-    asked = Request(space.dense, 64, also="influence")
+    asked = Request(space.dense, 64, probe="influence")
     with Journal.create(path, {"space": space.to_json()}) as journal:
         journal.append(Outcome(plain, {"kl": 0.5, "nll": 2.0}, 0.0))
         assert journal.get(asked) is None
@@ -224,8 +224,10 @@ def _expansion(space):
 @pytest.fixture
 def expanded(path, space):
     """An outcome with an expansion, appended to the journal as its seventh."""
-    request = Request((1,) * len(space.units), 64, also="expansion")
-    outcome = Outcome(request, {"kl": 0.25, "nll": 2.0}, 0.5, parts=(0.125, 0.375), expansion=_expansion(space))
+    request = Request((1,) * len(space.units), 64, probe="expansion")
+    outcome = Outcome(
+        request, {"kl": 0.25, "nll": 2.0}, 0.5, sequence_losses=(0.125, 0.375), expansion=_expansion(space)
+    )
     with Journal.resume(path) as journal:
         journal.append(outcome, batch=3)
     return outcome
@@ -245,7 +247,7 @@ def test_an_expansion_comes_back_digit_by_digit_beside_the_plain_outcome(path, s
 
 
 def test_an_evaluator_without_gradients_may_leave_an_expansion_out(path, space):
-    outcome = Outcome(Request(space.dense, 64, also="expansion"), {"kl": 0.0, "nll": 2.0}, 0.5)
+    outcome = Outcome(Request(space.dense, 64, probe="expansion"), {"kl": 0.0, "nll": 2.0}, 0.5)
     with Journal.resume(path) as journal:
         journal.append(outcome)
     assert b'"expansion":{' not in path.read_bytes()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from allocator.evaluation.engine import Engine, EngineSpec
-from allocator.model.checkpoint.headers import read_model_files
+from allocator.model.checkpoint.headers import read_checkpoint
 from allocator.model.family.layout import resolve_layout
 from allocator.model.family.schema import find_family
 from allocator.model.family.space import build_space
@@ -39,16 +39,16 @@ def make_spec(tmp_path_factory, splits):
     """Prunes a model folder into a store and returns what an engine is made from."""
 
     def make(folder, pattern="structured", attention="kv_groups", bias=False) -> EngineSpec:
-        files = read_model_files(folder)
-        layout = resolve_layout(find_family(files.config["model_type"]), files, attention)
-        space = build_space(layout, files, pattern, 0.5, bias=bias)
+        checkpoint = read_checkpoint(folder)
+        layout = resolve_layout(find_family(checkpoint.config["model_type"]), checkpoint, attention)
+        space = build_space(layout, checkpoint, pattern, 0.5, bias=bias)
         pruner = make_pruner(PRUNERS[pattern][0], pattern, 0.01, bias)
-        walker = BlockWalker(load_model(files), layout)
+        walker = BlockWalker(load_model(checkpoint), layout)
         levels = prune_on_dense_inputs(
-            Calibration(walker, files, layout, space, pruner, torch.from_numpy(splits["calibration"]))
+            Calibration(walker, checkpoint, layout, space, pruner, torch.from_numpy(splits["calibration"]))
         )
         store = create_store(tmp_path_factory.mktemp("store") / "levels", {}, levels)
-        return EngineSpec(files, layout, space, store, pruner)
+        return EngineSpec(checkpoint, layout, space, store, pruner)
 
     return make
 

@@ -14,7 +14,7 @@ from allocator.core.protocols import Request
 from allocator.evaluation import engine as engines
 from allocator.evaluation import teacher
 from allocator.evaluation.engine import Engine, Execution, LocalEvaluator
-from allocator.model.checkpoint.headers import read_model_files
+from allocator.model.checkpoint.headers import read_checkpoint
 from allocator.model.live.load import load_model
 from allocator.pruning.levels.execute import save_pruned
 
@@ -70,14 +70,14 @@ def test_whatever_is_removed_is_at_a_distance(engine, spec):
 def test_measurements_are_means_in_nats_per_token(structured, splits, tmp_path):
     spec, allocation = structured, _random(structured.space, 1)
     outcome = Engine(spec, splits).measure(Request(allocation, 5 * 32))
-    save_pruned(allocation, spec.files, spec.layout, spec.space, spec.store, tmp_path / "out")
+    save_pruned(allocation, spec.checkpoint, spec.layout, spec.space, spec.store, tmp_path / "out")
     tokens = torch.from_numpy(splits["search"][:5])
     with torch.inference_mode():
-        dense = load_model(spec.files)(tokens).logits.double().log_softmax(-1)
-        pruned = load_model(read_model_files(tmp_path / "out"))(tokens).logits.double().log_softmax(-1)
+        dense = load_model(spec.checkpoint)(tokens).logits.double().log_softmax(-1)
+        pruned = load_model(read_checkpoint(tmp_path / "out"))(tokens).logits.double().log_softmax(-1)
     kl_bt = (dense.exp() * (dense - pruned)).sum(-1)
     kl = kl_bt.mean()
-    assert outcome.parts == pytest.approx(kl_bt.mean(-1).tolist(), rel=1e-4)
+    assert outcome.sequence_losses == pytest.approx(kl_bt.mean(-1).tolist(), rel=1e-4)
     nll = -pruned[:, :-1].gather(-1, tokens[:, 1:, None]).mean()
     assert outcome.measured["kl"] == pytest.approx(float(kl), rel=1e-4)
     assert outcome.measured["nll"] == pytest.approx(float(nll), rel=1e-4)
@@ -91,15 +91,15 @@ def test_what_leaves_some_blocks_is_compared_with_what_leaves_the_dense_ones(str
     whole = Request(_random(space, 2), 5 * 32)
     outcomes = Engine(spec, splits).measure_batch([Request(allocation, 5 * 32, blocks=blocks), whole])
     outcome = next(each for each in outcomes if each.request.blocks)
-    save_pruned(allocation, spec.files, spec.layout, space, spec.store, tmp_path / "out")
+    save_pruned(allocation, spec.checkpoint, spec.layout, space, spec.store, tmp_path / "out")
     tokens = torch.from_numpy(splits["search"][:5])
     with torch.inference_mode():
         dense, pruned = (
-            load_model(files)(tokens, output_hidden_states=True).hidden_states[blocks].double()
-            for files in (spec.files, read_model_files(tmp_path / "out"))
+            load_model(checkpoint)(tokens, output_hidden_states=True).hidden_states[blocks].double()
+            for checkpoint in (spec.checkpoint, read_checkpoint(tmp_path / "out"))
         )
     error_b = ((pruned - dense).square().sum(-1) / dense.square().sum(-1)).mean(-1)
-    assert outcome.parts == pytest.approx(error_b.tolist(), rel=1e-4)
+    assert outcome.sequence_losses == pytest.approx(error_b.tolist(), rel=1e-4)
     assert outcome.measured == {"features": outcome.loss}
     assert outcome.loss == pytest.approx(float(error_b.mean()), rel=1e-4)
 
@@ -109,10 +109,10 @@ def test_parts_are_the_loss_of_each_sequence_for_every_loss(structured, splits):
     for loss in ("kl", "topk_kl", "nll", "hidden"):
         spec = dataclasses.replace(structured, loss=loss)
         outcome = Engine(spec, splits).measure(Request(allocation, 5 * 32))
-        for index, part in enumerate(outcome.parts):
+        for index, part in enumerate(outcome.sequence_losses):
             own = {**splits, "search": splits["search"][index : index + 1]}
             assert part == pytest.approx(Engine(spec, own).measure(Request(allocation, 32)).loss, rel=1e-5)
-        assert len(outcome.parts) == 5
+        assert len(outcome.sequence_losses) == 5
 
 
 def test_a_fidelity_is_a_prefix(structured, splits):
@@ -169,18 +169,18 @@ def test_executions_leave_measurements_as_they_are(engine, spec, tmp_path):
 
 
 def test_a_dense_checkpoint_has_no_divergence(structured, splits):
-    figures = Engine(structured, splits).measure_checkpoint(structured.files.folder, "test", 7 * 32)
+    figures = Engine(structured, splits).measure_checkpoint(structured.checkpoint.folder, "test", 7 * 32)
     assert figures["kl"] == 0.0
 
 
 def test_an_engine_without_a_store_measures_checkpoints(structured, splits):
     bare = dataclasses.replace(structured, store=None, pruner=None)
-    dense = structured.files.folder
+    dense = structured.checkpoint.folder
     assert Engine(bare, splits).measure_checkpoint(dense, "test", 64)["kl"] == 0.0
 
 
 def test_a_loss_that_is_not_finite_is_an_error(structured, splits, tmp_path):
-    broken = shutil.copytree(structured.files.folder, tmp_path / "broken")
+    broken = shutil.copytree(structured.checkpoint.folder, tmp_path / "broken")
     tensors = load_file(broken / "model.safetensors")
     tensors["model.norm.weight"][0] = float("nan")
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
@@ -216,7 +216,7 @@ def _family(space):
 
 @pytest.mark.parametrize("limit", [0, 1, 2, 100])
 def test_a_batch_measures_what_each_alone_measures(spec, splits, monkeypatch, limit):
-    boundary = 11 * 32 * spec.files.config["hidden_size"] * (2 if spec.dtype == "bfloat16" else 4)
+    boundary = 11 * 32 * spec.checkpoint.config["hidden_size"] * (2 if spec.dtype == "bfloat16" else 4)
     monkeypatch.setattr(engines, "BOUNDARY_BYTES", limit * boundary)
     family = _family(spec.space)
     requests = [Request(allocation, tokens) for tokens in (11 * 32, 32) for allocation in family]
@@ -288,11 +288,11 @@ def test_every_loss_is_measured_under_its_name(spec, splits, tmp_path, loss):
 def test_losses_agree_with_a_float64_reference(structured, splits, tmp_path, loss):
     spec, allocation = dataclasses.replace(structured, loss=loss), _random(structured.space, 1)
     outcome = Engine(spec, splits).measure(Request(allocation, 5 * 32))
-    save_pruned(allocation, spec.files, spec.layout, spec.space, spec.store, tmp_path / "out")
+    save_pruned(allocation, spec.checkpoint, spec.layout, spec.space, spec.store, tmp_path / "out")
     tokens = torch.from_numpy(splits["search"][:5])
     with torch.inference_mode():
-        dense = load_model(spec.files)(tokens, output_hidden_states=True)
-        pruned = load_model(read_model_files(tmp_path / "out"))(tokens, output_hidden_states=True)
+        dense = load_model(spec.checkpoint)(tokens, output_hidden_states=True)
+        pruned = load_model(read_checkpoint(tmp_path / "out"))(tokens, output_hidden_states=True)
     if loss == "topk_kl":
         log_p, log_q = (out.logits.double().log_softmax(-1) for out in (dense, pruned))
         expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
@@ -314,7 +314,7 @@ def test_influence_of_blocks_is_that_of_the_saved_model_and_the_same_in_any_batc
     allocations = [space.dense, *(_random(space, seed) for seed in range(4))]
     allocations += [(*space.dense[:-1], 1), space.sparsest]
     plain = [Request(allocation, tokens) for allocation in allocations]
-    asked = [dataclasses.replace(request, also="influence") for request in plain]
+    asked = [dataclasses.replace(request, probe="influence") for request in plain]
     together = {o.request.key: o.measured for o in Engine(spec, splits).measure_batch([*plain, *asked])}
     blocks = {f"influence.{block}" for block in range(len(spec.layout.blocks))}
     for without, request in zip(plain, asked, strict=True):
@@ -323,8 +323,8 @@ def test_influence_of_blocks_is_that_of_the_saved_model_and_the_same_in_any_batc
         assert {name: value for name, value in alone.items() if name not in blocks} == together[without.key]
         assert blocks == alone.keys() - together[without.key].keys()
     assert spec.store is not None
-    save_pruned(allocations[1], spec.files, spec.layout, space, spec.store, tmp_path / "out")
-    model = load_model(read_model_files(tmp_path / "out"), torch.float32)
+    save_pruned(allocations[1], spec.checkpoint, spec.layout, space, spec.store, tmp_path / "out")
+    model = load_model(read_checkpoint(tmp_path / "out"), torch.float32)
     doors = []
     for name in spec.layout.blocks:
         model.get_submodule(name).register_forward_hook(

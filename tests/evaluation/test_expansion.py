@@ -93,33 +93,33 @@ class Reference:
 
     def __init__(self, spec, tmp_path):
         self.spec, self.space = spec, spec.space
-        self.model = load_model(spec.files).double()
+        self.model = load_model(spec.checkpoint).double()
         for module in self.model.modules():
             if type(module).__name__.endswith("RMSNorm"):
                 module.forward = functools.partial(_norm, module)  # the stock one computes in float32
         self._dense = {key: tensor.clone() for key, tensor in self.model.state_dict().items()}
-        sites = {site.name: site for site in spec.layout.sites}
-        self.modules = [sites[u.name].output if u.name in sites else u.name for u in self.space.units]
+        sub_blocks = {sub_block.name: sub_block for sub_block in spec.layout.sub_blocks}
+        self.modules = [sub_blocks[u.name].output if u.name in sub_blocks else u.name for u in self.space.units]
         self.levels: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
         if self.space.units[0].kind == "matrix":
             saved = []
             for level in range(max(unit.num_levels for unit in self.space.units)):
                 own = tuple(min(level, unit.num_levels - 1) for unit in self.space.units)
-                save_pruned(own, spec.files, spec.layout, self.space, spec.store, tmp_path / str(level))
+                save_pruned(own, spec.checkpoint, spec.layout, self.space, spec.store, tmp_path / str(level))
                 saved.append(load_file(tmp_path / str(level) / "model.safetensors"))
             for unit in self.space.units:
                 matrices = [saved[level][f"{unit.name}.weight"].double() for level in range(unit.num_levels)]
                 self.levels.append([(matrix, self._bias(unit.name)) for matrix in matrices])
         else:
             for unit in self.space.units:
-                self.levels.append([self._structured(sites[unit.name], unit, n) for n in range(unit.num_levels)])
+                self.levels.append([self._structured(sub_blocks[unit.name], unit, n) for n in range(unit.num_levels)])
 
     def _bias(self, module):
         found = self._dense.get(f"{module}.bias")
         return torch.zeros(len(self._dense[f"{module}.weight"]), dtype=torch.float64) if found is None else found
 
-    def _structured(self, site, unit, level):
-        whole, bias = self._dense[f"{site.output}.weight"], self._bias(site.output)
+    def _structured(self, sub_block, unit, level):
+        whole, bias = self._dense[f"{sub_block.output}.weight"], self._bias(sub_block.output)
         if level == 0:
             return whole, bias
         if unit.kept[level] == 0:
@@ -129,8 +129,8 @@ class Reference:
         kept = order[:, : unit.kept[level] // len(order)].flatten()
         matrix = torch.zeros_like(whole)
         for place, item in enumerate(kept.tolist()):
-            own = compact[f"output.{level}"][:, place * site.width : (place + 1) * site.width]
-            matrix[:, item * site.width : (item + 1) * site.width] = own.double()
+            own = compact[f"output.{level}"][:, place * sub_block.width : (place + 1) * sub_block.width]
+            matrix[:, item * sub_block.width : (item + 1) * sub_block.width] = own.double()
         return matrix, bias + compact[f"bias.{level}"].double() if f"bias.{level}" in compact else bias
 
     def put(self, allocation, towards=None, step=0.0):
@@ -215,7 +215,7 @@ class Reference:
 
 
 def _expand(spec, texts, allocation, tokens=TOKENS, split="search"):
-    return Engine(spec, texts).measure(Request(allocation, tokens, split, also="expansion"))
+    return Engine(spec, texts).measure(Request(allocation, tokens, split, probe="expansion"))
 
 
 def _close(found, expected, rel):
@@ -311,21 +311,23 @@ def test_the_loss_is_that_of_a_plain_measurement_which_stays_as_it_was(engine_sp
     for allocation in _allocations(engine_spec.space):
         request = Request(allocation, 5 * 32)
         before = engine.measure(request)
-        outcome = engine.measure(dataclasses.replace(request, also="expansion"))
+        outcome = engine.measure(dataclasses.replace(request, probe="expansion"))
         after = engine.measure(request)
-        assert outcome.request.also == "expansion"
+        assert outcome.request.probe == "expansion"
         assert outcome.measured.keys() == before.measured.keys()
         for name, value in before.measured.items():
             assert outcome.measured[name] == pytest.approx(value, rel=rel, abs=1e-6 if rel < 0.01 else 1e-3)
-        assert outcome.parts == pytest.approx(before.parts, rel=2 * rel, abs=1e-6 if rel < 0.01 else 1e-3)
+        assert outcome.sequence_losses == pytest.approx(
+            before.sequence_losses, rel=2 * rel, abs=1e-6 if rel < 0.01 else 1e-3
+        )
         assert before.expansion is after.expansion is None
-        assert (after.measured, after.parts) == (before.measured, before.parts)
+        assert (after.measured, after.sequence_losses) == (before.measured, before.sequence_losses)
 
 
 def test_an_expansion_depends_neither_on_what_was_measured_before_nor_on_its_batch(engine_spec, texts):
     allocations = _allocations(engine_spec.space)
     plain = [Request(allocation, 64, split) for allocation in allocations for split in ("search", "other")]
-    asked = [dataclasses.replace(request, also="expansion") for request in plain]
+    asked = [dataclasses.replace(request, probe="expansion") for request in plain]
     expected = {r.key: _measured(Engine(engine_spec, texts).measure(r)) for r in [*plain, *asked]}
     used = Engine(engine_spec, texts)
     for seed in range(2):
@@ -338,12 +340,12 @@ def test_an_expansion_depends_neither_on_what_was_measured_before_nor_on_its_bat
 
 
 def _measured(outcome):
-    return outcome.measured, outcome.parts, outcome.expansion
+    return outcome.measured, outcome.sequence_losses, outcome.expansion
 
 
 def test_targets_kept_or_recomputed_give_the_same_expansion(made, texts, loss, monkeypatch):
     spec = dataclasses.replace(made("structured"), loss=loss)
-    request = Request(_allocations(spec.space)[2], 5 * 32, also="expansion")
+    request = Request(_allocations(spec.space)[2], 5 * 32, probe="expansion")
     kept = _measured(Engine(spec, texts).measure(request))
     monkeypatch.setattr(teacher, "KEPT_BYTES", 0)
     assert _measured(Engine(spec, texts).measure(request)) == kept
@@ -386,4 +388,4 @@ def test_a_gradient_that_is_not_finite_is_an_error(make_model, make_spec, texts,
     engine, request = Engine(spec, texts), Request(spec.space.sparsest, 64)
     assert np.isfinite(engine.measure(request).loss)
     with pytest.raises(UserError, match="gradient of the loss is not finite"):
-        engine.measure(dataclasses.replace(request, also="expansion"))
+        engine.measure(dataclasses.replace(request, probe="expansion"))

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from allocator.core.protocols import FEATURES, Request
 from allocator.evaluation.engine import Engine, EngineSpec
-from allocator.model.checkpoint.headers import read_model_files
+from allocator.model.checkpoint.headers import read_checkpoint
 from allocator.model.data.examples import Examples, as_tensors, inputs_of, labels_of
 from allocator.model.family.layout import resolve_layout
 from allocator.model.family.schema import find_family
@@ -52,15 +52,17 @@ def made(make_other, tmp_path_factory):
     def make(architecture):
         if architecture not in known:
             classes = {"num_labels": 5} if "Classification" in architecture else {}
-            files = read_model_files(make_other(architecture, **classes))
-            layout = resolve_layout(find_family(files.config["model_type"]), files)
-            space, pruner = build_space(layout, files, "structured", 0.5), make_pruner("obs", "structured", 0.01)
-            splits = {split: _shown(files.kind, seed) for seed, split in enumerate(("calibration", "search", "test"))}
-            walker = BlockWalker(load_model(files), layout)
-            calibration = Calibration(walker, files, layout, space, pruner, as_tensors(splits["calibration"]))
+            checkpoint = read_checkpoint(make_other(architecture, **classes))
+            layout = resolve_layout(find_family(checkpoint.config["model_type"]), checkpoint)
+            space, pruner = build_space(layout, checkpoint, "structured", 0.5), make_pruner("obs", "structured", 0.01)
+            splits = {
+                split: _shown(checkpoint.kind, seed) for seed, split in enumerate(("calibration", "search", "test"))
+            }
+            walker = BlockWalker(load_model(checkpoint), layout)
+            calibration = Calibration(walker, checkpoint, layout, space, pruner, as_tensors(splits["calibration"]))
             levels = prune_on_dense_inputs(calibration)
             store = create_store(tmp_path_factory.mktemp("store") / "levels", {}, levels)
-            known[architecture] = EngineSpec(files, layout, space, store, pruner), splits
+            known[architecture] = EngineSpec(checkpoint, layout, space, store, pruner), splits
         return known[architecture]
 
     return make
@@ -75,14 +77,14 @@ class Reference:
     """A whole model in float64 whose output projections are zero where columns are gone."""
 
     def __init__(self, spec):
-        self.spec, self.kind, self.model = spec, spec.files.kind, load_model(spec.files).double()
+        self.spec, self.kind, self.model = spec, spec.checkpoint.kind, load_model(spec.checkpoint).double()
         dense = {key: tensor.clone() for key, tensor in self.model.state_dict().items()}
-        sites = {site.name: site for site in spec.layout.sites}
-        self.modules = [sites[unit.name].output for unit in spec.space.units]
+        sub_blocks = {sub_block.name: sub_block for sub_block in spec.layout.sub_blocks}
+        self.modules = [sub_blocks[unit.name].output for unit in spec.space.units]
         self.levels = []
         for unit, module in zip(spec.space.units, self.modules, strict=True):
             whole, bias = dense[f"{module}.weight"], dense[f"{module}.bias"]
-            compact, width, own = spec.store(unit.name), sites[unit.name].width, []
+            compact, width, own = spec.store(unit.name), sub_blocks[unit.name].width, []
             for level, kept in enumerate(unit.kept):
                 matrix = whole.clone() if level == 0 else torch.zeros_like(whole)
                 for place, item in enumerate(compact["order"][:kept].tolist() if level and kept else ()):
@@ -140,11 +142,11 @@ def test_measurements_and_slopes_are_those_of_the_whole_model(made, architecture
         expected = float(reference.loss(loss, allocation, shown).detach())
         outcome = engine.measure(request)
         assert outcome.loss == pytest.approx(expected, rel=1e-4, abs=1e-6)
-        assert len(outcome.parts) == COUNT
+        assert len(outcome.sequence_losses) == COUNT
         assert ("nll" in outcome.measured) == (loss == "nll" or architecture == "ViTForImageClassification")
         if allocation != _mixed(spec.space):
             continue
-        expansion = engine.measure(dataclasses.replace(request, also="expansion"))
+        expansion = engine.measure(dataclasses.replace(request, probe="expansion"))
         assert expansion.loss == pytest.approx(expected, rel=1e-4)
         slopes = reference.slopes(loss, allocation, shown)
         most = max(abs(value) for row in slopes for value in row)
@@ -158,13 +160,13 @@ def test_prefixes_are_shared_and_features_are_of_every_tower(made, architecture)
     loss = CASES[architecture][0]
     mixed, count = _mixed(spec.space), COUNT * LENGTH
     late = (*spec.space.dense[: len(mixed) // 2], *mixed[len(mixed) // 2 :])
-    asked = [Request(each, count, "search", also="influence") for each in (mixed, late, spec.space.dense)]
+    asked = [Request(each, count, "search", probe="influence") for each in (mixed, late, spec.space.dense)]
     together = {o.request: o for o in Engine(dataclasses.replace(spec, loss=loss), splits).measure_batch(asked)}
     for request in asked:
         alone = Engine(dataclasses.replace(spec, loss=loss), splits).measure(request)
         assert alone.measured == together[request].measured
     influence = [together[asked[-1]].measured[f"influence.{block}"] for block in range(len(spec.layout.blocks))]
-    walker, shown = BlockWalker(load_model(spec.files), spec.layout), as_tensors(splits["search"])
+    walker, shown = BlockWalker(load_model(spec.checkpoint), spec.layout), as_tensors(splits["search"])
     state = walker.embed(shown)
     for block, found in enumerate(influence):
         entering, state = state, walker.run(block, state)
@@ -181,12 +183,12 @@ def test_accuracy_is_the_share_of_labels_that_are_most_probable(made, tmp_path):
     spec, splits = made("ViTForImageClassification")
     from allocator.pruning.levels.execute import save_pruned
 
-    save_pruned(_mixed(spec.space), spec.files, spec.layout, spec.space, spec.store, tmp_path / "out")
+    save_pruned(_mixed(spec.space), spec.checkpoint, spec.layout, spec.space, spec.store, tmp_path / "out")
     found = Engine(dataclasses.replace(spec, store=None), splits).measure_checkpoint(
         tmp_path / "out", "test", COUNT * LENGTH
     )
     shown = as_tensors(splits["test"])
     with torch.no_grad():
-        logits = load_model(read_model_files(tmp_path / "out"))(**inputs_of(shown)).logits
+        logits = load_model(read_checkpoint(tmp_path / "out"))(**inputs_of(shown)).logits
     assert found["accuracy"] == pytest.approx(float((logits.argmax(-1) == labels_of(shown)).double().mean()))
     assert found["nll"] == pytest.approx(float(functional.cross_entropy(logits, labels_of(shown))), rel=1e-5)

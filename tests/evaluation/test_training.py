@@ -12,7 +12,7 @@ from allocator.core.errors import UserError
 from allocator.core.protocols import Request
 from allocator.evaluation.engine import Engine, LocalEvaluator
 from allocator.evaluation.training import Trainee, Trainer, Training
-from allocator.model.checkpoint.headers import read_model_files
+from allocator.model.checkpoint.headers import read_checkpoint
 from allocator.model.live.load import load_model
 from allocator.pruning.levels.assemble import Assembler
 from allocator.pruning.levels.execute import save_pruned
@@ -52,7 +52,7 @@ def _some(space, seed=1):
 
 def _trainer(spec, texts, dtype=torch.float32):
     tokens = torch.from_numpy(texts["training"])
-    return Trainer(spec.files, spec.layout, spec.space, spec.store, spec.training, tokens, dtype, spec.device)
+    return Trainer(spec.checkpoint, spec.layout, spec.space, spec.store, spec.training, tokens, dtype, spec.device)
 
 
 def _train(trainee, texts, until):
@@ -69,8 +69,8 @@ def test_no_removed_weight_comes_back(trained_spec, texts, pattern):
     """Nor does its gradient leave a trace in the moments; also after going on from a state."""
     spec = trained_spec(pattern, rate=1e-2)
     allocation = tuple(unit.num_levels - 1 for unit in spec.space.units)
-    files, space = spec.files, spec.space
-    pruned = Assembler(files, spec.layout, space, spec.store)
+    checkpoint, space = spec.checkpoint, spec.space
+    pruned = Assembler(checkpoint, spec.layout, space, spec.store)
     before = {
         f"{u.name}.weight": pruned.unit(u.name, level)[f"{u.name}.weight"]
         for u, level in zip(space.units, allocation, strict=True)
@@ -104,8 +104,8 @@ def test_training_is_that_of_a_plain_loop_on_the_checkpoint(trained_spec, texts,
     """AdamW by hand, on the loss that transformers computes, with zeros laid on the weights."""
     spec = trained_spec(pattern, batch=2)
     allocation = _some(spec.space)
-    save_pruned(allocation, spec.files, spec.layout, spec.space, spec.store, tmp_path / "out")
-    model = load_model(read_model_files(tmp_path / "out")).requires_grad_(True)
+    save_pruned(allocation, spec.checkpoint, spec.layout, spec.space, spec.store, tmp_path / "out")
+    model = load_model(read_checkpoint(tmp_path / "out")).requires_grad_(True)
     zeros = {name: p.detach() == 0 for name, p in model.named_parameters()} if pattern == "unstructured" else {}
     means = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in model.named_parameters()}
     for step in range(1, 4):
@@ -123,7 +123,7 @@ def test_training_is_that_of_a_plain_loop_on_the_checkpoint(trained_spec, texts,
     found = _weights(_train(_trainer(spec, texts).trainee(allocation), texts, 3 * 2 * LENGTH).model)
     expected = _weights(model)
     assert found.keys() == expected.keys()
-    dense = _weights(load_model(read_model_files(tmp_path / "out")))
+    dense = _weights(load_model(read_checkpoint(tmp_path / "out")))
     for name, weight in expected.items():
         assert torch.allclose(found[name], weight, rtol=1e-3, atol=2e-5), name
         assert not torch.equal(weight, dense[name])
@@ -180,7 +180,7 @@ def test_the_engine_s_own_model_is_untouched(trained_spec, texts, pattern, dtype
     for outcome, untrained in zip(trained, before, strict=True):
         assert outcome.loss_before == outcome.measured["kl_before"] == untrained["kl"]
         assert outcome.loss != untrained["kl"]
-        assert len(outcome.parts) == 11
+        assert len(outcome.sequence_losses) == 11
 
 
 @pytest.mark.parametrize("pattern", ["structured", "unstructured"])
@@ -253,12 +253,12 @@ def test_a_full_disk_is_the_user_s(trained_spec, texts, monkeypatch):
 
 def test_an_expert_without_tokens_goes_on_as_if_never_interrupted(make_model, tmp_path):
     """It has no gradient in some steps, and the optimizer passes it over then."""
-    files = read_model_files(make_model("mixtral", num_experts_per_tok=1))
+    checkpoint = read_checkpoint(make_model("mixtral", num_experts_per_tok=1))
     training = Training(learning_rate=1e-2, batch_sequences=1, folder=tmp_path)
     tokens = torch.randint(0, 128, (6, 4), generator=torch.Generator().manual_seed(0))
 
     def trainee():
-        return Trainee(load_model(files), {}, training)
+        return Trainee(load_model(checkpoint), {}, training)
 
     straight, first, second = trainee(), trainee(), trainee()
     straight.train(tokens, 24, torch.float32)

@@ -20,7 +20,7 @@ from allocator.core.journal import Journal
 from allocator.core.plan import Plan
 from allocator.core.protocols import Outcome, Request
 from allocator.interop.contract import VERIFY, Source
-from allocator.model.checkpoint.headers import ModelFiles
+from allocator.model.checkpoint.headers import Checkpoint
 from allocator.model.family.layout import Layout
 from allocator.run.config import load_config
 from allocator.run.job import prepare
@@ -139,7 +139,7 @@ class Executed:
 
     model: Path
     folder: Path
-    files: ModelFiles
+    files: Checkpoint
     layout: Layout
 
     @property
@@ -187,7 +187,7 @@ def execute(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> Call
         )
         plan.save(folder / "plan.json")
         api.prune(plan, folder / "checkpoint", model=model, text=text_folder)
-        return Executed(model, folder, job.files, job.layout)
+        return Executed(model, folder, job.checkpoint, job.layout)
 
     return make
 

@@ -102,7 +102,7 @@ def test_mlflow_is_asked_for_where_it_is_missing(
     monkeypatch.setitem(sys.modules, "mlflow", None)
     source = structured.source
     with pytest.raises(UserError, match=r"mlflow is not installed. Add it with pip install 'allocator\[mlflow\]'"):
-        check(MLflow(), Source(source.plan, source.files, source.layout, searched))
+        check(MLflow(), Source(source.plan, source.checkpoint, source.layout, searched))
 
 
 @pytest.fixture

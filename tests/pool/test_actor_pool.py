@@ -14,7 +14,7 @@ from ray.exceptions import RayActorError
 from toys import Toy
 
 from allocator.core.errors import UserError
-from allocator.pool.actor_pool import MAX_DEATHS, Crew, Died
+from allocator.pool.actor_pool import MAX_DEATHS, ActorPool, Died
 from allocator.pool.durations import Task
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -23,12 +23,12 @@ PATIENCE_S = 1.0
 
 
 @pytest.fixture
-def crew() -> Iterator[Callable[..., Crew]]:
-    crews: list[Crew] = []
+def crew() -> Iterator[Callable[..., ActorPool]]:
+    crews: list[ActorPool] = []
 
-    def make(size: int = 2, hire: Callable[[], Any] = Toy.remote, patience_s: float = PATIENCE_S) -> Crew:
+    def make(size: int = 2, hire: Callable[[], Any] = Toy.remote, patience_s: float = PATIENCE_S) -> ActorPool:
         said: list[str] = []
-        crews.append(Crew(hire, size, said.append, patience_s))
+        crews.append(ActorPool(hire, size, said.append, patience_s))
         crews[-1].said = said
         return crews[-1]
 
@@ -37,32 +37,32 @@ def crew() -> Iterator[Callable[..., Crew]]:
         each.close()
 
 
-def answers(crew: Crew, count: int) -> dict[int, Any]:
+def answers(crew: ActorPool, count: int) -> dict[int, Any]:
     found = [crew.next() for _ in range(count)]
     assert len({ticket for ticket, _ in found}) == count
     return dict(found)
 
 
-def staffed(crew: Crew) -> Crew:
+def staffed(crew: ActorPool) -> ActorPool:
     """Wait until all its members can take tasks, and have done one."""
     while crew.alive < crew.size:
         answers(crew, len(doubles(crew, 2 * crew.size)))
     return crew
 
 
-def doubles(crew: Crew, count: int) -> dict[int, int]:
+def doubles(crew: ActorPool, count: int) -> dict[int, int]:
     return {crew.add(Task("double", (number,))): 2 * number for number in range(count)}
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_every_task_is_answered_once_under_its_number(crew: Callable[..., Crew], size: int) -> None:
+def test_every_task_is_answered_once_under_its_number(crew: Callable[..., ActorPool], size: int) -> None:
     made = crew(size)
     expected = doubles(made, 20)
     assert answers(made, 20) == expected
     assert (made.size, made.said) == (size, [])
 
 
-def test_tasks_may_be_added_while_others_are_under_way(crew: Callable[..., Crew]) -> None:
+def test_tasks_may_be_added_while_others_are_under_way(crew: Callable[..., ActorPool]) -> None:
     made = crew()
     expected = doubles(made, 6)
     found = answers(made, 3)
@@ -70,7 +70,7 @@ def test_tasks_may_be_added_while_others_are_under_way(crew: Callable[..., Crew]
     assert found | answers(made, 8) == expected
 
 
-def test_nothing_in_time_is_none(crew: Callable[..., Crew]) -> None:
+def test_nothing_in_time_is_none(crew: Callable[..., ActorPool]) -> None:
     made = crew(1)
     answers(made, len(doubles(made, 1)))
     ticket = made.add(Task("double", (4, 1.0)))
@@ -78,7 +78,7 @@ def test_nothing_in_time_is_none(crew: Callable[..., Crew]) -> None:
     assert made.next() == (ticket, 8)
 
 
-def test_a_late_task_is_run_elsewhere_and_counted_once(crew: Callable[..., Crew], tmp_path: Path) -> None:
+def test_a_late_task_is_run_elsewhere_and_counted_once(crew: Callable[..., ActorPool], tmp_path: Path) -> None:
     """Its first worker comes back, and works on."""
     made = staffed(crew(2))
     before = made.actors
@@ -96,7 +96,7 @@ def test_a_late_task_is_run_elsewhere_and_counted_once(crew: Callable[..., Crew]
     assert (tmp_path / "mark").read_text() == "calledcalled"
 
 
-def test_a_worker_that_hangs_is_replaced(crew: Callable[..., Crew], tmp_path: Path) -> None:
+def test_a_worker_that_hangs_is_replaced(crew: Callable[..., ActorPool], tmp_path: Path) -> None:
     made = staffed(crew(2))
     for number in range(6):
         made.add(Task("stop", (number, tmp_path), 1.0))
@@ -118,7 +118,7 @@ def test_a_worker_that_hangs_is_replaced(crew: Callable[..., Crew], tmp_path: Pa
 
 
 def test_a_worker_that_hangs_in_the_first_task_of_its_kind_is_replaced(
-    crew: Callable[..., Crew], tmp_path: Path
+    crew: Callable[..., ActorPool], tmp_path: Path
 ) -> None:
     """Nothing tells how long that should take: who is idle does it too."""
     made = crew(2)
@@ -132,7 +132,9 @@ def test_a_worker_that_hangs_in_the_first_task_of_its_kind_is_replaced(
     assert made.said == ["a worker hangs, and is replaced"]
 
 
-def test_the_only_worker_that_hangs_is_replaced_and_that_is_told(crew: Callable[..., Crew], tmp_path: Path) -> None:
+def test_the_only_worker_that_hangs_is_replaced_and_that_is_told(
+    crew: Callable[..., ActorPool], tmp_path: Path
+) -> None:
     made = crew(1)
     for number in range(3):
         made.add(Task("stop", (number, tmp_path), 1.0))
@@ -143,7 +145,7 @@ def test_the_only_worker_that_hangs_is_replaced_and_that_is_told(crew: Callable[
     assert answers(made, 3) == expected
 
 
-def test_a_worker_that_dies_is_replaced_and_its_task_told(crew: Callable[..., Crew]) -> None:
+def test_a_worker_that_dies_is_replaced_and_its_task_told(crew: Callable[..., ActorPool]) -> None:
     made = staffed(crew(2, patience_s=10.0))
     expected = {made.add(Task("double", (number, 1.0))): 2 * number for number in range(2)}
     first = made.actors[0]
@@ -156,7 +158,7 @@ def test_a_worker_that_dies_is_replaced_and_its_task_told(crew: Callable[..., Cr
     assert answers(made, 6) == expected
 
 
-def test_workers_that_died_while_they_were_idle_are_charged_to_one_task_at_most(crew: Callable[..., Crew]) -> None:
+def test_workers_that_died_while_they_were_idle_are_charged_to_one_task_at_most(crew: Callable[..., ActorPool]) -> None:
     """The first finds out; then all are asked whether they live."""
     made = staffed(crew(4, patience_s=10.0))
     killed = made.actors[:3]
@@ -175,7 +177,7 @@ def test_workers_that_died_while_they_were_idle_are_charged_to_one_task_at_most(
     assert made.alive >= 1
 
 
-def test_workers_that_cannot_start_do_not_stop_those_that_work(crew: Callable[..., Crew]) -> None:
+def test_workers_that_cannot_start_do_not_stop_those_that_work(crew: Callable[..., ActorPool]) -> None:
     hired: list[Any] = []
 
     def hire() -> Any:
@@ -193,7 +195,7 @@ def test_workers_that_cannot_start_do_not_stop_those_that_work(crew: Callable[..
     assert made.size == 2
 
 
-def test_a_task_of_unknown_size_is_not_taken_for_a_hang(crew: Callable[..., Crew]) -> None:
+def test_a_task_of_unknown_size_is_not_taken_for_a_hang(crew: Callable[..., ActorPool]) -> None:
     """However short others of its method were; where another is idle it has a try too."""
     made = staffed(crew(1, patience_s=0.05))
     for number in range(6):
@@ -204,7 +206,7 @@ def test_a_task_of_unknown_size_is_not_taken_for_a_hang(crew: Callable[..., Crew
     assert made.said == []
 
 
-def test_nobody_works_on_what_was_dropped_after_all_is_settled(crew: Callable[..., Crew]) -> None:
+def test_nobody_works_on_what_was_dropped_after_all_is_settled(crew: Callable[..., ActorPool]) -> None:
     made = staffed(crew(2, patience_s=10.0))
     before = made.actors
     long, short = made.add(Task("double", (1, 60.0))), made.add(Task("double", (2, 0.1)))
@@ -217,7 +219,7 @@ def test_nobody_works_on_what_was_dropped_after_all_is_settled(crew: Callable[..
     assert answers(made, 5) == expected
 
 
-def test_workers_that_cannot_start_stop_the_crew(crew: Callable[..., Crew]) -> None:
+def test_workers_that_cannot_start_stop_the_crew(crew: Callable[..., ActorPool]) -> None:
     """Rather than being replaced for ever."""
     hired: list[Any] = []
 
@@ -233,14 +235,14 @@ def test_workers_that_cannot_start_stop_the_crew(crew: Callable[..., Crew]) -> N
     assert len(hired) <= 2 + MAX_DEATHS + 2
 
 
-def test_what_a_task_raises_is_raised(crew: Callable[..., Crew]) -> None:
+def test_what_a_task_raises_is_raised(crew: Callable[..., ActorPool]) -> None:
     made = crew(1)
     made.add(Task("fail", ()))
     with pytest.raises(ValueError, match="as told"):
         made.next()
 
 
-def test_a_full_disk_of_a_worker_is_known_by_its_number(crew: Callable[..., Crew]) -> None:
+def test_a_full_disk_of_a_worker_is_known_by_its_number(crew: Callable[..., ActorPool]) -> None:
     made = crew(1)
     made.add(Task("fill", ()))
     with pytest.raises(OSError, match="No space left on device") as error:
@@ -248,13 +250,13 @@ def test_a_full_disk_of_a_worker_is_known_by_its_number(crew: Callable[..., Crew
     assert (error.value.errno, error.value.filename) == (errno.ENOSPC, "/dev/full")
 
 
-def test_mixed_hardware_is_said_once(crew: Callable[..., Crew]) -> None:
+def test_mixed_hardware_is_said_once(crew: Callable[..., ActorPool]) -> None:
     kinds = iter(["A100", "H100", "H100"])
     made = staffed(crew(3, lambda: Toy.remote(next(kinds))))
     assert made.said == ["notice: workers run on A100 and H100; the plan may differ by rounding"]
 
 
-def test_members_that_are_renewed_take_tasks_after_it(crew: Callable[..., Crew]) -> None:
+def test_members_that_are_renewed_take_tasks_after_it(crew: Callable[..., ActorPool]) -> None:
     made = crew(2)
     answers(made, len(doubles(made, 4)))
     made.renew(lambda actor: actor.renew.remote())

@@ -28,7 +28,7 @@ from allocator.pool.cluster import Demand, connected
 from allocator.pool.dispatch import RayPool
 from allocator.pool.durations import Task
 from allocator.pruning.calibration.build import prune_on_dense_inputs, prune_on_pruned_inputs
-from allocator.pruning.calibration.problem import Calibration, Problem
+from allocator.pruning.calibration.problem import Calibration, UnitProblem
 from allocator.pruning.levels.assemble import CompactLevels
 from allocator.pruning.levels.store import LevelStore, StoreBuilder, create_store
 from allocator.run.config import load_config
@@ -65,9 +65,9 @@ def bench(tiny_model: Path, text_folder: Path, tmp_path_factory: pytest.TempPath
 
     config = load_config(None, {"model": str(tiny_model), "text": text_folder, "workers": 0}, SETTINGS)
     job = prepare(config)
-    walker = BlockWalker(load_model(job.files), job.layout)
+    walker = BlockWalker(load_model(job.checkpoint), job.layout)
     calibration = torch.from_numpy(job.tokens["calibration"])
-    levels = prune_on_dense_inputs(Calibration(walker, job.files, job.layout, job.space, job.pruner, calibration))
+    levels = prune_on_dense_inputs(Calibration(walker, job.checkpoint, job.layout, job.space, job.pruner, calibration))
     store = create_store(tmp_path_factory.mktemp("pool") / "levels", job.store_key, levels)
     rng = np.random.default_rng(0)
     requests = [
@@ -129,31 +129,34 @@ def test_expansions_among_plain_requests_are_those_of_one_process(
     bench: Bench, two: RayPool, expected: dict[Any, Any]
 ) -> None:
     """To the last bit, and plain requests are what they are without."""
-    asked = [replace(request, also="expansion") for request in bench.requests[::3]]
+    asked = [replace(request, probe="expansion") for request in bench.requests[::3]]
     batch = [*bench.requests[::2], *asked, *bench.requests[1::2]]
     local, found = (
-        {o.request.key: (o.measured, o.parts, o.expansion) for o in evaluator.evaluate(batch)}
+        {o.request.key: (o.measured, o.sequence_losses, o.expansion) for o in evaluator.evaluate(batch)}
         for evaluator in (LocalEvaluator(bench.spec, bench.tokens), two)
     )
     assert found == local
     for request in batch:
         plain, _, expansion = found[request.key]
-        assert (expansion is not None) == (request.also == "expansion")
-        assert request.also or plain == expected[request.key]
+        assert (expansion is not None) == (request.probe == "expansion")
+        assert request.probe or plain == expected[request.key]
 
 
 def test_portions_of_an_expansion_are_put_together_in_order(bench: Bench, pool: Callable[..., RayPool]) -> None:
     """To the last bit, though workers have a part of the text each; and their sequences are those of one pass."""
     tokens = {split: ids.reshape(-1, 16) for split, ids in bench.tokens.items()}
-    asked = [replace(request, also="expansion") for request in bench.requests[4:6]]
+    asked = [replace(request, probe="expansion") for request in bench.requests[4:6]]
     assert num_portions(asked[0].tokens, 16) > 1
     local, found = (
-        {o.request.key: (o.measured, o.parts, o.expansion) for o in evaluator.evaluate([*asked, *bench.requests[4:6]])}
+        {
+            o.request.key: (o.measured, o.sequence_losses, o.expansion)
+            for o in evaluator.evaluate([*asked, *bench.requests[4:6]])
+        }
         for evaluator in (LocalEvaluator(bench.spec, tokens), pool(2, tokens=tokens))
     )
     assert found == local
     for request in asked:
-        plain = found[replace(request, also="").key]
+        plain = found[replace(request, probe="").key]
         assert found[request.key][1] == pytest.approx(plain[1], rel=1e-4)
 
 
@@ -222,8 +225,8 @@ def test_executions_are_those_of_one_process(bench: Bench, two: RayPool, tmp_pat
     assert two.execute(executions("pool"), 256) == local
     assert len({figures["params"] for figures in local}) > 1
     for index in range(3):
-        files = [tmp_path / f"{name}{index}" / "model.safetensors" for name in ("local", "pool")]
-        assert files[0].read_bytes() == files[1].read_bytes()
+        checkpoint = [tmp_path / f"{name}{index}" / "model.safetensors" for name in ("local", "pool")]
+        assert checkpoint[0].read_bytes() == checkpoint[1].read_bytes()
 
 
 def test_a_store_is_built_by_all_workers_to_the_last_byte(bench: Bench, two: RayPool, tmp_path: Path) -> None:
@@ -245,7 +248,7 @@ def test_problems_are_solved_by_workers_in_order(bench: Bench, two: RayPool) -> 
     calibration = bench.spec.calibration(bench.tokens["calibration"])
     seen = list[int]()
 
-    def solve(problems: Sequence[Problem]) -> list[CompactLevels]:
+    def solve(problems: Sequence[UnitProblem]) -> list[CompactLevels]:
         seen.append(len(problems))
         return two.solve(problems)
 
@@ -370,7 +373,7 @@ def test_what_is_left_of_an_expansion_that_fails_is_dropped(bench: Bench, tmp_pa
 
     pool = Half(bench.spec, tokens, 2)
     try:
-        (outcome,) = pool.evaluate([replace(bench.requests[4], also="expansion")])
+        (outcome,) = pool.evaluate([replace(bench.requests[4], probe="expansion")])
         assert "3 workers died" in outcome.failed
         pool.renew(bench.spec)
         assert len(list(pool.evaluate(bench.requests))) == len(bench.requests)
@@ -442,14 +445,14 @@ def test_a_users_error_on_a_worker_stays_one(
     """A model whose weights are not numbers is the user's to mend; nobody died of it."""
     from safetensors.numpy import load_file, save_file
 
-    from allocator.model.checkpoint.headers import read_model_files
+    from allocator.model.checkpoint.headers import read_checkpoint
 
     folder = make_model("llama", num_hidden_layers=3)
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"] = np.full_like(tensors["model.norm.weight"], np.nan)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     said: list[str] = []
-    broken = pool(1, replace(bench.spec, files=read_model_files(folder), store=None), notify=said.append)
+    broken = pool(1, replace(bench.spec, checkpoint=read_checkpoint(folder), store=None), notify=said.append)
     with pytest.raises(UserError, match="not finite"):
         list(broken.evaluate([Request(bench.space.dense, 128)]))
     assert said == []
@@ -458,7 +461,7 @@ def test_a_users_error_on_a_worker_stays_one(
 def test_a_worker_that_cannot_start_is_no_death(bench: Bench, pool: Callable[..., RayPool], tmp_path: Path) -> None:
     """What went wrong is told, once, and not called a lack of memory."""
     said: list[str] = []
-    gone = replace(bench.spec, files=replace(bench.spec.files, folder=tmp_path / "gone"))
+    gone = replace(bench.spec, checkpoint=replace(bench.spec.checkpoint, folder=tmp_path / "gone"))
     broken = pool(1, gone, notify=said.append)
     with pytest.raises(Exception, match="gone") as caught:
         list(broken.evaluate([Request(bench.space.dense, 128)]))

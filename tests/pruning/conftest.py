@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from allocator.core.space import SearchSpace
-from allocator.model.checkpoint.headers import ModelFiles, read_model_files
+from allocator.model.checkpoint.headers import Checkpoint, read_checkpoint
 from allocator.model.family.layout import Layout, open_model, resolve_layout
 from allocator.model.family.schema import Attention, Experts
 from allocator.model.family.space import build_space
@@ -27,7 +27,7 @@ from allocator.pruning.pruners.registry import LocalPruner, make_pruner
 class Case:
     """A model, its space, and its levels from dense inputs."""
 
-    files: ModelFiles
+    checkpoint: Checkpoint
     layout: Layout
     space: SearchSpace
     pruner: LocalPruner
@@ -36,12 +36,12 @@ class Case:
 
     def walker(self) -> BlockWalker:
         """Return a freshly loaded dense model."""
-        return BlockWalker(load_model(self.files), self.layout)
+        return BlockWalker(load_model(self.checkpoint), self.layout)
 
-    def calibration(self, files: ModelFiles | None = None) -> Calibration:
+    def calibration(self, checkpoint: Checkpoint | None = None) -> Calibration:
         """Return a freshly loaded dense model with the calibration text."""
-        files = files or self.files
-        return Calibration(self.walker(), files, self.layout, self.space, self.pruner, self.tokens)
+        checkpoint = checkpoint or self.checkpoint
+        return Calibration(self.walker(), checkpoint, self.layout, self.space, self.pruner, self.tokens)
 
 
 def _tokens(seed: int, sequences: int, length: int) -> torch.Tensor:
@@ -66,14 +66,14 @@ def make_case():
         bias: bool = False,
         experts: Experts = "inside",
     ) -> Case:
-        files, family = open_model(folder)
-        layout = resolve_layout(family, files, attention, experts)
-        space = build_space(layout, files, pattern, 0.5, bias=bias)
+        checkpoint, family = open_model(folder)
+        layout = resolve_layout(family, checkpoint, attention, experts)
+        space = build_space(layout, checkpoint, pattern, 0.5, bias=bias)
         whole = "reconstruction" if experts == "whole" else None
         pruner, tokens = make_pruner(name, pattern, 0.01, bias, whole), _tokens(1, 9, 32)
-        walker = BlockWalker(load_model(files), layout)
-        compact = dict(prune_on_dense_inputs(Calibration(walker, files, layout, space, pruner, tokens)))
-        return Case(files, layout, space, pruner, tokens, compact)
+        walker = BlockWalker(load_model(checkpoint), layout)
+        compact = dict(prune_on_dense_inputs(Calibration(walker, checkpoint, layout, space, pruner, tokens)))
+        return Case(checkpoint, layout, space, pruner, tokens, compact)
 
     return make
 
@@ -120,7 +120,7 @@ def n_m(make_case, tiny_model) -> Case:
 
 
 @pytest.fixture(scope="session")
-def broken_weight(tiny_model, tmp_path_factory) -> ModelFiles:
+def broken_weight(tiny_model, tmp_path_factory) -> Checkpoint:
     """The tiny model with one weight that is not a number."""
     folder = tmp_path_factory.mktemp("broken") / "model"
     shutil.copytree(tiny_model, folder)
@@ -130,4 +130,4 @@ def broken_weight(tiny_model, tmp_path_factory) -> ModelFiles:
         if name in tensors:
             tensors[name][0, 0] = float("nan")
             save_file(tensors, path, metadata={"format": "pt"})
-    return read_model_files(folder)
+    return read_checkpoint(folder)

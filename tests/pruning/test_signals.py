@@ -23,7 +23,7 @@ class Direct:
     """Inputs of every linear layer [tokens, in], and the residual stream at every block's doors, in float64."""
 
     def __init__(self, case):
-        model = AutoModelForCausalLM.from_pretrained(case.files.folder, dtype=torch.float64)
+        model = AutoModelForCausalLM.from_pretrained(case.checkpoint.folder, dtype=torch.float64)
         self.blocks = list(model.model.layers)
         self.inputs, self.doors = {}, []
         self.weights = {n: m.weight.detach() for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
@@ -119,10 +119,10 @@ def test_patterns_agree_on_what_concerns_blocks(found, found_of_matrices):
 
 def test_a_streamed_model_gives_the_same_and_progress_is_told(structured, found):
     steps = []
-    walker = StreamedWalker(structured.files, structured.layout)
+    walker = StreamedWalker(structured.checkpoint, structured.layout)
     calibration = Calibration(
         walker,
-        structured.files,
+        structured.checkpoint,
         structured.layout,
         structured.space,
         structured.pruner,

@@ -15,7 +15,7 @@ import yaml
 from allocator.core.errors import UserError
 from allocator.run import job_package as parcel
 from allocator.run.config import checked
-from allocator.run.job_package import COMMAND, Parcel, pack
+from allocator.run.job_package import COMMAND, JobPackage, pack
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,7 +40,7 @@ def keys(**more: Any) -> dict[str, Any]:
     return {"runs_dir": "/shared/runs", **more}
 
 
-def run_file(sent: Parcel) -> Any:
+def run_file(sent: JobPackage) -> Any:
     content = sent.files["run.yaml"]
     assert isinstance(content, bytes)
     return yaml.safe_load(content)

@@ -110,13 +110,13 @@ def same(folder: Path, reference: Path) -> None:
 @given(data=st.data())
 def test_finer_levels_cost_what_they_cost_in_any_ladder(tiny_model: Path, settings: dict[str, Any], data: Any) -> None:
     config = RunConfig(model=str(tiny_model), **settings)
-    files, layout, space = read_model(config)
+    checkpoint, layout, space = read_model(config)
     levels = st.tuples(*(st.integers(0, unit.num_levels - 1) for unit in space.units))
     incumbent, other = data.draw(levels), data.draw(levels)
 
     def build(ladder: Any) -> Any:
         pattern, align, bias = config.pattern, config.ladder.align, config.pruner.bias
-        return build_space(layout, files, pattern, config.target, ladder, align, bias=bias)
+        return build_space(layout, checkpoint, pattern, config.target, ladder, align, bias=bias)
 
     finer = build(recentre(space, incumbent, [other]))
     for allocation in (incumbent, other):

@@ -44,7 +44,7 @@ class Landscape:
     def _influences(self, request) -> dict[str, float]:
         """What blocks still do grows with the density of their units."""
         blocks: dict[str, float] = {}
-        for unit, level in zip(self._space.units, request.allocation if request.also else (), strict=False):
+        for unit, level in zip(self._space.units, request.allocation if request.probe else (), strict=False):
             key = f"influence.{unit.block}"
             blocks[key] = blocks.get(key, 0.0) + (1.0 - unit.sparsity(level)) * (1 + unit.block % 3)
         return blocks

@@ -267,8 +267,8 @@ def test_where_one_allocation_alone_fills_the_budget_it_is_found(name, ladders, 
 def test_expansions_are_asked_of_what_was_measured_and_once(name, make, run, space):
     record = run(make, space)
     requests = [request for batch in record.batches for request in batch]
-    expanded = [request for request in requests if request.also]
+    expanded = [request for request in requests if request.probe]
     assert expanded
     assert len({request.key for request in expanded}) == len(expanded)
-    plain = {request.key for request in requests if not request.also}
-    assert all(replace(request, also="").key in plain for request in expanded)
+    plain = {request.key for request in requests if not request.probe}
+    assert all(replace(request, probe="").key in plain for request in expanded)

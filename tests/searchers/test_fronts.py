@@ -65,7 +65,7 @@ class Followed:
     @property
     def measured(self):
         """What was measured on all tokens."""
-        return [o for batch in self.told for o in batch if o.request.tokens == 128 and not o.request.also]
+        return [o for batch in self.told for o in batch if o.request.tokens == 128 and not o.request.probe]
 
 
 def _whole(space):

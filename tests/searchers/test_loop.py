@@ -21,7 +21,7 @@ class Ill:
                 yield Outcome(request, {}, 0.0, failed="3 workers died")
             else:
                 loss = float(sum(request.allocation)) / request.tokens
-                yield Outcome(request, {"kl": loss, "nll": 1 + loss}, 0.0, parts=(loss, loss))
+                yield Outcome(request, {"kl": loss, "nll": 1 + loss}, 0.0, sequence_losses=(loss, loss))
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_a_failure_is_twice_as_bad_as_the_worst_on_the_same_text(path):
         bad, good = measurer.measure(requests(1, 2))
         assert (good.loss, bad.loss) == (3 / 64, 6 / 64)
         assert bad.measured == {"kl": 6 / 64, "nll": 2 + 6 / 64}
-        assert bad.parts == (6 / 64, 6 / 64)
+        assert bad.sequence_losses == (6 / 64, 6 / 64)
         assert not bad.failed
         (again,) = measurer.measure(requests(1))
         assert again == bad

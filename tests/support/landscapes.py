@@ -82,7 +82,7 @@ class Landscape:
         for request in requests:
             parts = self.parts(request.allocation)[: request.tokens // TOKENS]
             measured = {"kl": float(parts.mean()), "nll": 2.0 + float(parts.mean())}
-            yield Outcome(request, measured, 0.0, parts=tuple(parts.tolist()))
+            yield Outcome(request, measured, 0.0, sequence_losses=tuple(parts.tolist()))
 
     def optimum(self, budget: Budget) -> tuple[float, Allocation]:
         """Return the least loss within the budget, certified by a mixed-integer program, and where it is."""
@@ -216,9 +216,9 @@ class Bowl:
         if request.blocks:
             return Outcome(request, {FEATURES: float(parts.mean())}, 0.0, FEATURES, tuple(parts.tolist()))
         measured = {"kl": float(parts.mean()), "nll": 2.0 + float(parts.mean())}
-        told = self.gradients and request.also == "expansion"
+        told = self.gradients and request.probe == "expansion"
         expansion = self.expansion(request.allocation, request.tokens) if told else None
-        return Outcome(request, measured, 0.0, parts=tuple(parts.tolist()), expansion=expansion)
+        return Outcome(request, measured, 0.0, sequence_losses=tuple(parts.tolist()), expansion=expansion)
 
     def optimum(self, budget: Budget) -> tuple[float, Allocation]:
         """Return the least loss within the budget, and where it is, if only neighbouring units interact.

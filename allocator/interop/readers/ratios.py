@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from allocator.core.errors import UserError, did_you_mean
-from allocator.model.checkpoint.headers import ModelFiles
-from allocator.model.family.layout import Layout, staying
-from allocator.model.family.sub_blocks import Site
+from allocator.model.checkpoint.headers import Checkpoint
+from allocator.model.family.layout import Layout, retained_matrices
+from allocator.model.family.sub_blocks import SubBlock
 
 METADATA = "metadata.pth"
 """What says, beside a file of levels, what they mean."""
@@ -35,7 +35,7 @@ class Levels:
     step: int
 
 
-def read_ratios(path: Path, layout: Layout, files: ModelFiles, levels: Levels | None = None) -> dict[str, float]:
+def read_ratios(path: Path, layout: Layout, checkpoint: Checkpoint, levels: Levels | None = None) -> dict[str, float]:
     """Return the share of matrices that goes, by the name of their module.
 
     A list by block gives all matrices of a block its share. Levels mean what ``metadata.pth`` beside them says, as
@@ -45,7 +45,7 @@ def read_ratios(path: Path, layout: Layout, files: ModelFiles, levels: Levels | 
         path: ``.npy``, ``.csv`` (columns ``module`` and ``sparsity``), ``.json`` (an object by module, or a list by
             block), or text: lines ``module: level``, or numbers by block.
         layout: Where the model's units are.
-        files: The model.
+        checkpoint: The model.
         levels: What levels mean, in place of the metadata.
 
     Raises:
@@ -55,11 +55,15 @@ def read_ratios(path: Path, layout: Layout, files: ModelFiles, levels: Levels | 
     if isinstance(found, list):
         ratios = _by_block(path, found, layout)
     else:
-        known = {module for site in layout.sites for module in (*site.modules, *staying(site, files))}
+        known = {
+            module
+            for sub_block in layout.sub_blocks
+            for module in (*sub_block.modules, *retained_matrices(sub_block, checkpoint))
+        }
         for module in found:
             if module not in known:
                 raise UserError(f"{path}: the model has no prunable matrix {module!r}{did_you_mean(module, known)}")
-        ratios = found if path.suffix in (".csv", ".json") else _of_levels(path, found, levels, layout, files)
+        ratios = found if path.suffix in (".csv", ".json") else _of_levels(path, found, levels, layout, checkpoint)
     for module, ratio in ratios.items():
         if not -_SLACK <= ratio <= 1 + _SLACK:
             raise UserError(f"{path}: {module} would lose {ratio:g} of itself, and shares that go are in [0, 1]")
@@ -116,17 +120,19 @@ def _by_block(path: Path, ratios: Sequence[float], layout: Layout) -> dict[str, 
         raise UserError(
             f"{path}: {len(ratios)} shares for {len(layout.blocks)} blocks. Give one for each block of the model"
         )
-    return {module: ratios[site.block] for site in layout.sites for module in site.modules}
+    return {module: ratios[sub_block.block] for sub_block in layout.sub_blocks for module in sub_block.modules}
 
 
 def _of_levels(
-    path: Path, found: Mapping[str, float], levels: Levels | None, layout: Layout, files: ModelFiles
+    path: Path, found: Mapping[str, float], levels: Levels | None, layout: Layout, checkpoint: Checkpoint
 ) -> dict[str, float]:
     beside = path.with_name(METADATA)
     metadata = {"sparsity": levels.zero, "weights_diff": levels.step} if levels is not None else _metadata(beside)
-    sites = {module: site for site in layout.sites for module in site.modules}
+    sub_blocks = {module: sub_block for sub_block in layout.sub_blocks for module in sub_block.modules}
     try:
-        return {m: _share(metadata, int(each), sites[m], files.shapes[f"{m}.weight"]) for m, each in found.items()}
+        return {
+            m: _share(metadata, int(each), sub_blocks[m], checkpoint.shapes[f"{m}.weight"]) for m, each in found.items()
+        }
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise UserError(
             f"{beside}: does not fit {path.name} and the model ({type(error).__name__}: {error}). Give those that were "
@@ -134,14 +140,14 @@ def _of_levels(
         ) from None
 
 
-def _share(metadata: Mapping[str, Any], level: int, site: Site, shape: Sequence[int]) -> float:
+def _share(metadata: Mapping[str, Any], level: int, sub_block: SubBlock, shape: Sequence[int]) -> float:
     """Return the share of a matrix that a level takes: as EvoPress has it, as Týr, and as DarwinLM."""
     if "weights_diff" in metadata:
         return float(metadata["sparsity"] + level * metadata["weights_diff"] / prod(shape))
-    attention = site.part == "attention"
+    attention = sub_block.part == "attention"
     if "mha_sparsity" in metadata:
         zeros, step = ("mha_sparsity", "weights_diff_mha") if attention else ("ffn_sparsity", "weights_diff_mlp")
-        return float(metadata[zeros][site.block] + level * metadata[step] / prod(shape))
+        return float(metadata[zeros][sub_block.block] + level * metadata[step] / prod(shape))
     counts = metadata["cols_removed_attn" if attention else "cols_removed_mlp"]
     if not 0 <= level < len(counts):
         raise ValueError(f"level {level} of 0 to {len(counts) - 1}")

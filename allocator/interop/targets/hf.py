@@ -34,11 +34,11 @@ class HuggingFace(Target):
 
     def write(self, source: Source, folder: Path) -> list[str]:
         """Copy the checkpoint, and say in its configuration how layers differ."""
-        assert source.checkpoint is not None
-        for path in source.checkpoint.iterdir():
+        assert source.executed is not None
+        for path in source.executed.iterdir():
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)
-        config = read_json(source.checkpoint / "config.json", "model configuration")
+        config = read_json(source.executed / "config.json", "model configuration")
         write_config(folder, {**config, **_heterogeneous(source)})
         write_verify(folder, source)
         if "auto_map" in config:
@@ -50,8 +50,8 @@ class HuggingFace(Target):
 
 def _heterogeneous(source: Source) -> dict[str, Any]:
     """Return what a configuration says of layers that differ: nothing where none does, or it has no keys for it."""
-    plan, config, layers = source.plan, source.files.config, dict[str, dict[str, Any]]()
-    if not source.files.kind.generates or not in_keys_of_llama(source):
+    plan, config, layers = source.plan, source.checkpoint.config, dict[str, dict[str, Any]]()
+    if not source.checkpoint.kind.generates or not in_keys_of_llama(source):
         return {}
     for unit, level in zip(plan.space.units, plan.allocation, strict=True):
         if unit.kind == "matrix" or level == 0:

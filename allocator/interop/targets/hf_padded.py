@@ -16,7 +16,7 @@ from allocator.core.errors import UserError
 from allocator.core.space import Unit
 from allocator.interop.contract import Source, Target, write_verify
 from allocator.interop.targets.weights import COMPARE, HEADS, WIDTH, executed, head_dim, sizes
-from allocator.model.checkpoint.headers import ModelFiles
+from allocator.model.checkpoint.headers import Checkpoint
 from allocator.model.checkpoint.stock import stock_config
 from allocator.model.live.load import stock_shapes
 from allocator.model.live.write import dtype_of, read_tensors, write_companions
@@ -40,30 +40,30 @@ class HuggingFacePadded(Target):
         """Check the checkpoint, and that the stock class has a place for every tensor."""
         if source.layout.mixtures:
             raise UserError(
-                f"export: {self.name} pads channels and heads, and {source.files.architecture} is a mixture of "
+                f"export: {self.name} pads channels and heads, and {source.checkpoint.architecture} is a mixture of "
                 "experts. Use --to hf"
             )
-        if WIDTH not in source.files.config:
+        if WIDTH not in source.checkpoint.config:
             raise UserError(
                 f"export: {self.name} knows the configuration keys of Llama-like models alone, and that of "
-                f"{source.files.architecture} has no {WIDTH}. Use --to hf"
+                f"{source.checkpoint.architecture} has no {WIDTH}. Use --to hf"
             )
         if wrong := next(_misfits(source, _padded(source)), None):
             raise UserError(f"export: {self.name} cannot express this plan: {wrong}. Use --to hf")
 
     def write(self, source: Source, folder: Path) -> list[str]:
         """Write the model file by file, and say what is saved."""
-        model, files = _padded(source), source.files
-        homes = {name: files.shards[_known(name, files)] for name in sorted(model.shapes)}
+        model, checkpoint = _padded(source), source.checkpoint
+        homes = {name: checkpoint.shards[_known(name, checkpoint)] for name in sorted(model.shapes)}
         for shard in sorted({*homes.values()}):
-            tensors = _tensors(source, model, [name for name, home in homes.items() if home == shard])
+            tensors = _tensors(source, model, [name for name, parent in homes.items() if parent == shard])
             try:
                 save_file(tensors, folder / shard, metadata={"format": "pt"})
             except SafetensorError as error:
                 raise UserError(
                     f"export: {shard} cannot be written ({error}). Free some space, or name another disk with --out"
                 ) from None
-        write_companions(folder, files, model.config, homes)
+        write_companions(folder, checkpoint, model.config, homes)
         stored = [(matrix.module, model.shapes[f"{matrix.module}.weight"]) for matrix in source.matrices]
         write_verify(folder, source, shapes=stored)
         return [_saving(source, model), COMPARE]
@@ -80,17 +80,17 @@ class _Padded:
         shapes: Shape of every tensor; tied ones once.
     """
 
-    compact: ModelFiles
+    compact: Checkpoint
     config: Mapping[str, Any]
     widths: Mapping[str, int]
     shapes: Mapping[str, tuple[int, ...]]
 
 
 def _padded(source: Source) -> _Padded:
-    plan, files = source.plan, source.files
+    plan, checkpoint = source.plan, source.checkpoint
     compact = executed(source, HuggingFacePadded.name)
-    stated = {*HEADS} <= files.config.keys()
-    config = {**files.config, **(head_dim(source) if stated else {}), **_biased(source, compact)}
+    stated = {*HEADS} <= checkpoint.config.keys()
+    config = {**checkpoint.config, **(head_dim(source) if stated else {}), **_biased(source, compact)}
     widths: dict[str, int] = {}
     for unit, level in zip(plan.space.units, plan.allocation, strict=True):
         # one item at least, or one of every group: no class is made for none
@@ -99,26 +99,30 @@ def _padded(source: Source) -> _Padded:
         if kind != "channels" and not stated:
             widths[kind] = unit.total
             continue
-        widths[kind] = _accepted(unit, widths[kind], files, config)
-        config |= sizes(unit, widths[kind], files.config)
-    stock = stock_shapes(files, config)
+        widths[kind] = _accepted(unit, widths[kind], checkpoint, config)
+        config |= sizes(unit, widths[kind], checkpoint.config)
+    stock = stock_shapes(checkpoint, config)
     # what the class calls otherwise as it loads lies outside of units, and stays as it is
-    shapes = {name: stock.get(name, shape) for name, shape in files.shapes.items()}
-    gained = {name: shape for name, shape in stock.items() if _known(name, files) in files.shapes}
+    shapes = {name: stock.get(name, shape) for name, shape in checkpoint.shapes.items()}
+    gained = {name: shape for name, shape in stock.items() if _known(name, checkpoint) in checkpoint.shapes}
     return _Padded(compact, config, widths, shapes | gained)
 
 
-def _biased(source: Source, compact: ModelFiles) -> dict[str, bool]:
+def _biased(source: Source, compact: Checkpoint) -> dict[str, bool]:
     """Return what makes room for biases that output projections gained, in the keys of Llama."""
-    gained = compact.shapes.keys() - source.files.shapes.keys()
-    return {f"{site.part}_bias": True for site in source.layout.sites if f"{site.output}.bias" in gained}
+    gained = compact.shapes.keys() - source.checkpoint.shapes.keys()
+    return {
+        f"{sub_block.part}_bias": True for sub_block in source.layout.sub_blocks if f"{sub_block.output}.bias" in gained
+    }
 
 
-def _accepted(unit: Unit, items: int, files: ModelFiles, config: Mapping[str, Any]) -> int:
+def _accepted(unit: Unit, items: int, checkpoint: Checkpoint, config: Mapping[str, Any]) -> int:
     """Return the fewest items, so many or more, that the stock class takes: Llama's wants heads to divide its width."""
     for width in range(items, unit.total, unit.num_groups):
         try:
-            stock_config(files.folder, files.architecture, {**config, **sizes(unit, width, files.config)})
+            stock_config(
+                checkpoint.folder, checkpoint.architecture, {**config, **sizes(unit, width, checkpoint.config)}
+            )
         except UserError:
             continue
         return width
@@ -127,14 +131,14 @@ def _accepted(unit: Unit, items: int, files: ModelFiles, config: Mapping[str, An
 
 def _misfits(source: Source, model: _Padded) -> Iterator[str]:
     """Yield what the stock class has no place for, or makes of another shape than its configuration says."""
-    architecture = source.files.architecture
-    for name in sorted(model.compact.shapes.keys() - source.files.shapes.keys() - model.shapes.keys()):
+    architecture = source.checkpoint.architecture
+    for name in sorted(model.compact.shapes.keys() - source.checkpoint.shapes.keys() - model.shapes.keys()):
         yield f"{architecture} has no {name}, which the search added (pruner.bias)"
-    for site in source.layout.sites:
-        items = model.widths[site.kind]
+    for sub_block in source.layout.sub_blocks:
+        items = model.widths[sub_block.kind]
         for module, axis, size in (
-            *((module, 0, rows) for module, rows in site.rows.items()),
-            (site.output, 1, site.width),
+            *((module, 0, rows) for module, rows in sub_block.rows.items()),
+            (sub_block.output, 1, sub_block.width),
         ):
             found = model.shapes[f"{module}.weight"][axis]
             if found != size * items:
@@ -143,14 +147,25 @@ def _misfits(source: Source, model: _Padded) -> Iterator[str]:
 
 def _tensors(source: Source, model: _Padded, names: list[str]) -> dict[str, torch.Tensor]:
     """Return tensors of the padded model; those that the checkpoint lacks are zeros."""
-    files, found = source.files, read_tensors(model.compact, [name for name in names if name in model.compact.shapes])
+    checkpoint, found = (
+        source.checkpoint,
+        read_tensors(model.compact, [name for name in names if name in model.compact.shapes]),
+    )
     units = {unit.name: unit for unit in source.plan.space.units}
-    groups = {module: units[site.name].num_groups for site in source.layout.sites for module in site.modules}
-    runs = {m: [own.rows for own in site.inputs if own.module == m] for site in source.layout.sites for m in site.rows}
+    groups = {
+        module: units[sub_block.name].num_groups
+        for sub_block in source.layout.sub_blocks
+        for module in sub_block.modules
+    }
+    runs = {
+        m: [own.rows for own in sub_block.inputs if own.module == m]
+        for sub_block in source.layout.sub_blocks
+        for m in sub_block.rows
+    }
 
     def tensor(name: str) -> torch.Tensor:
         if name not in found:
-            return torch.zeros(model.shapes[name], dtype=dtype_of(files.dtypes[_known(name, files)]))
+            return torch.zeros(model.shapes[name], dtype=dtype_of(checkpoint.dtypes[_known(name, checkpoint)]))
         module = name.rpartition(".")[0]
         return pad(found[name], model.shapes[name], groups.get(module, 1), runs.get(module, [1]))
 
@@ -183,15 +198,15 @@ def _padded_to(tensor: torch.Tensor, axis: int, size: int, groups: int) -> torch
     return torch.cat([parts, parts.new_zeros(extent)], axis + 1).flatten(axis, axis + 1)
 
 
-def _known(name: str, files: ModelFiles) -> str:
+def _known(name: str, checkpoint: Checkpoint) -> str:
     """Return the dense tensor that a tensor lies with: itself, or the weight that a new bias goes with."""
-    return name if name in files.shapes else f"{name.removesuffix('.bias')}.weight"
+    return name if name in checkpoint.shapes else f"{name.removesuffix('.bias')}.weight"
 
 
 def _saving(source: Source, model: _Padded) -> str:
     space, allocation = source.plan.space, source.plan.allocation
     dense, planned, stored = space.cost(space.dense), space.cost(allocation), sum(map(prod, model.shapes.values()))
     saved = f"{1 - stored / dense:.1%} saved" if stored < dense else "padding saves nothing"
-    changes = [f"{key} {value}" for key, value in model.config.items() if source.files.config.get(key) != value]
+    changes = [f"{key} {value}" for key, value in model.config.items() if source.checkpoint.config.get(key) != value]
     says = f"; config.json says {', '.join(changes)}" if changes else ""
     return f"{stored:,} parameters stored, of {dense:,} dense and {planned:,} planned: {saved}{says}"

@@ -100,18 +100,18 @@ def outputs(source: Source) -> list[Matrix]:
         UserError: One has a name that they do not find.
     """
     matrices = {matrix.module: matrix for matrix in source.matrices}
-    for site in source.layout.sites:
-        if not _OUTPUTS.fullmatch(site.output):
+    for sub_block in source.layout.sub_blocks:
+        if not _OUTPUTS.fullmatch(sub_block.output):
             raise UserError(
                 f"export: levels are for model.layers.N.self_attn.o_proj and model.layers.N.mlp.down_proj, and this "
-                f"model has {site.output}. See 'allocator export --list' for another target"
+                f"model has {sub_block.output}. See 'allocator export --list' for another target"
             )
-    return [matrices[site.output] for site in source.layout.sites]
+    return [matrices[sub_block.output] for sub_block in source.layout.sub_blocks]
 
 
 def num_heads(source: Source) -> int:
     """Return the query heads of a layer."""
-    return int(source.files.config["num_attention_heads"])
+    return int(source.checkpoint.config["num_attention_heads"])
 
 
 def columns_kept(source: Source) -> dict[str, int]:
@@ -135,10 +135,15 @@ def shrunk(source: Source, columns: Mapping[str, int]) -> int:
     Rows of key and value that several query heads share stay as long as any head does.
     """
     return sum(
-        _shrunk(matrix, site.output, source.files.shapes[f"{site.output}.weight"][1], columns[site.output])
-        for site in source.layout.sites
+        _shrunk(
+            matrix,
+            sub_block.output,
+            source.checkpoint.shapes[f"{sub_block.output}.weight"][1],
+            columns[sub_block.output],
+        )
+        for sub_block in source.layout.sub_blocks
         for matrix in source.matrices
-        if matrix.unit == site.name
+        if matrix.unit == sub_block.name
     )
 
 

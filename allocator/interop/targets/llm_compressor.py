@@ -74,7 +74,7 @@ class LlmCompressor(Target):
 def _in_order(source: Source) -> list[Matrix]:
     """Return the matrices that lose something, in the order of the model's modules."""
     with torch.device("meta"):
-        model = shaped_model(source.files, source.layout, {}, torch.float32)
+        model = shaped_model(source.checkpoint, source.layout, {}, torch.float32)
     order = {name: number for number, (name, _) in enumerate(model.named_modules())}
     return sorted((m for m in source.matrices if m.kept < m.size), key=lambda matrix: order[matrix.module])
 

@@ -11,9 +11,9 @@ from types import MappingProxyType
 from allocator.core.errors import UserError
 from allocator.core.plan import Plan
 from allocator.core.space import Unit
-from allocator.model.checkpoint.headers import ModelFiles
-from allocator.model.family.layout import Layout, staying
-from allocator.model.family.sub_blocks import Site
+from allocator.model.checkpoint.headers import Checkpoint
+from allocator.model.family.layout import Layout, retained_matrices
+from allocator.model.family.sub_blocks import SubBlock
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +63,13 @@ def share(part: int, whole: int) -> float:
 
 
 def matrices(
-    plan: Plan, files: ModelFiles, layout: Layout, experts: Mapping[str, Collection[int]] = MappingProxyType({})
+    plan: Plan, checkpoint: Checkpoint, layout: Layout, experts: Mapping[str, Collection[int]] = MappingProxyType({})
 ) -> tuple[Matrix, ...]:
     """Return the matrices of all units, in the order of blocks, and in a block of the family's file.
 
     Args:
         plan: A plan for the model.
-        files: The dense model.
+        checkpoint: The dense model.
         layout: Where the plan's units are in it.
         experts: Numbers of the experts that stay, by unit: a plan says how many alone.
 
@@ -78,57 +78,65 @@ def matrices(
     """
     levels = {unit.name: (unit, level) for unit, level in zip(plan.space.units, plan.allocation, strict=True)}
     found: list[Matrix] = []
-    for site in layout.sites:
+    for sub_block in layout.sub_blocks:
         found += (
-            _of_experts(site, *levels[site.name], experts, files) if site.experts else _of_site(site, levels, files)
+            _of_experts(sub_block, *levels[sub_block.name], experts, checkpoint)
+            if sub_block.experts
+            else _of_site(sub_block, levels, checkpoint)
         )
     return tuple(found)
 
 
 def _of_experts(
-    site: Site, unit: Unit, level: int, experts: Mapping[str, Collection[int]], files: ModelFiles
+    sub_block: SubBlock, unit: Unit, level: int, experts: Mapping[str, Collection[int]], checkpoint: Checkpoint
 ) -> Iterator[Matrix]:
     count = unit.kept[level]
-    kept = range(count) if count in (0, unit.total) else experts.get(site.name)
+    kept = range(count) if count in (0, unit.total) else experts.get(sub_block.name)
     if kept is None or len(kept) != count:
         raise UserError(
-            f"export: {site.name} keeps {count} of {unit.total} experts, and a plan does not say which. "
+            f"export: {sub_block.name} keeps {count} of {unit.total} experts, and a plan does not say which. "
             "Make its checkpoint with 'allocator prune PLAN --out FOLDER', and name it with --checkpoint FOLDER"
         )
-    whole = [(router, count) for router in site.rows]
-    whole += [(module, files.shapes[f"{module}.weight"][0]) for number in kept for module in site.experts[number]]
+    whole = [(router, count) for router in sub_block.rows]
+    whole += [
+        (module, checkpoint.shapes[f"{module}.weight"][0]) for number in kept for module in sub_block.experts[number]
+    ]
     left = dict(whole)
-    for module in site.modules:
-        rows, columns = files.shapes[f"{module}.weight"]
+    for module in sub_block.modules:
+        rows, columns = checkpoint.shapes[f"{module}.weight"]
         stays = (left[module], columns) if left.get(module) else (0, 0)
-        yield Matrix(module, site.name, site.part, site.block, (rows, columns), stays, stays[0] * stays[1])
+        yield Matrix(
+            module, sub_block.name, sub_block.part, sub_block.block, (rows, columns), stays, stays[0] * stays[1]
+        )
 
 
-def _of_site(site: Site, levels: dict[str, tuple[Unit, int]], files: ModelFiles) -> Iterator[Matrix]:
+def _of_site(sub_block: SubBlock, levels: dict[str, tuple[Unit, int]], checkpoint: Checkpoint) -> Iterator[Matrix]:
     def shape(module: str) -> tuple[int, int]:
-        rows, columns = files.shapes[f"{module}.weight"]
+        rows, columns = checkpoint.shapes[f"{module}.weight"]
         return rows, columns
 
-    if site.name not in levels or levels[site.name][0].kind == "matrix":
-        for module in site.modules:
+    if sub_block.name not in levels or levels[sub_block.name][0].kind == "matrix":
+        for module in sub_block.modules:
             unit, level = levels[module]
             kept, size = unit.kept[level], unit.total
             group = unit.group and level and (kept * unit.group // size, unit.group)
-            yield Matrix(module, module, site.part, site.block, shape(module), shape(module), kept, group or None)
+            yield Matrix(
+                module, module, sub_block.part, sub_block.block, shape(module), shape(module), kept, group or None
+            )
         return
-    unit, level = levels[site.name]
-    items, inputs = unit.kept[level], site.rows
-    for module in _modules(site, files):
+    unit, level = levels[sub_block.name]
+    items, inputs = unit.kept[level], sub_block.rows
+    for module in _modules(sub_block, checkpoint):
         rows, columns = shape(module)
         if items == 0:
             left = (0, 0)
-        elif module == site.output:
-            left = (rows, site.width * items)
+        elif module == sub_block.output:
+            left = (rows, sub_block.width * items)
         else:
             left = (inputs[module] * items if module in inputs else rows, columns)
-        yield Matrix(module, site.name, site.part, site.block, (rows, columns), left, left[0] * left[1])
+        yield Matrix(module, sub_block.name, sub_block.part, sub_block.block, (rows, columns), left, left[0] * left[1])
 
 
-def _modules(site: Site, files: ModelFiles) -> list[str]:
+def _modules(sub_block: SubBlock, checkpoint: Checkpoint) -> list[str]:
     """Return the matrices of a sub-block, also those that stay as long as anything does (key and value of heads)."""
-    return [*site.modules[:-1], *staying(site, files), site.output]
+    return [*sub_block.modules[:-1], *retained_matrices(sub_block, checkpoint), sub_block.output]

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from allocator.core.costs import known
+from allocator.core.costs import known_costs
 from allocator.core.errors import UserError
 from allocator.core.files import write_json
 from allocator.core.journal import Journal
@@ -136,7 +136,7 @@ def _units(space: SearchSpace, allocation: Sequence[int]) -> dict[str, Any]:
             "level": level,
             "kept": unit.kept[level],
             "total": unit.total,
-            **{cost: unit.costs(cost)[level] for cost in known(space)},
+            **{cost: unit.costs(cost)[level] for cost in known_costs(space)},
         }
         for unit, level in zip(space.units, allocation, strict=True)
     }

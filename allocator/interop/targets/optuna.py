@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from allocator.core.budget import Budget
-from allocator.core.costs import costs_of, scaled
+from allocator.core.costs import costs_of, from_units
 from allocator.core.front import figure
 from allocator.core.journal import Journal
 from allocator.core.plan import Plan
@@ -128,7 +128,7 @@ def _trials(journal: Journal, names: Sequence[str], plan: Plan) -> Iterator[Froz
 
 def _figure(space: SearchSpace, outcome: Outcome, name: str) -> float:
     found = figure(space, outcome, name)
-    return scaled(name, int(found)) if name in space.fixed else found
+    return from_units(name, int(found)) if name in space.fixed else found
 
 
 def _attributes(space: SearchSpace, outcome: Outcome, batch: int) -> dict[str, Any]:

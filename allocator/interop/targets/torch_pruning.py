@@ -10,7 +10,7 @@ from allocator.core.files import write_json
 from allocator.core.space import Unit
 from allocator.interop.contract import Source, Target, copy_script, write_verify
 from allocator.interop.targets.weights import in_keys_of_llama
-from allocator.model.family.sub_blocks import Site
+from allocator.model.family.sub_blocks import SubBlock
 from allocator.model.live.write import write_modelling
 
 
@@ -26,9 +26,9 @@ class TorchPruning(Target):
         if not in_keys_of_llama(source):
             raise UserError(
                 f"export: torch-pruning is told of heads in the way of Llama-like models, and this is a "
-                f"{source.files.architecture}. Use --to ratios, or --to hf for the executed plan"
+                f"{source.checkpoint.architecture}. Use --to ratios, or --to hf for the executed plan"
             )
-        grouped = source.files.config["num_attention_heads"] != _kv_heads(source)
+        grouped = source.checkpoint.config["num_attention_heads"] != _kv_heads(source)
         for unit, level in zip(source.plan.space.units, source.plan.allocation, strict=True):
             if unit.kept[level] == 0:
                 raise UserError(
@@ -50,7 +50,7 @@ class TorchPruning(Target):
         """Write them."""
         write_json(folder / "ratios.json", _arguments(source))
         copy_script("torch_pruning/apply.py", folder)
-        write_modelling(folder, source.files.architecture)
+        write_modelling(folder, source.checkpoint.architecture)
         write_verify(folder, source)
         return [
             "ratios.json has ratios half an item below the plan's, as Torch-Pruning rounds up what it removes",
@@ -72,16 +72,16 @@ def _arguments(source: Source) -> dict[str, Any]:
     widths: dict[str, float] = {}
     heads: dict[str, float] = {}
     counts: dict[str, int] = {}
-    for site in source.layout.sites:
-        unit, level = units[site.name]
+    for sub_block in source.layout.sub_blocks:
+        unit, level = units[sub_block.name]
         if level == 0:
             continue
         ratio = _ratio(unit, level)
-        modules = _narrowed(site, source)
+        modules = _narrowed(sub_block, source)
         widths |= dict.fromkeys(modules, ratio)
-        if site.part == "attention":
+        if sub_block.part == "attention":
             heads |= dict.fromkeys(modules, ratio)
-            counts |= {m: site.total if m in site.rows else _kv_heads(source) for m in modules}
+            counts |= {m: sub_block.total if m in sub_block.rows else _kv_heads(source) for m in modules}
     return {
         "pruning_ratio_dict": widths,
         "head_pruning_ratio_dict": heads,
@@ -95,24 +95,26 @@ def _ratio(unit: Unit, level: int) -> float:
     return (unit.total - unit.kept[level] - 0.5) / unit.total
 
 
-def _narrowed(site: Site, source: Source) -> list[str]:
+def _narrowed(sub_block: SubBlock, source: Source) -> list[str]:
     """Return the matrices of a sub-block whose rows are its items, key and value of query heads included."""
-    return [m.module for m in source.matrices if m.unit == site.name and m.module != site.output]
+    return [m.module for m in source.matrices if m.unit == sub_block.name and m.module != sub_block.output]
 
 
 def _ignored(source: Source) -> list[str]:
     """Return what keeps its width: the head, embeddings, output projections, and norms of queries and keys."""
-    inputs = {module for site in source.layout.sites for module in _narrowed(site, source)}
+    inputs = {module for sub_block in source.layout.sub_blocks for module in _narrowed(sub_block, source)}
     names = {
-        name.removesuffix(".weight"): shape for name, shape in source.files.shapes.items() if name.endswith(".weight")
+        name.removesuffix(".weight"): shape
+        for name, shape in source.checkpoint.shapes.items()
+        if name.endswith(".weight")
     }
     matrices = [name for name, shape in names.items() if len(shape) == 2 and name not in inputs]
-    sites = source.layout.sites
+    sub_blocks = source.layout.sub_blocks
     vectors = [f"{name}.weight" for name, shape in names.items() if len(shape) == 1]
-    norms = [name for name in vectors if any(site.owns(name) for site in sites)]
+    norms = [name for name in vectors if any(sub_block.owns(name) for sub_block in sub_blocks)]
     return sorted({*matrices, *norms, source.layout.tail[-1]})
 
 
 def _kv_heads(source: Source) -> int:
-    config = source.files.config
+    config = source.checkpoint.config
     return int(config.get("num_key_value_heads") or config["num_attention_heads"])

@@ -44,7 +44,7 @@ class Tyr(Target):
 
     def check(self, source: Source) -> None:
         """Check what Týr knows of models."""
-        found = str(source.files.config.get("model_type"))
+        found = str(source.checkpoint.config.get("model_type"))
         if found not in _TYPES:
             raise UserError(
                 f"export: Týr serves models of type {', '.join(_TYPES)}, and this one is of type {found!r}. "

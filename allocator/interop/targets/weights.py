@@ -11,7 +11,7 @@ import torch
 from allocator.core.errors import UserError
 from allocator.core.space import Unit
 from allocator.interop.contract import VERIFY, Source
-from allocator.model.checkpoint.headers import ModelFiles, read_model_files
+from allocator.model.checkpoint.headers import Checkpoint, read_checkpoint
 from allocator.model.live.write import read_tensors
 
 COMPARE = f"to compare it with the plan, in its folder: python {VERIFY} ."
@@ -23,37 +23,37 @@ WIDTH, HEADS = "intermediate_size", ("num_key_value_heads", "num_attention_heads
 _REMEDY = "Make it with 'allocator prune PLAN --out FOLDER', and name it with --checkpoint FOLDER"
 
 
-def executed(source: Source, target: str) -> ModelFiles:
+def executed(source: Source, target: str) -> Checkpoint:
     """Return the checkpoint of a plan.
 
     Raises:
         UserError: It is not at hand, or does not hold what the plan says.
     """
-    folder = source.checkpoint
+    folder = source.executed
     if folder is None or not folder.is_dir():
         where = "beside the plan" if folder is None else f"at {folder}"
         raise UserError(f"export: {target} carries weights, and there is no checkpoint {where}. {_REMEDY}")
-    files = read_model_files(folder).named_like(source.files)
-    if wrong := next(_wrong(source, files), None):
+    checkpoint = read_checkpoint(folder).named_like(source.checkpoint)
+    if wrong := next(_wrong(source, checkpoint), None):
         raise UserError(f"export: {folder} is no checkpoint of this plan: {wrong}. {_REMEDY}")
-    return files
+    return checkpoint
 
 
-def _wrong(source: Source, files: ModelFiles) -> Iterator[str]:
+def _wrong(source: Source, checkpoint: Checkpoint) -> Iterator[str]:
     """Yield what a checkpoint holds against the plan; the weights are read of masks only."""
     planned = {f"{matrix.module}.weight": matrix for matrix in source.matrices}
-    for name, dense in source.files.shapes.items():
+    for name, dense in source.checkpoint.shapes.items():
         if len(dense) != 2:
             continue
-        matrix, found = planned.get(name), files.shapes.get(name, (0, 0))
+        matrix, found = planned.get(name), checkpoint.shapes.get(name, (0, 0))
         shape = dense if matrix is None else matrix.kept_shape
         if found != shape:
             yield f"{name} is {_shown(found)}, and {_shown(shape)} is planned"
         elif matrix is not None and matrix.zeros:
-            left = int(torch.count_nonzero(read_tensors(files, [name])[name]))
+            left = int(torch.count_nonzero(read_tensors(checkpoint, [name])[name]))
             if left > matrix.kept:
                 yield f"{name} has {left} weights that are not zero, and {matrix.kept} are planned"
-    plan, held = source.plan, sum(map(prod, files.shapes.values()))
+    plan, held = source.plan, sum(map(prod, checkpoint.shapes.values()))
     if plan.space.pattern == "structured" and held != plan.space.cost(plan.allocation):
         yield f"it holds {held:,} parameters, and {plan.space.cost(plan.allocation):,} are planned"
 
@@ -64,18 +64,20 @@ def _shown(shape: tuple[int, ...]) -> str:
 
 def head_dim(source: Source) -> dict[str, int]:
     """Return the width of a head, which a configuration may leave to be divided out of its heads."""
-    heads = int(source.files.config["num_attention_heads"])
-    attention = [site for site in source.layout.sites if site.kind != "channels"]
+    heads = int(source.checkpoint.config["num_attention_heads"])
+    attention = [sub_block for sub_block in source.layout.sub_blocks if sub_block.kind != "channels"]
     return {"head_dim": attention[0].width * attention[0].total // heads} if attention else {}
 
 
 def in_keys_of_llama(source: Source) -> bool:
     """Whether the configuration states the sizes of sub-blocks in Llama's keys, and each matrix is one part of them."""
     separate = (
-        len(site.inputs) == len(site.rows) and not site.counts and (site.kind != "kv_groups" or len(site.rows) == 3)
-        for site in source.layout.sites
+        len(sub_block.inputs) == len(sub_block.rows)
+        and not sub_block.counts
+        and (sub_block.kind != "kv_groups" or len(sub_block.rows) == 3)
+        for sub_block in source.layout.sub_blocks
     )
-    return not source.layout.mixtures and all(separate) and {WIDTH, *HEADS} <= source.files.config.keys()
+    return not source.layout.mixtures and all(separate) and {WIDTH, *HEADS} <= source.checkpoint.config.keys()
 
 
 def sizes(unit: Unit, items: int, config: Any) -> dict[str, int]:

@@ -31,7 +31,7 @@ _REMEDY = "Give a local Hugging Face folder with config.json and *.safetensors"
 
 
 @dataclass(frozen=True)
-class ModelFiles:
+class Checkpoint:
     """A checkpoint in the Hugging Face format, known without loading a weight.
 
     Attributes:
@@ -63,7 +63,7 @@ class ModelFiles:
         assert kind is not None, "checked when the headers were read"
         return kind
 
-    def named(self, names: Mapping[str, str]) -> ModelFiles:
+    def named(self, names: Mapping[str, str]) -> Checkpoint:
         """Return the same files with other names for some tensors; what the files call them stays known."""
         every = {name: names.get(name, name) for name in self.shapes}
         return replace(
@@ -75,11 +75,11 @@ class ModelFiles:
             stored={new: old for name, new in every.items() if new != (old := self.stored.get(name, name))},
         )
 
-    def named_like(self, dense: ModelFiles) -> ModelFiles:
+    def named_like(self, dense: Checkpoint) -> Checkpoint:
         """Return a checkpoint with the names that tensors have in the model that it was made from."""
         return self.named({old: new for new, old in dense.stored.items()})
 
-    def renamed(self, table: Mapping[str, str]) -> ModelFiles:
+    def renamed(self, table: Mapping[str, str]) -> Checkpoint:
         """Return the same files with parts of names replaced, as ``{"block_sparse_moe": "mlp"}`` says.
 
         Raises:
@@ -106,7 +106,7 @@ class ModelFiles:
         return fingerprint({"config": self.config, "files": {n: weights_fingerprint(self.folder / n) for n in names}})
 
 
-def model_files(folder: Path) -> list[Path]:
+def list_model_files(folder: Path) -> list[Path]:
     """Return the files of a model folder that a search reads."""
     return sorted({path for pattern in _WANTED for path in folder.glob(pattern) if path.is_file()})
 
@@ -142,7 +142,7 @@ def _renamed(name: str, table: Mapping[str, str]) -> str:
     return name
 
 
-def read_model_files(folder: Path) -> ModelFiles:
+def read_checkpoint(folder: Path) -> Checkpoint:
     """Read the configuration and the tensor headers of a model.
 
     Raises:
@@ -194,8 +194,8 @@ def read_model_files(folder: Path) -> ModelFiles:
         if config.get("model_type") in _CONV1D and len(shape) == 2 and re.search(r"\.\d+\.", name)
     )
     shapes |= {name: shapes[name][::-1] for name in transposed}
-    files = ModelFiles(folder, config, shapes, shards, dtypes, transposed)
-    return files if kind.generates else _as_in_the_model(files)
+    checkpoint = Checkpoint(folder, config, shapes, shards, dtypes, transposed)
+    return checkpoint if kind.generates else _as_in_the_model(checkpoint)
 
 
 def _computed(name: str, shape: Sequence[int]) -> bool:
@@ -203,16 +203,18 @@ def _computed(name: str, shape: Sequence[int]) -> bool:
     return name.endswith(("rotary_emb.inv_freq", ".masked_bias")) or (name.endswith(".bias") and len(shape) == 4)
 
 
-def _as_in_the_model(files: ModelFiles) -> ModelFiles:
+def _as_in_the_model(checkpoint: Checkpoint) -> Checkpoint:
     """Return files with tensors under the names that they have in the model."""
     from allocator.model.checkpoint.names import model_names
 
-    dense = files.config.get("pruned", {}).get("architecture", files.architecture)
-    names, settings = model_names(files.folder, files.config, dense, files.shapes)
-    shapes = {new: files.shapes[old] for old, new in names.items()}
-    shards, dtypes = ({new: table[old] for old, new in names.items()} for table in (files.shards, files.dtypes))
+    dense = checkpoint.config.get("pruned", {}).get("architecture", checkpoint.architecture)
+    names, settings = model_names(checkpoint.folder, checkpoint.config, dense, checkpoint.shapes)
+    shapes = {new: checkpoint.shapes[old] for old, new in names.items()}
+    shards, dtypes = (
+        {new: table[old] for old, new in names.items()} for table in (checkpoint.shards, checkpoint.dtypes)
+    )
     stored = {new: old for old, new in names.items() if new != old}
-    return replace(files, shapes=shapes, shards=shards, dtypes=dtypes, stored=stored, settings=settings)
+    return replace(checkpoint, shapes=shapes, shards=shards, dtypes=dtypes, stored=stored, settings=settings)
 
 
 def _check_tied(folder: Path, shards: Mapping[str, str]) -> None:

@@ -80,7 +80,7 @@ def labels_of(shown: Shown) -> torch.Tensor | None:
     return shown.arrays.get(LABELS) if isinstance(shown, Examples) else None
 
 
-def shown_fingerprint(shown: np.ndarray | Examples) -> str:
+def fingerprint_examples(shown: np.ndarray | Examples) -> str:
     """Return the hash of what is shown, in arrays of numpy."""
     if not isinstance(shown, Examples):
         return fingerprint(shown.tolist())

@@ -15,7 +15,7 @@ import numpy as np
 import transformers
 
 from allocator.core.errors import UserError
-from allocator.model.checkpoint.headers import ModelFiles
+from allocator.model.checkpoint.headers import Checkpoint
 from allocator.model.data.examples import LABELS, Examples
 from allocator.model.data.text import in_hash_order, json_line, pack, read_documents, split_of
 from allocator.model.live.load import load_tokenizer, raw_tokenizer
@@ -35,8 +35,12 @@ class Item:
     label: str | None = None
 
 
-def read_shown(
-    path: Path | None, files: ModelFiles, wanted: Mapping[str, int], length: int, report: Report = lambda message: None
+def read_examples(
+    path: Path | None,
+    checkpoint: Checkpoint,
+    wanted: Mapping[str, int],
+    length: int,
+    report: Report = lambda message: None,
 ) -> dict[str, np.ndarray | Examples]:
     """Read what a model of its kind is shown.
 
@@ -47,7 +51,7 @@ def read_shown(
             are labels for a model that classifies, or an .npz file of ``pixel_values`` and perhaps ``labels``. Images
             with text: a .jsonl file whose lines have ``image``, a path beside the file, and ``text``, or an .npz file
             of ``pixel_values`` and ``input_ids``.
-        files: The model.
+        checkpoint: The model.
         wanted: Tokens of each split, multiples of ``length``.
         length: Tokens that an example has, or counts as.
         report: Hears of examples that are left out.
@@ -55,31 +59,35 @@ def read_shown(
     Raises:
         UserError: It is something else, is damaged, or a split holds too few examples.
     """
-    kind = files.kind
+    kind = checkpoint.kind
     if kind.reads == "text" and path is not None and path.suffix in (".npz", *_IMAGES):
-        raise UserError(f"text: {files.architecture} reads text, and {path} is none. Give text, or another model")
+        raise UserError(f"text: {checkpoint.architecture} reads text, and {path} is none. Give text, or another model")
     if kind.reads == "text" and kind.answers != "classes":
-        return {**read_tokens(path, files, dict(wanted), length)}
+        return {**read_tokens(path, checkpoint, dict(wanted), length)}
     counts = {split: tokens // length for split, tokens in wanted.items()}
     if kind.reads == "text":
-        return {**_read_labelled(path, files, counts, length, report)}
+        return {**_read_labelled(path, checkpoint, counts, length, report)}
     if path is None or not path.exists():
         what = "a folder of images" if kind.reads == "images" else 'a .jsonl file whose lines have "image" and "text"'
         found = "none is named" if path is None else f"{path} does not exist"
-        raise UserError(f"text: {files.architecture} reads {kind.words}, and {found}. Name {what}, or an .npz file")
+        raise UserError(
+            f"text: {checkpoint.architecture} reads {kind.words}, and {found}. Name {what}, or an .npz file"
+        )
     if path.suffix == ".npz":
-        return {**_read_arrays(path, files, counts, length)}
+        return {**_read_arrays(path, checkpoint, counts, length)}
     if kind.reads == "images":
-        return {**_read_images(path, files, counts, length)}
-    return {**_read_pairs(path, files, counts, length)}
+        return {**_read_images(path, checkpoint, counts, length)}
+    return {**_read_pairs(path, checkpoint, counts, length)}
 
 
-def read_tokens(text: Path | None, files: ModelFiles, wanted: dict[str, int], length: int) -> dict[str, np.ndarray]:
+def read_tokens(
+    text: Path | None, checkpoint: Checkpoint, wanted: dict[str, int], length: int
+) -> dict[str, np.ndarray]:
     """Read text, split it, and pack each split into sequences.
 
     Args:
         text: Where the text is; None for the Python standard library.
-        files: The model, whose tokenizer it is. If it has a token that classifies, every sequence begins with it,
+        checkpoint: The model, whose tokenizer it is. If it has a token that classifies, every sequence begins with it,
             unless the model generates.
         wanted: Tokens of each split, multiples of ``length``; ``training`` reads the calibration split too.
         length: Tokens per sequence.
@@ -88,8 +96,8 @@ def read_tokens(text: Path | None, files: ModelFiles, wanted: dict[str, int], le
         UserError: A split holds too few tokens.
     """
     documents = read_documents(text)
-    encode, separator = load_tokenizer(files.folder)
-    first = None if files.kind.generates else raw_tokenizer(files.folder).cls_token_id
+    encode, separator = load_tokenizer(checkpoint.folder)
+    first = None if checkpoint.kind.generates else raw_tokenizer(checkpoint.folder).cls_token_id
     tokens = {}
     for split, count in wanted.items():
         source = "calibration" if split == "training" else split
@@ -103,12 +111,12 @@ def read_tokens(text: Path | None, files: ModelFiles, wanted: dict[str, int], le
 
 
 def _read_labelled(
-    path: Path | None, files: ModelFiles, counts: Mapping[str, int], length: int, report: Report
+    path: Path | None, checkpoint: Checkpoint, counts: Mapping[str, int], length: int, report: Report
 ) -> dict[str, Examples]:
     """Return documents as one sequence each, with their labels where they have some. Shorter ones are left out."""
     labels = _labels_in(path) if path is not None and path.is_file() and path.suffix == ".jsonl" else {}
     items = [Item(each.name, each.text, labels.get(each.name)) for each in read_documents(path)]
-    tokenizer = raw_tokenizer(files.folder)
+    tokenizer = raw_tokenizer(checkpoint.folder)
     short = 0
     long: list[Item] = []
     for item in items:
@@ -121,7 +129,7 @@ def _read_labelled(
             f"notice: {short} of {len(items)} documents are shorter than {length} tokens and left out. "
             "A smaller tokens.sequence_length takes more of them"
         )
-    numbered = _numbered(long, files, path)
+    numbered = _numbered(long, checkpoint, path)
     return _made(numbered, counts, length, path, lambda own: {"input_ids": np.array([i.content for i in own])})
 
 
@@ -135,33 +143,33 @@ def _labels_in(path: Path) -> dict[str, str]:
     return labels
 
 
-def _read_images(folder: Path, files: ModelFiles, counts: Mapping[str, int], length: int) -> dict[str, Examples]:
+def _read_images(folder: Path, checkpoint: Checkpoint, counts: Mapping[str, int], length: int) -> dict[str, Examples]:
     paths = [path for path in folder.rglob("*") if path.suffix.lower() in _IMAGES] if folder.is_dir() else []
     if not paths:
         raise UserError(
-            f"text: {files.architecture} reads images, and {folder} holds none ({', '.join(_IMAGES)}). "
+            f"text: {checkpoint.architecture} reads images, and {folder} holds none ({', '.join(_IMAGES)}). "
             "Name a folder of images, or an .npz file of pixel_values"
         )
     items = []
     for path in paths:
         place = path.relative_to(folder)
-        label = place.parts[0] if files.kind.answers == "classes" and len(place.parts) > 1 else None
+        label = place.parts[0] if checkpoint.kind.answers == "classes" and len(place.parts) > 1 else None
         items.append(Item(place.as_posix(), path, label))
-    prepare = _processor(files)
+    prepare = _processor(checkpoint)
     return _made(
-        _numbered(items, files, folder),
+        _numbered(items, checkpoint, folder),
         counts,
         length,
         folder,
-        lambda own: {"pixel_values": _pixels([item.content for item in own], prepare, files)},
+        lambda own: {"pixel_values": _pixels([item.content for item in own], prepare, checkpoint)},
     )
 
 
-def _read_pairs(path: Path, files: ModelFiles, counts: Mapping[str, int], length: int) -> dict[str, Examples]:
+def _read_pairs(path: Path, checkpoint: Checkpoint, counts: Mapping[str, int], length: int) -> dict[str, Examples]:
     if path.suffix != ".jsonl":
         raise UserError(
-            f'text: {files.architecture} reads images with text, and {path} is no .jsonl file. Write lines {{"image": '
-            '"a.jpg", "text": "..."}, with paths beside the file, or give an .npz file'
+            f"text: {checkpoint.architecture} reads images with text, and {path} is no .jsonl file. Write lines "
+            '{"image": "a.jpg", "text": "..."}, with paths beside the file, or give an .npz file'
         )
     items = []
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
@@ -176,10 +184,12 @@ def _read_pairs(path: Path, files: ModelFiles, counts: Mapping[str, int], length
         if not (path.parent / image).is_file():
             raise UserError(f"text: {path}, line {number}: {path.parent / image} does not exist. Paths are beside it")
         items.append(Item(f"{path.name}#{number}", (path.parent / image, text)))
-    prepare, tokenizer = _processor(files), raw_tokenizer(files.folder)
-    longest = int(files.settings["text_config"]["max_position_embeddings"])
+    prepare, tokenizer = _processor(checkpoint), raw_tokenizer(checkpoint.folder)
+    longest = int(checkpoint.settings["text_config"]["max_position_embeddings"])
     if tokenizer.pad_token_id is None:
-        raise UserError(f"model: {files.folder}: the tokenizer has no token for padding, which texts of pairs need")
+        raise UserError(
+            f"model: {checkpoint.folder}: the tokenizer has no token for padding, which texts of pairs need"
+        )
 
     def make(own: Sequence[Item]) -> dict[str, np.ndarray]:
         # padding comes last and is not masked: texts are read causally, or the model was trained so
@@ -187,33 +197,33 @@ def _read_pairs(path: Path, files: ModelFiles, counts: Mapping[str, int], length
         ids = tokenizer(texts, padding="max_length", truncation=True, max_length=longest)["input_ids"]
         return {
             "input_ids": np.array(ids, dtype=np.int64),
-            "pixel_values": _pixels([item.content[0] for item in own], prepare, files),
+            "pixel_values": _pixels([item.content[0] for item in own], prepare, checkpoint),
         }
 
     return _made([(item, None) for item in items], counts, length, path, make)
 
 
-def _read_arrays(path: Path, files: ModelFiles, counts: Mapping[str, int], length: int) -> dict[str, Examples]:
+def _read_arrays(path: Path, checkpoint: Checkpoint, counts: Mapping[str, int], length: int) -> dict[str, Examples]:
     """Return the rows of an .npz file."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"text: {path}: not a readable .npz file ({error}). Write it with numpy.savez") from None
-    needed = ["pixel_values"] if files.kind.reads == "images" else ["input_ids", "pixel_values"]
+    needed = ["pixel_values"] if checkpoint.kind.reads == "images" else ["input_ids", "pixel_values"]
     if missing := [name for name in needed if name not in arrays]:
         raise UserError(
-            f"text: {path} has no array {missing[0]}, found {sorted(arrays)}. {files.architecture} needs it"
+            f"text: {path} has no array {missing[0]}, found {sorted(arrays)}. {checkpoint.architecture} needs it"
         )
-    labelled = LABELS in arrays and files.kind.answers == "classes"
+    labelled = LABELS in arrays and checkpoint.kind.answers == "classes"
     names = [*needed, *([LABELS] if labelled else [])]
     rows = {name: len(arrays[name]) for name in names}
     if len(set(rows.values())) > 1:
         raise UserError(f"text: {path}: arrays have different numbers of rows, {rows}")
     pixels = arrays["pixel_values"].astype(np.float32)
-    _check_pixels(pixels, files, path)
+    _check_pixels(pixels, checkpoint, path)
     if "input_ids" in names:
-        _check_ids(arrays["input_ids"], files, path)
+        _check_ids(arrays["input_ids"], checkpoint, path)
     items = [
         Item(f"row#{number}", number, str(arrays[LABELS][number]) if labelled else None)
         for number in range(len(pixels))
@@ -224,7 +234,7 @@ def _read_arrays(path: Path, files: ModelFiles, counts: Mapping[str, int], lengt
         ids = {"input_ids": arrays["input_ids"][chosen].astype(np.int64)} if "input_ids" in names else {}
         return {**ids, "pixel_values": pixels[chosen]}
 
-    return _made(_numbered(items, files, path), counts, length, path, make)
+    return _made(_numbered(items, checkpoint, path), counts, length, path, make)
 
 
 def _made(
@@ -254,15 +264,15 @@ def _made(
     return made
 
 
-def _numbered(items: Sequence[Item], files: ModelFiles, path: Path | None) -> list[tuple[Item, int | None]]:
+def _numbered(items: Sequence[Item], checkpoint: Checkpoint, path: Path | None) -> list[tuple[Item, int | None]]:
     """Return items with the numbers of their labels, for a model that classifies.
 
     Raises:
         UserError: A label is no class of the model, or some items have none.
     """
-    if files.kind.answers != "classes" or all(item.label is None for item in items):
+    if checkpoint.kind.answers != "classes" or all(item.label is None for item in items):
         return [(item, None) for item in items]
-    classes = {str(name): int(number) for name, number in (files.settings.get("label2id") or {}).items()}
+    classes = {str(name): int(number) for name, number in (checkpoint.settings.get("label2id") or {}).items()}
     numbers = {str(number): number for number in range(max([*classes.values(), -1]) + 1)}
     found: list[tuple[Item, int | None]] = []
     for item in items:
@@ -273,7 +283,7 @@ def _numbered(items: Sequence[Item], files: ModelFiles, path: Path | None) -> li
         if number is None:
             some = ", ".join(list(classes)[:12])
             raise UserError(
-                f"text: {path}: {item.name} has the label {label!r}, which is no class of {files.architecture}. "
+                f"text: {path}: {item.name} has the label {label!r}, which is no class of {checkpoint.architecture}. "
                 f"It has {len(classes)}: {some}"
             )
         found.append((item, number))
@@ -290,22 +300,23 @@ def _record(path: Path, number: int, line: str) -> dict[str, Any] | None:
     return record
 
 
-def _processor(files: ModelFiles) -> Callable[[list[Any]], np.ndarray]:
+def _processor(checkpoint: Checkpoint) -> Callable[[list[Any]], np.ndarray]:
     """Return what makes pixels of images, as the model's preprocessor_config.json says."""
     try:
         processor: Any = transformers.AutoImageProcessor.from_pretrained(
-            files.folder, local_files_only=True, trust_remote_code=False
+            checkpoint.folder, local_files_only=True, trust_remote_code=False
         )
     except (OSError, ValueError, ImportError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"model: {files.folder}: images cannot be prepared: {reason} Copy preprocessor_config.json, and install "
+            f"model: {checkpoint.folder}: images cannot be prepared: {reason} Copy preprocessor_config.json, and "
+            f"install "
             "Pillow; or give an .npz file of pixel_values"
         ) from None
     return lambda images: np.asarray(processor(images=images, return_tensors="np")["pixel_values"], dtype=np.float32)
 
 
-def _pixels(paths: Sequence[Path], prepare: Callable[[list[Any]], np.ndarray], files: ModelFiles) -> np.ndarray:
+def _pixels(paths: Sequence[Path], prepare: Callable[[list[Any]], np.ndarray], checkpoint: Checkpoint) -> np.ndarray:
     from PIL import Image, UnidentifiedImageError
 
     rows = []
@@ -316,12 +327,12 @@ def _pixels(paths: Sequence[Path], prepare: Callable[[list[Any]], np.ndarray], f
         except (UnidentifiedImageError, OSError) as error:
             raise UserError(f"text: {path}: not a readable image ({error}). Copy it again, or remove it") from None
     pixels = np.concatenate(rows)
-    _check_pixels(pixels, files, files.folder / "preprocessor_config.json")
+    _check_pixels(pixels, checkpoint, checkpoint.folder / "preprocessor_config.json")
     return pixels
 
 
-def _check_pixels(pixels: np.ndarray, files: ModelFiles, path: Path) -> None:
-    vision = {**files.settings, **(files.settings.get("vision_config") or {})}
+def _check_pixels(pixels: np.ndarray, checkpoint: Checkpoint, path: Path) -> None:
+    vision = {**checkpoint.settings, **(checkpoint.settings.get("vision_config") or {})}
     channels, side = vision.get("num_channels", 3), vision["image_size"]
     expected = (channels, *(side if isinstance(side, (list, tuple)) else (side, side)))
     if pixels.ndim == 4 and pixels.shape[1] == channels and str(vision["model_type"]).startswith("dinov2"):
@@ -329,18 +340,18 @@ def _check_pixels(pixels: np.ndarray, files: ModelFiles, path: Path) -> None:
     if pixels.shape[1:] != expected:
         raise UserError(
             f"text: {path} gives pixels of shape {list(pixels.shape[1:])} for each image, and "
-            f"{files.architecture} sees {list(expected)}. Make them so"
+            f"{checkpoint.architecture} sees {list(expected)}. Make them so"
         )
     if not np.isfinite(pixels).all():
         raise UserError(f"text: {path} gives pixels that are not finite")
 
 
-def _check_ids(ids: np.ndarray, files: ModelFiles, path: Path) -> None:
-    text = files.settings["text_config"]
+def _check_ids(ids: np.ndarray, checkpoint: Checkpoint, path: Path) -> None:
+    text = checkpoint.settings["text_config"]
     longest, size = int(text["max_position_embeddings"]), int(text["vocab_size"])
     if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or ids.shape[1] > longest:
         raise UserError(
-            f"text: {path}: input_ids are {ids.dtype} of shape {list(ids.shape)}, and {files.architecture} reads "
+            f"text: {path}: input_ids are {ids.dtype} of shape {list(ids.shape)}, and {checkpoint.architecture} reads "
             f"integers of shape [N, {longest}] at most"
         )
     if ids.size and (ids.min() < 0 or ids.max() >= size):

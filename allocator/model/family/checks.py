@@ -9,34 +9,35 @@ from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from allocator.core.errors import UserError
-from allocator.model.checkpoint.headers import ModelFiles
+from allocator.model.checkpoint.headers import Checkpoint
 
 _DEPTH = re.compile(r"^(n|num)_((hidden|encoder|decoder)_)?layers?$|^(en|de)coder_layers$")
 
 
-def check_depth(blocks: str, numbers: Sequence[int], files: ModelFiles) -> None:
+def check_depth(blocks: str, numbers: Sequence[int], checkpoint: Checkpoint) -> None:
     """Check that a model has blocks of a name, all of them, and each with weights of its own.
 
     Raises:
         UserError: There are none, numbers are left out, or the configuration says another number of layers.
     """
     if not numbers:
-        there = numbered(files)
+        there = numbered(checkpoint)
         hint = "" if there is None else f", whose numbered modules are {there}"
         raise UserError(
-            f"family: blocks {blocks!r} matches no module of {files.architecture}{hint}. Name its blocks "
+            f"family: blocks {blocks!r} matches no module of {checkpoint.architecture}{hint}. Name its blocks "
             "with {block} in place of the number"
         )
     gap = next((number for number in range(numbers[-1]) if number not in numbers), None)
     if gap is not None:
         raise UserError(
-            f"family: blocks {blocks!r} matches {len(numbers)} blocks of {files.architecture} up to number "
+            f"family: blocks {blocks!r} matches {len(numbers)} blocks of {checkpoint.architecture} up to number "
             f"{numbers[-1]}, and number {gap} is not there. Copy the model again, or correct the line"
         )
-    stated = sorted({*_depths(files.config)})
+    stated = sorted({*_depths(checkpoint.config)})
     if stated and len(numbers) not in stated:
         raise UserError(
-            f"family: blocks {blocks!r} matches {len(numbers)} blocks of {files.architecture}, and config.json says "
+            f"family: blocks {blocks!r} matches {len(numbers)} blocks of {checkpoint.architecture}, and config.json "
+            f"says "
             f"{' or '.join(map(str, stated))} layers. Copy the model again, or correct the line; layers that share "
             "their weights cannot be pruned"
         )
@@ -51,13 +52,15 @@ def _depths(config: Mapping[str, Any]) -> Iterator[int]:
             yield from _depths(value)
 
 
-def numbered(files: ModelFiles) -> str | None:
+def numbered(checkpoint: Checkpoint) -> str | None:
     """Return how most of the numbered modules are called, with ``{block}`` for the number; None where none has one."""
-    found = Counter(match[1] for name in files.shapes if (match := re.match(r"^(.*?\.)\d+\.", name)))
+    found = Counter(match[1] for name in checkpoint.shapes if (match := re.match(r"^(.*?\.)\d+\.", name)))
     return f"{found.most_common(1)[0][0]}{{block}}" if found else None
 
 
-def check_skipped(skipped: Mapping[str, str], tail: Sequence[str], owned: Collection[str], files: ModelFiles) -> None:
+def check_skipped(
+    skipped: Mapping[str, str], tail: Sequence[str], owned: Collection[str], checkpoint: Checkpoint
+) -> None:
     """Check that every matrix is in a unit or under ``skip``, and in one of them.
 
     A line of ``skip`` may name nothing, for a family serves models with and without it. One that was meant for a matrix
@@ -67,7 +70,7 @@ def check_skipped(skipped: Mapping[str, str], tail: Sequence[str], owned: Collec
         skipped: Modules by name, and the line of ``skip`` for each.
         tail: Modules that follow the blocks.
         owned: Matrices of units.
-        files: The model.
+        checkpoint: The model.
 
     Raises:
         UserError: One is in neither, or in both.
@@ -78,27 +81,27 @@ def check_skipped(skipped: Mapping[str, str], tail: Sequence[str], owned: Collec
             raise UserError(
                 f"family: {module} is in a unit and under {other!r}, and is pruned or stays. Take it out of one of them"
             )
-    there = {name.removesuffix(".weight"): shape for name, shape in files.shapes.items()}
+    there = {name.removesuffix(".weight"): shape for name, shape in checkpoint.shapes.items()}
     idle = [line for module, line in skipped.items() if module not in there]
     for module, shape in there.items():
         if len(shape) >= 2 and module not in owned and module not in skipped:
             near = get_close_matches(_numberless(module), idle, n=1) if idle else []
             hint = f". 'skip' names {near[0]!r}, which is not there: correct it" if near else ""
             raise UserError(
-                f"family: matrix {module} {list(shape)} of {files.architecture} is in no unit{hint}. "
+                f"family: matrix {module} {list(shape)} of {checkpoint.architecture} is in no unit{hint}. "
                 "Name it in a unit, or list it under 'skip'"
             )
 
 
-def check_heads(inputs: Sequence[str], output: str, fused: bool, files: ModelFiles) -> None:
+def check_heads(inputs: Sequence[str], output: str, fused: bool, checkpoint: Checkpoint) -> None:
     """Check that heads divide the matrices of attention: queries, keys and values, in this order, and the output.
 
     Raises:
         UserError: They do not.
     """
-    heads = num_heads(files)
-    rows = {module: files.shapes[f"{module}.weight"][0] for module in inputs}
-    columns = files.shapes[f"{output}.weight"][1]
+    heads = num_heads(checkpoint)
+    rows = {module: checkpoint.shapes[f"{module}.weight"][0] for module in inputs}
+    columns = checkpoint.shapes[f"{output}.weight"][1]
     if columns % heads:
         _refuse(output, f"{columns} columns, which {heads} query heads do not divide")
     width = columns // heads
@@ -112,7 +115,7 @@ def check_heads(inputs: Sequence[str], output: str, fused: bool, files: ModelFil
         groups = rest // (2 * width)
     else:
         # models from before grouped queries name query heads alone
-        groups = int(files.config.get("num_key_value_heads") or heads)
+        groups = int(checkpoint.config.get("num_key_value_heads") or heads)
         query, key, value = inputs
         if groups < 1:
             raise UserError(f"family: num_key_value_heads of config.json is {groups}. Correct it")
@@ -145,23 +148,23 @@ def _refuse(module: str, found: str) -> NoReturn:
     )
 
 
-def num_heads(files: ModelFiles) -> int:
+def num_heads(checkpoint: Checkpoint) -> int:
     """Return the query heads of a layer.
 
     Raises:
         UserError: The configuration does not say.
     """
     for key in ("num_attention_heads", "n_head", "n_heads"):
-        heads = files.config.get(key)
+        heads = checkpoint.config.get(key)
         if isinstance(heads, int) and heads > 0:
             return heads
     raise UserError(
-        f"model: config.json of {files.architecture} does not say how many query heads a layer has "
-        f"(num_attention_heads: {files.config.get('num_attention_heads')}). Add it, or save the model again"
+        f"model: config.json of {checkpoint.architecture} does not say how many query heads a layer has "
+        f"(num_attention_heads: {checkpoint.config.get('num_attention_heads')}). Add it, or save the model again"
     )
 
 
-def check_biases(owned: Collection[str], files: ModelFiles) -> None:
+def check_biases(owned: Collection[str], checkpoint: Checkpoint) -> None:
     """Check that a bias is as long as its matrix has rows, and that of a unit is there in every block or in none.
 
     Raises:
@@ -169,19 +172,19 @@ def check_biases(owned: Collection[str], files: ModelFiles) -> None:
     """
     remedy = "Copy the model again, or save it again with save_pretrained"
     first: dict[str, str] = {}
-    for name, shape in files.shapes.items():
+    for name, shape in checkpoint.shapes.items():
         module = name.removesuffix(".weight")
         if module == name or len(shape) != 2:
             continue
-        bias = files.shapes.get(f"{module}.bias")
+        bias = checkpoint.shapes.get(f"{module}.bias")
         if bias not in (None, shape[:1]):
             raise UserError(
                 f"model: {module}.bias has the shape {list(bias or ())}, and {name} has {shape[0]} rows. {remedy}"
             )
         other = first.setdefault(_numberless(module), module) if module in owned else module
-        if (f"{other}.bias" in files.shapes) != (bias is not None):
+        if (f"{other}.bias" in checkpoint.shapes) != (bias is not None):
             there, absent = (module, other) if bias is not None else (other, module)
-            raise UserError(f"model: {files.folder}: {there}.bias is there and {absent}.bias is not. {remedy}")
+            raise UserError(f"model: {checkpoint.folder}: {there}.bias is there and {absent}.bias is not. {remedy}")
 
 
 def _numberless(module: str) -> str:
@@ -195,7 +198,7 @@ def check_vectors(
     output: str,
     skipped: Collection[str],
     own: Mapping[str, tuple[int, ...]],
-    files: ModelFiles,
+    checkpoint: Checkpoint,
 ) -> None:
     """Check that no vector beside the matrices of a sub-block would have to lose what they lose.
 
@@ -210,23 +213,24 @@ def check_vectors(
         output: The matrix whose columns it loses.
         skipped: Modules that stay.
         own: Shapes of the sub-block's tensors.
-        files: The model.
+        checkpoint: The model.
 
     Raises:
         UserError: One would.
     """
-    hidden = files.shapes[f"{output}.weight"][0]
+    hidden = checkpoint.shapes[f"{output}.weight"][0]
     for key, shape in own.items():
         if len(shape) != 1 or shape[0] not in lost:
             continue
         module = key.rpartition(".")[0]
-        if key == f"{module}.bias" and len(files.shapes.get(f"{module}.weight", ())) == 2:
+        if key == f"{module}.bias" and len(checkpoint.shapes.get(f"{module}.weight", ())) == 2:
             continue
-        home = f"{module.rpartition('.')[0]}."
-        beside_output = output.startswith(home) and not any(each.startswith(home) for each in inputs)
+        parent = f"{module.rpartition('.')[0]}."
+        beside_output = output.startswith(parent) and not any(each.startswith(parent) for each in inputs)
         if module not in skipped and not (shape[0] == hidden and beside_output):
             raise UserError(
-                f"family: {key} of {files.architecture} has {shape[0]} values, as many as {name} has of what it loses, "
+                f"family: {key} of {checkpoint.architecture} has {shape[0]} values, as many as {name} has of what it "
+                f"loses, "
                 "and no line says that it loses them too. Such a model cannot be pruned; if the vector has nothing to "
                 "do with what goes, list its module under 'skip', with {block} for the number"
             )

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from allocator.core.errors import UserError
-from allocator.model.checkpoint.headers import ModelFiles
+from allocator.model.checkpoint.headers import Checkpoint
 from allocator.model.family.checks import numbered
 from allocator.model.family.layout import named_as_in
 from allocator.model.family.schema import EXPERT_INPUTS, EXPERT_OUTPUT, Family
@@ -34,12 +34,12 @@ class Covered:
     by: str | None
 
 
-def coverage(files: ModelFiles, family: Family | None) -> list[Covered]:
+def coverage(checkpoint: Checkpoint, family: Family | None) -> list[Covered]:
     """Return every matrix of a model, and what covers it in a family; in none, where there is none."""
-    prefixes = [_prefix(files)]
+    prefixes = [_prefix(checkpoint)]
     owners: dict[str, str] = {}
     if family is not None:
-        family = named_as_in(files, family)
+        family = named_as_in(checkpoint, family)
         prefixes = family.chains
         owners = {module.removesuffix("?"): "entry" for module in family.entry}
         owners |= {module.removesuffix("?"): "tail" for module in family.tail}
@@ -47,36 +47,38 @@ def coverage(files: ModelFiles, family: Family | None) -> list[Covered]:
         for prefix, (part, unit) in itertools.product(prefixes, family.units.items()):
             owners |= {f"{prefix}.{module}": part for module in unit.names}
     counts: dict[tuple[str, tuple[int, ...]], int] = {}
-    for name, shape in files.shapes.items():
+    for name, shape in checkpoint.shapes.items():
         if len(shape) >= 2:
             key = _general(name.removesuffix(".weight"), prefixes), shape
             counts[key] = counts.get(key, 0) + 1
     return [Covered(name, shape, count, owners.get(name)) for (name, shape), count in sorted(counts.items())]
 
 
-def draft(files: ModelFiles) -> str:
+def draft(checkpoint: Checkpoint) -> str:
     """Return a family file for a model, guessed from names and shapes, with comments where a guess wants a look.
 
     Raises:
         UserError: No part of its names looks like numbered blocks.
     """
-    prefix = _prefix(files)
+    prefix = _prefix(checkpoint)
     inside = {
         _general(name.removesuffix(".weight"), [prefix]).removeprefix(f"{prefix}."): shape
-        for name, shape in files.shapes.items()
+        for name, shape in checkpoint.shapes.items()
         if name.startswith(prefix.split("{")[0]) and name.endswith(".weight")
     }
     own = {name: shape for name, shape in inside.items() if len(shape) == 2}
     vectors = {name: shape for name, shape in inside.items() if len(shape) == 1}
-    outside = [name for name in files.shapes if not name.startswith(prefix.split("{")[0])]
-    matrices = [name.removesuffix(".weight") for name in outside if len(files.shapes[name]) == 2]
-    norms = [name.removesuffix(".weight") for name in outside if len(files.shapes[name]) == 1 and ".weight" in name]
+    outside = [name for name in checkpoint.shapes if not name.startswith(prefix.split("{")[0])]
+    matrices = [name.removesuffix(".weight") for name in outside if len(checkpoint.shapes[name]) == 2]
+    norms = [
+        name.removesuffix(".weight") for name in outside if len(checkpoint.shapes[name]) == 1 and ".weight" in name
+    ]
     head = next((name for name in matrices if re.search(r"(head|embed_out)$", name)), "lm_head")
     entry, leaving = ([name for name in matrices if re.search(rf"proj(ect)?_{way}$", name)] for way in ("in", "out"))
     lines = [
-        f"# Drafted from the names and shapes of a {files.architecture}: check every line.",
+        f"# Drafted from the names and shapes of a {checkpoint.architecture}: check every line.",
         "schema: 1",
-        f"model_types: [{files.config.get('model_type')}]",
+        f"model_types: [{checkpoint.config.get('model_type')}]",
         f'blocks: "{prefix}"',
         "units:",
     ]
@@ -91,7 +93,7 @@ def draft(files: ModelFiles) -> str:
     for folder in sorted(folders, key=lambda folder: "att" not in folder):  # in the order of the forward pass
         its, beside = ({n: s for n, s in of.items() if n.rpartition(".")[0] == folder} for of in (own, vectors))
         lines += _unit(folder, its, beside)
-    if not files.kind.generates:
+    if not checkpoint.kind.generates:
         return "\n".join([*lines, f"skip: [{', '.join(dict.fromkeys(matrices))}]"]) + "\n"
     lines += [f"entry: [{', '.join(entry)}]  # between the embeddings and the blocks"] if entry else []
     staying = [name for name in dict.fromkeys([*matrices, head]) if name not in (*entry, *leaving)]
@@ -157,10 +159,10 @@ def _quoted(name: str) -> str:
     return f'"{name}"' if "{" in name else name
 
 
-def _prefix(files: ModelFiles) -> str:
-    found = numbered(files)
+def _prefix(checkpoint: Checkpoint) -> str:
+    found = numbered(checkpoint)
     if found is None:
-        raise UserError(f"model: {files.folder}: no name of a tensor has a number in it, so no blocks can be told")
+        raise UserError(f"model: {checkpoint.folder}: no name of a tensor has a number in it, so no blocks can be told")
     return found
 
 

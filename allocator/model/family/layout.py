@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from allocator.core.errors import UserError, did_you_mean
-from allocator.model.checkpoint.headers import ModelFiles, read_model_files
+from allocator.model.checkpoint.headers import Checkpoint, read_checkpoint
 from allocator.model.checkpoint.kinds import CAUSAL, Kind
 from allocator.model.family.checks import check_biases, check_depth, check_skipped, check_vectors
 from allocator.model.family.schema import Attention, Experts, Family, find_family
-from allocator.model.family.sub_blocks import Site, lengths, sites_of
+from allocator.model.family.sub_blocks import SubBlock, lengths, sub_blocks_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class Layout:
     Attributes:
         blocks: Module names of the blocks, in order.
         tail: Modules from the last block's output to the logits; the last is the head, as the checkpoint names it.
-        sites: Prunable sub-blocks, in model order.
+        sub_blocks: Prunable sub-blocks, in model order.
         around: Matrices in no sub-block that work for every token, before and behind the blocks and in them.
         kind: What kind of model it is.
         towers: How many blocks, of those in order, each tower has; empty where all are one chain.
@@ -32,14 +32,14 @@ class Layout:
 
     blocks: tuple[str, ...]
     tail: tuple[str, ...]
-    sites: tuple[Site, ...]
+    sub_blocks: tuple[SubBlock, ...]
     around: tuple[str, ...] = ()
     kind: Kind = CAUSAL
     towers: tuple[int, ...] = ()
-    mixtures: tuple[Site, ...] = ()
+    mixtures: tuple[SubBlock, ...] = ()
 
 
-def open_model(folder: Path, file: Path | None = None) -> tuple[ModelFiles, Family]:
+def open_model(folder: Path, file: Path | None = None) -> tuple[Checkpoint, Family]:
     """Return a model with the names that transformers has for its modules, and its family.
 
     Args:
@@ -47,33 +47,39 @@ def open_model(folder: Path, file: Path | None = None) -> tuple[ModelFiles, Fami
         file: The family's file; None for one of those shipped.
 
     Raises:
-        UserError: See :func:`~allocator.model.checkpoint.headers.read_model_files` and :func:`~.family.find_family`.
+        UserError: See :func:`~allocator.model.checkpoint.headers.read_checkpoint` and :func:`~.family.find_family`.
     """
-    files = read_model_files(folder)
-    family = find_family(str(files.config.get("model_type")), file)
-    return named_by(family, files), family
+    checkpoint = read_checkpoint(folder)
+    family = find_family(str(checkpoint.config.get("model_type")), file)
+    return named_by(family, checkpoint), family
 
 
-def named_by(family: Family, files: ModelFiles) -> ModelFiles:
+def named_by(family: Family, checkpoint: Checkpoint) -> Checkpoint:
     """Return files with the names of a family.
 
     A causal language model may have been saved by its base, whose names lack what the whole model has in front.
     """
-    files = files.renamed(family.renamed)
+    checkpoint = checkpoint.renamed(family.renamed)
     base, _, rest = family.chains[0].partition(".")
-    if not files.kind.generates or block_numbers(files, family.chains[0]) or not block_numbers(files, rest):
-        return files
-    return files.named({name: f"{base}.{name}" for name in files.shapes if not name.startswith(f"{family.tail[-1]}.")})
+    if (
+        not checkpoint.kind.generates
+        or block_numbers(checkpoint, family.chains[0])
+        or not block_numbers(checkpoint, rest)
+    ):
+        return checkpoint
+    return checkpoint.named(
+        {name: f"{base}.{name}" for name in checkpoint.shapes if not name.startswith(f"{family.tail[-1]}.")}
+    )
 
 
 def resolve_layout(
-    family: Family, files: ModelFiles, attention: Attention = "kv_groups", experts: Experts = "whole"
+    family: Family, checkpoint: Checkpoint, attention: Attention = "kv_groups", experts: Experts = "whole"
 ) -> Layout:
     """Find the family's modules in a model, and check that they cover every weight matrix.
 
     Args:
         family: The names.
-        files: The model.
+        checkpoint: The model.
         attention: What attention loses.
         experts: What a mixture of experts loses.
 
@@ -82,49 +88,62 @@ def resolve_layout(
             missing, shapes do not divide into items, each KV group has but one query head to lose, or what lies beside
             the matrices of a unit has the width that they lose.
     """
-    shapes, family, kind = files.shapes, named_as_in(files, family), files.kind
-    numbers = [block_numbers(files, chain) for chain in family.chains]
+    shapes, family, kind = checkpoint.shapes, named_as_in(checkpoint, family), checkpoint.kind
+    numbers = [block_numbers(checkpoint, chain) for chain in family.chains]
     blocks: list[str] = []
-    sites: list[Site] = []
-    mixtures: list[Site] = []
-    towers: dict[str, ModelFiles] = {}
+    sub_blocks: list[SubBlock] = []
+    mixtures: list[SubBlock] = []
+    towers: dict[str, Checkpoint] = {}
     for chain, own in zip(family.chains, numbers, strict=True):
-        check_depth(chain, own, files)
-        tower = tower_files(files, chain)
+        check_depth(chain, own, checkpoint)
+        tower = tower_files(checkpoint, chain)
         for number in own:
             blocks.append(chain.format(block=number))
-            found, mixed = sites_of(family, blocks[-1], len(blocks) - 1, tower, attention, experts)
-            sites += found
+            found, mixed = sub_blocks_of(family, blocks[-1], len(blocks) - 1, tower, attention, experts)
+            sub_blocks += found
             mixtures += mixed
-            towers |= {site.name: tower for site in found}
+            towers |= {sub_block.name: tower for sub_block in found}
     if kind.generates and not family.tail:
-        raise UserError(f"family: {files.architecture} is a causal language model. Name in 'tail' what follows blocks")
+        raise UserError(
+            f"family: {checkpoint.architecture} is a causal language model. Name in 'tail' what follows blocks"
+        )
     # old configurations do not say what goes without saying for their class
     absent = kind.generates and f"{family.tail[-1]}.weight" not in shapes
-    tied = {family.tail[-1]} if absent and files.config.get("tie_word_embeddings", True) else set()
+    tied = {family.tail[-1]} if absent and checkpoint.config.get("tie_word_embeddings", True) else set()
     entry, tail = (_there(names if kind.generates else (), shapes) for names in (family.entry, family.tail))
     for key, module in (*(("entry", module) for module in entry), *(("tail", module) for module in tail)):
         if f"{module}.weight" not in shapes and module not in tied:
             raise UserError(
-                f"family: {key} names {module}, which {files.architecture} lacks{did_you_mean(module, _outside(files))}"
+                f"family: {key} names {module}, which {checkpoint.architecture} "
+                f"lacks{did_you_mean(module, _outside(checkpoint))}"
             )
     around = tuple(module for module in (*entry, *tail[:-1]) if len(shapes[f"{module}.weight"]) == 2)
-    owned = {module for site in sites for module in site.modules}
+    owned = {module for sub_block in sub_blocks for module in sub_block.modules}
     owned |= {f"{block}.{name}" for block in blocks for unit in family.units.values() for name in unit.names}
     skipped = family.skipped(sorted({*itertools.chain(*numbers)}))
-    check_skipped({**skipped, **dict.fromkeys({*around} - owned, "tail")}, family.tail, owned, files)
-    check_biases(owned, files)
+    check_skipped({**skipped, **dict.fromkeys({*around} - owned, "tail")}, family.tail, owned, checkpoint)
+    check_biases(owned, checkpoint)
     # what has one item goes as a whole, with all that lies beside it; of routers every vector is one of experts
-    for site in (site for site in sites if site.total > 1 and not site.experts):
-        inside = {name: shape for name, shape in shapes.items() if site.owns(name)}
-        check_vectors(site.name, lengths(site, towers[site.name]), site.rows, site.output, skipped, inside, files)
-    pruned = {module for site in sites for module in site.modules}
+    for sub_block in (sub_block for sub_block in sub_blocks if sub_block.total > 1 and not sub_block.experts):
+        inside = {name: shape for name, shape in shapes.items() if sub_block.owns(name)}
+        check_vectors(
+            sub_block.name,
+            lengths(sub_block, towers[sub_block.name]),
+            sub_block.rows,
+            sub_block.output,
+            skipped,
+            inside,
+            checkpoint,
+        )
+    pruned = {module for sub_block in sub_blocks for module in sub_block.modules}
     stems = tuple(f"{block}." for block in blocks)
     matrices = [name for name, shape in shapes.items() if name.startswith(stems) and len(shape) == 2]
-    beside = [name.removesuffix(".weight") for name in matrices if not any(site.owns(name) for site in sites)]
+    beside = [
+        name.removesuffix(".weight") for name in matrices if not any(sub_block.owns(name) for sub_block in sub_blocks)
+    ]
     around += tuple(module for module in beside if module not in pruned)
     extents = tuple(map(len, numbers)) if len(numbers) > 1 else ()
-    return Layout(tuple(blocks), tail, tuple(sites), around, kind, extents, tuple(mixtures))
+    return Layout(tuple(blocks), tail, tuple(sub_blocks), around, kind, extents, tuple(mixtures))
 
 
 def _there(modules: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
@@ -133,23 +152,23 @@ def _there(modules: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> tup
     return tuple(name for module, name in names if module == name or f"{name}.weight" in shapes)
 
 
-def named_as_in(files: ModelFiles, family: Family) -> Family:
+def named_as_in(checkpoint: Checkpoint, family: Family) -> Family:
     """Return a family with the names of a model that is more, or less, than the one its file was written for.
 
     A model with a head has its base under a name of its own: what is ``encoder.layer.0`` in one is
     ``bert.encoder.layer.0`` in the other. Names that lie outside of the base stay.
     """
     first = family.chains[0]
-    if files.kind.generates or block_numbers(files, first):
+    if checkpoint.kind.generates or block_numbers(checkpoint, first):
         return family
     before, _, rest = first.partition(".")
-    if block_numbers(files, rest):  # the base of a model that the file was written for
+    if block_numbers(checkpoint, rest):  # the base of a model that the file was written for
         chains = [chain.removeprefix(f"{before}.") for chain in family.chains]
         return family.model_copy(
             update={"blocks": chains, "skip": [name.removeprefix(f"{before}.") for name in family.skip]}
         )
-    for base in dict.fromkeys(name.partition(".")[0] for name in files.shapes):
-        if block_numbers(files, f"{base}.{first}"):
+    for base in dict.fromkeys(name.partition(".")[0] for name in checkpoint.shapes):
+        if block_numbers(checkpoint, f"{base}.{first}"):
             chains = [f"{base}.{chain}" for chain in family.chains]
             return family.model_copy(
                 update={"blocks": chains, "skip": [*family.skip, *(f"{base}.{name}" for name in family.skip)]}
@@ -157,37 +176,40 @@ def named_as_in(files: ModelFiles, family: Family) -> Family:
     return family
 
 
-def tower_files(files: ModelFiles, chain: str) -> ModelFiles:
+def tower_files(checkpoint: Checkpoint, chain: str) -> Checkpoint:
     """Return a model's files with the configuration, defaults and all, of the tower that a chain of blocks is in."""
-    settings = files.settings or files.config
+    settings = checkpoint.settings or checkpoint.config
     own = settings.get(f"{chain.partition('.')[0].removesuffix('_model')}_config")
-    return replace(files, config={**settings, **own} if isinstance(own, dict) else settings)
+    return replace(checkpoint, config={**settings, **own} if isinstance(own, dict) else settings)
 
 
-def staying(site: Site, files: ModelFiles) -> list[str]:
+def retained_matrices(sub_block: SubBlock, checkpoint: Checkpoint) -> list[str]:
     """Return matrices that stay as long as any item of a sub-block does: key and value beside query heads."""
-    inside = (n.removesuffix(".weight") for n, s in files.shapes.items() if site.owns(n) and len(s) == 2)
-    return sorted(module for module in inside if module not in site.modules)
+    inside = (n.removesuffix(".weight") for n, s in checkpoint.shapes.items() if sub_block.owns(n) and len(s) == 2)
+    return sorted(module for module in inside if module not in sub_block.modules)
 
 
-def whole(layout: Layout, files: ModelFiles, pattern: str) -> tuple[str, ...]:
+def unpruned_matrices(layout: Layout, checkpoint: Checkpoint, pattern: str) -> tuple[str, ...]:
     """Return matrices in no unit that work for every token: those around sub-blocks, and where masks go, in them."""
     if pattern == "structured":
         return layout.around
-    return (*layout.around, *(module for site in layout.sites for module in staying(site, files)))
+    return (
+        *layout.around,
+        *(module for sub_block in layout.sub_blocks for module in retained_matrices(sub_block, checkpoint)),
+    )
 
 
-def block_numbers(files: ModelFiles, blocks: str) -> list[int]:
+def block_numbers(checkpoint: Checkpoint, blocks: str) -> list[int]:
     """Return the numbers of a model's blocks, in order."""
     pattern = re.compile(re.escape(blocks).replace(r"\{block\}", r"(\d+)") + r"\.")
-    return sorted({int(match[1]) for name in files.shapes if (match := pattern.match(name))})
+    return sorted({int(match[1]) for name in checkpoint.shapes if (match := pattern.match(name))})
 
 
-def hidden_size(layout: Layout, files: ModelFiles) -> int:
+def hidden_size(layout: Layout, checkpoint: Checkpoint) -> int:
     """Return the width of what blocks pass on."""
-    return files.shapes[f"{layout.sites[0].modules[-1]}.weight"][0]
+    return checkpoint.shapes[f"{layout.sub_blocks[0].modules[-1]}.weight"][0]
 
 
-def _outside(files: ModelFiles) -> list[str]:
+def _outside(checkpoint: Checkpoint) -> list[str]:
     """Return modules that lie in no numbered block."""
-    return [name.removesuffix(".weight") for name in files.shapes if not re.search(r"\.\d+\.", name)]
+    return [name.removesuffix(".weight") for name in checkpoint.shapes if not re.search(r"\.\d+\.", name)]

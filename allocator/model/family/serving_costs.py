@@ -28,10 +28,10 @@ from typing import Any
 from allocator.core.errors import UserError
 from allocator.core.latency import LatencyTable
 from allocator.core.space import Cost, SearchSpace, Unit
-from allocator.model.checkpoint.headers import ModelFiles
+from allocator.model.checkpoint.headers import Checkpoint
 from allocator.model.checkpoint.kinds import Kind
-from allocator.model.family.layout import Layout, hidden_size, staying, whole
-from allocator.model.family.sub_blocks import Site
+from allocator.model.family.layout import Layout, hidden_size, retained_matrices, unpruned_matrices
+from allocator.model.family.sub_blocks import SubBlock
 
 GENERATING: tuple[Cost, ...] = ("decode_macs", "kv_bytes", "decode_ms", "latency_ms")
 """Costs that models have that generate."""
@@ -68,7 +68,7 @@ class Workload:
 
 
 def served(
-    space: SearchSpace, layout: Layout, files: ModelFiles, work: Workload, table: LatencyTable | None = None
+    space: SearchSpace, layout: Layout, checkpoint: Checkpoint, work: Workload, table: LatencyTable | None = None
 ) -> SearchSpace:
     """Return a space with the costs of serving, and with times where there is a table of them.
 
@@ -77,31 +77,37 @@ def served(
     """
     if table is not None:
         check_timed(layout)
-        _check(table, files, layout, work)
-    works = [_work_of(site, layout, files, work) for site in layout.sites]
-    serving = {s.name: _Serving(s, files, own, table, layout.kind) for s, own in zip(layout.sites, works, strict=True)}
+        _check(table, checkpoint, layout, work)
+    works = [_work_of(sub_block, layout, checkpoint, work) for sub_block in layout.sub_blocks]
+    serving = {
+        s.name: _Serving(s, checkpoint, own, table, layout.kind)
+        for s, own in zip(layout.sub_blocks, works, strict=True)
+    }
     if space.pattern == "structured":
         others = [serving[unit.name].costs(unit) for unit in space.units]
         beside: dict[Cost, int] = dict.fromkeys(others[0], 0)
     else:  # what masks leave is computed and stored as before
-        dense = [serving[site.name].dense() for site in layout.sites]
+        dense = [serving[sub_block.name].dense() for sub_block in layout.sub_blocks]
         nothing = dict.fromkeys(dense[0], 0)
-        by_block = {site.block: own for site, own in zip(layout.sites, works, strict=True)}
+        by_block = {sub_block.block: own for sub_block, own in zip(layout.sub_blocks, works, strict=True)}
         others = [
             {
                 cost: (value,) * unit.num_levels
-                for cost, value in {**nothing, **_masked(unit, files, by_block[unit.block])}.items()
+                for cost, value in {**nothing, **_masked(unit, checkpoint, by_block[unit.block])}.items()
                 if cost in nothing
             }
             for unit in space.units
         ]
         beside = {cost: sum(each[cost] for each in dense) for cost in dense[0]}
-    bytes_ = sum(prod(shape) * width_of(files, name) for name, shape in files.shapes.items())
+    bytes_ = sum(prod(shape) * width_of(checkpoint, name) for name, shape in checkpoint.shapes.items())
     fixed: dict[Cost, int] = {**space.fixed, **beside}
     if layout.kind.generates:
         for cost in ("prefill_macs", "decode_macs"):
             fixed[cost] += work.batch * space.fixed["macs"]
-        around = sum(prod(files.shapes[f"{module}.weight"]) for module in whole(layout, files, space.pattern))
+        around = sum(
+            prod(checkpoint.shapes[f"{module}.weight"])
+            for module in unpruned_matrices(layout, checkpoint, space.pattern)
+        )
         fixed["prefill_macs"] += work.batch * (work.prompt - 1) * around
     else:
         fixed["prefill_macs"] += work.batch * work.prompt * space.fixed["macs"]
@@ -114,20 +120,21 @@ def served(
     return replace(space, units=units, fixed=fixed)
 
 
-def shape_of(site: Site, files: ModelFiles) -> str:
+def shape_of(sub_block: SubBlock, checkpoint: Checkpoint) -> str:
     """Return what two sub-blocks have in common that take the same time: kind, items, and the rows that one item owns.
 
     Such as ``channels of 704: 1+1 in, 1 out, hidden 192``.
     """
-    rows = "+".join(str(own.rows) for own in site.inputs)
-    staying = "".join(f", {rows} rows stay" for rows in [_staying_rows(site, files)] if rows)
-    window = _window(files.config, site.block) if site.part == "attention" else None
+    rows = "+".join(str(own.rows) for own in sub_block.inputs)
+    staying = "".join(f", {rows} rows stay" for rows in [_staying_rows(sub_block, checkpoint)] if rows)
+    window = _window(checkpoint.config, sub_block.block) if sub_block.part == "attention" else None
     seen = "" if window is None else f", window {window}"
-    hidden = files.shapes[f"{site.modules[-1]}.weight"][0]
-    if site.experts:
-        channels = files.shapes[f"{site.modules[-1]}.weight"][1]
-        return f"{site.kind} of {site.total}, {site.used * site.total} picked: {channels} channels, hidden {hidden}"
-    return f"{site.kind} of {site.total}: {rows} in, {site.width} out, hidden {hidden}{staying}{seen}"
+    hidden = checkpoint.shapes[f"{sub_block.modules[-1]}.weight"][0]
+    if sub_block.experts:
+        channels = checkpoint.shapes[f"{sub_block.modules[-1]}.weight"][1]
+        picked = sub_block.used * sub_block.total
+        return f"{sub_block.kind} of {sub_block.total}, {picked} picked: {channels} channels, hidden {hidden}"
+    return f"{sub_block.kind} of {sub_block.total}: {rows} in, {sub_block.width} out, hidden {hidden}{staying}{seen}"
 
 
 def check_timed(layout: Layout) -> None:
@@ -136,7 +143,7 @@ def check_timed(layout: Layout) -> None:
     Raises:
         UserError: Single experts are sub-blocks, whose times are a matter of which tokens reach them.
     """
-    if {mixture.name for mixture in layout.mixtures} - {site.name for site in layout.sites}:
+    if {mixture.name for mixture in layout.mixtures} - {sub_block.name for sub_block in layout.sub_blocks}:
         raise UserError(
             "workload.latency: how long an expert takes depends on which tokens reach it, and no table has that. "
             "Use --set ladder.experts=whole, or a bound on params, macs or weight_bytes"
@@ -146,13 +153,21 @@ def check_timed(layout: Layout) -> None:
 class _Serving:
     """What one sub-block costs to serve."""
 
-    def __init__(self, site: Site, files: ModelFiles, work: Workload, table: LatencyTable | None, kind: Kind) -> None:
-        self._site, self._files, self._work, self._table, self._kind = site, files, work, table, kind
-        self._bytes = width_of(files, f"{site.modules[-1]}.weight")
+    def __init__(
+        self, sub_block: SubBlock, checkpoint: Checkpoint, work: Workload, table: LatencyTable | None, kind: Kind
+    ) -> None:
+        self._sub_block, self._checkpoint, self._work, self._table, self._kind = (
+            sub_block,
+            checkpoint,
+            work,
+            table,
+            kind,
+        )
+        self._bytes = width_of(checkpoint, f"{sub_block.modules[-1]}.weight")
 
     def costs(self, unit: Unit) -> dict[Cost, tuple[int, ...]]:
         """Return the costs of every level."""
-        site, work = self._site, self._work
+        sub_block, work = self._sub_block, self._work
         scores = self._score_macs
         prefill = work.batch * work.prompt * work.prompt * scores
         seen = self._seen(work.context)
@@ -162,73 +177,73 @@ class _Serving:
             "prefill_macs": tuple(work.batch * work.prompt * unit.macs[lv] + prefill * unit.kept[lv] for lv in levels),
             "decode_macs": tuple(work.batch * unit.macs[lv] + decode * unit.kept[lv] for lv in levels),
             "weight_bytes": tuple(count * self._item_bytes for count in unit.kept)
-            if site.experts
+            if sub_block.experts
             else tuple(self._bytes * count for count in unit.params),
             "kv_bytes": tuple(self._kv_bytes(count) for count in unit.kept),
         }
         if not self._kind.generates:
             return {cost: ladder for cost, ladder in found.items() if cost not in GENERATING}
         if self._table is not None:
-            first, next_ = self._table.ladder(shape_of(site, self._files), unit.kept)
+            first, next_ = self._table.ladder(shape_of(sub_block, self._checkpoint), unit.kept)
             whole = tuple(a + work.generate * b for a, b in zip(first, next_, strict=True))
             found |= {"prefill_ms": first, "decode_ms": next_, "latency_ms": whole}
         return found
 
     def dense(self) -> dict[Cost, int]:
         """Return what attention costs beside its matrices, and the time of the whole, when nothing is removed."""
-        site, work = self._site, self._work
-        macs = work.batch * site.total * self._score_macs
+        sub_block, work = self._sub_block, self._work
+        macs = work.batch * sub_block.total * self._score_macs
         seen = self._seen(work.context)
-        expanded = work.batch * site.total * (seen - 1) * self._expanded_macs
+        expanded = work.batch * sub_block.total * (seen - 1) * self._expanded_macs
         found = {
             "prefill_macs": macs * work.prompt * work.prompt,
             "decode_macs": macs * seen + expanded,
             "weight_bytes": 0,
-            "kv_bytes": self._kv_bytes(site.total),
+            "kv_bytes": self._kv_bytes(sub_block.total),
         }
         if not self._kind.generates:
             return {cost: value for cost, value in found.items() if cost not in GENERATING}
         if self._table is not None:
-            ((first,), (next_,)) = self._table.ladder(shape_of(site, self._files), (site.total,))
+            ((first,), (next_,)) = self._table.ladder(shape_of(sub_block, self._checkpoint), (sub_block.total,))
             found |= {"prefill_ms": first, "decode_ms": next_, "latency_ms": first + work.generate * next_}
         return found
 
     @property
     def _score_macs(self) -> int:
         """For each item, query position and key position: its scores, and the mix of its values."""
-        if self._site.part != "attention":
+        if self._sub_block.part != "attention":
             return 0
         # queries are as wide as what they mix, unless keys and values are made of one matrix of their own
-        queries = self._site.inputs[0].rows if self._site.cached else self._site.width
-        return queries + self._site.width
+        queries = self._sub_block.inputs[0].rows if self._sub_block.cached else self._sub_block.width
+        return queries + self._sub_block.width
 
     @property
     def _item_bytes(self) -> int:
         """Of a whole expert, whose share of the router may be of another type than its matrices."""
-        shapes = self._files.shapes
-        owned = (name for name in shapes if self._site.owns(name))
-        return sum(prod(shapes[name]) * width_of(self._files, name) for name in owned) // self._site.total
+        shapes = self._checkpoint.shapes
+        owned = (name for name in shapes if self._sub_block.owns(name))
+        return sum(prod(shapes[name]) * width_of(self._checkpoint, name) for name in owned) // self._sub_block.total
 
     @property
     def _expanded_macs(self) -> int:
         """For each item, what it takes to make its key and value of what is cached of one token."""
-        if self._site.cached is None:
+        if self._sub_block.cached is None:
             return 0
-        shapes = self._files.shapes
-        return sum(own.rows * shapes[f"{own.module}.weight"][1] for own in self._site.inputs[1:])
+        shapes = self._checkpoint.shapes
+        return sum(own.rows * shapes[f"{own.module}.weight"][1] for own in self._sub_block.inputs[1:])
 
     def _kv_bytes(self, kept: int) -> int:
-        site, work = self._site, self._work
-        if site.part != "attention":
+        sub_block, work = self._sub_block, self._work
+        if sub_block.part != "attention":
             return 0
-        rows = (sum(site.rows.values()) - site.width) * kept or _staying_rows(site, self._files)
-        if site.cached is not None:
-            rows = self._files.shapes[f"{site.cached}.weight"][0]
+        rows = (sum(sub_block.rows.values()) - sub_block.width) * kept or _staying_rows(sub_block, self._checkpoint)
+        if sub_block.cached is not None:
+            rows = self._checkpoint.shapes[f"{sub_block.cached}.weight"][0]
         rows = rows if kept else 2  # what holds the place
         return work.batch * self._held(work.context) * self._bytes * rows
 
     def _held(self, context: int) -> int:
-        window = _window(self._files.config, self._site.block)
+        window = _window(self._checkpoint.config, self._sub_block.block)
         return context if window is None else min(context, window - 1)
 
     def _seen(self, context: int) -> int:
@@ -236,27 +251,29 @@ class _Serving:
         return min(context, self._held(context) + 1)
 
 
-def _work_of(site: Site, layout: Layout, files: ModelFiles, work: Workload) -> Workload:
+def _work_of(sub_block: SubBlock, layout: Layout, checkpoint: Checkpoint, work: Workload) -> Workload:
     """Return what a sub-block reads of a workload: all of it, or as many tokens as its tower has positions for."""
     if layout.kind.reads == "text":
         return work
-    tower = layout.blocks[site.block].partition(".")[0] if layout.towers else ""
+    tower = layout.blocks[sub_block.block].partition(".")[0] if layout.towers else ""
     positions = [
-        shape[-2] for name, shape in files.shapes.items() if "position_embedding" in name and name.startswith(tower)
+        shape[-2]
+        for name, shape in checkpoint.shapes.items()
+        if "position_embedding" in name and name.startswith(tower)
     ]
     return replace(work, prompt=positions[0] if positions else work.prompt)
 
 
-def _masked(unit: Unit, files: ModelFiles, work: Workload) -> dict[Cost, int]:
+def _masked(unit: Unit, checkpoint: Checkpoint, work: Workload) -> dict[Cost, int]:
     """Return what a matrix costs at any level."""
     return {
         "prefill_macs": work.batch * work.prompt * unit.macs[0],
         "decode_macs": work.batch * unit.macs[0],
-        "weight_bytes": unit.total * width_of(files, f"{unit.name}.weight"),
+        "weight_bytes": unit.total * width_of(checkpoint, f"{unit.name}.weight"),
     }
 
 
-def _check(table: LatencyTable, files: ModelFiles, layout: Layout, work: Workload) -> None:
+def _check(table: LatencyTable, checkpoint: Checkpoint, layout: Layout, work: Workload) -> None:
     """Check that a table was made for a workload and for a model of this size."""
     settings = table.settings
     measured = Workload(settings.batch, settings.prompt, settings.generate)
@@ -265,33 +282,35 @@ def _check(table: LatencyTable, files: ModelFiles, layout: Layout, work: Workloa
             f"workload.latency: the table is for {measured}, and the run asks for {work}. Make one for this workload "
             "with 'allocator latency', or set workload.batch, workload.prompt and workload.generate as in the table"
         )
-    if table.model != (own := size_of(files, layout)):
+    if table.model != (own := size_of(checkpoint, layout)):
         raise UserError(
             f"workload.latency: the table is for a model of {table.model}, and this one has {own}. "
             "Make one of this model with 'allocator latency'"
         )
 
 
-def size_of(files: ModelFiles, layout: Layout) -> dict[str, int]:
+def size_of(checkpoint: Checkpoint, layout: Layout) -> dict[str, int]:
     """Return what the time beside sub-blocks depends on."""
     return {
-        "hidden": hidden_size(layout, files),
-        "vocabulary": int(files.config["vocab_size"]),
+        "hidden": hidden_size(layout, checkpoint),
+        "vocabulary": int(checkpoint.config["vocab_size"]),
         "blocks": len(layout.blocks),
     }
 
 
-def width_of(files: ModelFiles, name: str) -> int:
+def width_of(checkpoint: Checkpoint, name: str) -> int:
     """Return the bytes of one number of a tensor."""
-    kind = files.dtypes[name]
+    kind = checkpoint.dtypes[name]
     if kind not in _BYTES:
-        raise UserError(f"model: {files.folder}: {name} is of type {kind}, whose size is not known. Convert it to BF16")
+        raise UserError(
+            f"model: {checkpoint.folder}: {name} is of type {kind}, whose size is not known. Convert it to BF16"
+        )
     return _BYTES[kind]
 
 
-def _staying_rows(site: Site, files: ModelFiles) -> int:
+def _staying_rows(sub_block: SubBlock, checkpoint: Checkpoint) -> int:
     """Return the rows of matrices that stay as long as any item does."""
-    return sum(files.shapes[f"{module}.weight"][0] for module in staying(site, files))
+    return sum(checkpoint.shapes[f"{module}.weight"][0] for module in retained_matrices(sub_block, checkpoint))
 
 
 def _window(config: Mapping[str, Any], block: int) -> int | None:

@@ -10,7 +10,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from allocator.core.errors import UserError
-from allocator.model.checkpoint.headers import ModelFiles
+from allocator.model.checkpoint.headers import Checkpoint
 from allocator.model.family.checks import check_heads, num_heads
 from allocator.model.family.schema import (
     EXPERT_INPUTS,
@@ -35,18 +35,18 @@ class Rows(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Site:
+class SubBlock:
     """A prunable sub-block of one block, with concrete module names.
 
     It holds ``total`` items (channels, KV groups or query heads). Item i owns rows of the input modules, as ``inputs``
     says, and columns [i·width, (i+1)·width) of the output module. A matrix in which several parts are fused has as
     many entries in ``inputs``, which cover it from the first row to the last. Query heads own no rows of key and value,
     which stay as long as any head does, and each run of ``group`` of them, which share a KV group, loses the same
-    number. ``counts`` are attributes of its ``home`` that are proportional to items.
+    number. ``counts`` are attributes of its ``parent`` that are proportional to items.
 
-    It consists of its ``roots``: usually one module, whose name it has. Where it has no module of its own, they are
-    what leads to the output projection, and that; it has then the name of the module that its matrices share, or of
-    the output projection where they share but the block.
+    It consists of its ``modules_removed``: usually one module, whose name it has. Where it has no module of its own,
+    they are what leads to the output projection, and that; it has then the name of the module that its matrices share,
+    or of the output projection where they share but the block.
 
     Whole experts own a row each of a router beside them, and every matrix in ``experts``; ``least`` of them stay, or
     none does. What is ``routed`` is one of several sub-blocks of a module, which adds their sum: experts, channels
@@ -54,7 +54,7 @@ class Site:
     """
 
     name: str
-    roots: tuple[str, ...]
+    modules_removed: tuple[str, ...]
     kind: str
     part: Part
     block: int
@@ -85,73 +85,75 @@ class Site:
         return rows
 
     @property
-    def home(self) -> str:
+    def parent(self) -> str:
         """The module that its matrices share: the sub-block, or the block."""
         return _shared(self.modules)
 
     @property
     def removal(self) -> dict[str, str]:
         """What takes the place of each of its roots when it goes; see :func:`~.modeling_pruned.remove`."""
-        if len(self.roots) == 1:
-            return {self.roots[0]: self.part}
+        if len(self.modules_removed) == 1:
+            return {self.modules_removed[0]: self.part}
         inner = "attention" if self.part == "attention" else "input"
-        return {root: "output" if root == self.output else inner for root in self.roots}
+        return {root: "output" if root == self.output else inner for root in self.modules_removed}
 
     def owns(self, tensor: str) -> bool:
         """Whether a tensor is one of its own, and goes with it."""
-        return any(tensor.startswith(f"{root}.") for root in self.roots)
+        return any(tensor.startswith(f"{root}.") for root in self.modules_removed)
 
 
-def sites_of(
-    family: Family, block: str, index: int, files: ModelFiles, attention: Attention, experts: Experts
-) -> tuple[list[Site], list[Site]]:
+def sub_blocks_of(
+    family: Family, block: str, index: int, checkpoint: Checkpoint, attention: Attention, experts: Experts
+) -> tuple[list[SubBlock], list[SubBlock]]:
     """Return the sub-blocks of one block, and its mixtures of experts with whole experts for items."""
-    sites: list[Site] = []
-    mixtures: list[Site] = []
+    sub_blocks: list[SubBlock] = []
+    mixtures: list[SubBlock] = []
     for part, parts in family.units.items():
-        if isinstance(parts, Mixture) and (f"{block}.{parts.router}.weight" in files.shapes or parts.dense is None):
-            mixtures.append(_mixture(part, parts, block, index, files))
-            sites += _parts_of(mixtures[-1], parts, family, block, files, experts)
+        if isinstance(parts, Mixture) and (
+            f"{block}.{parts.router}.weight" in checkpoint.shapes or parts.dense is None
+        ):
+            mixtures.append(_mixture(part, parts, block, index, checkpoint))
+            sub_blocks += _mixture_parts(mixtures[-1], parts, family, block, checkpoint, experts)
         else:
             own = parts.dense if isinstance(parts, Mixture) else parts
             assert own is not None
-            sites.append(_site(part, own, family, block, index, files, attention))
-    return sites, mixtures
+            sub_blocks.append(_sub_block(part, own, family, block, index, checkpoint, attention))
+    return sub_blocks, mixtures
 
 
-def _parts_of(
-    mixture: Site, parts: Mixture, family: Family, block: str, files: ModelFiles, experts: Experts
-) -> list[Site]:
+def _mixture_parts(
+    mixture: SubBlock, parts: Mixture, family: Family, block: str, checkpoint: Checkpoint, experts: Experts
+) -> list[SubBlock]:
     """Return the sub-blocks of a mixture: whole experts or each of them, and what all tokens pass."""
-    around = _shared(mixture.roots)
-    own = [mixture] if experts == "whole" else [_inside(mixture, number, files) for number in range(mixture.total)]
-    if parts.shared is not None and any(f"{block}.{name}.weight" in files.shapes for name in parts.shared.names):
-        own.append(_site(mixture.part, parts.shared, family, block, mixture.block, files, "kv_groups"))
-    return [replace(site, routed=around) for site in own]
+    around = _shared(mixture.modules_removed)
+    own = [mixture] if experts == "whole" else [_inside(mixture, number, checkpoint) for number in range(mixture.total)]
+    if parts.shared is not None and any(f"{block}.{name}.weight" in checkpoint.shapes for name in parts.shared.names):
+        own.append(_sub_block(mixture.part, parts.shared, family, block, mixture.block, checkpoint, "kv_groups"))
+    return [replace(sub_block, routed=around) for sub_block in own]
 
 
-def _mixture(part: Part, parts: Mixture, block: str, index: int, files: ModelFiles) -> Site:
+def _mixture(part: Part, parts: Mixture, block: str, index: int, checkpoint: Checkpoint) -> SubBlock:
     """Return whole experts as items."""
     router, name = f"{block}.{parts.router}", f"{block}.{parts.experts}"
     for module in (router, f"{name}.0.{EXPERT_OUTPUT}"):
-        if f"{module}.weight" not in files.shapes:
-            near = ", ".join(sorted(n for n in files.shapes if n.startswith(f"{block}."))[:12])
+        if f"{module}.weight" not in checkpoint.shapes:
+            near = ", ".join(sorted(n for n in checkpoint.shapes if n.startswith(f"{block}."))[:12])
             raise UserError(
-                f"family: unit {part!r} looks for {module}, which {files.architecture} lacks. It has {near}. "
+                f"family: unit {part!r} looks for {module}, which {checkpoint.architecture} lacks. It has {near}. "
                 "Experts are looked for one by one: save a model that stacks them with transformers' save_pretrained, "
                 "and say under 'renamed' what the files call their gate_proj, up_proj and down_proj"
             )
-    total = files.shapes[f"{router}.weight"][0]
+    total = checkpoint.shapes[f"{router}.weight"][0]
     experts = tuple(
         tuple(f"{name}.{number}.{matrix}" for matrix in (*EXPERT_INPUTS, EXPERT_OUTPUT)) for number in range(total)
     )
-    shapes = {tuple(files.shapes.get(f"{module}.weight", ()) for module in expert) for expert in experts}
+    shapes = {tuple(checkpoint.shapes.get(f"{module}.weight", ()) for module in expert) for expert in experts}
     if len(shapes) > 1 or any(len(shape) != 2 for shape in next(iter(shapes))):
         raise UserError(f"family: {router} has {total} rows, and there are not as many experts of one shape in {name}")
-    groups, least = _routing(files, total)
-    return Site(
+    groups, least = _routing(checkpoint, total)
+    return SubBlock(
         name=name,
-        roots=(router, name),
+        modules_removed=(router, name),
         kind="experts",
         part=part,
         block=index,
@@ -162,31 +164,33 @@ def _mixture(part: Part, parts: Mixture, block: str, index: int, files: ModelFil
         group=total // groups if groups > 1 else None,
         experts=experts,
         least=least,
-        used=Fraction(int(files.config["num_experts_per_tok"]), total),
+        used=Fraction(int(checkpoint.config["num_experts_per_tok"]), total),
     )
 
 
-def _routing(files: ModelFiles, total: int) -> tuple[int, int]:
+def _routing(checkpoint: Checkpoint, total: int) -> tuple[int, int]:
     """Return in how many groups a router sees its experts, and how many must stay for it to pick what it picks."""
-    picked = int(files.config["num_experts_per_tok"])
-    groups = int(files.config.get("n_group") or 1)
+    picked = int(checkpoint.config["num_experts_per_tok"])
+    groups = int(checkpoint.config.get("n_group") or 1)
     if total % groups:
-        raise UserError(f"family: {total} experts of {files.architecture} do not divide into {groups} groups (n_group)")
+        raise UserError(
+            f"family: {total} experts of {checkpoint.architecture} do not divide into {groups} groups (n_group)"
+        )
     # a group is judged by its two best
-    each = -(-picked // int(files.config.get("topk_group") or 1))
-    return groups, groups * max(each, 2) if files.config.get("n_group") else picked
+    each = -(-picked // int(checkpoint.config.get("topk_group") or 1))
+    return groups, groups * max(each, 2) if checkpoint.config.get("n_group") else picked
 
 
-def _inside(mixture: Site, number: int, files: ModelFiles) -> Site:
+def _inside(mixture: SubBlock, number: int, checkpoint: Checkpoint) -> SubBlock:
     """Return one expert with channels as items."""
     *inputs, output = mixture.experts[number]
-    return Site(
+    return SubBlock(
         name=f"{mixture.name}.{number}",
-        roots=(f"{mixture.name}.{number}",),
+        modules_removed=(f"{mixture.name}.{number}",),
         kind="channels",
         part=mixture.part,
         block=mixture.block,
-        total=files.shapes[f"{output}.weight"][1],
+        total=checkpoint.shapes[f"{output}.weight"][1],
         inputs=tuple(Rows(module, 1) for module in inputs),
         output=output,
         width=1,
@@ -199,35 +203,37 @@ def _shared(modules: Iterable[str]) -> str:
     return os.path.commonpath([module.replace(".", "/") for module in modules]).replace("/", ".")
 
 
-def _site(
+def _sub_block(
     part: Part,
     parts: KvGroups | Channels,
     family: Family,
     block: str,
     index: int,
-    files: ModelFiles,
+    checkpoint: Checkpoint,
     attention: Attention,
-) -> Site:
-    inputs, output = [_either(block, names, files) for names in parts.inputs], f"{block}.{parts.output}"
+) -> SubBlock:
+    inputs, output = [_either(block, names, checkpoint) for names in parts.inputs], f"{block}.{parts.output}"
     for module in (*inputs, output):
-        if f"{module}.weight" not in files.shapes:
-            near = ", ".join(sorted(n for n in files.shapes if n.startswith(f"{block}."))[:12])
-            raise UserError(f"family: unit {part!r} names {module}, which {files.architecture} lacks. It has {near}")
-    columns = files.shapes[f"{output}.weight"][1]
-    rows = {module: files.shapes[f"{module}.weight"][0] for module in inputs}
+        if f"{module}.weight" not in checkpoint.shapes:
+            near = ", ".join(sorted(n for n in checkpoint.shapes if n.startswith(f"{block}."))[:12])
+            raise UserError(
+                f"family: unit {part!r} names {module}, which {checkpoint.architecture} lacks. It has {near}"
+            )
+    columns = checkpoint.shapes[f"{output}.weight"][1]
+    rows = {module: checkpoint.shapes[f"{module}.weight"][0] for module in inputs}
     if isinstance(parts, KvGroups) and (parts.fused is not None or len(inputs) == 3):
-        check_heads(inputs, output, parts.fused is not None, files)
-    total = columns if isinstance(parts, Channels) else _num_groups(parts, files, rows[inputs[0]], columns)
-    home = _shared([*inputs, output])
+        check_heads(inputs, output, parts.fused is not None, checkpoint)
+    total = columns if isinstance(parts, Channels) else _num_groups(parts, checkpoint, rows[inputs[0]], columns)
+    parent = _shared([*inputs, output])
     others = [f"{block}.{m}" for other, its in family.units.items() if other != part for m in its.names]
-    alone = home != block and not any(module.startswith(f"{home}.") for module in others)
+    alone = parent != block and not any(module.startswith(f"{parent}.") for module in others)
     runs = {module: inputs.count(module) if isinstance(parts, Channels) else 1 for module in inputs}
     for module, size in {**rows, output: columns}.items():
         if size % (total * runs.get(module, 1)):
             raise UserError(f"family: {module} has {size} rows or columns, which {total} {parts.kind} do not divide")
-    site = Site(
-        name=home if alone else output,
-        roots=_roots(part, parts, block, home if alone else None, files),
+    sub_block = SubBlock(
+        name=parent if alone else output,
+        modules_removed=_modules_removed(part, parts, block, parent if alone else None, checkpoint),
         kind=parts.kind,
         part=part,
         block=index,
@@ -239,60 +245,67 @@ def _site(
         cached=f"{block}.{parts.cache}" if isinstance(parts, KvGroups) and parts.cache else None,
     )
     if isinstance(parts, Channels):
-        return site
-    _check_norms(site, parts, block, files)
-    return _heads(site, parts, files) if attention == "query_heads" else site
+        return sub_block
+    _check_norms(sub_block, parts, block, checkpoint)
+    return _heads(sub_block, parts, checkpoint) if attention == "query_heads" else sub_block
 
 
-def _roots(part: Part, parts: KvGroups | Channels, block: str, home: str | None, files: ModelFiles) -> tuple[str, ...]:
-    """Return the modules that a sub-block consists of, in the order of the forward pass; ``home`` is one of its own."""
-    inputs, output = [_either(block, names, files) for names in parts.inputs], f"{block}.{parts.output}"
-    roots = [f"{block}.{name}" for name in parts.remove]
-    if not roots and home is not None:
-        return (home,)
-    if not roots:
+def _modules_removed(
+    part: Part, parts: KvGroups | Channels, block: str, parent: str | None, checkpoint: Checkpoint
+) -> tuple[str, ...]:
+    """Return the modules that a sub-block consists of, in the order of the forward pass; ``parent`` may be one."""
+    inputs, output = [_either(block, names, checkpoint) for names in parts.inputs], f"{block}.{parts.output}"
+    modules_removed = [f"{block}.{name}" for name in parts.remove]
+    if not modules_removed and parent is not None:
+        return (parent,)
+    if not modules_removed:
         leading = [_shared(inputs)] if part == "attention" else [*dict.fromkeys(inputs)]
-        roots = [*leading, output]
-    held = {root: [m for m in (*inputs, output) if f"{m}.".startswith(f"{root}.")] for root in roots}
+        modules_removed = [*leading, output]
+    held = {root: [m for m in (*inputs, output) if f"{m}.".startswith(f"{root}.")] for root in modules_removed}
     wrong = [root for root, modules in held.items() if not modules]
     wrong += sorted({*inputs, output} - {module for modules in held.values() for module in modules})
-    if len(roots) > 1 and output not in roots:
+    if len(modules_removed) > 1 and output not in modules_removed:
         wrong.append(output)
     # attention returns more than a matrix does, and keeps its place in the cache
     if part == "attention":
-        wrong += [root for root in roots if root in (block, *inputs)]
+        wrong += [root for root in modules_removed if root in (block, *inputs)]
     if wrong:
         raise UserError(
-            f"family: unit {part!r} of {files.architecture} cannot be removed as {', '.join(roots)}, for {wrong[0]}. "
+            f"family: unit {part!r} of {checkpoint.architecture} cannot be removed as {', '.join(modules_removed)}, "
+            f"for {wrong[0]}. "
             "Name under 'remove' the modules that go with it: of attention the one that holds queries, keys and "
             "values, and the output projection itself where it lies beside what stays"
         )
-    return tuple(roots)
+    return tuple(modules_removed)
 
 
-def _check_norms(site: Site, parts: KvGroups, block: str, files: ModelFiles) -> None:
+def _check_norms(sub_block: SubBlock, parts: KvGroups, block: str, checkpoint: Checkpoint) -> None:
     """Raise where a norm over all heads is not named as one, or what is named is none."""
     named = {f"{block}.{norm}.weight" for norm in parts.norms}
-    if missing := sorted(named - files.shapes.keys()):
-        raise UserError(f"family: norms of unit {site.part!r} names {missing[0]}, which {files.architecture} lacks")
-    widths = {(own.rows * site.total,) for own in site.inputs}
+    if missing := sorted(named - checkpoint.shapes.keys()):
+        raise UserError(
+            f"family: norms of unit {sub_block.part!r} names {missing[0]}, which {checkpoint.architecture} lacks"
+        )
+    widths = {(own.rows * sub_block.total,) for own in sub_block.inputs}
     odd = sorted(
         name
-        for name, shape in files.shapes.items()
-        if site.total > 1 and site.owns(name) and name.endswith(".weight") and shape in widths
+        for name, shape in checkpoint.shapes.items()
+        if sub_block.total > 1 and sub_block.owns(name) and name.endswith(".weight") and shape in widths
     )
     if odd:
         raise UserError(
-            f"family: {odd[0]} of {files.architecture} is as long as all heads together. If it norms queries or keys, "
-            f"name it in unit {site.part!r} under 'norms': attention then goes as a whole or not at all. If it lies "
+            f"family: {odd[0]} of {checkpoint.architecture} is as long as all heads together. If it norms queries or "
+            f"keys, "
+            f"name it in unit {sub_block.part!r} under 'norms': attention then goes as a whole or not at all. If it "
+            f"lies "
             "behind the output projection, name under 'remove' what goes without it"
         )
 
 
-def _either(block: str, names: str, files: ModelFiles) -> str:
+def _either(block: str, names: str, checkpoint: Checkpoint) -> str:
     """Return the module of a block that has one of the names ``a | b``; the first, if there is none."""
     modules = [f"{block}.{name}" for name in each_name(names)]
-    return next((module for module in modules if f"{module}.weight" in files.shapes), modules[0])
+    return next((module for module in modules if f"{module}.weight" in checkpoint.shapes), modules[0])
 
 
 def _rows(
@@ -316,42 +329,45 @@ def _rows(
     return Rows(module, width), Rows(module, rest, total * width), Rows(module, rest, total * (width + rest))
 
 
-def _heads(site: Site, parts: KvGroups, files: ModelFiles) -> Site:
+def _heads(sub_block: SubBlock, parts: KvGroups, checkpoint: Checkpoint) -> SubBlock:
     """Return the same attention with query heads for items."""
     if parts.fused is not None:
         raise UserError(
-            f"ladder.attention: queries, keys and values of {files.architecture} are one matrix, so query heads cannot "
+            f"ladder.attention: queries, keys and values of {checkpoint.architecture} are one matrix, so query heads "
+            f"cannot "
             "go alone. Use --set ladder.attention=kv_groups"
         )
     if parts.norms:
         raise UserError(
-            f"ladder.attention: {files.architecture} has norms over all heads, so that query heads cannot go alone. "
+            f"ladder.attention: {checkpoint.architecture} has norms over all heads, so that query heads cannot go "
+            f"alone. "
             "Use --set ladder.attention=kv_groups, which takes the whole attention"
         )
-    heads = num_heads(files)
-    if heads == site.total:
+    heads = num_heads(checkpoint)
+    if heads == sub_block.total:
         raise UserError(
-            f"ladder.attention: {files.architecture} has one query head per KV group, so query heads cannot go alone. "
+            f"ladder.attention: {checkpoint.architecture} has one query head per KV group, so query heads cannot go "
+            f"alone. "
             "Use --set ladder.attention=kv_groups"
         )
-    group, odd = divmod(heads, site.total)
-    query, rows, _ = site.inputs[0]
-    if odd or rows % group or site.width % group:
+    group, odd = divmod(heads, sub_block.total)
+    query, rows, _ = sub_block.inputs[0]
+    if odd or rows % group or sub_block.width % group:
         raise UserError(
-            f"family: {query} and {site.output} have {rows} rows and {site.width} columns per KV group, "
-            f"which {heads} query heads in {site.total} KV groups do not divide"
+            f"family: {query} and {sub_block.output} have {rows} rows and {sub_block.width} columns per KV group, "
+            f"which {heads} query heads in {sub_block.total} KV groups do not divide"
         )
     return replace(
-        site,
+        sub_block,
         kind="query_heads",
         total=heads,
         inputs=(Rows(query, rows // group),),
-        width=site.width // group,
+        width=sub_block.width // group,
         group=group,
     )
 
 
-def _num_groups(parts: KvGroups, files: ModelFiles, rows: int, columns: int) -> int:
+def _num_groups(parts: KvGroups, checkpoint: Checkpoint, rows: int, columns: int) -> int:
     """Return the KV groups of attention, from the rows of its first input and the columns of its output projection.
 
     Those that cannot go one without the other count as one.
@@ -359,15 +375,15 @@ def _num_groups(parts: KvGroups, files: ModelFiles, rows: int, columns: int) -> 
     if parts.norms:
         return 1
     if parts.fused is not None:
-        return (rows - columns) * num_heads(files) // (2 * columns)
+        return (rows - columns) * num_heads(checkpoint) // (2 * columns)
     # models from before grouped queries name query heads alone
-    return int(files.config.get("num_key_value_heads") or num_heads(files))
+    return int(checkpoint.config.get("num_key_value_heads") or num_heads(checkpoint))
 
 
-def lengths(site: Site, files: ModelFiles) -> set[int]:
+def lengths(sub_block: SubBlock, checkpoint: Checkpoint) -> set[int]:
     """Return the lengths of what a sub-block loses a part of; the width of a head is none, whatever it equals."""
-    lengths = {site.width * site.total, *(own.rows * site.total for own in site.inputs)}
-    if site.kind == "channels":
+    lengths = {sub_block.width * sub_block.total, *(own.rows * sub_block.total for own in sub_block.inputs)}
+    if sub_block.kind == "channels":
         return lengths
-    heads = num_heads(files)
-    return {*lengths, site.total, heads} - {site.width * site.total // heads}
+    heads = num_heads(checkpoint)
+    return {*lengths, sub_block.total, heads} - {sub_block.width * sub_block.total // heads}

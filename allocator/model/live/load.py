@@ -12,14 +12,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from allocator.core.errors import UserError
-from allocator.model.checkpoint.headers import ModelFiles
+from allocator.model.checkpoint.headers import Checkpoint
 from allocator.model.checkpoint.stock import stock_class, stock_model
 from allocator.model.family.layout import Layout, block_numbers, named_as_in
 from allocator.model.family.schema import Family
 from allocator.model.live import modeling_pruned
 
 
-def load_model(files: ModelFiles, dtype: torch.dtype = torch.float32) -> nn.Module:
+def load_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Load a model for inference: evaluation mode, no gradients.
 
     A compact checkpoint is loaded through this package's own copy of the modelling code, never through the
@@ -28,18 +28,18 @@ def load_model(files: ModelFiles, dtype: torch.dtype = torch.float32) -> nn.Modu
     Raises:
         UserError: transformers has no such architecture, or tensors are missing.
     """
-    pruned = files.config.get("pruned")
-    name = pruned["architecture"] if pruned else files.architecture
-    architecture = stock_class(files.folder, name)
+    pruned = checkpoint.config.get("pruned")
+    name = pruned["architecture"] if pruned else checkpoint.architecture
+    architecture = stock_class(checkpoint.folder, name)
     if pruned:
         architecture = modeling_pruned.pruned_class(architecture)
     transformers.utils.logging.disable_progress_bar()
     model, loading = architecture.from_pretrained(
-        files.folder, dtype=dtype, local_files_only=True, output_loading_info=True
+        checkpoint.folder, dtype=dtype, local_files_only=True, output_loading_info=True
     )
     if missing := sorted(loading["missing_keys"]):
         raise UserError(
-            f"model: {files.folder}: {len(missing)} tensors are missing, first {missing[0]}. Copy the model again"
+            f"model: {checkpoint.folder}: {len(missing)} tensors are missing, first {missing[0]}. Copy the model again"
         )
     loaded: nn.Module = model.eval().requires_grad_(False)
     straighten(loaded)
@@ -59,11 +59,11 @@ def straighten(model: nn.Module) -> None:
             model.set_submodule(name, new)
 
 
-def shaped_model(files: ModelFiles, layout: Layout, kept: Mapping[str, int], dtype: torch.dtype) -> nn.Module:
+def shaped_model(checkpoint: Checkpoint, layout: Layout, kept: Mapping[str, int], dtype: torch.dtype) -> nn.Module:
     """Return a model of random weights whose sub-blocks keep so many items, on the default device.
 
     Args:
-        files: The dense model; none of its weights is read.
+        checkpoint: The dense model; none of its weights is read.
         layout: Where its sub-blocks are.
         kept: Items by sub-block; those that are not named are dense.
         dtype: Of the weights.
@@ -71,24 +71,24 @@ def shaped_model(files: ModelFiles, layout: Layout, kept: Mapping[str, int], dty
     Raises:
         UserError: transformers has no such architecture.
     """
-    architecture = stock_class(files.folder, files.architecture)
-    config = transformers.AutoConfig.from_pretrained(files.folder, local_files_only=True, trust_remote_code=False)
+    architecture = stock_class(checkpoint.folder, checkpoint.architecture)
+    config = transformers.AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
     shapes: dict[str, list[int]] = {}
     removed: dict[str, str] = {}
     counts: dict[str, list[Any]] = {}
     experts: dict[str, list[Any]] = {}
-    for site in layout.sites:
-        count = kept.get(site.name, site.total)
-        if site.experts:
-            experts[site.name] = [*site.rows, list(range(count))]
+    for sub_block in layout.sub_blocks:
+        count = kept.get(sub_block.name, sub_block.total)
+        if sub_block.experts:
+            experts[sub_block.name] = [*sub_block.rows, list(range(count))]
         elif count == 0:
-            removed |= site.removal
-        elif count < site.total:
-            columns = {module: files.shapes[f"{module}.weight"][1] for module in site.rows}
-            shapes |= {module: [rows * count, columns[module]] for module, rows in site.rows.items()}
-            shapes[site.output] = [files.shapes[f"{site.output}.weight"][0], site.width * count]
-            if site.counts:
-                counts[site.home] = [list(site.counts), [count, site.total]]
+            removed |= sub_block.removal
+        elif count < sub_block.total:
+            columns = {module: checkpoint.shapes[f"{module}.weight"][1] for module in sub_block.rows}
+            shapes |= {module: [rows * count, columns[module]] for module, rows in sub_block.rows.items()}
+            shapes[sub_block.output] = [checkpoint.shapes[f"{sub_block.output}.weight"][0], sub_block.width * count]
+            if sub_block.counts:
+                counts[sub_block.parent] = [list(sub_block.counts), [count, sub_block.total]]
     config.pruned = {"shapes": shapes, "removed": removed, "counts": counts, "experts": experts}
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -100,17 +100,17 @@ def shaped_model(files: ModelFiles, layout: Layout, kept: Mapping[str, int], dty
     return model.eval().requires_grad_(False)
 
 
-def stock_shapes(files: ModelFiles, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def stock_shapes(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Return the shape of every parameter of the stock model that has a configuration; tied ones once.
 
     Raises:
         UserError: transformers has no such class, or it refuses a value.
     """
-    model = stock_model(files.folder, files.architecture, config)
+    model = stock_model(checkpoint.folder, checkpoint.architecture, config)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def check_stock(files: ModelFiles, family: Family) -> None:
+def check_stock(checkpoint: Checkpoint, family: Family) -> None:
     """Check that tensors are what the model's class makes of its configuration, and that units share no matrix.
 
     Nothing is loaded. Names that the class changes as it loads are not compared.
@@ -120,47 +120,54 @@ def check_stock(files: ModelFiles, family: Family) -> None:
             unit is one tensor with another, or transformers has no such class or cannot build it.
     """
     try:
-        model = stock_model(files.folder, files.architecture, files.config)
+        model = stock_model(checkpoint.folder, checkpoint.architecture, checkpoint.config)
     except UserError:
         raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(
-            f"model: {files.folder}/config.json: {files.architecture} cannot be built from it ({reason}). Copy the "
+            f"model: {checkpoint.folder}/config.json: {checkpoint.architecture} cannot be built from it ({reason}). "
+            f"Copy the "
             "model again, or save it again with save_pretrained"
         ) from None
-    chains = named_as_in(files, family).chains
-    blocks = [chain.format(block=number) for chain in chains for number in block_numbers(files, chain)]
+    chains = named_as_in(checkpoint, family).chains
+    blocks = [chain.format(block=number) for chain in chains for number in block_numbers(checkpoint, chain)]
     units = {f"{b}.{n}" for b in blocks for unit in family.units.values() for n in unit.names}
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    _check_shared(files, units, parameters)
+    _check_shared(checkpoint, units, parameters)
     for name, parameter in parameters.items():
-        shape, stored = tuple(parameter.shape), files.shapes.get(name)
-        found = stored[::-1] if stored and name in files.transposed else stored
+        shape, stored = tuple(parameter.shape), checkpoint.shapes.get(name)
+        found = stored[::-1] if stored and name in checkpoint.transposed else stored
         if found not in (None, shape):
             raise UserError(
-                f"model: {files.folder}: {name} has the shape {list(found or ())}, and {files.architecture} makes it "
+                f"model: {checkpoint.folder}: {name} has the shape {list(found or ())}, and "
+                f"{checkpoint.architecture} makes it "
                 f"{list(shape)} by config.json. Correct the configuration, or copy the model again"
             )
-    for module in sorted(module for module in units if f"{module}.weight" in files.shapes.keys() & parameters.keys()):
+    for module in sorted(
+        module for module in units if f"{module}.weight" in checkpoint.shapes.keys() & parameters.keys()
+    ):
         name = f"{module}.bias"
-        if (name in files.shapes) != (name in parameters):
+        if (name in checkpoint.shapes) != (name in parameters):
             odd = (
-                "is in the files, and has no place" if name in files.shapes else "is not in the files, and has a place"
+                "is in the files, and has no place"
+                if name in checkpoint.shapes
+                else "is not in the files, and has a place"
             )
             raise UserError(
-                f"model: {files.folder}: {name} {odd} in {files.architecture} by config.json. Correct the "
+                f"model: {checkpoint.folder}: {name} {odd} in {checkpoint.architecture} by config.json. Correct the "
                 "configuration, or copy the model again"
             )
 
 
-def _check_shared(files: ModelFiles, units: Collection[str], parameters: Mapping[str, nn.Parameter]) -> None:
+def _check_shared(checkpoint: Checkpoint, units: Collection[str], parameters: Mapping[str, nn.Parameter]) -> None:
     first: dict[int, str] = {}
     for name, parameter in parameters.items():
         other = first.setdefault(id(parameter), name)
         if other != name and {name.removesuffix(".weight"), other.removesuffix(".weight")} & {*units}:
             raise UserError(
-                f"family: {name} and {other} are one tensor in {files.architecture}, and what one of them loses the "
+                f"family: {name} and {other} are one tensor in {checkpoint.architecture}, and what one of them loses "
+                f"the "
                 "other would lose too. List both under 'skip' in a family file of your own, and name that with "
                 "--set family=FILE"
             )

@@ -10,7 +10,7 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from allocator.core.errors import UserError
-from allocator.model.checkpoint.headers import ModelFiles
+from allocator.model.checkpoint.headers import Checkpoint
 from allocator.model.checkpoint.stock import stock_class
 from allocator.model.family.layout import Layout
 from allocator.model.live.load import straighten
@@ -21,20 +21,20 @@ from allocator.model.live.write import read_tensors
 class StreamedWalker(BlockWalker):
     """Walks a dense checkpoint whose blocks are read when they are :meth:`held`, and dropped after."""
 
-    def __init__(self, files: ModelFiles, layout: Layout, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype = torch.float32) -> None:
         """Read everything but the blocks.
 
         Raises:
             UserError: The checkpoint's tensors are not the parameters of its architecture.
         """
-        architecture = stock_class(files.folder, files.architecture)
+        architecture = stock_class(checkpoint.folder, checkpoint.architecture)
         with init_empty_weights(include_buffers=False):
-            model = architecture(architecture.config_class.from_dict(dict(files.config)))
+            model = architecture(architecture.config_class.from_dict(dict(checkpoint.config)))
         straighten(model)
         super().__init__(model.eval().requires_grad_(False), layout)
-        self._files, self._dtype = files, dtype
+        self._checkpoint, self._dtype = checkpoint, dtype
         inside = tuple(f"{name}." for name in layout.blocks)
-        outside = [name for name in files.shapes if not name.startswith(inside)]
+        outside = [name for name in checkpoint.shapes if not name.startswith(inside)]
         # the head of a causal language model may have another name in the checkpoint than in the model
         headed = [name for name in outside if layout.tail and name.startswith(f"{layout.tail[-1]}.")]
         self._fill(model, "", [name for name in outside if name not in headed])
@@ -43,7 +43,7 @@ class StreamedWalker(BlockWalker):
         model.tie_weights()
         missing = [name for name, p in model.named_parameters() if p.is_meta and not name.startswith(inside)]
         if missing:
-            raise UserError(f"model: {files.folder}: tensor {missing[0]} is missing. Copy the model again")
+            raise UserError(f"model: {checkpoint.folder}: tensor {missing[0]} is missing. Copy the model again")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -51,14 +51,14 @@ class StreamedWalker(BlockWalker):
         return self._dtype
 
     @contextmanager
-    def held(self, index: int) -> Iterator[None]:
+    def loaded(self, index: int) -> Iterator[None]:
         """Read the weights of a block; drop them, or what took their place, at the end."""
         block, prefix = self.blocks[index], f"{self._names[index]}."
         places = [(module, name) for module in block.modules() for name in list(module._parameters)]
-        self._fill(block, prefix, [name for name in self._files.shapes if name.startswith(prefix)])
+        self._fill(block, prefix, [name for name in self._checkpoint.shapes if name.startswith(prefix)])
         if missing := [name for name, parameter in block.named_parameters() if parameter.is_meta]:
             raise UserError(
-                f"model: {self._files.folder}: tensor {prefix}{missing[0]} is missing. Copy the model again"
+                f"model: {self._checkpoint.folder}: tensor {prefix}{missing[0]} is missing. Copy the model again"
             )
         try:
             yield
@@ -68,7 +68,7 @@ class StreamedWalker(BlockWalker):
                     module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
     def _fill(self, root: nn.Module, prefix: str, names: list[str]) -> None:
-        for name, tensor in read_tensors(self._files, names).items():
+        for name, tensor in read_tensors(self._checkpoint, names).items():
             module, _, attribute = name.removeprefix(prefix).rpartition(".")
             try:
                 owner = root.get_submodule(module)
@@ -78,7 +78,9 @@ class StreamedWalker(BlockWalker):
                 owner._buffers[attribute] = tensor.to(buffer.dtype, copy=True)
                 continue
             if attribute not in owner._parameters:
-                raise UserError(f"model: {self._files.folder}: {self._files.architecture} has no parameter {name}")
+                raise UserError(
+                    f"model: {self._checkpoint.folder}: {self._checkpoint.architecture} has no parameter {name}"
+                )
             # cloned, for memory-mapped tensors may be unaligned, and kernels may then round differently
             value = tensor.clone() if tensor.dtype == self._dtype else tensor.to(self._dtype)
             owner._parameters[attribute] = nn.Parameter(value, requires_grad=False)

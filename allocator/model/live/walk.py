@@ -27,7 +27,7 @@ from allocator.model.family.layout import Layout
 SEQUENCES_PER_BATCH = 4
 """Sequences that run together; part of the numerics, so not derived from free memory."""
 
-Heard = tuple[dict[str, torch.Tensor], dict[str, Any]]
+Recorded = tuple[dict[str, torch.Tensor], dict[str, Any]]
 """Inputs and outputs of modules, by full name. Inputs are those that are not given by keyword."""
 
 Head = Callable[[torch.Tensor], torch.Tensor]
@@ -101,7 +101,7 @@ class BlockWalker:
         return self.parts(hidden)[self._tower[index]]
 
     @contextmanager
-    def held(self, index: int) -> Iterator[None]:
+    def loaded(self, index: int) -> Iterator[None]:
         """Have the weights of block ``index`` in memory while the body runs. They always are, in a loaded model."""
         yield
 
@@ -136,7 +136,7 @@ class BlockWalker:
             return torch.cat([part.flatten(1) for part in parts], 1)
 
     @contextmanager
-    def listening(self, index: int, modules: Sequence[str]) -> Iterator[Heard]:
+    def record_io(self, index: int, modules: Sequence[str]) -> Iterator[Recorded]:
         """Yield tables that fill with inputs and outputs of some of a block's modules, by full name, as it runs."""
         inputs: dict[str, torch.Tensor] = {}
         outputs: dict[str, Any] = {}
@@ -152,7 +152,7 @@ class BlockWalker:
             yield inputs, outputs
 
     @torch.no_grad()
-    def hear(
+    def capture_outputs(
         self,
         index: int,
         hidden_btd: torch.Tensor,
@@ -172,13 +172,13 @@ class BlockWalker:
             def hook(module: nn.Module, args: tuple[Any, ...], *output: torch.Tensor) -> None:
                 heard[name] = args[0] if entering else output[0]
                 if len(heard) == len(there):
-                    raise _EverythingHeard
+                    raise _AllCaptured
 
             return hook
 
         there = [name for name in dict.fromkeys(modules) if self._find(index, root, name) is not None]
         hooks = {name: listener(name) for name in there}
-        with suppress(_EverythingHeard), self._hooked(index, root, hooks, before=entering):
+        with suppress(_AllCaptured), self._hooked(index, root, hooks, before=entering):
             self.run(index, hidden_btd, root, instead)
         return heard
 
@@ -222,7 +222,7 @@ class BlockWalker:
             walked = self.logits(hidden).float()
             whole = self.model(**inputs_of(shown), **self._settings).logits.float()
         else:
-            walked, whole = self.given(hidden, shown).float(), self._given(inputs_of(shown)).float()
+            walked, whole = self.final_states(hidden, shown).float(), self._final_states(inputs_of(shown)).float()
         # what is not finite is named where it is measured
         if whole.isfinite().all() and not torch.allclose(walked, whole, rtol=0, atol=0.05 * float(whole.abs().max())):
             raise UserError(
@@ -232,7 +232,7 @@ class BlockWalker:
                 else f"family: the blocks are not what {type(self.model).__name__} computes between embedding and end"
             )
 
-    def read(self, hidden: torch.Tensor, shown: Shown) -> tuple[torch.Tensor, Head]:
+    def logit_inputs(self, hidden: torch.Tensor, shown: Shown) -> tuple[torch.Tensor, Head]:
         """Return what logits are made of, position by position [B, P, ...], and what makes them of it.
 
         For causal language models that is the output of the last block, whose logits need not be held at once; for
@@ -244,7 +244,7 @@ class BlockWalker:
             logits = self.model(**inputs_of(shown)).logits
         return (logits if logits.dim() == 3 else logits[:, None]), _as_it_is
 
-    def given(self, hidden: torch.Tensor, shown: Shown) -> torch.Tensor:
+    def final_states(self, hidden: torch.Tensor, shown: Shown) -> torch.Tensor:
         """Return the states that a model gives for the output of the last block: what its head reads, [B, P, D].
 
         Of two towers, the embeddings of both. Gradients are as in :meth:`run`.
@@ -252,9 +252,9 @@ class BlockWalker:
         if self.kind.generates:
             return self.states(hidden)
         with self._ending(hidden):
-            return self._given(inputs_of(shown))
+            return self._final_states(inputs_of(shown))
 
-    def _given(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def _final_states(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         outputs = self._backbone(**inputs, **self._settings)
         if self.kind.reads == "pairs":
             return torch.stack([outputs.text_embeds, outputs.image_embeds], 1)
@@ -295,7 +295,7 @@ def _as_it_is(hidden: torch.Tensor) -> torch.Tensor:
     return hidden
 
 
-class _EverythingHeard(Exception):  # noqa: N818 - it ends a pass, and is no error
+class _AllCaptured(Exception):  # noqa: N818 - it ends a pass, and is no error
     """All modules of interest were reached."""
 
 

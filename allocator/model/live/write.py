@@ -21,10 +21,10 @@ from safetensors.torch import save_file
 from allocator.core.errors import UserError
 from allocator.core.files import whole_folder, write_json
 from allocator.core.space import SearchSpace
-from allocator.model.checkpoint.headers import INDEX, ModelFiles, read_model_files
+from allocator.model.checkpoint.headers import INDEX, Checkpoint, read_checkpoint
 from allocator.model.checkpoint.kinds import CAUSAL, Kind
 from allocator.model.family.layout import Layout
-from allocator.model.family.sub_blocks import Site
+from allocator.model.family.sub_blocks import SubBlock
 from allocator.model.live.memory import give_back
 
 Replacements = Mapping[str, torch.Tensor | None]
@@ -45,21 +45,23 @@ _COPIED = (
 )
 
 
-def read_tensors(files: ModelFiles, names: list[str]) -> dict[str, torch.Tensor]:
+def read_tensors(checkpoint: Checkpoint, names: list[str]) -> dict[str, torch.Tensor]:
     """Read some tensors of a checkpoint, in the checkpoint's data type."""
     tensors = {}
-    for shard in sorted({files.shards[name] for name in names}):
-        with safe_open(files.folder / shard, framework="pt") as file:
-            own = [name for name in names if files.shards[name] == shard]
-            tensors.update({name: file.get_tensor(stored_name(files, name)) for name in own})
-    return {name: tensor.T.contiguous() if name in files.transposed else tensor for name, tensor in tensors.items()}
+    for shard in sorted({checkpoint.shards[name] for name in names}):
+        with safe_open(checkpoint.folder / shard, framework="pt") as file:
+            own = [name for name in names if checkpoint.shards[name] == shard]
+            tensors.update({name: file.get_tensor(stored_name(checkpoint, name)) for name in own})
+    return {
+        name: tensor.T.contiguous() if name in checkpoint.transposed else tensor for name, tensor in tensors.items()
+    }
 
 
-def write_checkpoint(files: ModelFiles, layout: Layout, replace: Callable[[str], Replacements], out: Path) -> None:
+def write_checkpoint(checkpoint: Checkpoint, layout: Layout, replace: Callable[[str], Replacements], out: Path) -> None:
     """Write a pruned copy of a model.
 
     Args:
-        files: The dense model.
+        checkpoint: The dense model.
         layout: Where its units are.
         replace: Returns the new tensors of a sub-block by its name, one sub-block at a time.
         out: A folder that does not exist yet. It appears when it is whole.
@@ -69,7 +71,7 @@ def write_checkpoint(files: ModelFiles, layout: Layout, replace: Callable[[str],
     """
     with whole_folder(out) as partial:
         try:
-            _write(files, layout, replace, partial)
+            _write(checkpoint, layout, replace, partial)
         except (SafetensorError, OSError) as error:
             raise UserError(
                 f"{out}: the checkpoint cannot be written ({error}). Free some space: a search goes on with --resume, "
@@ -77,19 +79,21 @@ def write_checkpoint(files: ModelFiles, layout: Layout, replace: Callable[[str],
             ) from None
 
 
-def _write(files: ModelFiles, layout: Layout, replace: Callable[[str], Replacements], folder: Path) -> None:
+def _write(checkpoint: Checkpoint, layout: Layout, replace: Callable[[str], Replacements], folder: Path) -> None:
     shapes: dict[str, list[int]] = {}
     gone: set[str] = set()
     weight_map: dict[str, str] = {}
     added: list[str] = []
     cached: tuple[str, Replacements] = ("", {})
-    owners = {name: site.name for site in layout.sites for name in files.shapes if site.owns(name)}
-    for shard in sorted(set(files.shards.values())):
+    owners = {
+        name: sub_block.name for sub_block in layout.sub_blocks for name in checkpoint.shapes if sub_block.owns(name)
+    }
+    for shard in sorted(set(checkpoint.shards.values())):
         tensors: dict[str, torch.Tensor] = {}
         give_back()
-        with safe_open(files.folder / shard, framework="pt") as file:
-            for name in sorted(key for key, home in files.shards.items() if home == shard):
-                owner, stored = owners.get(name), stored_name(files, name)
+        with safe_open(checkpoint.folder / shard, framework="pt") as file:
+            for name in sorted(key for key, parent in checkpoint.shards.items() if parent == shard):
+                owner, stored = owners.get(name), stored_name(checkpoint, name)
                 if owner is not None and cached[0] != owner:
                     cached = (owner, replace(owner))
                 new = cached[1].get(name, ...) if owner is not None else ...
@@ -100,76 +104,81 @@ def _write(files: ModelFiles, layout: Layout, replace: Callable[[str], Replaceme
                 if new is ...:
                     tensors[stored] = file.get_tensor(stored)
                     continue
-                as_stored = new.T if name in files.transposed else new
-                tensors[stored] = as_stored.to(dtype_of(files.dtypes[name])).contiguous()
-                if name.endswith(".weight") and tuple(new.shape) != files.shapes[name]:
+                as_stored = new.T if name in checkpoint.transposed else new
+                tensors[stored] = as_stored.to(dtype_of(checkpoint.dtypes[name])).contiguous()
+                if name.endswith(".weight") and tuple(new.shape) != checkpoint.shapes[name]:
                     shapes[name.removesuffix(".weight")] = list(new.shape)
                     bias = name.removesuffix("weight") + "bias"
-                    if bias not in files.shapes and (gained := cached[1].get(bias)) is not None:
-                        gained_name = stored_name(files, bias)
+                    if bias not in checkpoint.shapes and (gained := cached[1].get(bias)) is not None:
+                        gained_name = stored_name(checkpoint, bias)
                         tensors[gained_name] = gained.to(tensors[stored].dtype).contiguous()
                         weight_map[gained_name] = shard
                         added.append(bias.removesuffix(".bias"))
         save_file(tensors, folder / shard, metadata={"format": "pt"})
     removed: dict[str, str] = {}
-    for site in layout.sites:
-        if f"{site.output}.weight" in gone:
-            removed |= site.removal
-    config = dict(files.config)
+    for sub_block in layout.sub_blocks:
+        if f"{sub_block.output}.weight" in gone:
+            removed |= sub_block.removal
+    config = dict(checkpoint.config)
     if shapes or gone:
         counts = {
-            site.home: [list(site.counts), [shapes[site.output][1] // site.width, site.total]]
-            for site in layout.sites
-            if site.counts and site.output in shapes
+            sub_block.parent: [
+                list(sub_block.counts),
+                [shapes[sub_block.output][1] // sub_block.width, sub_block.total],
+            ]
+            for sub_block in layout.sub_blocks
+            if sub_block.counts and sub_block.output in shapes
         }
         experts = {each.name: [*each.rows, _kept_experts(each, layout, gone)] for each in layout.mixtures}
         routers = {router for router, _ in experts.values()}
         config["pruned"] = {
-            "architecture": files.architecture,
+            "architecture": checkpoint.architecture,
             "shapes": {module: shape for module, shape in shapes.items() if module not in routers},
             "biases": sorted(added),
             "removed": removed,
             **({"counts": counts} if counts else {}),
             **({"experts": experts} if experts else {}),
-            **({"renamed": dict(files.renames)} if files.renames else {}),
+            **({"renamed": dict(checkpoint.renames)} if checkpoint.renames else {}),
         }
-        kind = files.kind
+        kind = checkpoint.kind
         config["architectures"] = [kind.pruned]
         config["auto_map"] = {kind.auto: f"modeling_pruned.{kind.pruned}"}
-        write_modelling(folder, files.architecture, kind)
-    write_companions(folder, files, config, weight_map)
+        write_modelling(folder, checkpoint.architecture, kind)
+    write_companions(folder, checkpoint, config, weight_map)
 
 
-def stored_name(files: ModelFiles, name: str) -> str:
+def stored_name(checkpoint: Checkpoint, name: str) -> str:
     """Return the name in a checkpoint's files of one of the model's tensors, or of a bias that it gains."""
-    if name not in files.shapes and name.endswith(".bias"):
+    if name not in checkpoint.shapes and name.endswith(".bias"):
         weight = f"{name.removesuffix('bias')}weight"
-        return f"{files.stored.get(weight, weight).removesuffix('weight')}bias"
-    return files.stored.get(name, name)
+        return f"{checkpoint.stored.get(weight, weight).removesuffix('weight')}bias"
+    return checkpoint.stored.get(name, name)
 
 
-def _kept_experts(mixture: Site, layout: Layout, gone: set[str]) -> list[int]:
+def _kept_experts(mixture: SubBlock, layout: Layout, gone: set[str]) -> list[int]:
     """Return the numbers of experts that a router still knows; of those that lost all channels it does."""
-    whole = mixture.name in {site.name for site in layout.sites}
+    whole = mixture.name in {sub_block.name for sub_block in layout.sub_blocks}
     matrices = [f"{expert[0]}.weight" for expert in mixture.experts]
     return [number for number, name in enumerate(matrices) if not whole or name not in gone]
 
 
-def write_companions(folder: Path, files: ModelFiles, config: Mapping[str, Any], weight_map: Mapping[str, str]) -> None:
+def write_companions(
+    folder: Path, checkpoint: Checkpoint, config: Mapping[str, Any], weight_map: Mapping[str, str]
+) -> None:
     """Write what lies beside the weights: the configuration, the tokenizer, and the index where a model has one.
 
     Args:
         folder: Holds the weights.
-        files: The dense model.
+        checkpoint: The dense model.
         config: The content of ``config.json``.
         weight_map: The file, inside ``folder``, of every tensor.
     """
-    if (files.folder / INDEX).exists():
+    if (checkpoint.folder / INDEX).exists():
         sizes = sum((folder / shard).stat().st_size for shard in set(weight_map.values()))
         write_json(folder / INDEX, {"metadata": {"total_size": sizes}, "weight_map": dict(weight_map)})
     write_config(folder, config)
     for pattern in _COPIED:
-        for path in files.folder.glob(pattern):
+        for path in checkpoint.folder.glob(pattern):
             shutil.copy(path, folder / path.name)
 
 
@@ -187,19 +196,19 @@ def write_modelling(folder: Path, architecture: str, kind: Kind = CAUSAL) -> Non
     (folder / "modeling_pruned.py").write_text(code, encoding="utf-8")
 
 
-def count_params(folder: Path, space: SearchSpace, dense: ModelFiles) -> int:
+def count_params(folder: Path, space: SearchSpace, dense: Checkpoint) -> int:
     """Count the parameters of a saved checkpoint as the budget counts them.
 
     Structured: elements of all tensors. Unstructured: of a unit's matrix, at most the kept positions are not
     zero, and kept weights may happen to be zero; so what is counted is the dense count less the zeros of
     unit matrices.
     """
-    files = read_model_files(folder).named_like(dense)
+    checkpoint = read_checkpoint(folder).named_like(dense)
     total = 0
     matrices = {f"{unit.name}.weight" for unit in space.units if unit.kind == "matrix"}
-    for name, shape in files.shapes.items():
+    for name, shape in checkpoint.shapes.items():
         if name in matrices:
-            total += int(torch.count_nonzero(read_tensors(files, [name])[name]))
+            total += int(torch.count_nonzero(read_tensors(checkpoint, [name])[name]))
         else:
             total += int(torch.Size(shape).numel())
     return total

@@ -16,9 +16,9 @@ import torch
 
 from allocator.core.space import Allocation
 from allocator.model.live.memory import give_back
-from allocator.pruning.calibration.problem import Calibration, Problem, Solve, routers, stages
+from allocator.pruning.calibration.problem import Calibration, Solve, UnitProblem, routers, stages
 from allocator.pruning.calibration.statistics import collected
-from allocator.pruning.calibration.streams import TwoStreams
+from allocator.pruning.calibration.streams import DenseAndPruned
 from allocator.pruning.levels.assemble import CompactLevels
 
 Known = Callable[[str], CompactLevels | None]
@@ -43,14 +43,14 @@ def prune_on_dense_inputs(
         if index > max(chosen, default=-1):
             break
         tasks = [task for stage in block for task in stage.tasks] if index in chosen else []
-        with walker.held(index):
+        with walker.loaded(index):
             modules = [task.module for task in tasks]
             with collected(walker.model, modules, calibration.pruner.need, routers(tasks)) as statistics:
                 hidden = [walker.run(index, batch) for batch in hidden]
         problems = []
         for task in tasks:
             weight, every = calibration.dense_weight(task), tuple(range(1, task.unit.num_levels))
-            problems.append(Problem(task, weight, statistics[task.module], every, weight.dtype))
+            problems.append(UnitProblem(task, weight, statistics[task.module], every, weight.dtype))
         for task, found in zip(tasks, solve(problems), strict=True):
             yield task.unit.name, found
         calibration.progress(index + 1)
@@ -79,8 +79,8 @@ def prune_on_pruned_inputs(
     pruned = dense = calibration.embedded()
     told = False
     for index, block in enumerate(stages(calibration.layout, space)):
-        with calibration.walker.held(index):
-            streams = TwoStreams(calibration, index, dense, pruned, levels)
+        with calibration.walker.loaded(index):
+            streams = DenseAndPruned(calibration, index, dense, pruned, levels)
             if not streams.adds_up and not told:  # other blocks are made alike
                 told = True
                 calibration.report(

@@ -10,10 +10,10 @@ import torch
 
 from allocator.core.errors import UserError
 from allocator.core.space import SearchSpace, Unit
-from allocator.model.checkpoint.headers import ModelFiles
+from allocator.model.checkpoint.headers import Checkpoint
 from allocator.model.data.examples import Shown
 from allocator.model.family.layout import Layout
-from allocator.model.family.sub_blocks import Site
+from allocator.model.family.sub_blocks import SubBlock
 from allocator.model.live.walk import SEQUENCES_PER_BATCH, BlockWalker
 from allocator.model.live.write import read_tensors
 from allocator.pruning.calibration.factorise import Report, silent
@@ -26,7 +26,7 @@ Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class UnitTask:
     """One unit to prune: the matrix whose inputs matter, and its columns per item.
 
     Of whole experts that is the router, and ``experts`` is the name of what it chooses from.
@@ -39,38 +39,38 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class PruneStage:
     """Units that are pruned from inputs that only the stages before have a part in.
 
     Attributes:
-        sites: Their sub-blocks: one, or several whose sum is added.
+        sub_blocks: Their sub-blocks: one, or several whose sum is added.
         tasks: The units.
         writes: Whether this is the last stage of these sub-blocks, after which it is known what they add.
     """
 
-    sites: tuple[Site, ...]
-    tasks: tuple[Task, ...]
+    sub_blocks: tuple[SubBlock, ...]
+    tasks: tuple[UnitTask, ...]
     writes: bool
 
     @property
-    def site(self) -> Site:
+    def sub_block(self) -> SubBlock:
         """The sub-block, where there is one."""
-        (site,) = self.sites
-        return site
+        (sub_block,) = self.sub_blocks
+        return sub_block
 
     @property
     def routed(self) -> bool:
         """Whether tokens reach these sub-blocks as a router says, so that none has a target of its own."""
-        return self.sites[0].routed is not None
+        return self.sub_blocks[0].routed is not None
 
     @property
     def adds(self) -> str:
         """The module whose output is what these sub-blocks add to the residual stream."""
-        return self.sites[0].routed or self.sites[0].output
+        return self.sub_blocks[0].routed or self.sub_blocks[0].output
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class UnitProblem:
     """What a local pruner is given for one unit.
 
     Attributes:
@@ -81,7 +81,7 @@ class Problem:
         dtype: Data type in which levels are kept: the checkpoint's.
     """
 
-    task: Task
+    task: UnitTask
     weight_oi: torch.Tensor
     statistics: Statistics
     wanted: tuple[int, ...]
@@ -99,7 +99,7 @@ class Calibration:
 
     Attributes:
         walker: The dense model.
-        files: The same model on disk.
+        checkpoint: The same model on disk.
         layout: Where its units are.
         space: Their ladders.
         pruner: The local pruner.
@@ -109,7 +109,7 @@ class Calibration:
     """
 
     walker: BlockWalker
-    files: ModelFiles
+    checkpoint: Checkpoint
     layout: Layout
     space: SearchSpace
     pruner: LocalPruner
@@ -121,20 +121,22 @@ class Calibration:
         """Return what enters the first block, batch by batch."""
         return [self.walker.embed(batch) for batch in self.shown.split(SEQUENCES_PER_BATCH)]
 
-    def dense_weight(self, task: Task) -> torch.Tensor:
+    def dense_weight(self, task: UnitTask) -> torch.Tensor:
         """Return the dense weight of a task's matrix, in the checkpoint's data type.
 
         Raises:
             UserError: It holds NaN or infinity.
         """
         name = f"{task.module}.weight"
-        weight = read_tensors(self.files, [name])[name]
+        weight = read_tensors(self.checkpoint, [name])[name]
         if not torch.isfinite(weight).all():
-            raise UserError(f"model: {self.files.folder}: {name} holds NaN or infinity. Repair or replace the model")
+            raise UserError(
+                f"model: {self.checkpoint.folder}: {name} holds NaN or infinity. Repair or replace the model"
+            )
         return weight
 
 
-Solve = Callable[[Sequence[Problem]], list[CompactLevels]]
+Solve = Callable[[Sequence[UnitProblem]], list[CompactLevels]]
 """Solves problems that do not depend on each other, wherever it likes."""
 
 
@@ -143,29 +145,29 @@ def stored(compact: CompactLevels, dtype: torch.dtype) -> CompactLevels:
     return {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in compact.items()}
 
 
-def routers(tasks: Iterable[Task]) -> dict[str, str]:
+def routers(tasks: Iterable[UnitTask]) -> dict[str, str]:
     """Return routers whose experts are units, each with the name of its experts."""
     return {task.module: task.experts for task in tasks if task.experts is not None}
 
 
-def stages(layout: Layout, space: SearchSpace) -> list[list[Stage]]:
+def stages(layout: Layout, space: SearchSpace) -> list[list[PruneStage]]:
     """Return the stages of every block, in the order of the forward pass."""
     units = {unit.name: unit for unit in space.units}
-    by_block: list[list[Stage]] = [[] for _ in layout.blocks]
+    by_block: list[list[PruneStage]] = [[] for _ in layout.blocks]
     structured = space.pattern == "structured"
-    for _, group in groupby(layout.sites, lambda site: (site.block, site.routed or site.name)):
-        sites = tuple(group)
-        before: list[Task] = []
-        last: list[Task] = []
-        for site in sites:
-            if site.experts:
-                (router,) = site.rows
-                last.append(Task(units[site.name], router, site.width, site.name))
+    for _, group in groupby(layout.sub_blocks, lambda sub_block: (sub_block.block, sub_block.routed or sub_block.name)):
+        sub_blocks = tuple(group)
+        before: list[UnitTask] = []
+        last: list[UnitTask] = []
+        for sub_block in sub_blocks:
+            if sub_block.experts:
+                (router,) = sub_block.rows
+                last.append(UnitTask(units[sub_block.name], router, sub_block.width, sub_block.name))
             elif structured:
-                last.append(Task(units[site.name], site.output, site.width))
+                last.append(UnitTask(units[sub_block.name], sub_block.output, sub_block.width))
             else:
-                before += [Task(units[module], module, 1) for module in site.rows]
-                last.append(Task(units[site.output], site.output, 1))
-        own = [Stage(sites, tuple(before), writes=False)] if before else []
-        by_block[sites[0].block] += [*own, Stage(sites, tuple(last), writes=True)]
+                before += [UnitTask(units[module], module, 1) for module in sub_block.rows]
+                last.append(UnitTask(units[sub_block.output], sub_block.output, 1))
+        own = [PruneStage(sub_blocks, tuple(before), writes=False)] if before else []
+        by_block[sub_blocks[0].block] += [*own, PruneStage(sub_blocks, tuple(last), writes=True)]
     return by_block

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 
 from allocator.core.space import Unit
-from allocator.model.family.sub_blocks import Site
+from allocator.model.family.sub_blocks import SubBlock
 from allocator.pruning.calibration.factorise import Report, factorise
-from allocator.pruning.calibration.problem import Calibration, Problem, Stage, Task, routers, stages
+from allocator.pruning.calibration.problem import Calibration, PruneStage, UnitProblem, UnitTask, routers, stages
 from allocator.pruning.calibration.statistics import Gram, Statistics, start
-from allocator.pruning.levels.assemble import Assembler, CompactLevels, Switchboard
+from allocator.pruning.levels.assemble import Assembler, CompactLevels, LevelSwitch
 from allocator.pruning.pruners.obs import centred, item_columns
 
 _ADDS_UP = 1e-2
@@ -34,7 +34,7 @@ _ROUNDINGS = 4
 """Roundings of the residual stream in the model's data type that are no error."""
 
 
-class TwoStreams:
+class DenseAndPruned:
     """One block of a model with the calibration text at its door, dense and pruned.
 
     Attributes:
@@ -67,9 +67,9 @@ class TwoStreams:
         self._structured = calibration.space.pattern == "structured"
         self._whole = None if self._structured else copy.deepcopy(self._walker.blocks[index])
         assembler = Assembler(
-            calibration.files, layout, calibration.space, self.compact.__getitem__, self._walker.model
+            calibration.checkpoint, layout, calibration.space, self.compact.__getitem__, self._walker.model
         )
-        self._switchboard = Switchboard(self._walker.model, layout, assembler)
+        self._switchboard = LevelSwitch(self._walker.model, layout, assembler)
         every = [stage for stage in stages(layout, calibration.space)[index] if stage.writes]
         names = [name for stage in every for name in dict.fromkeys((_around(stage), stage.adds))]
         # what sub-blocks add, by the module that gives it, batch by batch: all of the dense block, and those settled
@@ -78,13 +78,13 @@ class TwoStreams:
         self._entered: list[torch.Tensor] = []  # the output projection of the sub-block at hand
         self._leaving: list[torch.Tensor] = []
         for batch in dense:
-            with self._walker.listening(index, names) as (_, heard):
+            with self._walker.record_io(index, names) as (_, heard):
                 self._leaving.append(self._walker.run(index, batch))
             self._given.append({stage.adds: heard[stage.adds] for stage in every})
         self._passed_over = {stage.adds: _passed_over(stage, heard) for stage in every}  # of any batch
         self.adds_up = self._check_sum()
 
-    def problems(self, stage: Stage, wanted: Mapping[Task, tuple[int, ...]]) -> list[Problem]:
+    def problems(self, stage: PruneStage, wanted: Mapping[UnitTask, tuple[int, ...]]) -> list[UnitProblem]:
         """Run both streams up to a stage, and return what pruners need for the levels that are wanted of its units."""
         pruner, modules = self._calibration.pruner, [task.module for task in wanted]
         if not modules:
@@ -101,7 +101,7 @@ class TwoStreams:
             whole = given
             if not stage.writes:
                 known = self._known({output: given[output] for output in added})
-                whole = self._walker.hear(self._index, dense, modules, self._whole, known)
+                whole = self._walker.capture_outputs(self._index, dense, modules, self._whole, known)
             for module in modules:
                 bias = getattr(self._walker.model.get_submodule(module), "bias", None)
                 # in fp32, and differences first: what is lost is small beside the stream that it is lost from
@@ -115,7 +115,7 @@ class TwoStreams:
                 statistics.aim(entering[module].flatten(0, -2), target)
         return [self._problem(task, levels, gathered[task.module]) for task, levels in wanted.items()]
 
-    def settle(self, stage: Stage) -> None:
+    def settle(self, stage: PruneStage) -> None:
         """Put what was pruned into the block, at its level of the path; know what a sub-block adds when it is done."""
         units, adds = [task.unit for task in stage.tasks], stage.adds
         if self._projects(stage) and not self._entered:  # no problem was asked for
@@ -130,22 +130,22 @@ class TwoStreams:
         if not stage.writes:
             return
         if self._projects(stage) and self._levels is None:
-            self._switchboard.blend(stage.site.name, _shares(units[0]))
-            totals = self._projected(stage.site, pruned=True)
+            self._switchboard.blend(stage.sub_block.name, _shares(units[0]))
+            totals = self._projected(stage.sub_block, pruned=True)
         elif self._levels is not None and self._projects(stage):
-            totals = self._projected(stage.site, pruned=self._levels[units[0].name] > 0)
+            totals = self._projected(stage.sub_block, pruned=self._levels[units[0].name] > 0)
         elif self._levels is None:
             totals = self._average_over_levels(stage)
         else:
             totals = [
-                self._walker.hear(self._index, hidden, [adds], instead=self._known(added))[adds]
+                self._walker.capture_outputs(self._index, hidden, [adds], instead=self._known(added))[adds]
                 for hidden, added in zip(self._pruned, self._added, strict=True)
             ]
         for added, total in zip(self._added, totals, strict=True):
             added[adds] = total
         self._entered = []
 
-    def _projects(self, stage: Stage) -> bool:
+    def _projects(self, stage: PruneStage) -> bool:
         """Whether what a sub-block adds follows from what enters its output projection: all but averages of several."""
         return stage.writes and not stage.routed and (self._levels is not None or self._structured)
 
@@ -161,7 +161,7 @@ class TwoStreams:
         self, modules: Sequence[str], pruned: torch.Tensor, added: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """Return what enters modules in the pruned stream."""
-        return self._walker.hear(self._index, pruned, modules, instead=self._known(added), entering=True)
+        return self._walker.capture_outputs(self._index, pruned, modules, instead=self._known(added), entering=True)
 
     def _known(self, added: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """Return what modules answer that need not run, for it is known what their sub-blocks add."""
@@ -171,7 +171,7 @@ class TwoStreams:
             answers[module] = tensor if rest is None else (tensor, *rest)
         return answers
 
-    def _problem(self, task: Task, levels: tuple[int, ...], statistics: Statistics) -> Problem:
+    def _problem(self, task: UnitTask, levels: tuple[int, ...], statistics: Statistics) -> UnitProblem:
         statistics.check(task.module)
         weight = dense_weight = self._calibration.dense_weight(task)
         if isinstance(statistics, Gram) and statistics.answer_io is not None:
@@ -184,22 +184,22 @@ class TwoStreams:
                 task.unit.name,
                 self._calibration.report,
             )
-        return Problem(task, weight, statistics, levels, dense_weight.dtype)
+        return UnitProblem(task, weight, statistics, levels, dense_weight.dtype)
 
-    def _projected(self, site: Site, pruned: bool) -> list[torch.Tensor]:
+    def _projected(self, sub_block: SubBlock, pruned: bool) -> list[torch.Tensor]:
         """Return what a sub-block's output projection makes of what entered it, batch by batch."""
-        project = self._walker.model.get_submodule(site.output)
-        if pruned and self._structured and site.name in self.compact:  # its columns are in the order of removal
-            columns = item_columns(self.compact[site.name]["order"].long(), site.width)
+        project = self._walker.model.get_submodule(sub_block.output)
+        if pruned and self._structured and sub_block.name in self.compact:  # its columns are in the order of removal
+            columns = item_columns(self.compact[sub_block.name]["order"].long(), sub_block.width)
             return [project(entered[..., columns]) for entered in self._entered]
         return [project(entered) for entered in self._entered]
 
-    def _average_over_levels(self, stage: Stage) -> list[torch.Tensor]:
+    def _average_over_levels(self, stage: PruneStage) -> list[torch.Tensor]:
         """Return the average of what sub-blocks of several units give over their levels, batch by batch.
 
         A level counts as much as it keeps. Units are at the same level together, and the sub-blocks are run at each.
         """
-        names = {name for site in stage.sites for name in (site.name, *site.modules)}
+        names = {name for sub_block in stage.sub_blocks for name in (sub_block.name, *sub_block.modules)}
         units = [unit for unit in self._calibration.space.units if unit.name in names]
         totals = [torch.zeros_like(given[stage.adds], dtype=torch.float32) for given in self._given]
         for level, share in enumerate(_shares(max(units, key=lambda unit: unit.num_levels))):
@@ -208,7 +208,7 @@ class TwoStreams:
             for unit in units:
                 self._switchboard.set(unit.name, min(level, unit.num_levels - 1))
             for batch, (hidden, added) in enumerate(zip(self._pruned, self._added, strict=True)):
-                given = self._walker.hear(self._index, hidden, [stage.adds], instead=self._known(added))
+                given = self._walker.capture_outputs(self._index, hidden, [stage.adds], instead=self._known(added))
                 totals[batch] = totals[batch] + given[stage.adds] * share
         return [total.to(self._walker.dtype) for total in totals]
 
@@ -238,12 +238,12 @@ def _shares(unit: Unit) -> list[float]:
     return [kept / sum(unit.kept) for kept in unit.kept]
 
 
-def _around(stage: Stage) -> str:
+def _around(stage: PruneStage) -> str:
     """Return the module that holds all that a stage's sub-blocks are."""
-    return stage.adds if stage.routed else stage.site.name
+    return stage.adds if stage.routed else stage.sub_block.name
 
 
-def _passed_over(stage: Stage, heard: Mapping[str, Any]) -> tuple[str, tuple[Any, ...] | None]:
+def _passed_over(stage: PruneStage, heard: Mapping[str, Any]) -> tuple[str, tuple[Any, ...] | None]:
     """Return which module need not run where it is known what a sub-block adds, and what it returns besides.
 
     That is the sub-block if it returns what its output projection gives, alone (None) or first of several.

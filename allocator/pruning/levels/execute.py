@@ -9,7 +9,7 @@ import torch
 
 from allocator.core.errors import UserError
 from allocator.core.space import Allocation, SearchSpace
-from allocator.model.checkpoint.headers import ModelFiles
+from allocator.model.checkpoint.headers import Checkpoint
 from allocator.model.family.layout import Layout
 from allocator.model.live.write import count_params, read_tensors, write_checkpoint
 from allocator.pruning.levels.assemble import Assembler, CompactLevels
@@ -17,7 +17,7 @@ from allocator.pruning.levels.assemble import Assembler, CompactLevels
 
 def save_pruned(
     allocation: Allocation,
-    files: ModelFiles,
+    checkpoint: Checkpoint,
     layout: Layout,
     space: SearchSpace,
     compact: Callable[[str], CompactLevels],
@@ -27,7 +27,7 @@ def save_pruned(
 
     Args:
         allocation: One level per unit.
-        files: The dense model.
+        checkpoint: The dense model.
         layout: Where its units are.
         space: Their ladders.
         compact: Returns a unit's compact levels: a level store, or what was recomputed along the allocation.
@@ -38,13 +38,13 @@ def save_pruned(
     """
     levels = {unit.name: level for unit, level in zip(space.units, allocation, strict=True)}
 
-    def replace(site: str) -> dict[str, torch.Tensor | None]:
+    def replace(sub_block: str) -> dict[str, torch.Tensor | None]:
         # an assembler of its own: the dense tensors that it reads are held for one sub-block only
-        return dict(Assembler(files, layout, space, compact).site(site, levels))
+        return dict(Assembler(checkpoint, layout, space, compact).sub_block(sub_block, levels))
 
-    write_checkpoint(files, layout, replace, out)
-    planned, counted = space.cost(allocation), count_params(out, space, files)
-    if not planned - _kept_zeros(levels, files, space, compact) <= counted <= planned:
+    write_checkpoint(checkpoint, layout, replace, out)
+    planned, counted = space.cost(allocation), count_params(out, space, checkpoint)
+    if not planned - _kept_zeros(levels, checkpoint, space, compact) <= counted <= planned:
         raise UserError(
             f"{out}: holds {counted} parameters, and the plan says {planned}. Please report this as a defect"
         )
@@ -52,7 +52,7 @@ def save_pruned(
 
 
 def _kept_zeros(
-    levels: Mapping[str, int], files: ModelFiles, space: SearchSpace, compact: Callable[[str], CompactLevels]
+    levels: Mapping[str, int], checkpoint: Checkpoint, space: SearchSpace, compact: Callable[[str], CompactLevels]
 ) -> int:
     """Count the weights of unit matrices that may be kept and zero: zero when dense, or updated to zero."""
     zeros = 0
@@ -60,6 +60,6 @@ def _kept_zeros(
         if unit.kind == "matrix":
             level, name = levels[unit.name], f"{unit.name}.weight"
             values = compact(unit.name).get(f"values.{level}") if level else None
-            values = read_tensors(files, [name])[name] if values is None else values
+            values = read_tensors(checkpoint, [name])[name] if values is None else values
             zeros += int((values == 0).sum())
     return zeros

@@ -101,7 +101,7 @@ def adapt_pruner(space: SearchSpace, budget: Budget, target: float, tokens: Fide
     blocks = np.array([unit.block for unit in space.units])
     sparsities, allocation = np.zeros(len(blocks)), space.dense
     for step in range(1, steps + 1):
-        (outcome,) = yield [Request(allocation, tokens.few, also="influence")]
+        (outcome,) = yield [Request(allocation, tokens.few, probe="influence")]
         influence = np.array([outcome.measured[f"influence.{block}"] for block in range(blocks.max() + 1)])
         centred = influence - influence.mean()
         scale = float(np.abs(centred).max()) or 1.0

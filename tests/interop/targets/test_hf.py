@@ -18,7 +18,7 @@ from transformers import AutoConfig, LlamaForCausalLM
 from allocator.commands import api
 from allocator.core.errors import UserError
 from allocator.interop.targets.hf import HuggingFace
-from allocator.model.checkpoint.headers import read_model_files
+from allocator.model.checkpoint.headers import read_checkpoint
 from allocator.model.live.load import load_model
 from allocator.model.live.modeling_pruned import pruned_class
 
@@ -75,7 +75,7 @@ def test_transformers_reads_every_layer_as_it_is_stored(exported: dict[str, Any]
     each, out = exported[name]
     config = AutoConfig.from_pretrained(out)
     assert config.is_heterogeneous
-    shapes = read_model_files(out).shapes
+    shapes = read_checkpoint(out).shapes
     seen = set()
     for index in range(config.num_hidden_layers):
         layer, prefix = config.per_layer_config[index], f"model.layers.{index}"
@@ -121,7 +121,7 @@ def test_it_is_a_model_for_this_package_too(exported: dict[str, Any], name: str)
     each, out = exported[name]
     tokens = torch.arange(1, 25)[None]
     with torch.inference_mode():
-        plain, own = (load_model(read_model_files(f))(tokens).logits for f in (each.checkpoint, out))
+        plain, own = (load_model(read_checkpoint(f))(tokens).logits for f in (each.checkpoint, out))
     assert torch.equal(plain, own)
 
 
@@ -141,7 +141,7 @@ def test_a_stock_class_sees_layers_that_are_alike(exported: dict[str, Any]) -> N
 
 def test_it_can_be_saved_and_loaded_again(exported: dict[str, Any], tmp_path: Path) -> None:
     _, out = exported["structured"]
-    model = load_model(read_model_files(out))
+    model = load_model(read_checkpoint(out))
     model.save_pretrained(tmp_path)
     before, after = (json.loads((folder / "config.json").read_text())["per_layer_config"] for folder in (out, tmp_path))
     assert {int(key): layer for key, layer in after.items()} == {int(key): layer for key, layer in before.items()}
@@ -317,7 +317,7 @@ def test_lm_evaluation_harness_runs_on_it(
     each, out = exported["structured"]
     found = scores(consumer, tmp_path / "own", out)
     assert found == scores(consumer, tmp_path / "plain", each.checkpoint)
-    model = load_model(read_model_files(out))
+    model = load_model(read_checkpoint(out))
 
     def likelihood(before: list[int], after: list[int]) -> float:
         with torch.inference_mode():

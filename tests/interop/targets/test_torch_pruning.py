@@ -15,7 +15,7 @@ from allocator.core.errors import UserError
 from allocator.core.space import Unit
 from allocator.interop.contract import check
 from allocator.interop.targets.torch_pruning import TorchPruning, _ratio
-from allocator.model.checkpoint.headers import read_model_files
+from allocator.model.checkpoint.headers import read_checkpoint
 
 SOME = "ladder.sparsities=[0.25, 0.5, 0.75]"
 HEADS = "ladder.attention=query_heads"
@@ -111,18 +111,18 @@ def test_what_torch_pruning_makes_has_the_widths_of_the_plan(
     export(executed, folder)
     consumer("torch", folder, "python", "apply.py", executed.model, out)
     consumer("torch", folder, "python", "verify.py", out)
-    shapes = read_model_files(out).shapes
+    shapes = read_checkpoint(out).shapes
     assert all(shapes[f"{m.module}.weight"] == m.kept_shape for m in executed.source.matrices)
     load = {"trust_remote_code": True, "dtype": torch.float32}
     dense, pruned = (AutoModelForCausalLM.from_pretrained(path, **load) for path in (executed.model, out))
     assert sum(p.numel() for p in pruned.parameters()) == executed.plan.space.cost(executed.plan.allocation)
     tokens = torch.arange(24).reshape(2, 12)
-    for site in executed.layout.sites:
-        first = site.inputs[0][0]
+    for sub_block in executed.layout.sub_blocks:
+        first = sub_block.inputs[0][0]
         rows, kept = (model.get_submodule(first).weight for model in (dense, pruned))
         gone = ~(rows[:, None] == kept).all(2).any(1)
         assert gone.sum() == len(rows) - len(kept)
-        dense.get_submodule(site.output).weight.data[:, gone] = 0
+        dense.get_submodule(sub_block.output).weight.data[:, gone] = 0
     with torch.no_grad():
         torch.testing.assert_close(pruned(tokens).logits, dense(tokens).logits, rtol=1e-4, atol=1e-4)
     more = {"min_new_tokens": 4, "max_new_tokens": 4, "pad_token_id": 0}

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from allocator.core.errors import UserError
-from allocator.model.checkpoint.headers import read_model_files
-from allocator.model.data.examples import Examples, as_tensors, shown_fingerprint
-from allocator.model.data.read import read_shown
+from allocator.model.checkpoint.headers import read_checkpoint
+from allocator.model.data.examples import Examples, as_tensors, fingerprint_examples
+from allocator.model.data.read import read_examples
 from allocator.model.data.text import split_of
 
 COUNTS = {"calibration": 6 * 32, "search": 32, "test": 2 * 32}
@@ -50,13 +50,13 @@ def seeing(make_other, tmp_path):
         folder = tmp_path / architecture
         shutil.copytree(make_other(architecture, **overrides), folder)
         (folder / "preprocessor_config.json").write_text(json.dumps(PREPARED))
-        return read_model_files(folder)
+        return read_checkpoint(folder)
 
     return make
 
 
 def test_images_are_split_by_name_and_prepared(seeing, images):
-    shown = read_shown(images, seeing(), COUNTS, 32)
+    shown = read_examples(images, seeing(), COUNTS, 32)
     assert {split: each.shape for split, each in shown.items()} == {
         "calibration": (6, 32),
         "search": (1, 32),
@@ -74,35 +74,35 @@ def test_images_are_split_by_name_and_prepared(seeing, images):
 
 def test_folders_are_labels_for_a_model_that_classifies(seeing, images):
     names = {name: number for number, name in enumerate(KINDS)}
-    files = seeing("ViTForImageClassification", label2id=names, id2label={v: k for k, v in names.items()})
-    shown = read_shown(images, files, COUNTS, 32)["calibration"]
+    checkpoint = seeing("ViTForImageClassification", label2id=names, id2label={v: k for k, v in names.items()})
+    shown = read_examples(images, checkpoint, COUNTS, 32)["calibration"]
     numbers = np.round((shown.arrays["pixel_values"][:, 0, 0, 0] * 0.5 + 0.5) * 255)
     assert shown.arrays["labels"].tolist() == (numbers % 3).astype(int).tolist()
 
 
 def test_pairs_are_images_with_padded_texts(seeing, images, tmp_path):
-    files = seeing("CLIPModel")
-    tokenizer = json.loads((files.folder / "tokenizer_config.json").read_text())
-    (files.folder / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "pad_token": "<|end|>"}))
+    checkpoint = seeing("CLIPModel")
+    tokenizer = json.loads((checkpoint.folder / "tokenizer_config.json").read_text())
+    (checkpoint.folder / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "pad_token": "<|end|>"}))
     paths = sorted(images.rglob("*.png"))
     lines = [json.dumps({"image": str(p.relative_to(images)), "text": f"{p.parent.name} of {p.stem}"}) for p in paths]
     (images / "pairs.jsonl").write_text("\n".join(lines) + "\n")
-    shown = read_shown(images / "pairs.jsonl", files, COUNTS, 32)
+    shown = read_examples(images / "pairs.jsonl", checkpoint, COUNTS, 32)
     assert {name: array.shape for name, array in shown["calibration"].arrays.items()} == {
         "input_ids": (6, 12),
         "pixel_values": (6, 3, 16, 16),
     }
     (images / "pairs.jsonl").write_text('{"image": "nothing.png", "text": "a"}')
     with pytest.raises(UserError, match=r"line 1: .*nothing\.png does not exist"):
-        read_shown(images / "pairs.jsonl", files, COUNTS, 32)
+        read_examples(images / "pairs.jsonl", checkpoint, COUNTS, 32)
     (images / "pairs.jsonl").write_text('{"picture": "nothing.png", "text": "a"}')
     with pytest.raises(UserError, match=r"line 1 has not the keys .*found \['picture', 'text'\]"):
-        read_shown(images / "pairs.jsonl", files, COUNTS, 32)
+        read_examples(images / "pairs.jsonl", checkpoint, COUNTS, 32)
 
 
 def test_short_documents_are_left_out_with_a_word(make_other, labelled):
-    files, heard = read_model_files(make_other("BertForSequenceClassification", num_labels=3)), []
-    shown = read_shown(labelled, files, {"calibration": 320, "test": 64}, 32, heard.append)["calibration"]
+    checkpoint, heard = read_checkpoint(make_other("BertForSequenceClassification", num_labels=3)), []
+    shown = read_examples(labelled, checkpoint, {"calibration": 320, "test": 64}, 32, heard.append)["calibration"]
     assert shown.arrays["input_ids"].shape == (10, 32)
     assert {*shown.arrays["labels"].tolist()} <= {0, 1, 2}
     (message,) = heard
@@ -114,9 +114,9 @@ def test_text_for_encoders_begins_with_the_token_that_classifies(make_other, tex
     folder = tmp_path / "model"
     shutil.copytree(make_other("BertModel"), folder)
     config = json.loads((folder / "tokenizer_config.json").read_text())
-    plain = read_shown(text_folder, read_model_files(folder), {"test": 64}, 32)["test"]
+    plain = read_examples(text_folder, read_checkpoint(folder), {"test": 64}, 32)["test"]
     (folder / "tokenizer_config.json").write_text(json.dumps({**config, "cls_token": "<|end|>"}))
-    begun = read_shown(text_folder, read_model_files(folder), {"test": 64}, 32)["test"]
+    begun = read_examples(text_folder, read_checkpoint(folder), {"test": 64}, 32)["test"]
     assert begun.shape == (2, 32)
     assert {*begun[:, 0]} == {0}
     assert begun[0, 1:].tolist() == plain[0, :-1].tolist()
@@ -135,24 +135,24 @@ def test_text_for_encoders_begins_with_the_token_that_classifies(make_other, tex
 )
 def test_arrays_that_do_not_fit_are_refused(make_other, tmp_path, arrays, message):
     np.savez(tmp_path / "data.npz", **arrays)
-    files = read_model_files(make_other("ViTForImageClassification", num_labels=5))
+    checkpoint = read_checkpoint(make_other("ViTForImageClassification", num_labels=5))
     with pytest.raises(UserError, match=message):
-        read_shown(tmp_path / "data.npz", files, {"calibration": 3200}, 32)
+        read_examples(tmp_path / "data.npz", checkpoint, {"calibration": 3200}, 32)
 
 
 def test_what_a_model_does_not_read_is_refused(make_other, text_folder, images, pixels, tmp_path):
-    bert, vit = (read_model_files(make_other(name)) for name in ("BertModel", "ViTModel"))
+    bert, vit = (read_checkpoint(make_other(name)) for name in ("BertModel", "ViTModel"))
     with pytest.raises(UserError, match=r"BertModel reads text, and .*pixels\.npz is none"):
-        read_shown(pixels, bert, COUNTS, 32)
+        read_examples(pixels, bert, COUNTS, 32)
     with pytest.raises(UserError, match="ViTModel reads images, and none is named"):
-        read_shown(None, vit, COUNTS, 32)
+        read_examples(None, vit, COUNTS, 32)
     with pytest.raises(UserError, match=r"ViTModel reads images, and .* holds none"):
-        read_shown(text_folder, vit, COUNTS, 32)
+        read_examples(text_folder, vit, COUNTS, 32)
     with pytest.raises(UserError, match=r"images cannot be prepared: .*preprocessor_config\.json"):
-        read_shown(images, vit, COUNTS, 32)
+        read_examples(images, vit, COUNTS, 32)
     (tmp_path / "data.npz").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"not a readable \.npz file"):
-        read_shown(tmp_path / "data.npz", vit, COUNTS, 32)
+        read_examples(tmp_path / "data.npz", vit, COUNTS, 32)
 
 
 def test_a_damaged_image_is_named(seeing, tmp_path):
@@ -161,7 +161,7 @@ def test_a_damaged_image_is_named(seeing, tmp_path):
     for number in range(60):
         (folder / f"{number}.png").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"\.png: not a readable image"):
-        read_shown(folder, seeing(), COUNTS, 32)
+        read_examples(folder, seeing(), COUNTS, 32)
 
 
 def test_examples_are_cut_and_counted_as_token_ids_are():
@@ -173,5 +173,5 @@ def test_examples_are_cut_and_counted_as_token_ids_are():
     assert tensors.numel() == as_tensors(tokens).numel()
     assert [each.shape for each in tensors.split(2)] == [each.shape for each in torch.zeros(5, 8).split(2)]
     assert tensors[1:3].arrays["labels"].tolist() == [1, 2]
-    assert shown_fingerprint(shown) == shown_fingerprint(Examples({k: v.copy() for k, v in arrays.items()}, 8))
-    assert shown_fingerprint(shown) != shown_fingerprint(Examples({**arrays, "labels": np.arange(5)[::-1]}, 8))
+    assert fingerprint_examples(shown) == fingerprint_examples(Examples({k: v.copy() for k, v in arrays.items()}, 8))
+    assert fingerprint_examples(shown) != fingerprint_examples(Examples({**arrays, "labels": np.arange(5)[::-1]}, 8))

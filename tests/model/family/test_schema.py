@@ -10,7 +10,7 @@ from torch import nn
 
 from allocator.core.errors import UserError
 from allocator.core.space import SearchSpace
-from allocator.model.checkpoint.headers import ModelFiles, read_model_files
+from allocator.model.checkpoint.headers import Checkpoint, read_checkpoint
 from allocator.model.family.draft import Covered, coverage, draft
 from allocator.model.family.layout import resolve_layout
 from allocator.model.family.schema import families_folder, find_family, load_family, served_types
@@ -21,7 +21,7 @@ from allocator.model.live.walk import BlockWalker
 from allocator.model.live.write import read_tensors
 from allocator.pruning.calibration.problem import stored
 from allocator.pruning.calibration.statistics import KINDS
-from allocator.pruning.levels.assemble import Assembler, Switchboard
+from allocator.pruning.levels.assemble import Assembler, LevelSwitch
 from allocator.pruning.levels.execute import save_pruned
 from allocator.pruning.pruners.registry import PRUNERS, make_pruner
 
@@ -66,18 +66,18 @@ def model(request, make_model):
 
 
 def _resolve(folder, pattern="structured", target=0.5, **settings):
-    files = read_model_files(folder)
-    layout = resolve_layout(find_family(files.config["model_type"]), files)
-    return files, layout, build_space(layout, files, pattern, target, **settings)
+    checkpoint = read_checkpoint(folder)
+    layout = resolve_layout(find_family(checkpoint.config["model_type"]), checkpoint)
+    return checkpoint, layout, build_space(layout, checkpoint, pattern, target, **settings)
 
 
-def _levels(files, layout, space, pruner):
+def _levels(checkpoint, layout, space, pruner):
     """Prune from made-up statistics, for only shapes and counts matter here."""
-    outputs = {site.name: (site.output, site.width) for site in layout.sites}
+    outputs = {sub_block.name: (sub_block.output, sub_block.width) for sub_block in layout.sub_blocks}
     compact = {}
     for unit in space.units:
         module, width = outputs.get(unit.name, (unit.name, 1)) if space.pattern == "structured" else (unit.name, 1)
-        weight = read_tensors(files, [f"{module}.weight"])[f"{module}.weight"]
+        weight = read_tensors(checkpoint, [f"{module}.weight"])[f"{module}.weight"]
         statistics = KINDS[pruner.need](weight.shape[1], weight.device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -103,25 +103,25 @@ def _saved(folder):
 
 
 def test_structured_costs_are_what_torch_counts(model, tmp_path):
-    files, layout, space = _resolve(model)
-    compact = _levels(files, layout, space, make_pruner("obs", "structured", 0.01))
+    checkpoint, layout, space = _resolve(model)
+    compact = _levels(checkpoint, layout, space, make_pruner("obs", "structured", 0.01))
     for number, allocation in enumerate(_allocations(space)):
         out = tmp_path / str(number)
-        assert save_pruned(allocation, files, layout, space, compact.__getitem__, out) == space.cost(allocation)
+        assert save_pruned(allocation, checkpoint, layout, space, compact.__getitem__, out) == space.cost(allocation)
         assert sum(tensor.numel() for _, tensor in _saved(out)) == space.cost(allocation)
-        loaded = load_model(read_model_files(out))
+        loaded = load_model(read_checkpoint(out))
         assert sum(parameter.numel() for parameter in loaded.parameters()) == space.cost(allocation)
         linears = [module for module in loaded.modules() if isinstance(module, nn.Linear)]
         assert sum(module.weight.numel() for module in linears) == space.cost(allocation, "macs")
 
 
 def test_unstructured_costs_are_the_nonzeros_on_disk(model, tmp_path):
-    files, layout, space = _resolve(model, "unstructured", 0.6)
-    compact = _levels(files, layout, space, make_pruner("magnitude", "unstructured", 0.01))
+    checkpoint, layout, space = _resolve(model, "unstructured", 0.6)
+    compact = _levels(checkpoint, layout, space, make_pruner("magnitude", "unstructured", 0.01))
     matrices = {f"{unit.name}.weight" for unit in space.units}
     for number, allocation in enumerate(_allocations(space)):
         out = tmp_path / str(number)
-        assert save_pruned(allocation, files, layout, space, compact.__getitem__, out) == space.cost(allocation)
+        assert save_pruned(allocation, checkpoint, layout, space, compact.__getitem__, out) == space.cost(allocation)
         counted = sum(int(t.count_nonzero()) if name in matrices else t.numel() for name, t in _saved(out))
         assert counted == space.cost(allocation)
         assert space.cost(allocation, "macs") == space.cost(space.dense, "macs")
@@ -130,10 +130,10 @@ def test_unstructured_costs_are_the_nonzeros_on_disk(model, tmp_path):
 @pytest.mark.parametrize("pattern", ["structured", "unstructured", "n:m"])
 def test_what_is_switched_in_is_what_is_saved(model, tmp_path, pattern):
     """In place, in the checkpoint, and for structured units in dense shapes: the same logits."""
-    files, layout, space = _resolve(model, pattern)
-    compact = _levels(files, layout, space, make_pruner(PRUNERS[pattern][0], pattern, 0.01))
-    live = load_model(files)
-    switchboard = Switchboard(live, layout, Assembler(files, layout, space, compact.__getitem__, live))
+    checkpoint, layout, space = _resolve(model, pattern)
+    compact = _levels(checkpoint, layout, space, make_pruner(PRUNERS[pattern][0], pattern, 0.01))
+    live = load_model(checkpoint)
+    switchboard = LevelSwitch(live, layout, Assembler(checkpoint, layout, space, compact.__getitem__, live))
     tokens = torch.arange(24).view(2, 12)
     for number, allocation in enumerate(_allocations(space)):
         found = []
@@ -141,21 +141,21 @@ def test_what_is_switched_in_is_what_is_saved(model, tmp_path, pattern):
             for unit, level in zip(space.units, allocation, strict=True):
                 switchboard.set(unit.name, level, wide)
             found.append(live(tokens).logits)
-        save_pruned(allocation, files, layout, space, compact.__getitem__, tmp_path / str(number))
-        saved = load_model(read_model_files(tmp_path / str(number)))(tokens).logits
+        save_pruned(allocation, checkpoint, layout, space, compact.__getitem__, tmp_path / str(number))
+        saved = load_model(read_checkpoint(tmp_path / str(number)))(tokens).logits
         torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(saved, found[1], rtol=0, atol=1e-6)
 
 
 def test_a_walk_is_the_model(model):
-    files, layout, _ = _resolve(model)
-    live = load_model(files)
+    checkpoint, layout, _ = _resolve(model)
+    live = load_model(checkpoint)
     tokens = torch.arange(48).view(2, 24)
     expected = live(tokens).logits
-    for walker in (BlockWalker(live, layout), StreamedWalker(files, layout)):
+    for walker in (BlockWalker(live, layout), StreamedWalker(checkpoint, layout)):
         hidden = walker.embed(tokens)
         for index in range(len(layout.blocks)):
-            with walker.held(index):
+            with walker.loaded(index):
                 hidden = walker.run(index, hidden)
         torch.testing.assert_close(walker.logits(hidden), expected, rtol=0, atol=1e-6)
         torch.testing.assert_close(walker.logits(hidden[0]), expected[0], rtol=0, atol=1e-5)
@@ -163,11 +163,11 @@ def test_a_walk_is_the_model(model):
 
 @pytest.mark.parametrize("name", PRUNERS["n:m"])
 def test_costs_of_n_m_are_the_nonzeros_on_disk(tiny_model_bf16, tmp_path, name):
-    files, layout, space = _resolve(tiny_model_bf16, "n:m", patterns=["3:4", "2:4", "0:4"])
-    compact = _levels(files, layout, space, make_pruner(name, "n:m", 0.01))
+    checkpoint, layout, space = _resolve(tiny_model_bf16, "n:m", patterns=["3:4", "2:4", "0:4"])
+    compact = _levels(checkpoint, layout, space, make_pruner(name, "n:m", 0.01))
     for number, allocation in enumerate(_allocations(space)):
         out = tmp_path / str(number)
-        assert save_pruned(allocation, files, layout, space, compact.__getitem__, out) == space.cost(allocation)
+        assert save_pruned(allocation, checkpoint, layout, space, compact.__getitem__, out) == space.cost(allocation)
         saved = dict(_saved(out))
         for unit, level in zip(space.units, allocation, strict=True):
             kept = (saved[f"{unit.name}.weight"] != 0).view(-1, 4).sum(1)
@@ -177,7 +177,7 @@ def test_costs_of_n_m_are_the_nonzeros_on_disk(tiny_model_bf16, tmp_path, name):
 
 def test_dense_cost_is_the_whole_model_with_tied_tensors_once(model):
     _, _, space = _resolve(model)
-    loaded = load_model(read_model_files(model))
+    loaded = load_model(read_checkpoint(model))
     assert space.cost(space.dense) == sum(parameter.numel() for parameter in loaded.parameters())
 
 
@@ -227,7 +227,7 @@ def test_layout(tiny_qwen2):
     _, layout, _ = _resolve(tiny_qwen2)
     assert layout.blocks == ("model.layers.0", "model.layers.1")
     assert layout.tail == ("model.norm", "lm_head")
-    attention, mlp = layout.sites[2:]
+    attention, mlp = layout.sub_blocks[2:]
     assert attention.name == "model.layers.1.self_attn"
     assert attention.inputs == tuple(
         (f"{attention.name}.{p}_proj", rows, 0) for p, rows in (("q", 16), ("k", 8), ("v", 8))
@@ -257,7 +257,7 @@ def family_with(tmp_path):
 def test_an_uncovered_matrix_is_named(tiny_model, family_with):
     family = find_family("llama", family_with(skip=["lm_head"]))
     with pytest.raises(UserError, match=r"matrix model\.embed_tokens \[128, 32\].*Name it in a unit, or list it"):
-        resolve_layout(family, read_model_files(tiny_model))
+        resolve_layout(family, read_checkpoint(tiny_model))
 
 
 def test_a_matrix_that_no_unit_holds_is_named(tiny_model, tmp_path):
@@ -266,29 +266,33 @@ def test_a_matrix_that_no_unit_holds_is_named(tiny_model, tmp_path):
     extra = {"model.layers.1.mlp.experts": torch.zeros(2, 3, 4)}
     save_file({**load_file(folder / "model.safetensors"), **extra}, folder / "model.safetensors")
     with pytest.raises(UserError, match=r"matrix model\.layers\.1\.mlp\.experts \[2, 3, 4\]"):
-        resolve_layout(find_family("llama"), read_model_files(folder))
+        resolve_layout(find_family("llama"), read_checkpoint(folder))
 
 
 def test_a_missing_module_is_named_with_what_there_is(tiny_model, family_with):
     units = {"mlp": {"kind": "channels", "inputs": ["mlp.gate_up_proj"], "output": "mlp.down_proj"}}
     family = find_family("llama", family_with(units=units))
     with pytest.raises(UserError, match=r"names model\.layers\.0\.mlp\.gate_up_proj.*lacks.*mlp\.gate_proj\.weight"):
-        resolve_layout(family, read_model_files(tiny_model))
+        resolve_layout(family, read_checkpoint(tiny_model))
 
 
 def test_blocks_that_match_nothing_are_named(tiny_model, family_with):
     family = find_family("llama", family_with(blocks="transformer.h.{block}"))
     with pytest.raises(UserError, match=r"transformer\.h\.\{block\}.*matches no module"):
-        resolve_layout(family, read_model_files(tiny_model))
+        resolve_layout(family, read_checkpoint(tiny_model))
 
 
 def test_items_must_divide_rows(tiny_model, tmp_path):
-    files = read_model_files(tiny_model)
-    files = type(files)(
-        files.folder, {**files.config, "num_key_value_heads": 3}, files.shapes, files.shards, files.dtypes
+    checkpoint = read_checkpoint(tiny_model)
+    checkpoint = type(checkpoint)(
+        checkpoint.folder,
+        {**checkpoint.config, "num_key_value_heads": 3},
+        checkpoint.shapes,
+        checkpoint.shards,
+        checkpoint.dtypes,
     )
     with pytest.raises(UserError, match="3 kv_groups do not divide"):
-        resolve_layout(find_family("llama"), files)
+        resolve_layout(find_family("llama"), checkpoint)
 
 
 def test_unknown_model_types_are_named_with_those_known():
@@ -333,18 +337,18 @@ def test_a_missing_family_file_is_named(tmp_path):
 
 
 def test_models_from_before_grouped_queries_have_one_group_per_head(make_model):
-    files = read_model_files(make_model("llama", num_key_value_heads=4))
-    config = {key: value for key, value in files.config.items() if key != "num_key_value_heads"}
-    old = ModelFiles(files.folder, config, files.shapes, files.shards, files.dtypes)
+    checkpoint = read_checkpoint(make_model("llama", num_key_value_heads=4))
+    config = {key: value for key, value in checkpoint.config.items() if key != "num_key_value_heads"}
+    old = Checkpoint(checkpoint.folder, config, checkpoint.shapes, checkpoint.shards, checkpoint.dtypes)
     layout = resolve_layout(find_family("llama"), old)
-    assert {site.total for site in layout.sites if site.kind == "kv_groups"} == {4}
+    assert {sub_block.total for sub_block in layout.sub_blocks if sub_block.kind == "kv_groups"} == {4}
 
 
 def test_a_tail_that_the_model_lacks_is_named(make_model):
-    files = read_model_files(make_model("llama"))
+    checkpoint = read_checkpoint(make_model("llama"))
     family = find_family("llama").model_copy(update={"tail": ["model.nrom", "lm_head"]})
     with pytest.raises(UserError, match=r"tail names model\.nrom, .*did you mean 'model\.norm'"):
-        resolve_layout(family, files)
+        resolve_layout(family, checkpoint)
 
 
 DRAFTED = {"gpt_neox": ("by_part", "by_group"), "falcon": ("by_part", "by_group")}
@@ -360,23 +364,23 @@ DECODERS = [kind for kind, family in served_types().items() if family.tail]
 def test_a_draft_finds_what_the_shipped_file_says(make_model, tmp_path, kind):
     """All but what shapes do not tell: how rows of a fused matrix lie, and which attributes count heads."""
     model = make_model(kind, **({"tie_word_embeddings": False} if kind in ("phi3", "gpt_neox") else {}))
-    files = read_model_files(model)
+    checkpoint = read_checkpoint(model)
     path = tmp_path / "family.yaml"
-    path.write_text(draft(files).replace(*DRAFTED.get(kind, ("", ""))))
+    path.write_text(draft(checkpoint).replace(*DRAFTED.get(kind, ("", ""))))
     drafted, shipped = load_family(path), find_family(kind)
-    tail = list(resolve_layout(shipped, files).tail)
+    tail = list(resolve_layout(shipped, checkpoint).tail)
     skip = {name.removesuffix("?") for name in shipped.skip if not name.endswith("?") or kind == "qwen2_moe"}
     assert (drafted.blocks, drafted.tail, set(drafted.skip)) == (shipped.blocks, tail, skip)
     for part, unit in shipped.units.items():
         if part == "mlp" and kind == "qwen3_moe":
             unit = unit.model_copy(update={"shared": None})  # which its file has for Qwen 2
         assert drafted.units[part] == (unit.model_copy(update={"counts": []}) if part == "attention" else unit)
-    assert resolve_layout(drafted, files).blocks == resolve_layout(shipped, files).blocks
+    assert resolve_layout(drafted, checkpoint).blocks == resolve_layout(shipped, checkpoint).blocks
 
 
 @pytest.mark.parametrize("kind", OF_THEIR_OWN)
 def test_a_draft_finds_experts_and_their_router(make_model, kind):
-    text = draft(read_model_files(make_model(kind)))
+    text = draft(read_checkpoint(make_model(kind)))
     around = "block_sparse_moe" if kind == "mixtral" else "mlp"
     assert f"    router: {around}.gate\n    experts: {around}.experts\n" in text
     assert ("each has w1, w2, w3: say at the end which are down_proj, gate_proj, up_proj" in text) == (
@@ -386,20 +390,20 @@ def test_a_draft_finds_experts_and_their_router(make_model, kind):
 
 
 def test_what_covers_each_matrix(tiny_model, family_with):
-    files = read_model_files(tiny_model)
-    found = {each.module: each for each in coverage(files, find_family("llama", family_with(skip=["lm_head"])))}
+    checkpoint = read_checkpoint(tiny_model)
+    found = {each.module: each for each in coverage(checkpoint, find_family("llama", family_with(skip=["lm_head"])))}
     assert found["model.embed_tokens"] == Covered("model.embed_tokens", (128, 32), 1, None)
     assert found["model.layers.{block}.mlp.down_proj"] == Covered(
         "model.layers.{block}.mlp.down_proj", (32, 48), 3, "mlp"
     )
     assert {each.by for each in found.values()} == {"attention", "mlp", None}
-    assert {each.module for each in coverage(files, None)} == found.keys()
+    assert {each.module for each in coverage(checkpoint, None)} == found.keys()
 
 
 def test_a_family_that_leaves_out_what_follows_the_blocks_is_refused(tiny_model):
-    files = read_model_files(tiny_model)
-    layout = resolve_layout(find_family("llama").model_copy(update={"tail": ["lm_head"]}), files)
+    checkpoint = read_checkpoint(tiny_model)
+    layout = resolve_layout(find_family("llama").model_copy(update={"tail": ["lm_head"]}), checkpoint)
     with pytest.raises(
         UserError, match=r"the tail \('lm_head',\) are not what LlamaForCausalLM computes. Name in 'tail'"
     ):
-        BlockWalker(load_model(files), layout).check(torch.arange(16)[None])
+        BlockWalker(load_model(checkpoint), layout).check(torch.arange(16)[None])

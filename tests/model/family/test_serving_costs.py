@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from allocator.core.errors import UserError
 from allocator.core.latency import LatencySettings, LatencyTable, Timing
-from allocator.model.checkpoint.headers import read_model_files
+from allocator.model.checkpoint.headers import read_checkpoint
 from allocator.model.family.layout import open_model, resolve_layout
 from allocator.model.family.schema import find_family
 from allocator.model.family.serving_costs import Workload, served, shape_of, size_of
@@ -34,9 +34,9 @@ WORK = Workload(batch=2, prompt=12, generate=5)
 @pytest.fixture(scope="module", params=MODELS)
 def served_space(request, make_model):
     kind, overrides, attention = MODELS[request.param]
-    files, family = open_model(make_model(kind, **overrides))
-    layout = resolve_layout(family, files, attention)
-    return files, layout, served(build_space(layout, files, "structured", 0.5), layout, files, WORK)
+    checkpoint, family = open_model(make_model(kind, **overrides))
+    layout = resolve_layout(family, checkpoint, attention)
+    return checkpoint, layout, served(build_space(layout, checkpoint, "structured", 0.5), layout, checkpoint, WORK)
 
 
 def _allocations(space):
@@ -45,9 +45,9 @@ def _allocations(space):
     return [space.dense, space.sparsest, *drawn]
 
 
-def _model(files, layout, space, allocation):
+def _model(checkpoint, layout, space, allocation):
     kept = {unit.name: unit.kept[level] for unit, level in zip(space.units, allocation, strict=True)}
-    model = shaped_model(files, layout, kept, torch.float32)
+    model = shaped_model(checkpoint, layout, kept, torch.float32)
     model.config._attn_implementation = "eager"  # the counter knows matrix products
     return model
 
@@ -61,10 +61,10 @@ def _macs(model, ids, **inputs):
 
 
 def test_macs_and_cache_are_those_of_executed_models(served_space):
-    files, layout, space = served_space
+    checkpoint, layout, space = served_space
     ids = torch.randint(0, 128, (WORK.batch, WORK.context), generator=torch.Generator().manual_seed(0))
     for allocation in _allocations(space):
-        model = _model(files, layout, space, allocation)
+        model = _model(checkpoint, layout, space, allocation)
         prefill, _ = _macs(model, ids[:, : WORK.prompt], use_cache=False)
         assert space.cost(allocation, "prefill_macs") == prefill
         with torch.no_grad():
@@ -77,31 +77,31 @@ def test_macs_and_cache_are_those_of_executed_models(served_space):
 
 
 def test_bytes_of_weights_are_those_of_the_model(served_space):
-    files, layout, space = served_space
+    checkpoint, layout, space = served_space
     for allocation in _allocations(space):
-        tensors = _model(files, layout, space, allocation).state_dict().values()
+        tensors = _model(checkpoint, layout, space, allocation).state_dict().values()
         distinct = {tensor.data_ptr(): tensor.nbytes for tensor in tensors if tensor.numel()}
         assert space.cost(allocation, "weight_bytes") == sum(distinct.values())
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "deepseek_v3"])
 def test_a_dense_mixture_costs_the_same_whatever_it_loses(make_model, kind):
-    files, family = open_model(make_model(kind))
+    checkpoint, family = open_model(make_model(kind))
     dense = []
     for experts, pattern in (("whole", "structured"), ("inside", "structured"), ("inside", "unstructured")):
-        layout = resolve_layout(family, files, experts=experts)
-        space = served(build_space(layout, files, pattern, 0.5), layout, files, WORK)
+        layout = resolve_layout(family, checkpoint, experts=experts)
+        space = served(build_space(layout, checkpoint, pattern, 0.5), layout, checkpoint, WORK)
         dense.append([space.cost(space.dense, cost) for cost in ("params", "macs", "prefill_macs", "weight_bytes")])
     assert dense[0] == dense[1] == dense[2]
 
 
 def test_bytes_of_a_router_are_of_its_own_type(make_model):
     folder = make_model("deepseek_v3", dtype="bfloat16")
-    files, family = open_model(folder)
-    own = {name: "F32" for name in files.shapes if name.endswith("e_score_correction_bias")}
-    files = replace(files, dtypes={**files.dtypes, **own})  # as DeepSeek's are
-    layout = resolve_layout(family, files)
-    space = served(build_space(layout, files, "structured", 0.5), layout, files, WORK)
+    checkpoint, family = open_model(folder)
+    own = {name: "F32" for name in checkpoint.shapes if name.endswith("e_score_correction_bias")}
+    checkpoint = replace(checkpoint, dtypes={**checkpoint.dtypes, **own})  # as DeepSeek's are
+    layout = resolve_layout(family, checkpoint)
+    space = served(build_space(layout, checkpoint, "structured", 0.5), layout, checkpoint, WORK)
     unit = next(unit for unit in space.units if unit.kind == "experts")
     number = 2 * (3 * 12 * 32 + 32) + 4  # three matrices and a row of the router; a bias
     assert unit.costs("weight_bytes") == tuple(count * number for count in unit.kept)
@@ -109,10 +109,10 @@ def test_bytes_of_a_router_are_of_its_own_type(make_model):
 
 @pytest.mark.parametrize("pattern", ["unstructured", "n:m"])
 def test_masks_save_nothing_in_service(make_model, pattern):
-    files = read_model_files(make_model())
-    layout = resolve_layout(find_family("llama"), files)
+    checkpoint = read_checkpoint(make_model())
+    layout = resolve_layout(find_family("llama"), checkpoint)
     masked, whole = (
-        served(build_space(layout, files, each, 0.5), layout, files, WORK) for each in (pattern, "structured")
+        served(build_space(layout, checkpoint, each, 0.5), layout, checkpoint, WORK) for each in (pattern, "structured")
     )
     for cost in ("prefill_macs", "decode_macs", "weight_bytes", "kv_bytes"):
         assert masked.cost(masked.dense, cost) == masked.cost(masked.sparsest, cost) == whole.cost(whole.dense, cost)
@@ -120,21 +120,21 @@ def test_masks_save_nothing_in_service(make_model, pattern):
 
 @pytest.fixture
 def table(make_model):
-    files = read_model_files(make_model())
-    layout = resolve_layout(find_family("llama"), files)
-    shapes = {shape_of(site, files): site.total for site in layout.sites}
+    checkpoint = read_checkpoint(make_model())
+    layout = resolve_layout(find_family("llama"), checkpoint)
+    shapes = {shape_of(sub_block, checkpoint): sub_block.total for sub_block in layout.sub_blocks}
 
     def timing(kept, nanoseconds):
         return Timing(kept=kept, prefill_ns=nanoseconds, decode_ns=nanoseconds // 10, spread=0.0)
 
     return (
-        files,
+        checkpoint,
         layout,
         LatencyTable(
             device={"type": "cpu"},
             versions={},
             settings=LatencySettings(batch=2, prompt=12, generate=5, dtype="float32", threads=1, repeats=3),
-            model=size_of(files, layout),
+            model=size_of(checkpoint, layout),
             fixed=timing(0, 1000),
             units={
                 shape: tuple(timing(kept, 100 * kept + 7) for kept in range(total, -1, -1))
@@ -145,8 +145,8 @@ def table(make_model):
 
 
 def test_latency_adds_up_over_the_table(table):
-    files, layout, own = table
-    space = served(build_space(layout, files, "structured", 0.5), layout, files, WORK, own)
+    checkpoint, layout, own = table
+    space = served(build_space(layout, checkpoint, "structured", 0.5), layout, checkpoint, WORK, own)
     for allocation in _allocations(space):
         kept = [unit.kept[level] for unit, level in zip(space.units, allocation, strict=True)]
         prefill = 1000 + sum(100 * count + 7 for count in kept)
@@ -157,9 +157,9 @@ def test_latency_adds_up_over_the_table(table):
 
 
 def test_masks_save_no_time(table):
-    files, layout, own = table
-    space = served(build_space(layout, files, "unstructured", 0.5), layout, files, WORK, own)
-    whole = served(build_space(layout, files, "structured", 0.5), layout, files, WORK, own)
+    checkpoint, layout, own = table
+    space = served(build_space(layout, checkpoint, "unstructured", 0.5), layout, checkpoint, WORK, own)
+    whole = served(build_space(layout, checkpoint, "structured", 0.5), layout, checkpoint, WORK, own)
     assert space.cost(space.dense, "latency_ms") == space.cost(space.sparsest, "latency_ms")
     assert space.cost(space.dense, "latency_ms") == whole.cost(whole.dense, "latency_ms")
 
@@ -201,13 +201,13 @@ def test_what_is_no_table_is_refused(tmp_path, content, message):
 
 
 def test_a_table_for_another_workload_or_model_is_refused(table, make_model):
-    files, layout, own = table
-    space = build_space(layout, files, "structured", 0.5)
+    checkpoint, layout, own = table
+    space = build_space(layout, checkpoint, "structured", 0.5)
     with pytest.raises(
         UserError, match=r"workload\.latency: the table is for batch 2, .* and the run asks for batch 1, 12"
     ):
-        served(space, layout, files, Workload(1, 12, 5), own)
-    deeper = read_model_files(make_model(num_hidden_layers=3))
+        served(space, layout, checkpoint, Workload(1, 12, 5), own)
+    deeper = read_checkpoint(make_model(num_hidden_layers=3))
     other = resolve_layout(find_family("llama"), deeper)
     with pytest.raises(UserError, match=r"the table is for a model of .*'blocks': 2.* and this one has .*'blocks': 3"):
         served(build_space(other, deeper, "structured", 0.5), other, deeper, WORK, own)

@@ -5,15 +5,15 @@ import pytest
 import torch
 
 from allocator.core.errors import UserError
-from allocator.model.checkpoint.headers import read_model_files
+from allocator.model.checkpoint.headers import read_checkpoint
 from allocator.model.live.load import load_model, load_tokenizer
 
 
 def test_models_come_frozen_in_the_data_type_asked_for(tiny_model_bf16):
-    model = load_model(read_model_files(tiny_model_bf16))
+    model = load_model(read_checkpoint(tiny_model_bf16))
     assert not model.training
     assert {(p.dtype, p.requires_grad) for p in model.parameters()} == {(torch.float32, False)}
-    stored = read_model_files(tiny_model_bf16)
+    stored = read_checkpoint(tiny_model_bf16)
     assert set(stored.dtypes.values()) == {"BF16"}
 
 
@@ -22,7 +22,7 @@ def test_an_architecture_that_transformers_lacks_is_named(tiny_model, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "architectures": ["LamaForCausalLM"]}))
     with pytest.raises(UserError, match="has no LamaForCausalLM"):
-        load_model(read_model_files(folder))
+        load_model(read_checkpoint(folder))
 
 
 def test_the_tokenizer_adds_nothing_and_knows_its_separator(tiny_model, tokenizer):
@@ -60,4 +60,4 @@ def test_a_missing_tensor_is_an_error(make_model, tmp_path):
     del tensors["model.norm.weight"]
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"1 tensors are missing, first model\.norm\.weight"):
-        load_model(read_model_files(copy))
+        load_model(read_checkpoint(copy))

@@ -11,7 +11,7 @@ import yaml
 from safetensors import safe_open
 
 from allocator.core.errors import UserError
-from allocator.model.checkpoint.headers import ModelFiles, read_model_files
+from allocator.model.checkpoint.headers import Checkpoint, read_checkpoint
 from allocator.model.family.draft import draft
 from allocator.model.family.layout import Layout, open_model, resolve_layout
 from allocator.model.family.schema import find_family, load_family, served_types
@@ -21,7 +21,7 @@ from allocator.model.live.modeling_pruned import counted, recount, remove
 from allocator.model.live.write import read_tensors
 from allocator.pruning.calibration.problem import stored
 from allocator.pruning.calibration.statistics import KINDS
-from allocator.pruning.levels.assemble import Assembler, Switchboard
+from allocator.pruning.levels.assemble import Assembler, LevelSwitch
 from allocator.pruning.levels.execute import save_pruned
 from allocator.pruning.pruners.registry import make_pruner
 
@@ -84,7 +84,7 @@ class Encoder:
 
     kind: str
     model: Any
-    files: ModelFiles
+    checkpoint: Checkpoint
     layout: Layout
 
 
@@ -98,9 +98,9 @@ def encoder(request, tmp_path_factory):
     config.save_pretrained(folder)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     said = {**json.loads((folder / "config.json").read_text()), "architectures": [type(model).__name__]}
-    files = ModelFiles(folder, said, shapes, dict.fromkeys(shapes, ""), dict.fromkeys(shapes, "F64"))
-    layout = resolve_layout(_family(folder / "family.yaml", kind, *ENCODERS[kind]), files)
-    return Encoder(kind, model, files, layout)
+    checkpoint = Checkpoint(folder, said, shapes, dict.fromkeys(shapes, ""), dict.fromkeys(shapes, "F64"))
+    layout = resolve_layout(_family(folder / "family.yaml", kind, *ENCODERS[kind]), checkpoint)
+    return Encoder(kind, model, checkpoint, layout)
 
 
 def _entering(kind):
@@ -112,8 +112,8 @@ def _entering(kind):
     return {"input_ids": torch.randint(3, 50, (2, 9), generator=generator), "attention_mask": mask}
 
 
-def _kept(site, count):
-    return sorted(torch.randperm(site.total, generator=torch.Generator().manual_seed(count)).tolist()[:count])
+def _kept(sub_block, count):
+    return sorted(torch.randperm(sub_block.total, generator=torch.Generator().manual_seed(count)).tolist()[:count])
 
 
 def _columns(items, width):
@@ -124,23 +124,25 @@ def _columns(items, width):
 @torch.inference_mode()
 def test_a_compact_module_computes_what_the_masked_one_does(encoder, counts):
     """Of attention so many heads are kept, and of the feed-forward network so many channels, in the first block."""
-    model, files, layout = encoder.model, encoder.files, encoder.layout
-    kept = {site.name: _kept(site, count) for site, count in zip(layout.sites[:2], counts, strict=True)}
-    compact = shaped_model(files, layout, {name: len(items) for name, items in kept.items()}, torch.float64)
+    model, checkpoint, layout = encoder.model, encoder.checkpoint, encoder.layout
+    kept = {
+        sub_block.name: _kept(sub_block, count) for sub_block, count in zip(layout.sub_blocks[:2], counts, strict=True)
+    }
+    compact = shaped_model(checkpoint, layout, {name: len(items) for name, items in kept.items()}, torch.float64)
     dense = model.state_dict()
     masked, cut = dict(dense), dict(dense)
-    for site in layout.sites[:2]:
-        items, key = kept[site.name], f"{site.output}.weight"
-        columns = _columns(items, site.width)
-        gone = sorted({*range(site.total * site.width)} - {*columns})
+    for sub_block in layout.sub_blocks[:2]:
+        items, key = kept[sub_block.name], f"{sub_block.output}.weight"
+        columns = _columns(items, sub_block.width)
+        gone = sorted({*range(sub_block.total * sub_block.width)} - {*columns})
         masked[key] = dense[key].index_fill(1, torch.tensor(gone, dtype=torch.long), 0.0)
         cut[key] = dense[key][:, columns]
-        for module, rows in site.rows.items():
+        for module, rows in sub_block.rows.items():
             for name in (f"{module}.weight", f"{module}.bias"):
                 cut[name] = dense[name][_columns(items, rows)]
         if not items:
-            masked[f"{site.output}.bias"] = torch.zeros_like(dense[f"{site.output}.bias"])
-            cut = {name: tensor for name, tensor in cut.items() if not site.owns(name)}
+            masked[f"{sub_block.output}.bias"] = torch.zeros_like(dense[f"{sub_block.output}.bias"])
+            cut = {name: tensor for name, tensor in cut.items() if not sub_block.owns(name)}
     compact.load_state_dict(cut)  # all of it, and nothing else
     found = compact(**_entering(encoder.kind)).last_hidden_state
     try:
@@ -154,48 +156,55 @@ def test_a_compact_module_computes_what_the_masked_one_does(encoder, counts):
 @pytest.mark.parametrize("counts", [(4, 48), (2, 30), (0, 0)])
 def test_costs_are_what_the_compact_module_holds(encoder, counts):
     """Norms and residuals of a sub-block that goes stay, and count."""
-    files, layout, wanted = encoder.files, encoder.layout, dict(zip(("attention", "mlp"), counts, strict=True))
-    space = build_space(layout, files, "structured", 0.5)
+    checkpoint, layout, wanted = (
+        encoder.checkpoint,
+        encoder.layout,
+        dict(zip(("attention", "mlp"), counts, strict=True)),
+    )
+    space = build_space(layout, checkpoint, "structured", 0.5)
     allocation = tuple(unit.kept.index(wanted[unit.part]) for unit in space.units)
     kept = {unit.name: wanted[unit.part] for unit in space.units}
-    model = shaped_model(files, layout, kept, torch.float64)
+    model = shaped_model(checkpoint, layout, kept, torch.float64)
     assert space.cost(allocation) == sum(parameter.numel() for parameter in model.parameters())
-    for site in layout.sites:
-        if wanted[site.part] == 0:
-            assert not any(site.owns(name) for name, _ in model.named_parameters())
+    for sub_block in layout.sub_blocks:
+        if wanted[sub_block.part] == 0:
+            assert not any(sub_block.owns(name) for name, _ in model.named_parameters())
 
 
 def test_units_have_addresses_in_the_model(encoder):
-    names = [site.name for site in encoder.layout.sites]
+    names = [sub_block.name for sub_block in encoder.layout.sub_blocks]
     assert len({*names}) == len(names) == 4
-    for site in encoder.layout.sites:
-        encoder.model.get_submodule(site.name)
-        encoder.model.get_submodule(site.home)
-        for root, part in site.removal.items():
-            assert (part == "output") == (root == site.output and len(site.roots) > 1)
+    for sub_block in encoder.layout.sub_blocks:
+        encoder.model.get_submodule(sub_block.name)
+        encoder.model.get_submodule(sub_block.parent)
+        for root, part in sub_block.removal.items():
+            assert (part == "output") == (root == sub_block.output and len(sub_block.modules_removed) > 1)
 
 
 @pytest.mark.parametrize("encoder", ["vit"], indirect=True)
 def test_what_vit_consists_of(encoder):
-    assert [site.roots for site in encoder.layout.sites[:2]] == [("layers.0.attention",), ("layers.0.mlp",)]
+    assert [sub_block.modules_removed for sub_block in encoder.layout.sub_blocks[:2]] == [
+        ("layers.0.attention",),
+        ("layers.0.mlp",),
+    ]
 
 
 @pytest.mark.parametrize("encoder", ["bert", "roberta"], indirect=True)
 def test_what_bert_consists_of(encoder):
-    attention, mlp = encoder.layout.sites[:2]
+    attention, mlp = encoder.layout.sub_blocks[:2]
     block = "encoder.layer.0"
-    assert (attention.name, attention.home) == (f"{block}.attention", f"{block}.attention")
+    assert (attention.name, attention.parent) == (f"{block}.attention", f"{block}.attention")
     assert attention.removal == {f"{block}.attention.self": "attention", f"{block}.attention.output.dense": "output"}
-    assert (mlp.name, mlp.home) == (f"{block}.output.dense", block)
+    assert (mlp.name, mlp.parent) == (f"{block}.output.dense", block)
     assert mlp.removal == {f"{block}.intermediate.dense": "input", f"{block}.output.dense": "output"}
     assert attention.owns(f"{block}.attention.self.key.bias")
-    assert not any(site.owns(f"{block}.attention.output.LayerNorm.weight") for site in (attention, mlp))
+    assert not any(sub_block.owns(f"{block}.attention.output.LayerNorm.weight") for sub_block in (attention, mlp))
 
 
 def test_counts_follow_inside_the_sub_block(encoder):
-    site = encoder.layout.sites[0]
-    model = shaped_model(encoder.files, encoder.layout, {site.name: 3}, torch.float64)
-    holder = model.get_submodule(site.home)
+    sub_block = encoder.layout.sub_blocks[0]
+    model = shaped_model(encoder.checkpoint, encoder.layout, {sub_block.name: 3}, torch.float64)
+    holder = model.get_submodule(sub_block.parent)
     assert (holder if encoder.kind == "vit" else holder.self).num_attention_heads == 3
     if encoder.kind != "vit":
         assert holder.self.all_head_size == 24
@@ -234,7 +243,7 @@ def test_what_cannot_be_removed_is_named(encoder, tmp_path, part, changes, messa
     units = {**units, part: {**units[part], **changes}}
     family = _family(tmp_path / "family.yaml", encoder.kind, blocks, units, head, skip)
     with pytest.raises(UserError, match=message):
-        resolve_layout(family, encoder.files)
+        resolve_layout(family, encoder.checkpoint)
 
 
 # --- decoders --------------------------------------------------------------------------------------------------
@@ -252,10 +261,10 @@ def _cached(model, probe):
 @pytest.mark.parametrize("kind", [kind for kind, family in served_types().items() if family.tail])
 @torch.inference_mode()
 def test_the_cache_has_its_length_without_the_first_attention(make_model, kind):
-    files, family = open_model(make_model(kind))
-    model, probe = load_model(files), torch.arange(24).view(2, 12)
+    checkpoint, family = open_model(make_model(kind))
+    model, probe = load_model(checkpoint), torch.arange(24).view(2, 12)
     dense = model(probe, use_cache=False).logits
-    for root, part in resolve_layout(family, files).sites[0].removal.items():
+    for root, part in resolve_layout(family, checkpoint).sub_blocks[0].removal.items():
         remove(model, root, part)
     whole = model(probe, use_cache=False).logits
     assert not torch.allclose(whole, dense, atol=1e-3)
@@ -265,31 +274,31 @@ def test_the_cache_has_its_length_without_the_first_attention(make_model, kind):
 @pytest.mark.parametrize("pattern", ["structured", "unstructured"])
 def test_a_decoder_in_the_layout_of_bert_is_switched_saved_and_reloaded(make_model, tmp_path, pattern):
     folder = make_model("bert")
-    files = read_model_files(folder)
+    checkpoint = read_checkpoint(folder)
     skip = [f"bert.embeddings.{name}" for name in EMBEDDINGS] + ["cls.predictions.transform.dense"]
     family = _family(
         tmp_path / "family.yaml", "bert", "bert.encoder.layer.{block}", BERT, "cls.predictions.decoder", skip
     )
-    layout = resolve_layout(family, files)
-    space = build_space(layout, files, pattern, 0.5)
+    layout = resolve_layout(family, checkpoint)
+    space = build_space(layout, checkpoint, pattern, 0.5)
     pruner = make_pruner("obs" if pattern == "structured" else "magnitude", pattern, 0.01)
-    sites, compact = {site.name: site for site in layout.sites}, {}
+    sub_blocks, compact = {sub_block.name: sub_block for sub_block in layout.sub_blocks}, {}
     for unit in space.units:
-        site = sites.get(unit.name) if pattern == "structured" else None
-        module, width = (unit.name, 1) if site is None else (site.output, site.width)
-        weight = read_tensors(files, [f"{module}.weight"])[f"{module}.weight"]
+        sub_block = sub_blocks.get(unit.name) if pattern == "structured" else None
+        module, width = (unit.name, 1) if sub_block is None else (sub_block.output, sub_block.width)
+        weight = read_tensors(checkpoint, [f"{module}.weight"])[f"{module}.weight"]
         statistics = KINDS[pruner.need](weight.shape[1], weight.device)
         statistics.add(torch.randn(200, weight.shape[1], generator=torch.Generator().manual_seed(0)))
         found = pruner.levels(unit, width, weight, statistics, range(1, unit.num_levels))
         compact[unit.name] = stored(found, weight.dtype)
-    live, probe = load_model(files), torch.arange(24).view(2, 12)
+    live, probe = load_model(checkpoint), torch.arange(24).view(2, 12)
     dense = live(probe, use_cache=False).logits
-    board = Switchboard(live, layout, Assembler(files, layout, space, compact.__getitem__, live))
+    board = LevelSwitch(live, layout, Assembler(checkpoint, layout, space, compact.__getitem__, live))
     for number, allocation in enumerate([space.sparsest, (1,) * len(space.units), (0, 3) * (len(space.units) // 2)]):
         for unit, level in zip(space.units, allocation, strict=True):
             board.set(unit.name, level)
         out = tmp_path / str(number)
-        assert save_pruned(allocation, files, layout, space, compact.__getitem__, out) <= space.cost(allocation)
+        assert save_pruned(allocation, checkpoint, layout, space, compact.__getitem__, out) <= space.cost(allocation)
         with safe_open(out / "model.safetensors", "pt") as file:
             held = sum(file.get_tensor(name).numel() for name in file.keys())
         assert pattern != "structured" or held == space.cost(allocation)
@@ -303,10 +312,10 @@ def test_a_decoder_in_the_layout_of_bert_is_switched_saved_and_reloaded(make_mod
 
 
 def test_the_feed_forward_network_of_opt_passes_its_input_on(make_model):
-    files = read_model_files(make_model("opt"))
-    layout = resolve_layout(find_family("opt"), files)
-    attention, mlp = layout.sites[:2]
-    assert attention.roots == (attention.name,) == ("model.decoder.layers.0.self_attn",)
+    checkpoint = read_checkpoint(make_model("opt"))
+    layout = resolve_layout(find_family("opt"), checkpoint)
+    attention, mlp = layout.sub_blocks[:2]
+    assert attention.modules_removed == (attention.name,) == ("model.decoder.layers.0.self_attn",)
     assert mlp.name == mlp.output == "model.decoder.layers.0.fc2"
     assert mlp.removal == {"model.decoder.layers.0.fc1": "input", "model.decoder.layers.0.fc2": "output"}
 
@@ -315,41 +324,41 @@ def test_the_feed_forward_network_of_opt_passes_its_input_on(make_model):
 
 
 def test_with_norms_over_all_heads_attention_goes_as_a_whole(make_model):
-    files = read_model_files(make_model("olmo2"))
-    layout = resolve_layout(find_family("olmo2"), files)
-    attention = build_space(layout, files, "structured", 0.5).units[0]
+    checkpoint = read_checkpoint(make_model("olmo2"))
+    layout = resolve_layout(find_family("olmo2"), checkpoint)
+    attention = build_space(layout, checkpoint, "structured", 0.5).units[0]
     assert (attention.kind, attention.total, attention.kept) == ("kv_groups", 1, (1, 0))
     with pytest.raises(UserError, match=r"Olmo2ForCausalLM has norms over all heads.*attention=kv_groups"):
-        resolve_layout(find_family("olmo2"), files, "query_heads")
+        resolve_layout(find_family("olmo2"), checkpoint, "query_heads")
 
 
 def test_norms_over_all_heads_must_be_named(make_model):
-    files, family = read_model_files(make_model("olmo2")), find_family("olmo2")
+    checkpoint, family = read_checkpoint(make_model("olmo2")), find_family("olmo2")
     unit = family.units["attention"]
     units = {**family.units, "attention": unit.model_copy(update={"norms": []})}
     with pytest.raises(UserError, match=r"self_attn\.k_norm\.weight .*as long as all heads.*under 'norms'"):
-        resolve_layout(family.model_copy(update={"units": units}), files)
+        resolve_layout(family.model_copy(update={"units": units}), checkpoint)
     units = {**family.units, "attention": unit.model_copy(update={"norms": ["self_attn.qk_norm"]})}
     with pytest.raises(UserError, match=r"norms of unit 'attention' names .*qk_norm\.weight, which Olmo2"):
-        resolve_layout(family.model_copy(update={"units": units}), files)
+        resolve_layout(family.model_copy(update={"units": units}), checkpoint)
 
 
 # --- what lies around the blocks -------------------------------------------------------------------------------
 
 
 def test_narrow_embeddings_have_projections_that_count(make_model):
-    files = read_model_files(make_model("opt", word_embed_proj_dim=24))
-    layout = resolve_layout(find_family("opt"), files)
+    checkpoint = read_checkpoint(make_model("opt", word_embed_proj_dim=24))
+    layout = resolve_layout(find_family("opt"), checkpoint)
     assert layout.tail == ("model.decoder.final_layer_norm", "model.decoder.project_out", "lm_head")
     assert layout.around == ("model.decoder.project_in", "model.decoder.project_out")
-    assert build_space(layout, files, "structured", 0.5).fixed["macs"] == 128 * 24 + 2 * 24 * 32
-    text = draft(files)
+    assert build_space(layout, checkpoint, "structured", 0.5).fixed["macs"] == 128 * 24 + 2 * 24 * 32
+    text = draft(checkpoint)
     assert "entry: [model.decoder.project_in]" in text
     assert "tail: [model.decoder.final_layer_norm, model.decoder.project_out, lm_head]" in text
 
 
 def test_an_entry_that_the_model_lacks_is_named(make_model):
-    files = read_model_files(make_model("opt"))
+    checkpoint = read_checkpoint(make_model("opt"))
     family = find_family("opt").model_copy(update={"entry": ["model.decoder.project_in"]})
     with pytest.raises(UserError, match=r"entry names model\.decoder\.project_in, which OPTForCausalLM lacks"):
-        resolve_layout(family, files)
+        resolve_layout(family, checkpoint)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from allocator.model.checkpoint.headers import read_model_files
+from allocator.model.checkpoint.headers import read_checkpoint
 from allocator.model.data.examples import Examples, as_tensors, inputs_of
-from allocator.model.data.read import read_shown
+from allocator.model.data.read import read_examples
 from allocator.model.family.layout import resolve_layout
 from allocator.model.family.schema import find_family
 from allocator.model.live.load import load_model
@@ -28,13 +28,13 @@ def walked(make_other: Callable[..., Path], pixels: Path) -> Callable[[str], Any
 
     def make(architecture: str) -> Any:
         classes = {"num_labels": 5} if "Classification" in architecture else {}
-        files = read_model_files(make_other(architecture, **classes))
-        layout = resolve_layout(find_family(files.config["model_type"]), files)
-        if files.kind.reads == "text":
+        checkpoint = read_checkpoint(make_other(architecture, **classes))
+        layout = resolve_layout(find_family(checkpoint.config["model_type"]), checkpoint)
+        if checkpoint.kind.reads == "text":
             shown = torch.from_numpy(np.random.default_rng(0).integers(3, 128, (3, 20)))
         else:
-            shown = as_tensors(read_shown(pixels, files, {"test": 96}, 32)["test"])
-        return files, layout, BlockWalker(load_model(files), layout), shown
+            shown = as_tensors(read_examples(pixels, checkpoint, {"test": 96}, 32)["test"])
+        return checkpoint, layout, BlockWalker(load_model(checkpoint), layout), shown
 
     return make
 
@@ -50,23 +50,23 @@ def said(walker: BlockWalker, outputs: Any) -> torch.Tensor:
 def read(walker: BlockWalker, state: torch.Tensor, shown: Any) -> torch.Tensor:
     """Return what a walker says, in the shape in which the model does."""
     if not walker.kind.logits:
-        return walker.given(state, shown)
-    logits, head = walker.read(state, shown)
+        return walker.final_states(state, shown)
+    logits, head = walker.logit_inputs(state, shown)
     return head(logits)[:, 0] if walker.kind.answers == "classes" else head(logits)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_block_by_block_is_the_whole_model(walked, architecture):
-    files, layout, walker, shown = walked(architecture)
+    checkpoint, layout, walker, shown = walked(architecture)
     with torch.no_grad():
         expected = said(walker, walker.model(**inputs_of(shown)))
     walker.check(shown)
     assert torch.equal(read(walker, walker.run_all(walker.embed(shown)), shown), expected)
 
-    streamed = StreamedWalker(files, layout)
+    streamed = StreamedWalker(checkpoint, layout)
     state = streamed.embed(shown)
     for index in range(len(streamed.blocks)):
-        with streamed.held(index):
+        with streamed.loaded(index):
             state = streamed.run(index, state)
     assert torch.equal(read(streamed, state, shown), expected)
 
@@ -112,10 +112,10 @@ def test_gradients_go_back_through_every_tower(walked, architecture):
 
 
 def test_old_names_in_files_are_the_models_own(walked, make_other):
-    files, *_ = walked("ViTForImageClassification")
+    checkpoint, *_ = walked("ViTForImageClassification")
     name = "vit.layers.0.attention.q_proj.weight"
-    assert files.stored[name] == "vit.encoder.layer.0.attention.attention.query.weight"
-    assert {*files.shapes} == {name for name, _ in load_model(files).named_parameters()}
+    assert checkpoint.stored[name] == "vit.encoder.layer.0.attention.attention.query.weight"
+    assert {*checkpoint.shapes} == {name for name, _ in load_model(checkpoint).named_parameters()}
 
 
 @pytest.mark.parametrize(
@@ -123,11 +123,11 @@ def test_old_names_in_files_are_the_models_own(walked, make_other):
     [("BertModel", "encoder.layer.0"), ("BertForMaskedLM", "bert.encoder.layer.0"), ("LlamaModel", "layers.0")],
 )
 def test_one_family_file_serves_models_with_and_without_a_head(make_other, architecture, first):
-    files = read_model_files(
+    checkpoint = read_checkpoint(
         make_other(architecture, **({"num_key_value_heads": 2} if "Llama" in architecture else {}))
     )
-    layout = resolve_layout(find_family(files.config["model_type"]), files)
+    layout = resolve_layout(find_family(checkpoint.config["model_type"]), checkpoint)
     assert layout.blocks[0] == first
     assert layout.tail == ()
-    walker = BlockWalker(load_model(files), layout)
+    walker = BlockWalker(load_model(checkpoint), layout)
     walker.check(torch.arange(20)[None])

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from allocator.core.errors import UserError
-from allocator.model.checkpoint.headers import read_model_files
+from allocator.model.checkpoint.headers import read_checkpoint
 from allocator.model.family.layout import resolve_layout
 from allocator.model.family.schema import find_family
 from allocator.model.family.space import build_space
@@ -14,7 +14,7 @@ from allocator.model.live.load import load_model
 from allocator.model.live.modeling_pruned import remove
 from allocator.model.live.stream import StreamedWalker
 from allocator.model.live.walk import BlockWalker
-from allocator.pruning.levels.assemble import Assembler, Switchboard
+from allocator.pruning.levels.assemble import Assembler, LevelSwitch
 
 MODELS = {
     "llama, tied": ("llama", {"num_hidden_layers": 3}),
@@ -38,8 +38,8 @@ def _tokens(sequences, length):
 
 
 def _resolved(folder):
-    files = read_model_files(folder)
-    return files, resolve_layout(find_family(files.config["model_type"]), files)
+    checkpoint = read_checkpoint(folder)
+    return checkpoint, resolve_layout(find_family(checkpoint.config["model_type"]), checkpoint)
 
 
 def _on_disk(block):
@@ -60,7 +60,7 @@ def edited(tiny_model, tmp_path):
         tensors = load_file(folder / "model.safetensors")
         change(tensors)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        return read_model_files(folder), _resolved(tiny_model)[1]
+        return read_checkpoint(folder), _resolved(tiny_model)[1]
 
     return edit
 
@@ -70,15 +70,15 @@ def edited(tiny_model, tmp_path):
 @torch.inference_mode()
 def test_hidden_states_and_logits_are_those_of_a_loaded_model(make_model, name, dtype):
     kind, settings = MODELS[name]
-    files, layout = _resolved(make_model(kind, **settings))
-    loaded, streamed = BlockWalker(load_model(files, dtype), layout), StreamedWalker(files, layout, dtype)
+    checkpoint, layout = _resolved(make_model(kind, **settings))
+    loaded, streamed = BlockWalker(load_model(checkpoint, dtype), layout), StreamedWalker(checkpoint, layout, dtype)
     assert streamed.dtype == loaded.dtype == dtype
     for shape in ((2, 16), (1, 33)):
         expected, found = loaded.embed(_tokens(*shape)), streamed.embed(_tokens(*shape))
         assert torch.equal(found, expected)
         for index in range(len(layout.blocks)):
             expected = loaded.run(index, expected)
-            with streamed.held(index):
+            with streamed.loaded(index):
                 found = streamed.run(index, found)
             assert found.dtype == dtype
             assert torch.equal(found, expected)
@@ -92,14 +92,14 @@ def test_only_the_block_that_is_held_is_in_memory(streamed):
     for name, parameter in outside.items():
         assert parameter.is_meta == name.startswith("model.layers.")
     for held in range(3):
-        with streamed.held(held):
+        with streamed.loaded(held):
             assert [bool(_on_disk(block)) for block in streamed.blocks] == [index != held for index in range(3)]
             assert not _on_disk(streamed.blocks[held])
         assert all(_on_disk(block) == [name for name, _ in block.named_parameters()] for block in streamed.blocks)
 
 
 def test_a_block_is_dropped_after_an_error(streamed):
-    with pytest.raises(RuntimeError, match="stop"), streamed.held(1):
+    with pytest.raises(RuntimeError, match="stop"), streamed.loaded(1):
         raise RuntimeError("stop")
     assert _on_disk(streamed.blocks[1]) == [name for name, _ in streamed.blocks[1].named_parameters()]
 
@@ -109,7 +109,7 @@ def test_a_block_may_be_held_again(streamed):
     hidden = streamed.embed(_tokens(1, 16))
     found = []
     for _ in range(2):
-        with streamed.held(1):
+        with streamed.loaded(1):
             found.append(streamed.run(1, hidden))
     assert torch.equal(*found)
 
@@ -118,7 +118,7 @@ def test_a_block_may_be_held_again(streamed):
 def test_what_was_removed_inside_is_dropped_too(streamed, part):
     name = {"attention": "model.layers.1.self_attn", "mlp": "model.layers.1.mlp"}[part]
     original = streamed.model.get_submodule(name)
-    with streamed.held(1):
+    with streamed.loaded(1):
         remove(streamed.model, name, part)
         assert not _on_disk(original)
     for module in (original, streamed.blocks[1]):
@@ -127,19 +127,21 @@ def test_what_was_removed_inside_is_dropped_too(streamed, part):
 
 @pytest.mark.parametrize("pattern", ["structured", "unstructured"])
 def test_what_was_switched_inside_is_dropped_too(tiny_model, pattern):
-    files, layout = _resolved(tiny_model)
-    walker, space = StreamedWalker(files, layout), build_space(layout, files, pattern, 0.5, bias=True)
+    checkpoint, layout = _resolved(tiny_model)
+    walker, space = StreamedWalker(checkpoint, layout), build_space(layout, checkpoint, pattern, 0.5, bias=True)
 
     def compact(name):
         unit = next(unit for unit in space.units if unit.name == name)
         if unit.kind == "matrix":
-            return {"removed_at": torch.zeros(files.shapes[f"{name}.weight"], dtype=torch.uint8)}
-        site = next(site for site in layout.sites if site.name == name)
-        output = torch.zeros(32, unit.kept[1] * site.width)
+            return {"removed_at": torch.zeros(checkpoint.shapes[f"{name}.weight"], dtype=torch.uint8)}
+        sub_block = next(sub_block for sub_block in layout.sub_blocks if sub_block.name == name)
+        output = torch.zeros(32, unit.kept[1] * sub_block.width)
         return {"order": torch.arange(unit.total), "output.1": output, "bias.1": torch.zeros(32)}
 
-    with walker.held(2):
-        switchboard = Switchboard(walker.model, layout, Assembler(files, layout, space, compact, _loaded_part(walker)))
+    with walker.loaded(2):
+        switchboard = LevelSwitch(
+            walker.model, layout, Assembler(checkpoint, layout, space, compact, _loaded_part(walker))
+        )
         for unit in space.units:
             if unit.block == 2:
                 switchboard.set(unit.name, 1)
@@ -154,31 +156,31 @@ def _loaded_part(walker):
 
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight"])
 def test_a_missing_tensor_outside_the_blocks_is_named(edited, name):
-    files, layout = edited(lambda tensors: tensors.pop(name))
+    checkpoint, layout = edited(lambda tensors: tensors.pop(name))
     with pytest.raises(UserError, match=rf"model: .*: tensor {name} is missing\. Copy the model again"):
-        StreamedWalker(files, layout)
+        StreamedWalker(checkpoint, layout)
 
 
 def test_a_missing_tensor_of_a_block_is_named_when_it_is_held(edited):
     name = "model.layers.1.input_layernorm.weight"
     walker = StreamedWalker(*edited(lambda tensors: tensors.pop(name)))
-    with walker.held(0):
+    with walker.loaded(0):
         pass
-    with pytest.raises(UserError, match=rf"tensor {name} is missing\. Copy the model again"), walker.held(1):
+    with pytest.raises(UserError, match=rf"tensor {name} is missing\. Copy the model again"), walker.loaded(1):
         pass
 
 
 @pytest.mark.parametrize("name", ["model.scale", "extra.weight"])
 def test_a_tensor_outside_the_blocks_that_is_no_parameter_is_named(edited, name):
-    files, layout = edited(lambda tensors: tensors.update({name: torch.ones(4)}))
+    checkpoint, layout = edited(lambda tensors: tensors.update({name: torch.ones(4)}))
     with pytest.raises(UserError, match=f"LlamaForCausalLM has no parameter {name}"):
-        StreamedWalker(files, layout)
+        StreamedWalker(checkpoint, layout)
 
 
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.scale", "model.layers.1.extra.weight"])
 def test_a_tensor_of_a_block_that_is_no_parameter_is_named(edited, name):
     walker = StreamedWalker(*edited(lambda tensors: tensors.update({name: torch.ones(4)})))
-    with pytest.raises(UserError, match=f"LlamaForCausalLM has no parameter {name}"), walker.held(1):
+    with pytest.raises(UserError, match=f"LlamaForCausalLM has no parameter {name}"), walker.loaded(1):
         pass
 
 
@@ -187,12 +189,12 @@ def test_frequencies_that_old_checkpoints_hold_are_left_to_the_model(edited, str
     name = "model.layers.1.self_attn.rotary_emb.inv_freq"
     old = StreamedWalker(*edited(lambda tensors: tensors.update({name: torch.ones(4)})))
     hidden = [walker.embed(_tokens(1, 16)) for walker in (old, streamed)]
-    with old.held(1), streamed.held(1):
+    with old.loaded(1), streamed.loaded(1):
         assert torch.equal(old.run(1, hidden[0]), streamed.run(1, hidden[1]))
 
 
 def test_an_architecture_that_transformers_lacks_is_named(tiny_model):
-    files, layout = _resolved(tiny_model)
-    files.config["architectures"][0] = "NoSuchForCausalLM"
+    checkpoint, layout = _resolved(tiny_model)
+    checkpoint.config["architectures"][0] = "NoSuchForCausalLM"
     with pytest.raises(UserError, match=r"transformers .* has no NoSuchForCausalLM"):
-        StreamedWalker(files, layout)
+        StreamedWalker(checkpoint, layout)

@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 
-from allocator.model.checkpoint.headers import read_model_files
+from allocator.model.checkpoint.headers import read_checkpoint
 from allocator.model.family.layout import resolve_layout
 from allocator.model.family.schema import find_family
 from allocator.model.live.load import load_model
@@ -13,8 +13,8 @@ from allocator.model.live.walk import BlockWalker
 
 @pytest.fixture(params=["tiny_model", "tiny_qwen2", "tiny_qwen3"])
 def walker(request):
-    files = read_model_files(request.getfixturevalue(request.param))
-    return BlockWalker(load_model(files), resolve_layout(find_family(files.config["model_type"]), files))
+    checkpoint = read_checkpoint(request.getfixturevalue(request.param))
+    return BlockWalker(load_model(checkpoint), resolve_layout(find_family(checkpoint.config["model_type"]), checkpoint))
 
 
 def _tokens(sequences, length, seed=0):
@@ -93,7 +93,7 @@ def test_what_is_heard_is_that_of_a_stock_forward_with_hooks(walker):
     hidden = walker.run(0, walker.embed(tokens))
     for modules in (PROJECTIONS, PROJECTIONS[::-1], PROJECTIONS[4:5], PROJECTIONS[:2] * 2):
         for entering, expected in ((True, inputs), (False, outputs)):
-            found = walker.hear(1, hidden, modules, entering=entering)
+            found = walker.capture_outputs(1, hidden, modules, entering=entering)
             assert found.keys() == set(modules)
             assert all(torch.equal(found[name], expected[name]) for name in modules)
     assert not any(module._forward_hooks for module in walker.model.modules())
@@ -106,7 +106,9 @@ def test_the_pass_stops_after_the_last_module_of_interest(walker, entering):
     run = []
     for module in walker.blocks[1].modules():
         module.register_forward_hook(lambda owner, args, output: run.append(owner))
-    walker.hear(1, hidden, ["model.layers.1.self_attn.v_proj", "model.layers.1.self_attn.q_proj"], entering=entering)
+    walker.capture_outputs(
+        1, hidden, ["model.layers.1.self_attn.v_proj", "model.layers.1.self_attn.q_proj"], entering=entering
+    )
     attention = walker.blocks[1].self_attn
     projections = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
     assert [module for module in run if module in projections] == projections[: 2 if entering else 3]
@@ -118,11 +120,11 @@ def test_modules_that_were_removed_are_left_out(walker):
     remove(walker.model, "model.layers.1.self_attn", "attention")
     called = _calls(walker.model)
     for entering in (True, False):
-        found = walker.hear(1, hidden, [*PROJECTIONS[:5], "model.layers.1.gone"], entering=entering)
+        found = walker.capture_outputs(1, hidden, [*PROJECTIONS[:5], "model.layers.1.gone"], entering=entering)
         assert found.keys() == {"model.layers.1.mlp.gate_proj"}
     assert not any("up_proj" in name for name in called)
     remove(walker.model, "model.layers.1.mlp", "mlp")
-    assert walker.hear(1, hidden, PROJECTIONS) == {}
+    assert walker.capture_outputs(1, hidden, PROJECTIONS) == {}
     assert torch.equal(walker.run(1, hidden, instead={PROJECTIONS[3]: hidden}), hidden)
 
 
@@ -139,7 +141,9 @@ def test_a_module_whose_answer_is_given_is_not_run(walker):
     assert "model.layers.1.self_attn" in called
     assert "model.layers.1.mlp.up_proj" in called
     assert not any("self_attn." in name for name in called)
-    inputs = walker.hear(1, hidden, [attention, "model.layers.1.mlp.up_proj"], instead=answers, entering=True)
+    inputs = walker.capture_outputs(
+        1, hidden, [attention, "model.layers.1.mlp.up_proj"], instead=answers, entering=True
+    )
     assert inputs.keys() == {"model.layers.1.mlp.up_proj"}
     assert torch.equal(inputs["model.layers.1.mlp.up_proj"], normed)
     assert not any("forward" in vars(module) for module in walker.model.modules())
@@ -150,11 +154,11 @@ def test_a_module_whose_answer_is_given_is_not_run(walker):
 def test_a_stand_in_runs_in_the_place_of_a_block(walker):
     hidden = walker.run(0, walker.embed(_tokens(2, 16)))
     whole, expected = copy.deepcopy(walker.blocks[1]), walker.run(1, hidden)
-    heard = walker.hear(1, hidden, PROJECTIONS)
+    heard = walker.capture_outputs(1, hidden, PROJECTIONS)
     for parameter in walker.blocks[1].parameters():
         parameter.data = torch.full_like(parameter, torch.nan)
     assert torch.equal(walker.run(1, hidden, whole), expected)
-    found = walker.hear(1, hidden, PROJECTIONS, whole)
+    found = walker.capture_outputs(1, hidden, PROJECTIONS, whole)
     assert all(torch.equal(found[name], heard[name]) for name in PROJECTIONS)
 
 
@@ -167,7 +171,7 @@ def test_gradients_are_followed_where_what_enters_asks_for_them(walker):
     plain = [hidden, walker.run(1, hidden), walker.run_all(hidden), walker.logits(hidden), walker.states(hidden)]
     assert not any(tensor.requires_grad or tensor.is_inference() for tensor in plain)
     leaf = hidden.clone().requires_grad_()
-    with walker.listening(1, [module]) as (inputs, outputs):
+    with walker.record_io(1, [module]) as (inputs, outputs):
         followed = [leaf, walker.run(1, leaf), walker.run_all(leaf), walker.logits(leaf), walker.states(leaf)]
     assert all(tensor.requires_grad for tensor in (*followed, inputs[module], outputs[module]))
     for before, after in zip(plain, followed, strict=True):
@@ -179,7 +183,7 @@ def test_nothing_follows_gradients_of_weights_that_ask_for_them(walker):
     """As those of a model in training do, when it is measured in between."""
     walker.model.requires_grad_(True)
     hidden = walker.embed(_tokens(2, 16))
-    heard = walker.hear(1, hidden, PROJECTIONS)
+    heard = walker.capture_outputs(1, hidden, PROJECTIONS)
     found = [hidden, walker.run(1, hidden), walker.run_all(hidden), walker.logits(hidden), walker.states(hidden)]
     assert not any(tensor.requires_grad for tensor in (*found, *heard.values()))
 

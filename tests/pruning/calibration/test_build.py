@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from allocator.model.checkpoint.headers import read_model_files
+from allocator.model.checkpoint.headers import read_checkpoint
 from allocator.model.family.layout import resolve_layout
 from allocator.model.family.schema import find_family
 from allocator.model.family.space import build_space
@@ -15,7 +15,7 @@ from allocator.pruning.calibration.build import prune_on_dense_inputs, prune_on_
 from allocator.pruning.calibration.problem import Calibration, stages
 from allocator.pruning.calibration.statistics import Gram, collected
 from allocator.pruning.calibration.streams import nearest
-from allocator.pruning.levels.assemble import Assembler, Switchboard
+from allocator.pruning.levels.assemble import Assembler, LevelSwitch
 from allocator.pruning.pruners.registry import make_pruner
 
 
@@ -39,13 +39,13 @@ def _same(one, other):
 
 def test_the_store_is_built_from_dense_inputs(structured):
     case, walker = structured, structured.walker()
-    modules = [site.output for site in case.layout.sites]
+    modules = [sub_block.output for sub_block in case.layout.sub_blocks]
     with collected(walker.model, modules, "gram") as grams, torch.inference_mode():
         for batch in case.tokens.split(4):
             walker.model(batch, use_cache=False)
-    for site, unit in zip(case.layout.sites, case.space.units, strict=True):
-        weight = walker.model.get_submodule(site.output).weight
-        levels = case.pruner.levels(unit, site.width, weight, grams[site.output], range(1, unit.num_levels))
+    for sub_block, unit in zip(case.layout.sub_blocks, case.space.units, strict=True):
+        weight = walker.model.get_submodule(sub_block.output).weight
+        levels = case.pruner.levels(unit, sub_block.width, weight, grams[sub_block.output], range(1, unit.num_levels))
         assert levels.keys() == case.compact[unit.name].keys()
         for key in levels:
             found = case.compact[unit.name][key]
@@ -113,21 +113,21 @@ def test_along_a_path_refits_make_up_for_what_the_residual_stream_lacks(request,
     middle = tuple(1 if unit.part == "attention" else 4 for unit in case.space.units)
     along = dict(prune_on_pruned_inputs(case.calibration(), middle, every_level=False))
     walker, whole = case.walker(), case.walker().model
-    switchboard = Switchboard(
-        walker.model, case.layout, Assembler(case.files, case.layout, case.space, along.__getitem__, walker.model)
+    switchboard = LevelSwitch(
+        walker.model, case.layout, Assembler(case.checkpoint, case.layout, case.space, along.__getitem__, walker.model)
     )
-    for site, unit, level in zip(case.layout.sites, case.space.units, middle, strict=True):
-        norm = f"{case.layout.blocks[site.block]}.{NORMS[name][site.part == 'mlp']}"
-        x, residual, _ = _streams(walker.model, case.tokens, site.output, norm)
-        _, whole_residual, whole_output = _streams(whole, case.tokens, site.output, norm)
-        project = whole.get_submodule(site.output)
+    for sub_block, unit, level in zip(case.layout.sub_blocks, case.space.units, middle, strict=True):
+        norm = f"{case.layout.blocks[sub_block.block]}.{NORMS[name][sub_block.part == 'mlp']}"
+        x, residual, _ = _streams(walker.model, case.tokens, sub_block.output, norm)
+        _, whole_residual, whole_output = _streams(whole, case.tokens, sub_block.output, norm)
+        project = whole.get_submodule(sub_block.output)
         dense, bias = project.weight.double(), 0.0 if project.bias is None else project.bias.double()
         target = whole_output - bias + whole_residual - residual
         damping = 0.01 * x.square().sum(0).mean()
         rows = torch.cat([x, damping.sqrt() * torch.eye(x.shape[1])])
         nearest = torch.linalg.lstsq(rows, torch.cat([target, damping.sqrt() * dense.T])).solution
         order = along[unit.name]["order"][: unit.kept[level]].long()
-        columns = (order[:, None] * site.width + torch.arange(site.width)).flatten()
+        columns = (order[:, None] * sub_block.width + torch.arange(sub_block.width)).flatten()
         expected = torch.linalg.lstsq(rows[:, columns], rows @ nearest).solution.T
         found = along[unit.name][f"output.{level}"].double()
         assert float((found - expected).norm() / expected.norm()) < 1e-3
@@ -186,8 +186,8 @@ def test_sparsegpt_aims_at_the_dense_outputs_along_a_path(unstructured):
                 else prune_on_pruned_inputs(calibration, allocation, every_level=False)
             )
             compact, walker, whole = dict(made), case.walker(), case.walker()
-            assembler = Assembler(case.files, case.layout, case.space, compact.__getitem__, walker.model)
-            switchboard = Switchboard(walker.model, case.layout, assembler)
+            assembler = Assembler(case.checkpoint, case.layout, case.space, compact.__getitem__, walker.model)
+            switchboard = LevelSwitch(walker.model, case.layout, assembler)
             for unit, level in zip(case.space.units, allocation, strict=True):
                 switchboard.set(unit.name, level)
             expected = whole.run_all(whole.embed(case.tokens))
@@ -207,8 +207,8 @@ def test_the_expectation_is_the_average_over_levels_by_what_they_keep(structured
     """The order of the first block's channels again, from attention outputs averaged by hand."""
     case, model, whole = structured, structured.walker().model, structured.walker().model
     attention, mlp = case.space.units[:2]
-    switchboard = Switchboard(
-        model, case.layout, Assembler(case.files, case.layout, case.space, expected.__getitem__, model)
+    switchboard = LevelSwitch(
+        model, case.layout, Assembler(case.checkpoint, case.layout, case.space, expected.__getitem__, model)
     )
     layer = whole.model.layers[0]
     total = 0.0
@@ -267,12 +267,12 @@ def test_odd_models_and_texts_are_pruned_without_a_word(tiny_model, tmp_path, to
     tensors = load_file(folder / "model.safetensors")
     ODD[odd](tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    files = read_model_files(folder)
-    layout = resolve_layout(find_family("llama"), files)
-    space = build_space(layout, files, pattern, 0.5)
+    checkpoint = read_checkpoint(folder)
+    layout = resolve_layout(find_family("llama"), checkpoint)
+    space = build_space(layout, checkpoint, pattern, 0.5)
     text = torch.full((2, 16), 7) if odd == "one token again and again" else tokens(3, 5, 16)
-    walker, own = BlockWalker(load_model(files), layout), make_pruner(pruner, pattern, 0.01)
-    calibration = Calibration(walker, files, layout, space, own, text, report=heard.append)
+    walker, own = BlockWalker(load_model(checkpoint), layout), make_pruner(pruner, pattern, 0.01)
+    calibration = Calibration(walker, checkpoint, layout, space, own, text, report=heard.append)
     along = tuple(1 for _ in space.units) if mode == "path" else None
     found = dict(
         prune_on_dense_inputs(calibration) if mode == "dense" else prune_on_pruned_inputs(calibration, along, True)
@@ -311,7 +311,7 @@ def test_in_bfloat16_blocks_add_up_and_targets_do_not_drown(structured_bf16):
     middle = tuple(1 if unit.part == "attention" else 4 for unit in case.space.units)
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
-        walker = BlockWalker(load_model(case.files, dtype), case.layout)
+        walker = BlockWalker(load_model(case.checkpoint, dtype), case.layout)
         calibration = replace(case.calibration(), walker=walker, report=heard.append)
         found[dtype] = dict(prune_on_pruned_inputs(calibration, middle, every_level=False))
     assert heard == []
@@ -355,10 +355,10 @@ def test_a_bias_gives_back_the_mean_of_what_was_lost_before(structured):
     )
     calibration = replace(case.calibration(), walker=walker)
     compact = dict(prune_on_pruned_inputs(calibration, allocation, every_level=False))
-    site = next(site for site in case.layout.sites if site.name == "model.layers.1.self_attn")
+    sub_block = next(sub_block for sub_block in case.layout.sub_blocks if sub_block.name == "model.layers.1.self_attn")
     norm = "model.layers.1.input_layernorm"
-    _, residual, output = _streams(walker.model, case.tokens, site.output, norm)
-    _, whole_residual, whole_output = _streams(whole, case.tokens, site.output, norm)
+    _, residual, output = _streams(walker.model, case.tokens, sub_block.output, norm)
+    _, whole_residual, whole_output = _streams(whole, case.tokens, sub_block.output, norm)
     lost = (whole_output + whole_residual - residual).mean(0)
     torch.testing.assert_close(output.mean(0), lost, rtol=1e-3, atol=1e-3)
-    assert f"bias.{1}" in compact[site.name]
+    assert f"bias.{1}" in compact[sub_block.name]

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from allocator.model.checkpoint.headers import read_model_files
+from allocator.model.checkpoint.headers import read_checkpoint
 from allocator.model.live.load import load_model
 from allocator.pruning.levels import assemble
-from allocator.pruning.levels.assemble import Assembler, Switchboard
+from allocator.pruning.levels.assemble import Assembler, LevelSwitch
 from allocator.pruning.levels.execute import save_pruned
 from allocator.pruning.pruners.obs import item_columns
 
@@ -23,8 +23,8 @@ class Live:
 
     def __init__(self, case):
         self._walker, self._space = case.walker(), case.space
-        assembler = Assembler(case.files, case.layout, case.space, case.compact.__getitem__, self._walker.model)
-        self._switchboard = Switchboard(self._walker.model, case.layout, assembler)
+        assembler = Assembler(case.checkpoint, case.layout, case.space, case.compact.__getitem__, self._walker.model)
+        self._switchboard = LevelSwitch(self._walker.model, case.layout, assembler)
 
     def set(self, allocation, wide=False):
         for unit, level in zip(self._space.units, allocation, strict=True):
@@ -70,9 +70,9 @@ def test_in_place_equals_saved_and_reloaded(case, tokens, tmp_path):
     removed = tuple(unit.num_levels - 1 if unit.block == 0 else 0 for unit in space.units)
     for number, allocation in enumerate([space.dense, space.sparsest, removed, *(_random(space, s) for s in range(4))]):
         out = tmp_path / str(number)
-        save_pruned(allocation, case.files, case.layout, space, case.compact.__getitem__, out)
+        save_pruned(allocation, case.checkpoint, case.layout, space, case.compact.__getitem__, out)
         with torch.inference_mode():
-            reloaded = load_model(read_model_files(out))(probe, use_cache=False).logits
+            reloaded = load_model(read_checkpoint(out))(probe, use_cache=False).logits
         in_place = Live(case).set(allocation).logits(probe)
         torch.testing.assert_close(in_place, reloaded, rtol=1e-4, atol=1e-4)
 
@@ -80,10 +80,10 @@ def test_in_place_equals_saved_and_reloaded(case, tokens, tmp_path):
 @pytest.mark.parametrize("name", ["structured", "structured_qwen2"])
 def test_levels_are_the_dense_rows_of_what_is_kept(request, name):
     case = request.getfixturevalue(name)
-    assembler = Assembler(case.files, case.layout, case.space, case.compact.__getitem__)
-    sites = {site.name: site for site in case.layout.sites}
+    assembler = Assembler(case.checkpoint, case.layout, case.space, case.compact.__getitem__)
+    sub_blocks = {sub_block.name: sub_block for sub_block in case.layout.sub_blocks}
     for unit in case.space.units:
-        site, order = sites[unit.name], case.compact[unit.name]["order"].long()
+        sub_block, order = sub_blocks[unit.name], case.compact[unit.name]["order"].long()
         dense = assembler.unit(unit.name, 0)
         for level in range(1, unit.num_levels):
             tensors = assembler.unit(unit.name, level)
@@ -91,16 +91,16 @@ def test_levels_are_the_dense_rows_of_what_is_kept(request, name):
             if unit.kept[level] == 0:
                 assert set(tensors.values()) == {None}
                 continue
-            for module, rows in site.rows.items():
+            for module, rows in sub_block.rows.items():
                 picked = item_columns(order[: unit.kept[level]], rows)
                 for key in {f"{module}.weight", f"{module}.bias"} & dense.keys():
                     assert torch.equal(tensors[key], dense[key][picked])
-            assert tensors[f"{site.output}.weight"].shape[1] == unit.kept[level] * site.width
+            assert tensors[f"{sub_block.output}.weight"].shape[1] == unit.kept[level] * sub_block.width
 
 
 def test_masked_weights_are_zero_and_the_rest_is_dense(unstructured):
     case = unstructured
-    assembler = Assembler(case.files, case.layout, case.space, case.compact.__getitem__)
+    assembler = Assembler(case.checkpoint, case.layout, case.space, case.compact.__getitem__)
     for unit in case.space.units:
         dense = assembler.unit(unit.name, 0)[f"{unit.name}.weight"]
         for level in range(unit.num_levels):
@@ -112,18 +112,18 @@ def test_masked_weights_are_zero_and_the_rest_is_dense(unstructured):
 def test_order_of_items_does_not_change_the_function(structured, tokens):
     """A level without refit computes what the dense model with those columns zeroed computes."""
     case, probe = structured, tokens(3, 2, 16)
-    walker, site = case.walker(), case.layout.sites[2]
-    unit = next(u for u in case.space.units if u.name == site.name)
-    order = case.compact[site.name]["order"].long()
-    output = walker.model.get_submodule(site.output)
-    kept = item_columns(order[: unit.kept[1]], site.width)
-    compact = {**case.compact, site.name: {"order": order, "output.1": output.weight[:, kept].clone()}}
+    walker, sub_block = case.walker(), case.layout.sub_blocks[2]
+    unit = next(u for u in case.space.units if u.name == sub_block.name)
+    order = case.compact[sub_block.name]["order"].long()
+    output = walker.model.get_submodule(sub_block.output)
+    kept = item_columns(order[: unit.kept[1]], sub_block.width)
+    compact = {**case.compact, sub_block.name: {"order": order, "output.1": output.weight[:, kept].clone()}}
     with torch.inference_mode():
         gone = sorted(set(range(output.weight.shape[1])) - set(kept.tolist()))
         output.weight[:, gone] = 0.0
         masked = walker.model(probe, use_cache=False).logits
-    live = Live(type(case)(case.files, case.layout, case.space, case.pruner, case.tokens, compact))
-    allocation = tuple(int(u.name == site.name) for u in case.space.units)
+    live = Live(type(case)(case.checkpoint, case.layout, case.space, case.pruner, case.tokens, compact))
+    allocation = tuple(int(u.name == sub_block.name) for u in case.space.units)
     torch.testing.assert_close(live.set(allocation).logits(probe), masked, rtol=1e-5, atol=1e-5)
 
 
@@ -136,8 +136,8 @@ def test_cached_forward_equals_uncached_with_attention_removed(request, name, bl
         unit.num_levels - 1 if unit.part == "attention" and unit.block in blocks else 2 * (unit.part == "mlp")
         for unit in case.space.units
     )
-    save_pruned(allocation, case.files, case.layout, case.space, case.compact.__getitem__, tmp_path / "out")
-    model, probe = load_model(read_model_files(tmp_path / "out")), tokens(5, 2, 12)
+    save_pruned(allocation, case.checkpoint, case.layout, case.space, case.compact.__getitem__, tmp_path / "out")
+    model, probe = load_model(read_checkpoint(tmp_path / "out")), tokens(5, 2, 12)
     whole = model(probe, use_cache=False).logits
     prefix = model(probe[:, :5], use_cache=True)
     steps, cache = [prefix.logits], prefix.past_key_values
@@ -153,8 +153,8 @@ def test_cached_forward_equals_uncached_with_attention_removed(request, name, bl
 def test_switching_between_levels_copies_no_row(request, name):
     case = request.getfixturevalue(name)
     live = Live(case)
-    for site, unit in zip(case.layout.sites, case.space.units, strict=True):
-        rows = {f"{module}.{kind}" for module in site.rows for kind in ("weight", "bias")}
+    for sub_block, unit in zip(case.layout.sub_blocks, case.space.units, strict=True):
+        rows = {f"{module}.{kind}" for module in sub_block.rows for kind in ("weight", "bias")}
         places = set()
         for level in range(1, unit.num_levels):
             live.set(tuple(level if u is unit else 0 for u in case.space.units))
@@ -168,10 +168,10 @@ def test_switching_between_levels_copies_no_row(request, name):
 def test_output_projections_are_kept_within_a_limit(structured, monkeypatch, limit):
     monkeypatch.setattr(assemble, "OUTPUT_BYTES", limit)
     live, space = Live(structured), structured.space
-    name = f"{structured.layout.sites[0].output}.weight"
+    name = f"{structured.layout.sub_blocks[0].output}.weight"
 
     def visit():
-        live.set(tuple(int(unit.name == structured.layout.sites[0].name) for unit in space.units))
+        live.set(tuple(int(unit.name == structured.layout.sub_blocks[0].name) for unit in space.units))
         return live.parameters()[name].data
 
     first = visit()
@@ -186,7 +186,7 @@ def test_unaligned_tensors_of_a_live_model_are_moved(case):
     for parameter in walker.model.parameters():
         shifted = torch.empty(parameter.numel() + 1, dtype=parameter.dtype)[1:].view_as(parameter)
         parameter.data = shifted.copy_(parameter.data)
-    Assembler(case.files, case.layout, case.space, case.compact.__getitem__, walker.model)
+    Assembler(case.checkpoint, case.layout, case.space, case.compact.__getitem__, walker.model)
     names = {unit.name for unit in case.space.units}
     for name, parameter in walker.model.named_parameters():
         if any(name.startswith(f"{unit}.") for unit in names):
@@ -196,7 +196,7 @@ def test_unaligned_tensors_of_a_live_model_are_moved(case):
 def test_dense_tensors_are_held_once(case):
     """Those of a live model are its own; whatever was switched, no other copy of a row stays."""
     walker = case.walker()
-    assembler = Assembler(case.files, case.layout, case.space, case.compact.__getitem__, walker.model)
+    assembler = Assembler(case.checkpoint, case.layout, case.space, case.compact.__getitem__, walker.model)
     own = {name: p.data_ptr() for name, p in walker.model.named_parameters()}
     for unit in case.space.units:
         assert all(tensor.data_ptr() == own[key] for key, tensor in assembler.unit(unit.name, 0).items())
@@ -254,13 +254,13 @@ def test_dense_shapes_give_what_small_ones_give_at_every_level(any_case, tokens)
 def test_in_dense_shapes_levels_differ_in_what_is_written_alone(any_case):
     """So that they can be subtracted: rows lie in one order, and what reads the removed is zero."""
     case = any_case
-    assembler = Assembler(case.files, case.layout, case.space, case.compact.__getitem__)
-    sites = {site.name: site for site in case.layout.sites}
+    assembler = Assembler(case.checkpoint, case.layout, case.space, case.compact.__getitem__)
+    sub_blocks = {sub_block.name: sub_block for sub_block in case.layout.sub_blocks}
     for unit in case.space.units:
         levels = [assembler.wide(unit.name, level) for level in range(unit.num_levels)]
         assembler.unit(unit.name, 0)
         again = [assembler.wide(unit.name, level) for level in reversed(range(unit.num_levels))][::-1]
-        module = sites[unit.name].output if unit.kind != "matrix" else unit.name
+        module = sub_blocks[unit.name].output if unit.kind != "matrix" else unit.name
         dense = levels[0]
         for level, (tensors, other) in enumerate(zip(levels, again, strict=True)):
             assert tensors.keys() == other.keys()
@@ -273,7 +273,7 @@ def test_in_dense_shapes_levels_differ_in_what_is_written_alone(any_case):
             weight = tensors[f"{module}.weight"]
             assert torch.equal(weight, dense[f"{module}.weight"]) == (level == 0)
             if unit.kind != "matrix":
-                kept = unit.kept[level] * sites[unit.name].width
+                kept = unit.kept[level] * sub_blocks[unit.name].width
                 by_group = weight.unflatten(1, (unit.num_groups, -1))
                 assert not by_group[:, :, kept // unit.num_groups :].any()
                 assert (weight.abs().sum(0) > 0).sum() == kept

@@ -4,33 +4,35 @@ import pytest
 import torch
 
 from allocator.core.errors import UserError
-from allocator.model.checkpoint.headers import read_model_files
+from allocator.model.checkpoint.headers import read_checkpoint
 from allocator.model.live.load import load_model
 from allocator.pruning.levels.execute import save_pruned
 from allocator.pruning.pruners.registry import PRUNERS, make_pruner
 
 
 def _save(case, allocation, out):
-    return save_pruned(allocation, case.files, case.layout, case.space, case.compact.__getitem__, out)
+    return save_pruned(allocation, case.checkpoint, case.layout, case.space, case.compact.__getitem__, out)
 
 
 @pytest.mark.parametrize("name", ["structured", "structured_bf16", "unstructured", "n_m"])
 def test_nothing_removed_gives_the_dense_checkpoint(request, name, tmp_path):
     case = request.getfixturevalue(name)
     _save(case, case.space.dense, tmp_path / "out")
-    files = read_model_files(tmp_path / "out")
-    assert files.config == case.files.config
-    assert (files.shapes, files.dtypes) == (case.files.shapes, case.files.dtypes)
-    dense, saved = load_model(read_model_files(case.files.folder)), load_model(read_model_files(tmp_path / "out"))
+    checkpoint = read_checkpoint(tmp_path / "out")
+    assert checkpoint.config == case.checkpoint.config
+    assert (checkpoint.shapes, checkpoint.dtypes) == (case.checkpoint.shapes, case.checkpoint.dtypes)
+    dense, saved = load_model(read_checkpoint(case.checkpoint.folder)), load_model(read_checkpoint(tmp_path / "out"))
     for (key, a), (_, b) in zip(dense.state_dict().items(), saved.state_dict().items(), strict=True):
         assert torch.equal(a, b), key
-    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (case.files.folder / "tokenizer.json").read_bytes()
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (
+        case.checkpoint.folder / "tokenizer.json"
+    ).read_bytes()
 
 
 def test_stored_data_types_are_kept(structured_bf16, tmp_path):
     case = structured_bf16
     _save(case, tuple(1 for _ in case.space.units), tmp_path / "out")
-    assert set(read_model_files(tmp_path / "out").dtypes.values()) == {"BF16"}
+    assert set(read_checkpoint(tmp_path / "out").dtypes.values()) == {"BF16"}
 
 
 def test_equal_plans_give_equal_bytes(structured, tmp_path):
@@ -55,8 +57,8 @@ def test_a_sharded_model_stays_sharded(make_case, make_model, tmp_path, tokens):
     case = make_case(make_model(shards=True, seed=2), "structured", "obs")
     _save(case, (2, 4, 1, 8), tmp_path / "out")
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
-    assert set(index["weight_map"]) == set(read_model_files(tmp_path / "out").shapes)
-    assert torch.isfinite(load_model(read_model_files(tmp_path / "out"))(tokens(0, 1, 8)).logits).all()
+    assert set(index["weight_map"]) == set(read_checkpoint(tmp_path / "out").shapes)
+    assert torch.isfinite(load_model(read_checkpoint(tmp_path / "out"))(tokens(0, 1, 8)).logits).all()
 
 
 def test_an_existing_folder_is_never_written_to(structured, tmp_path):
@@ -72,7 +74,9 @@ def test_a_failure_leaves_no_folder(structured, tmp_path):
 
     case = structured
     with pytest.raises(RuntimeError, match="killed"):
-        save_pruned(case.space.sparsest[:1] + (4,) * 5, case.files, case.layout, case.space, broken, tmp_path / "out")
+        save_pruned(
+            case.space.sparsest[:1] + (4,) * 5, case.checkpoint, case.layout, case.space, broken, tmp_path / "out"
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -80,7 +84,7 @@ def test_a_checkpoint_that_does_not_hold_what_the_plan_says_is_refused(unstructu
     case = unstructured
     wrong = {name: {"removed_at": torch.zeros_like(c["removed_at"])} for name, c in case.compact.items()}
     with pytest.raises(UserError, match="and the plan says"):
-        save_pruned((3,) * 21, case.files, case.layout, case.space, wrong.__getitem__, tmp_path / "out")
+        save_pruned((3,) * 21, case.checkpoint, case.layout, case.space, wrong.__getitem__, tmp_path / "out")
 
 
 def test_weights_that_were_zero_before_do_not_upset_the_count(make_case, make_model, tmp_path):
@@ -103,7 +107,7 @@ def test_values_that_were_updated_to_zero_do_not_upset_the_count(n_m, tmp_path):
     values[:7] = 0.0
     compact = {**case.compact, name: {**case.compact[name], "values.1": values}}
     allocation = (1,) * len(case.space.units)
-    counted = save_pruned(allocation, case.files, case.layout, case.space, compact.__getitem__, tmp_path / "out")
+    counted = save_pruned(allocation, case.checkpoint, case.layout, case.space, compact.__getitem__, tmp_path / "out")
     assert counted == case.space.cost(allocation) - 7
 
 

@@ -6,10 +6,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from allocator.core.errors import UserError
-from allocator.model.checkpoint.headers import read_model_files
+from allocator.model.checkpoint.headers import read_checkpoint
 from allocator.model.live.load import load_model
 from allocator.pruning.calibration.build import prune_on_pruned_inputs
-from allocator.pruning.levels.assemble import Assembler, Switchboard
+from allocator.pruning.levels.assemble import Assembler, LevelSwitch
 from allocator.pruning.levels.execute import save_pruned
 from allocator.pruning.pruners.registry import make_pruner
 from allocator.run.config import load_config
@@ -38,8 +38,8 @@ def _allocations(space):
 
 
 def _switched(case, model, allocations):
-    board = Switchboard(
-        model, case.layout, Assembler(case.files, case.layout, case.space, case.compact.__getitem__, model)
+    board = LevelSwitch(
+        model, case.layout, Assembler(case.checkpoint, case.layout, case.space, case.compact.__getitem__, model)
     )
     for allocation in allocations:
         for unit, level in zip(case.space.units, allocation, strict=True):
@@ -48,11 +48,11 @@ def _switched(case, model, allocations):
 
 
 def test_biases_count_between_dense_and_nothing(case, make_case):
-    plain = make_case(case.files.folder, "structured", "obs", case.space.units[0].kind).space
-    sites = {site.name: site for site in case.layout.sites}
+    plain = make_case(case.checkpoint.folder, "structured", "obs", case.space.units[0].kind).space
+    sub_blocks = {sub_block.name: sub_block for sub_block in case.layout.sub_blocks}
     for own, without in zip(case.space.units, plain.units, strict=True):
-        output = sites[own.name].output
-        added = 0 if f"{output}.bias" in case.files.shapes else 32
+        output = sub_blocks[own.name].output
+        added = 0 if f"{output}.bias" in case.checkpoint.shapes else 32
         assert own.params == (
             without.params[0],
             *(count + added for count in without.params[1:-1]),
@@ -66,18 +66,18 @@ def test_biases_count_between_dense_and_nothing(case, make_case):
 def test_saved_checkpoints_run_without_this_package_and_cost_what_the_space_says(case, tokens, tmp_path):
     probe, space = tokens(2, 2, 16), case.space
     for number, allocation in enumerate(_allocations(space)):
-        out = tmp_path / f"{case.files.folder.name}-{number}"
-        counted = save_pruned(allocation, case.files, case.layout, space, case.compact.__getitem__, out)
-        assert set(read_model_files(out).dtypes.values()) == set(case.files.dtypes.values())
+        out = tmp_path / f"{case.checkpoint.folder.name}-{number}"
+        counted = save_pruned(allocation, case.checkpoint, case.layout, space, case.compact.__getitem__, out)
+        assert set(read_checkpoint(out).dtypes.values()) == set(case.checkpoint.dtypes.values())
         remote = AutoModelForCausalLM.from_pretrained(
-            out, trust_remote_code="pruned" in read_model_files(out).config, dtype=torch.float32
+            out, trust_remote_code="pruned" in read_checkpoint(out).config, dtype=torch.float32
         ).eval()
         live = _switched(case, case.walker().model, [allocation])
         logits = remote(probe, use_cache=False).logits
-        ours = load_model(read_model_files(out))
+        ours = load_model(read_checkpoint(out))
         torch.testing.assert_close(logits, ours(probe, use_cache=False).logits, rtol=1e-5, atol=1e-5)
         # a bias that is the sum of two is rounded once more when saved
-        near = 1e-4 if "BF16" not in case.files.dtypes.values() else 0.05
+        near = 1e-4 if "BF16" not in case.checkpoint.dtypes.values() else 0.05
         torch.testing.assert_close(logits, live(probe, use_cache=False).logits, rtol=near, atol=near)
         for model in (remote, live):
             assert sum(parameter.numel() for parameter in model.parameters()) == counted == space.cost(allocation)
@@ -102,12 +102,12 @@ def test_what_was_switched_before_does_not_matter(case, tokens):
 def test_the_mean_output_of_a_sub_block_is_the_dense_one(make_case, make_model):
     """On the calibration text itself, whose means are given back."""
     case = make_case(make_model("llama", mlp_bias=True), "structured", "obs", bias=True)
-    site = case.layout.sites[1]
+    sub_block = case.layout.sub_blocks[1]
 
     def mean_output(level):
         seen = []
         model = _switched(case, case.walker().model, [(0, level, 0, 0)])
-        model.get_submodule(site.output).register_forward_hook(lambda m, a, out: seen.append(out))
+        model.get_submodule(sub_block.output).register_forward_hook(lambda m, a, out: seen.append(out))
         for batch in case.tokens.split(4):
             model(batch, use_cache=False)
         return torch.cat([out.flatten(0, 1) for out in seen]).double().mean(0)
@@ -142,12 +142,12 @@ def test_pruning_along_an_allocation(case, tokens, tmp_path):
     calibration = case.calibration()
     compact = dict(prune_on_pruned_inputs(calibration, allocation, every_level=False))
     out = tmp_path / "out"
-    assert save_pruned(allocation, case.files, case.layout, case.space, compact.__getitem__, out) == case.space.cost(
-        allocation
-    )
-    near = 1e-4 if "BF16" not in case.files.dtypes.values() else 0.05
+    assert save_pruned(
+        allocation, case.checkpoint, case.layout, case.space, compact.__getitem__, out
+    ) == case.space.cost(allocation)
+    near = 1e-4 if "BF16" not in case.checkpoint.dtypes.values() else 0.05
     with torch.inference_mode():
-        saved = load_model(read_model_files(out))(tokens(2, 2, 16)).logits
+        saved = load_model(read_checkpoint(out))(tokens(2, 2, 16)).logits
         torch.testing.assert_close(saved, calibration.walker.model(tokens(2, 2, 16)).logits, rtol=near, atol=near)
 
 

@@ -18,7 +18,7 @@ from allocator.model.live.modeling_pruned import choose, cut, split, stacked
 from allocator.pruning.calibration import routing as routing_
 from allocator.pruning.calibration.build import prune_on_pruned_inputs
 from allocator.pruning.calibration.routing import Routing
-from allocator.pruning.levels.assemble import Assembler, Switchboard
+from allocator.pruning.levels.assemble import Assembler, LevelSwitch
 from allocator.pruning.pruners.experts import by_contribution, by_reconstruction, by_routing, expert_order
 
 EXPERTS = {
@@ -200,13 +200,13 @@ def whole(make_case, folder):
 
 
 def test_a_switched_mixture_is_the_assembled_one(whole):
-    model = load_model(whole.files)
-    assembler = Assembler(whole.files, whole.layout, whole.space, whole.compact.__getitem__, model)
-    switchboard = Switchboard(model, whole.layout, assembler)
-    site = next(site for site in whole.layout.sites if site.experts and site.block == 1)
-    unit = next(unit for unit in whole.space.units if unit.name == site.name)
-    stock = _stock(whole.files.folder)
-    order = whole.compact[site.name]["order"].tolist()
+    model = load_model(whole.checkpoint)
+    assembler = Assembler(whole.checkpoint, whole.layout, whole.space, whole.compact.__getitem__, model)
+    switchboard = LevelSwitch(model, whole.layout, assembler)
+    sub_block = next(sub_block for sub_block in whole.layout.sub_blocks if sub_block.experts and sub_block.block == 1)
+    unit = next(unit for unit in whole.space.units if unit.name == sub_block.name)
+    stock = _stock(whole.checkpoint.folder)
+    order = whole.compact[sub_block.name]["order"].tolist()
     tokens = torch.arange(30).view(2, 15)
     for level in (1, unit.num_levels - 2, 0, 2):
         switchboard.set(unit.name, level)
@@ -219,9 +219,9 @@ def test_a_switched_mixture_is_the_assembled_one(whole):
 
 
 def test_as_many_experts_stay_as_a_token_is_sent_to(whole):
-    for site, unit in zip(whole.layout.sites, whole.space.units, strict=True):
-        if site.experts:
-            picked = site.used * site.total
+    for sub_block, unit in zip(whole.layout.sub_blocks, whole.space.units, strict=True):
+        if sub_block.experts:
+            picked = sub_block.used * sub_block.total
             assert unit.kept[-1] == 0
             assert min(count for count in unit.kept if count) >= picked
             assert len({*unit.macs[1:-1]}) == len(unit.macs[1:-1]), "rows of the router go"
@@ -242,10 +242,12 @@ def test_inputs_of_an_expert_are_the_tokens_that_it_gets(make_case, folder):
             return case.pruner.levels(unit, width, weight, statistics, wanted)
 
     # the second level of everything but of the first attention: up to the first mixture nothing else is pruned
-    attention = next(site.name for site in case.layout.sites if site.block == 0 and site.part == "attention")
+    attention = next(
+        sub_block.name for sub_block in case.layout.sub_blocks if sub_block.block == 0 and sub_block.part == "attention"
+    )
     path = tuple(0 if unit.name == attention else min(2, unit.num_levels - 1) for unit in case.space.units)
     list(prune_on_pruned_inputs(replace(case.calibration(), pruner=Spy()), path, every_level=False))
-    stock = _stock(case.files.folder)
+    stock = _stock(case.checkpoint.folder)
     seen: dict[int, list[torch.Tensor]] = {}
 
     def note(module, args, output):
@@ -269,38 +271,40 @@ def test_inputs_of_an_expert_are_the_tokens_that_it_gets(make_case, folder):
 
 def test_names_of_the_files_are_those_of_the_model(make_model):
     folder = make_model("mixtral", **EXPERTS["mixtral"])
-    files, family = open_model(folder)
-    assert files.stored["model.layers.0.mlp.experts.3.up_proj.weight"] == (
+    checkpoint, family = open_model(folder)
+    assert checkpoint.stored["model.layers.0.mlp.experts.3.up_proj.weight"] == (
         "model.layers.0.block_sparse_moe.experts.3.w3.weight"
     )
-    layout = resolve_layout(family, files)
-    assert {site.name for site in layout.mixtures} == {f"model.layers.{block}.mlp.experts" for block in (0, 1)}
+    layout = resolve_layout(family, checkpoint)
+    assert {sub_block.name for sub_block in layout.mixtures} == {
+        f"model.layers.{block}.mlp.experts" for block in (0, 1)
+    }
     assert all(
-        site.routed == f"model.layers.{site.block}.mlp"
-        for site in layout.mixtures
-        for site in layout.sites
-        if site.experts
+        sub_block.routed == f"model.layers.{sub_block.block}.mlp"
+        for sub_block in layout.mixtures
+        for sub_block in layout.sub_blocks
+        if sub_block.experts
     )
 
 
 def test_experts_that_lie_stacked_in_the_files_are_refused(make_model):
-    files, family = open_model(make_model("olmoe"))
-    shapes = {name: shape for name, shape in files.shapes.items() if ".experts." not in name}
+    checkpoint, family = open_model(make_model("olmoe"))
+    shapes = {name: shape for name, shape in checkpoint.shapes.items() if ".experts." not in name}
     shapes |= {
         f"model.layers.{block}.mlp.experts.{name}": shape
         for block in (0, 1)
         for name, shape in (("gate_up_proj", (4, 48, 32)), ("down_proj", (4, 32, 24)))
     }
     with pytest.raises(UserError, match=r"experts\.0\.down_proj, which OlmoeForCausalLM lacks.*save_pretrained"):
-        resolve_layout(family, replace(files, shapes=shapes))
+        resolve_layout(family, replace(checkpoint, shapes=shapes))
 
 
 @pytest.mark.parametrize(("change", "found"), [({"n_group": 3}, "do not divide into 3 groups"), ({}, None)])
 def test_experts_must_divide_into_groups(grouped, change, found):
-    files, family = open_model(grouped)
-    files = replace(files, config={**files.config, **change})
+    checkpoint, family = open_model(grouped)
+    checkpoint = replace(checkpoint, config={**checkpoint.config, **change})
     if found is None:
-        assert {site.least for site in resolve_layout(family, files).mixtures} == {4}
+        assert {sub_block.least for sub_block in resolve_layout(family, checkpoint).mixtures} == {4}
         return
     with pytest.raises(UserError, match=found):
-        resolve_layout(family, files)
+        resolve_layout(family, checkpoint)

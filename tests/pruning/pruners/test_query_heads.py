@@ -7,13 +7,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from allocator.core.errors import UserError
-from allocator.model.checkpoint.headers import read_model_files
+from allocator.model.checkpoint.headers import read_checkpoint
 from allocator.model.family.layout import resolve_layout
 from allocator.model.family.schema import find_family
 from allocator.model.family.space import build_space
 from allocator.model.live.load import load_model
 from allocator.pruning.calibration.build import prune_on_pruned_inputs
-from allocator.pruning.levels.assemble import Assembler, Switchboard
+from allocator.pruning.levels.assemble import Assembler, LevelSwitch
 from allocator.pruning.levels.execute import save_pruned
 from allocator.run.config import load_config
 from allocator.run.job import read_model
@@ -49,7 +49,9 @@ def _live(case, allocation):
 
 
 def _board(case, model):
-    return Switchboard(model, case.layout, Assembler(case.files, case.layout, case.space, case.compact.__getitem__))
+    return LevelSwitch(
+        model, case.layout, Assembler(case.checkpoint, case.layout, case.space, case.compact.__getitem__)
+    )
 
 
 def test_ladders_take_from_every_group_down_to_nothing(case):
@@ -68,14 +70,14 @@ def test_ladders_take_from_every_group_down_to_nothing(case):
 def test_saved_checkpoints_run_without_this_package_and_cost_what_the_space_says(case, tokens, tmp_path):
     probe, space = tokens(2, 2, 16), case.space
     for number, allocation in enumerate(_allocations(space)):
-        out = tmp_path / f"{case.files.folder.name}-{number}"
-        counted = save_pruned(allocation, case.files, case.layout, space, case.compact.__getitem__, out)
+        out = tmp_path / f"{case.checkpoint.folder.name}-{number}"
+        counted = save_pruned(allocation, case.checkpoint, case.layout, space, case.compact.__getitem__, out)
         remote = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, dtype=torch.float32).eval()
         assert type(remote).__module__.startswith("transformers_modules.")
         live = _live(case, allocation)
         logits = remote(probe, use_cache=False).logits
         torch.testing.assert_close(logits, live(probe, use_cache=False).logits, rtol=1e-5, atol=1e-5)
-        ours = load_model(read_model_files(out))
+        ours = load_model(read_checkpoint(out))
         torch.testing.assert_close(logits, ours(probe, use_cache=False).logits, rtol=1e-5, atol=1e-5)
         for model in (remote, live):
             assert sum(parameter.numel() for parameter in model.parameters()) == counted == space.cost(allocation)
@@ -91,15 +93,15 @@ def test_a_level_is_the_dense_model_without_those_heads(case, tokens):
     """With the output projection's own columns for a refit, it computes what zeroed columns compute."""
     probe, unit = tokens(3, 2, 16), case.space.units[0]
     model = case.walker().model
-    output = model.get_submodule(case.layout.sites[0].output)
+    output = model.get_submodule(case.layout.sub_blocks[0].output)
     for level in (1, 2):
         order = case.compact[unit.name]["order"].view(2, 3)
         kept = [int(item) for part in order for item in part[: 3 - level]]
         columns = [item * 8 + k for item in kept for k in range(8)]
         compact = {unit.name: {"order": case.compact[unit.name]["order"], f"output.{level}": output.weight[:, columns]}}
         live = case.walker().model
-        assembler = Assembler(case.files, case.layout, case.space, compact.__getitem__)
-        Switchboard(live, case.layout, assembler).set(unit.name, level)
+        assembler = Assembler(case.checkpoint, case.layout, case.space, compact.__getitem__)
+        LevelSwitch(live, case.layout, assembler).set(unit.name, level)
         weight = output.weight.clone()
         output.weight[:, sorted({*range(48)} - {*columns})] = 0.0
         masked = model(probe, use_cache=False).logits
@@ -126,23 +128,23 @@ def test_pruning_along_an_allocation(case, tokens, tmp_path):
     allocation = tuple(2 if unit.part == "attention" else 3 for unit in case.space.units)
     calibration = case.calibration()
     compact = dict(prune_on_pruned_inputs(calibration, allocation, every_level=False))
-    save_pruned(allocation, case.files, case.layout, case.space, compact.__getitem__, tmp_path / "out")
+    save_pruned(allocation, case.checkpoint, case.layout, case.space, compact.__getitem__, tmp_path / "out")
     with torch.inference_mode():
-        saved = load_model(read_model_files(tmp_path / "out"))(tokens(2, 2, 16)).logits
+        saved = load_model(read_checkpoint(tmp_path / "out"))(tokens(2, 2, 16)).logits
         torch.testing.assert_close(saved, calibration.walker.model(tokens(2, 2, 16)).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_sparsities_are_rounded_to_whole_rounds(make_model):
-    files = read_model_files(make_model("llama", num_attention_heads=8, num_key_value_heads=2))
-    layout = resolve_layout(find_family("llama"), files, "query_heads")
-    units = build_space(layout, files, "structured", 0.5, ladder=[0.2, 0.5, 0.6, 1.0]).units
+    checkpoint = read_checkpoint(make_model("llama", num_attention_heads=8, num_key_value_heads=2))
+    layout = resolve_layout(find_family("llama"), checkpoint, "query_heads")
+    units = build_space(layout, checkpoint, "structured", 0.5, ladder=[0.2, 0.5, 0.6, 1.0]).units
     assert units[0].kept == (8, 6, 4, 0)
 
 
 def test_a_model_with_one_query_head_per_group_is_referred_to_groups(make_model):
-    files = read_model_files(make_model("llama", num_key_value_heads=4))
+    checkpoint = read_checkpoint(make_model("llama", num_key_value_heads=4))
     with pytest.raises(UserError, match=r"one query head per KV group.*--set ladder\.attention=kv_groups"):
-        resolve_layout(find_family("llama"), files, "query_heads")
+        resolve_layout(find_family("llama"), checkpoint, "query_heads")
 
 
 def test_the_configuration_selects_it(make_model):

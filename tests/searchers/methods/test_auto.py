@@ -218,6 +218,6 @@ def test_an_evaluator_without_gradients_is_asked_for_an_expansion_once_and_the_s
     bowl = landscapes.bowl(0, num_units=12)
     bowl.gradients = False
     found, budget = _search(bowl, tmp_path, 400, tokens=(ALL // 4, ALL), method=method, patience=4)
-    assert [request.also for request in bowl.requests].count("expansion") == 1
+    assert [request.probe for request in bowl.requests].count("expansion") == 1
     least, start = bowl.optimum(budget)[0], bowl.loss(uniform(bowl.space, budget))
     assert bowl.loss(found) - least <= 0.1 * (start - least)

@@ -96,7 +96,7 @@ def test_adapt_pruner_follows_its_formula(make_space, answer, landscape):
     own = landscape(space, seed=5)
     record = answer("adapt_pruner", space, 0.3, own)
     assert [len(batch) for batch in record.batches] == [1] * 7
-    assert all(request.also == "influence" for batch in record.batches[:-1] for request in batch)
+    assert all(request.probe == "influence" for batch in record.batches[:-1] for request in batch)
     sparsities = np.zeros(3)
     for told, following in itertools.pairwise(record.told):
         influence = np.array([told[0].measured[f"influence.{block}"] for block in range(3)])

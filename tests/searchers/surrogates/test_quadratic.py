@@ -30,7 +30,7 @@ def _model(bowl):
 
 def _expand(model, bowl, centre, *fidelities):
     for tokens in fidelities:
-        model.expand(bowl.outcome(Request(centre, tokens, also="expansion")))
+        model.expand(bowl.outcome(Request(centre, tokens, probe="expansion")))
 
 
 def _difference(bowl, one, other, tokens=ALL):
@@ -304,7 +304,7 @@ def test_a_loss_that_rounding_made_negative_turns_no_table_around():
     tables = []
     for loss in (1e-9, -1e-9):
         model = _model(bowl)
-        model.expand(Outcome(Request(CENTRE, ALL, also="expansion"), {"kl": loss}, 0.0, expansion=expansion))
+        model.expand(Outcome(Request(CENTRE, ALL, probe="expansion"), {"kl": loss}, 0.0, expansion=expansion))
         model.refresh(CENTRE)
         tables.append(model.table_ul)
     assert np.array_equal(*tables)
@@ -330,7 +330,7 @@ def test_numbers_stay_finite(data, loss, scale):
     model = _model(bowl)
     for tokens in (ALL, FEW):
         expansion = Expansion(rows(rng.normal), rows(rng.random))
-        request = Request(CENTRE, tokens, also="expansion")
+        request = Request(CENTRE, tokens, probe="expansion")
         model.expand(Outcome(request, {"kl": loss}, 0.0, expansion=expansion))
     known = [unit for unit in range(8) if rng.random() < data.draw(st.sampled_from([0.0, 0.5, 1.0]))]
     steps = [_step(bowl, CENTRE, unit) for unit in known]
