@@ -17,7 +17,7 @@ from allocator.run import job_package as parcel
 from allocator.run.config import checked
 from allocator.run.job_package import COMMAND, JobPackage, pack
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
