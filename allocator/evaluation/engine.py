@@ -15,6 +15,7 @@ import torch
 
 from allocator.core.effort import EXPANSION_POSITIONS
 from allocator.core.errors import UserError
+from allocator.core.notify import Notify, Progress, silent
 from allocator.core.protocols import BEFORE, FEATURES, Outcome, Probe, Request
 from allocator.core.space import Allocation, SearchSpace
 from allocator.evaluation import trie
@@ -30,8 +31,7 @@ from allocator.model.live.load import load_model
 from allocator.model.live.stream import StreamedWalker
 from allocator.model.live.walk import BlockWalker
 from allocator.pruning.calibration.build import prune_on_dense_inputs, prune_on_pruned_inputs
-from allocator.pruning.calibration.factorise import Report, silent
-from allocator.pruning.calibration.problem import Calibration, Progress, UnitProblem
+from allocator.pruning.calibration.problem import Calibration, UnitProblem
 from allocator.pruning.levels.assemble import Assembler, CompactLevels, LevelSwitch
 from allocator.pruning.levels.execute import save_pruned
 from allocator.pruning.levels.store import LevelStore, StoreBuilder
@@ -79,14 +79,14 @@ class EngineSpec:
     domains: tuple[str, ...] = ()
 
     def calibration(
-        self, tokens: np.ndarray | Examples, progress: Progress = lambda done: None, report: Report = silent
+        self, tokens: np.ndarray | Examples, progress: Progress = lambda done: None, notify: Notify = silent
     ) -> Calibration:
         """Return what pruning works on: the model, block by block from disk, and token ids [sequences, length]."""
         assert self.pruner is not None
         torch.set_num_threads(self.threads)
         walker = StreamedWalker(self.checkpoint, self.layout, DTYPES[self.dtype])
         return Calibration(
-            walker, self.checkpoint, self.layout, self.space, self.pruner, as_tensors(tokens), progress, report
+            walker, self.checkpoint, self.layout, self.space, self.pruner, as_tensors(tokens), progress, notify
         )
 
 
@@ -194,18 +194,18 @@ class Engine:
             return {**measured, "perplexity": math.exp(measured["nll"])}
         return {**measured, **(_accuracy(walker, lessons) if kind.answers == "classes" else {})}
 
-    def execute(self, execution: Execution, tokens: int, report: Report = silent) -> dict[str, float]:
+    def execute(self, execution: Execution, tokens: int, notify: Notify = silent) -> dict[str, float]:
         """Save a checkpoint, reload it, count its parameters and measure it on the test split.
 
         Args:
             execution: What to save, and how.
             tokens: Tokens of the test split.
-            report: Hears what a user should know of pruning, after the checkpoint's name.
+            notify: Hears what a user should know of pruning, after the checkpoint's name.
         """
         spec = self._spec
         if execution.recompute:
             calibration = spec.calibration(
-                self._arrays["calibration"], report=lambda message: report(f"{execution.out.name}: {message}")
+                self._arrays["calibration"], notify=lambda message: notify(f"{execution.out.name}: {message}")
             )
             compact = dict(prune_on_pruned_inputs(calibration, execution.allocation, every_level=False)).__getitem__
         else:
@@ -362,7 +362,7 @@ def _check_finite(measured: Mapping[str, float]) -> None:
 class LocalEvaluator:
     """Measures in this process."""
 
-    def __init__(self, spec: EngineSpec, tokens: Mapping[str, np.ndarray | Examples], notify: Report = silent) -> None:
+    def __init__(self, spec: EngineSpec, tokens: Mapping[str, np.ndarray | Examples], notify: Notify = silent) -> None:
         """Take what an engine is made from; ``notify`` hears what a user should know."""
         self._spec, self._tokens, self._notify = spec, tokens, notify
 

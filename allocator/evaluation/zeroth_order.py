@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from allocator.core.notify import Progress
 from allocator.core.signals import Signals
 from allocator.core.space import Unit
 from allocator.evaluation.engine import EngineSpec, check_device
@@ -12,7 +13,6 @@ from allocator.evaluation.loss import divergence
 from allocator.model.data.examples import Examples
 from allocator.model.live.load import load_model
 from allocator.model.live.walk import SEQUENCES_PER_BATCH, BlockWalker
-from allocator.pruning.calibration.problem import Progress
 
 _STEP = 1e-3
 """ε."""

@@ -19,6 +19,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from allocator.core.errors import UserError
+from allocator.core.notify import Notify
 from allocator.pool.durations import PATIENCE_S, Task, Usual
 
 MAX_DEATHS = 3
@@ -34,8 +35,6 @@ _AGAIN_S = 60.0
 """Where some workers cannot be started and others work, the next are tried after so long."""
 
 _SILENCE_S = 120.0
-
-Notify = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,16 +11,17 @@ import numpy as np
 import ray
 
 from allocator.core.errors import UserError
+from allocator.core.notify import Notify, Progress
 from allocator.core.protocols import Key, Outcome, Request
 from allocator.evaluation.engine import EngineSpec, Execution, expanded
 from allocator.evaluation.expansion import Portion, num_portions
 from allocator.evaluation.training_states import States
 from allocator.model.data.examples import Examples
-from allocator.pool.actor_pool import MAX_DEATHS, ActorPool, Died, Notify
+from allocator.pool.actor_pool import MAX_DEATHS, ActorPool, Died
 from allocator.pool.cluster import Demand
 from allocator.pool.durations import PATIENCE_S, Task
 from allocator.pool.worker import Worker
-from allocator.pruning.calibration.problem import Progress, UnitProblem
+from allocator.pruning.calibration.problem import UnitProblem
 from allocator.pruning.levels.assemble import CompactLevels
 from allocator.pruning.levels.store import StoreBuilder
 

@@ -50,7 +50,7 @@ class Worker:
     def build(self, builder: StoreBuilder, blocks: Sequence[int]) -> list[str]:
         """Prune some blocks on dense inputs, write their units, and return what a user should know."""
         said: list[str] = []
-        calibration = self._spec.calibration(self._tokens["calibration"], report=said.append)
+        calibration = self._spec.calibration(self._tokens["calibration"], notify=said.append)
         missing = builder.missing(self._spec.space)
         builder.fill(prune_on_dense_inputs(calibration, [block for block in blocks if block in missing]))
         return said

@@ -17,6 +17,7 @@ from allocator.core.costs import COSTS, check_known
 from allocator.core.errors import UserError
 from allocator.core.files import file_fingerprint, fingerprint
 from allocator.core.latency import LatencyTable
+from allocator.core.notify import Notify, silent
 from allocator.core.plan import Plan
 from allocator.core.space import Allocation, SearchSpace
 from allocator.core.version import __version__
@@ -29,7 +30,6 @@ from allocator.model.family.layout import Layout, open_model, resolve_layout
 from allocator.model.family.serving_costs import Workload, served
 from allocator.model.family.space import build_space
 from allocator.model.live.load import check_stock
-from allocator.pruning.calibration.factorise import Report, silent
 from allocator.pruning.levels.store import LevelStore
 from allocator.pruning.pruners.registry import PRUNERS, LocalPruner, make_pruner
 from allocator.run.config import RunConfig
@@ -243,12 +243,12 @@ def serving(config: RunConfig, checkpoint: Checkpoint, layout: Layout, space: Se
     return served(space, layout, checkpoint, Workload(work.batch, work.prompt, work.generate), table)
 
 
-def prepare(config: RunConfig, report: Report = silent) -> Job:
+def prepare(config: RunConfig, notify: Notify = silent) -> Job:
     """Read and check every input of a configuration.
 
     Args:
         config: What a user asks for. The job's own has a loss that fits the model.
-        report: Hears what a user should know of the examples.
+        notify: Hears what a user should know of the examples.
 
     Raises:
         UserError: An input is missing, damaged, too short or out of reach.
@@ -302,7 +302,7 @@ def prepare(config: RunConfig, report: Report = silent) -> Job:
     if config.domains:
         tokens = {**read_texts(config.domains, checkpoint, wanted, length)}
     else:
-        tokens = read_examples(config.text, checkpoint, wanted, length, report)
+        tokens = read_examples(config.text, checkpoint, wanted, length, notify)
     _check_labels(config, tokens)
     return Job(config, checkpoint, layout, space, budget, pruner, tokens, along)
 

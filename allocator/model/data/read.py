@@ -15,15 +15,13 @@ import numpy as np
 import transformers
 
 from allocator.core.errors import UserError
+from allocator.core.notify import Notify, silent
 from allocator.model.checkpoint.headers import Checkpoint
 from allocator.model.data.examples import LABELS, Examples
 from allocator.model.data.text import in_hash_order, json_line, pack, read_documents, split_of
 from allocator.model.live.load import load_tokenizer, raw_tokenizer
 
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-
-Report = Callable[[str], None]
-"""Hears what a user should know."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +38,7 @@ def read_examples(
     checkpoint: Checkpoint,
     wanted: Mapping[str, int],
     length: int,
-    report: Report = lambda message: None,
+    notify: Notify = silent,
 ) -> dict[str, np.ndarray | Examples]:
     """Read what a model of its kind is shown.
 
@@ -54,7 +52,7 @@ def read_examples(
         checkpoint: The model.
         wanted: Tokens of each split, multiples of ``length``.
         length: Tokens that an example has, or counts as.
-        report: Hears of examples that are left out.
+        notify: Hears of examples that are left out.
 
     Raises:
         UserError: It is something else, is damaged, or a split holds too few examples.
@@ -66,7 +64,7 @@ def read_examples(
         return {**read_tokens(path, checkpoint, dict(wanted), length)}
     counts = {split: tokens // length for split, tokens in wanted.items()}
     if kind.reads == "text":
-        return {**_read_labelled(path, checkpoint, counts, length, report)}
+        return {**_read_labelled(path, checkpoint, counts, length, notify)}
     if path is None or not path.exists():
         what = "a folder of images" if kind.reads == "images" else 'a .jsonl file whose lines have "image" and "text"'
         found = "none is named" if path is None else f"{path} does not exist"
@@ -111,7 +109,7 @@ def read_tokens(
 
 
 def _read_labelled(
-    path: Path | None, checkpoint: Checkpoint, counts: Mapping[str, int], length: int, report: Report
+    path: Path | None, checkpoint: Checkpoint, counts: Mapping[str, int], length: int, notify: Notify
 ) -> dict[str, Examples]:
     """Return documents as one sequence each, with their labels where they have some. Shorter ones are left out."""
     labels = _labels_in(path) if path is not None and path.is_file() and path.suffix == ".jsonl" else {}
@@ -125,7 +123,7 @@ def _read_labelled(
         if len(ids) == length:
             long.append(Item(item.name, ids, item.label))
     if short:
-        report(
+        notify(
             f"notice: {short} of {len(items)} documents are shorter than {length} tokens and left out. "
             "A smaller tokens.sequence_length takes more of them"
         )

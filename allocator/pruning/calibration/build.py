@@ -83,7 +83,7 @@ def prune_on_pruned_inputs(
             streams = DenseAndPruned(calibration, index, dense, pruned, levels)
             if not streams.adds_up and not told:  # other blocks are made alike
                 told = True
-                calibration.report(
+                calibration.notify(
                     f"{calibration.layout.blocks[index]}: its output is not its input plus what its sub-blocks add, "
                     "so that refits of output projections cannot make up for what the residual stream lacks"
                 )
@@ -107,4 +107,4 @@ def prune_on_pruned_inputs(
 
 
 def _one_by_one(calibration: Calibration) -> Solve:
-    return lambda problems: [problem.solve(calibration.pruner, calibration.report) for problem in problems]
+    return lambda problems: [problem.solve(calibration.pruner, calibration.notify) for problem in problems]

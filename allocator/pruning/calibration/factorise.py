@@ -5,22 +5,15 @@ Shapes: i input features. ``gram_ii``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from allocator.core.errors import UserError
-
-Report = Callable[[str], None]
-"""Hears what a user should know."""
+from allocator.core.notify import Notify
 
 _STEPS = 8
 _GROWTH = 10.0
-
-
-def silent(message: str) -> None:
-    """Hear nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +43,14 @@ def damped(gram_ii: torch.Tensor, damping: float) -> torch.Tensor:
     return gram_ii + torch.diag(added)
 
 
-def factorise(gram_ii: torch.Tensor, damping: float, name: str, report: Report) -> Factor:
+def factorise(gram_ii: torch.Tensor, damping: float, name: str, notify: Notify) -> Factor:
     """Damp and factorise, with ten times the damping after every failure.
 
     Args:
         gram_ii: H, in the data type of the result.
         damping: λ to begin with.
         name: The unit, for what is reported.
-        report: Hears every step of more damping.
+        notify: Hears every step of more damping.
 
     Raises:
         UserError: It fails even with the greatest damping.
@@ -69,7 +62,7 @@ def factorise(gram_ii: torch.Tensor, damping: float, name: str, report: Report) 
             return Factor(matrix, cholesky, damping)
         if step + 1 < _STEPS:
             wanted = damping * _GROWTH
-            report(f"{name}: the Hessian is not positive definite with damping {damping:g}; trying {wanted:g}")
+            notify(f"{name}: the Hessian is not positive definite with damping {damping:g}; trying {wanted:g}")
             damping = wanted
     raise UserError(
         f"{name}: the Hessian of its inputs cannot be factorised, even with damping {damping:g}. "

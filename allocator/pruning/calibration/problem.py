@@ -9,6 +9,7 @@ from itertools import groupby
 import torch
 
 from allocator.core.errors import UserError
+from allocator.core.notify import Notify, Progress, silent
 from allocator.core.space import SearchSpace, Unit
 from allocator.model.checkpoint.headers import Checkpoint
 from allocator.model.data.examples import Shown
@@ -16,13 +17,9 @@ from allocator.model.family.layout import Layout
 from allocator.model.family.sub_blocks import SubBlock
 from allocator.model.live.walk import SEQUENCES_PER_BATCH, BlockWalker
 from allocator.model.live.write import read_tensors
-from allocator.pruning.calibration.factorise import Report, silent
 from allocator.pruning.calibration.statistics import Statistics
 from allocator.pruning.levels.assemble import CompactLevels
 from allocator.pruning.pruners.registry import LocalPruner
-
-Progress = Callable[[int], None]
-"""Hears how many blocks are done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +84,9 @@ class UnitProblem:
     wanted: tuple[int, ...]
     dtype: torch.dtype
 
-    def solve(self, pruner: LocalPruner, report: Report = silent) -> CompactLevels:
+    def solve(self, pruner: LocalPruner, notify: Notify = silent) -> CompactLevels:
         """Return the unit's compact levels."""
-        found = pruner.levels(self.task.unit, self.task.width, self.weight_oi, self.statistics, self.wanted, report)
+        found = pruner.levels(self.task.unit, self.task.width, self.weight_oi, self.statistics, self.wanted, notify)
         return stored(found, self.dtype)
 
 
@@ -105,7 +102,7 @@ class Calibration:
         pruner: The local pruner.
         shown: Token ids [sequences, length], or other examples.
         progress: Hears how many blocks are done.
-        report: Hears what a user should know.
+        notify: Hears what a user should know.
     """
 
     walker: BlockWalker
@@ -115,7 +112,7 @@ class Calibration:
     pruner: LocalPruner
     shown: Shown
     progress: Progress = lambda done: None
-    report: Report = silent
+    notify: Notify = silent
 
     def embedded(self) -> list[torch.Tensor]:
         """Return what enters the first block, batch by batch."""

@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 
+from allocator.core.notify import Notify
 from allocator.core.space import Unit
 from allocator.model.family.sub_blocks import SubBlock
-from allocator.pruning.calibration.factorise import Report, factorise
+from allocator.pruning.calibration.factorise import factorise
 from allocator.pruning.calibration.problem import Calibration, PruneStage, UnitProblem, UnitTask, routers, stages
 from allocator.pruning.calibration.statistics import Gram, Statistics, start
 from allocator.pruning.levels.assemble import Assembler, CompactLevels, LevelSwitch
@@ -182,7 +183,7 @@ class DenseAndPruned:
                 float(settings["damping"]),
                 bool(settings.get("bias")),
                 task.unit.name,
-                self._calibration.report,
+                self._calibration.notify,
             )
         return UnitProblem(task, weight, statistics, levels, dense_weight.dtype)
 
@@ -254,7 +255,7 @@ def _passed_over(stage: PruneStage, heard: Mapping[str, Any]) -> tuple[str, tupl
 
 
 def nearest(
-    weight_oi: torch.Tensor, statistics: Gram, damping: float, intercept: bool, name: str, report: Report
+    weight_oi: torch.Tensor, statistics: Gram, damping: float, intercept: bool, name: str, notify: Notify
 ) -> torch.Tensor:
     """Return the weight that comes nearest to what is aimed at on the inputs at hand.
 
@@ -264,7 +265,7 @@ def nearest(
         damping: λ as a share of the mean of the diagonal of X̃ᵀX̃.
         intercept: Whether the pruner will fit a bias too, so that only what varies is to be met.
         name: The unit, for what is reported.
-        report: Hears of more damping.
+        notify: Hears of more damping.
 
     Returns:
         W*, [out, in], float64.
@@ -276,6 +277,6 @@ def nearest(
         mean_i = statistics.sum_i.double() / statistics.count
         gram_ii = centred(gram_ii, mean_i, statistics.count)
         answer_io = (answer_io - torch.outer(mean_i, statistics.target_o.double())) * (gram_ii.diagonal() > 0)[:, None]
-    factor = factorise(gram_ii, damping, name, report)
+    factor = factorise(gram_ii, damping, name, notify)
     right_io = answer_io + (factor.gram_ii - gram_ii) @ weight_oi.to(gram_ii).T
     return torch.cholesky_solve(right_io, factor.cholesky_ii).T

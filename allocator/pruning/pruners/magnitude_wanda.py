@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from allocator.core.notify import Notify, silent
 from allocator.core.space import Unit
-from allocator.pruning.calibration.factorise import Report, silent
 from allocator.pruning.calibration.statistics import Need, Norms, Statistics
 
 NEVER = 255
@@ -38,7 +38,7 @@ class Magnitude:
         weight_oi: torch.Tensor,
         statistics: Statistics,
         wanted: Sequence[int],
-        report: Report = silent,
+        notify: Notify = silent,
     ) -> dict[str, torch.Tensor]:
         """Return ``removed_at`` [out, in], uint8. See :class:`~allocator.pruning.pruners.registry.LocalPruner`."""
         return {"removed_at": _first_level(unit, weight_oi.abs(), unit.group or unit.total)}
@@ -61,7 +61,7 @@ class Wanda:
         weight_oi: torch.Tensor,
         statistics: Statistics,
         wanted: Sequence[int],
-        report: Report = silent,
+        notify: Notify = silent,
     ) -> dict[str, torch.Tensor]:
         """Return ``removed_at`` [out, in], uint8. See :class:`~allocator.pruning.pruners.registry.LocalPruner`."""
         assert isinstance(statistics, Norms)

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from allocator.core.notify import Notify, silent
 from allocator.core.space import Unit
-from allocator.pruning.calibration.factorise import Report, factorise, silent
+from allocator.pruning.calibration.factorise import factorise
 from allocator.pruning.calibration.routing import Routing
 from allocator.pruning.calibration.statistics import Gram, Need, Statistics
 from allocator.pruning.pruners.experts import Criterion, expert_order
@@ -59,7 +60,7 @@ class Obs:
         weight_oi: torch.Tensor,
         statistics: Statistics,
         wanted: Sequence[int],
-        report: Report = silent,
+        notify: Notify = silent,
     ) -> dict[str, torch.Tensor]:
         """Return ``order`` [items] and, for each wanted level that keeps something, ``output.<level>``.
 
@@ -79,7 +80,7 @@ class Obs:
             gram_ii = centred(gram_ii, mean_i, statistics.count)
             aim_o = statistics.target_o
             mean_o = weight_oi @ mean_i if aim_o is None else aim_o.to("cpu", torch.float64) / statistics.count
-        factor = factorise(gram_ii, self.damping, unit.name, report)
+        factor = factorise(gram_ii, self.damping, unit.name, notify)
         # what no input reaches costs nothing to remove, whatever its weights and the diagonal that stands in
         order = obs_order(weight_oi * (gram_ii.diagonal() > 0), factor.inverse(), width, unit.num_groups)
         tensors = {"order": order.to(torch.int32)}

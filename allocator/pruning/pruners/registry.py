@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import torch
 
 from allocator.core.errors import UserError
+from allocator.core.notify import Notify, silent
 from allocator.core.space import Unit
-from allocator.pruning.calibration.factorise import Report, silent
 from allocator.pruning.calibration.statistics import Need, Statistics
 from allocator.pruning.pruners.experts import Criterion
 from allocator.pruning.pruners.magnitude_wanda import Magnitude, Wanda
@@ -51,7 +51,7 @@ class LocalPruner(Protocol):
         weight_oi: torch.Tensor,
         statistics: Statistics,
         wanted: Sequence[int],
-        report: Report = silent,
+        notify: Notify = silent,
     ) -> dict[str, torch.Tensor]:
         """Return compact tensors from which levels are assembled; floating ones in any precision.
 
@@ -61,7 +61,7 @@ class LocalPruner(Protocol):
             weight_oi: The unit's matrix, or its output projection: what the level should behave like.
             statistics: Of the inputs of that matrix, as :attr:`need` asks.
             wanted: Levels that will be assembled.
-            report: Hears of damping beyond the setting.
+            notify: Hears of damping beyond the setting.
         """
         ...
 

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from allocator.core.notify import Notify, silent
 from allocator.core.space import Unit
-from allocator.pruning.calibration.factorise import Report, factorise, silent
+from allocator.pruning.calibration.factorise import factorise
 from allocator.pruning.calibration.statistics import Gram, Need, Statistics
 from allocator.pruning.levels.masks import packed
 
@@ -45,11 +46,11 @@ class SparseGpt:
         weight_oi: torch.Tensor,
         statistics: Statistics,
         wanted: Sequence[int],
-        report: Report = silent,
+        notify: Notify = silent,
     ) -> dict[str, torch.Tensor]:
         """Return ``mask.<level>`` and ``values.<level>``. See ``LocalPruner``."""
         assert isinstance(statistics, Gram)
-        upper_ii = inverse_factor(statistics.gram_ii.double(), self.damping, unit.name, report)
+        upper_ii = inverse_factor(statistics.gram_ii.double(), self.damping, unit.name, notify)
         # what no input reaches costs nothing to remove, whatever its weights and the diagonal that stands in
         prices_i = torch.where(statistics.gram_ii.diagonal() > 0, upper_ii.diagonal().reciprocal(), 0.0)
         spread_ii = upper_ii / upper_ii.diagonal()[:, None]
@@ -63,13 +64,13 @@ class SparseGpt:
         return tensors
 
 
-def inverse_factor(gram_ii: torch.Tensor, damping: float, name: str, report: Report) -> torch.Tensor:
+def inverse_factor(gram_ii: torch.Tensor, damping: float, name: str, notify: Notify) -> torch.Tensor:
     """Return the upper U with UᵀU = H⁻¹, H damped as it must be.
 
     With the inputs in reverse order H = LLᵀ, so in their own order H = RRᵀ with R upper, and U = R⁻¹: no inverse
     is formed, nor factorised.
     """
-    lower_ii = factorise(gram_ii.flip(0, 1), damping, name, report).cholesky_ii
+    lower_ii = factorise(gram_ii.flip(0, 1), damping, name, notify).cholesky_ii
     return torch.linalg.solve_triangular(lower_ii, torch.eye(len(lower_ii)).to(lower_ii), upper=False).flip(0, 1)
 
 

@@ -272,7 +272,7 @@ def test_odd_models_and_texts_are_pruned_without_a_word(tiny_model, tmp_path, to
     space = build_space(layout, checkpoint, pattern, 0.5)
     text = torch.full((2, 16), 7) if odd == "one token again and again" else tokens(3, 5, 16)
     walker, own = BlockWalker(load_model(checkpoint), layout), make_pruner(pruner, pattern, 0.01)
-    calibration = Calibration(walker, checkpoint, layout, space, own, text, report=heard.append)
+    calibration = Calibration(walker, checkpoint, layout, space, own, text, notify=heard.append)
     along = tuple(1 for _ in space.units) if mode == "path" else None
     found = dict(
         prune_on_dense_inputs(calibration) if mode == "dense" else prune_on_pruned_inputs(calibration, along, True)
@@ -312,7 +312,7 @@ def test_in_bfloat16_blocks_add_up_and_targets_do_not_drown(structured_bf16):
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
         walker = BlockWalker(load_model(case.checkpoint, dtype), case.layout)
-        calibration = replace(case.calibration(), walker=walker, report=heard.append)
+        calibration = replace(case.calibration(), walker=walker, notify=heard.append)
         found[dtype] = dict(prune_on_pruned_inputs(calibration, middle, every_level=False))
     assert heard == []
     exact, rounded = (found[dtype]["model.layers.0.self_attn"] for dtype in found)

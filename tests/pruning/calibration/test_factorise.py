@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from allocator.core.errors import UserError
-from allocator.pruning.calibration.factorise import damped, factorise, silent
+from allocator.core.notify import silent
+from allocator.pruning.calibration.factorise import damped, factorise
 
 
 def test_damping_is_a_share_of_the_mean_diagonal_and_dead_inputs_get_a_unit():

@@ -237,7 +237,7 @@ def test_inputs_of_an_expert_are_the_tokens_that_it_gets(make_case, folder):
         def settings(self):
             return case.pruner.settings()
 
-        def levels(self, unit, width, weight, statistics, wanted, report=None):
+        def levels(self, unit, width, weight, statistics, wanted, notify=None):
             caught[unit.name] = statistics
             return case.pruner.levels(unit, width, weight, statistics, wanted)
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from allocator.core.notify import silent
 from allocator.core.space import Unit
-from allocator.pruning.calibration.factorise import damped, silent
+from allocator.pruning.calibration.factorise import damped
 from allocator.pruning.calibration.statistics import KINDS, Gram
 from allocator.pruning.levels.masks import sparse_weight
 from allocator.pruning.pruners import sparsegpt
