@@ -155,7 +155,7 @@ def known(run: Path) -> set[str]:
     for path in (run / "rounds" / "1" / "journal.jsonl", run / "journal.jsonl"):
         if path.exists():
             journal = Journal.read(path)
-            space = fingerprint(journal.header["space"])[7:15]
+            space = fingerprint(journal.space.to_json())[7:15]
             keys |= {f"{space} {outcome.request.key}" for batch in journal.batches for outcome in batch}
     return keys
 

@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 
 from allocator.core.budget import Budget, fits
 from allocator.core.effort import Limit, candidate_tokens
+from allocator.core.header import JournalHeader
 from allocator.core.journal import Journal
 from allocator.core.protocols import Request
 from allocator.searchers.decide import SearchSettings, make_searcher
@@ -92,7 +93,7 @@ def run_cell(cell: str, work: Path) -> str:
     alone = cell.startswith(ONE)
     limits = [half] if alone else budgets(space, whole, objectives[:1], 3)
     start = [uniform(space, budget) for budget in limits]
-    with Journal.resume(path) if path.exists() else Journal.create(path, {"space": space.to_json()}) as journal:
+    with Journal.resume(path) if path.exists() else Journal.create(path, JournalHeader(space=space)) as journal:
         measurer = Measurer(LocalEvaluator(job.engine_spec(levels), job.tokens), journal)
         measurer.measure([Request(allocation, TEXT) for allocation in start])
         if alone:

@@ -37,6 +37,7 @@ from ray.cluster_utils import Cluster
 
 from allocator.core.budget import Budget
 from allocator.core.effort import Limit
+from allocator.core.header import JournalHeader
 from allocator.core.journal import Journal
 from allocator.core.protocols import Outcome, Request, Searcher
 from allocator.core.space import SearchSpace, Unit
@@ -133,7 +134,7 @@ def measure_lag(limit: Limit, seeds: int = 2) -> Iterator[dict[str, Any]]:
                 searches[f"lag {lag}"] = SteadyEvolution(job.space, job.budget, start, settings, seed), lag
             for name, (searcher, lag) in searches.items():
                 with tempfile.TemporaryDirectory() as scratch:
-                    header = {"space": job.space.to_json()}
+                    header = JournalHeader(space=job.space)
                     with Journal.create(Path(scratch) / "journal.jsonl", header) as journal:
                         measurer = Measurer(evaluator, journal)
                         search(searcher, measurer, limit=limit, lag=lag)
@@ -249,7 +250,7 @@ def simulate(workers: int, mean_s: float) -> Iterator[dict[str, Any]]:
                 outcomes: list[Outcome] = []
                 with tempfile.TemporaryDirectory() as scratch:
                     path = Path(scratch) / "journal.jsonl"
-                    with Journal.create(path, {"space": space.to_json()}) as journal, pool.watched() as shares:
+                    with Journal.create(path, JournalHeader(space=space)) as journal, pool.watched() as shares:
                         begun_s, cpu_s = time.perf_counter(), time.process_time()
                         search(searcher, Measurer(pool, journal), outcomes.extend, lag=lag)
                         wall_s, cpu_s = time.perf_counter() - begun_s, time.process_time() - cpu_s
@@ -282,7 +283,7 @@ def measure_driver() -> dict[str, Any]:
         pool = Simulated(space, workers, 0.0)
         pool.settle(0.0)
         with tempfile.TemporaryDirectory() as scratch:
-            with Journal.create(Path(scratch) / "journal.jsonl", {"space": space.to_json()}) as journal:
+            with Journal.create(Path(scratch) / "journal.jsonl", JournalHeader(space=space)) as journal:
                 measurer, each = Measurer(pool, journal), []
                 for batch in batches:
                     cpu_s = time.process_time()

@@ -24,8 +24,9 @@ from statistics import median
 import numpy as np
 from matplotlib.figure import Figure
 
-from allocator.core.budget import Budget, fits
+from allocator.core.budget import fits
 from allocator.core.effort import Limit, candidate_tokens
+from allocator.core.header import JournalHeader
 from allocator.core.journal import Journal
 from allocator.core.protocols import Outcome, Request
 from allocator.core.space import Allocation
@@ -182,7 +183,7 @@ def run_cell(store: str, method: str, seed: int, work: Path) -> str:
         LocalEvaluator(job.engine_spec(None), job.tokens).build(builder, builder.missing(job.space), lambda done: None)
         levels = builder.finish(unit.name for unit in job.space.units)
     path = folder / f"{method}-{seed}.jsonl"
-    header = {"space": job.space.to_json(), "budget": dict(job.budget.limits)}
+    header = JournalHeader(space=job.space, budget=job.budget)
     with Journal.resume(path) if path.exists() else Journal.create(path, header) as journal:
         evaluator = LocalEvaluator(job.engine_spec(levels), job.tokens)
         how, start = METHODS[method], [uniform(job.space, job.budget)]
@@ -199,7 +200,7 @@ def run_cell(store: str, method: str, seed: int, work: Path) -> str:
 
 def read_run(journal: Journal) -> Run:
     """Return where a search was, from what it measured: no searcher is needed for that."""
-    space, budget = journal.space, Budget(**journal.header["budget"])
+    space, budget = journal.space, journal.header.budget
     tested = {o.request.allocation: o.loss for o in journal if o.request.split == "test"}
     points: list[Point] = []
     evaluations, tokens = 0, 0.0

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from allocator.core.budget import Budget
 from allocator.core.errors import UserError
+from allocator.core.header import JournalHeader
 from allocator.core.journal import Journal
 from allocator.core.protocols import Outcome, Request
 from allocator.core.space import SearchSpace
@@ -208,7 +209,7 @@ class _Landscape:
 
 
 def _searched(space, limit, name, seed, path):
-    with Journal.create(path, {"space": space.to_json()}) as journal:
+    with Journal.create(path, JournalHeader(space=space)) as journal:
         decision = decide(space, Budget(params=limit), METHODS[name], seed, 64, _Landscape(space), journal)
         return decision.searched, [outcome.request for outcome in journal]
 

@@ -49,7 +49,7 @@ def test_replaying_the_journal_gives_the_plan(journal: Journal, plan: Plan) -> N
         config.tokens.selection,
         NoModel(),
         journal,
-        begun=Round.from_json(journal.header["round"]),
+        begun=Round.from_json(journal.header.round),
     )
     assert decision.searched == plan.allocation
     recorded = curves.allocations(plan.space, read_json(REFERENCE / "result.json", "result")["units"])

@@ -299,20 +299,20 @@ def plan_from_run(
         chosen = _choose(folder, journal, target, where, best, knee)
     allocation = chosen.request.allocation
     return Plan(
-        model=header["model"],
+        model=header.model,
         space=space,
         allocation=allocation,
         budget=_budget(journal, allocation),
-        pruner=header["pruner"],
+        pruner=header.pruner,
         measured={"search_split": dict(chosen.measured)},
         provenance={
-            "run": fingerprint(header["identity"]),
-            "searcher": header["method"],
-            "seed": header["seed"],
+            "run": fingerprint(header.identity),
+            "searcher": header.method,
+            "seed": header.seed,
             **({} if target is None else {"target": target}),
-            "workload": header["workload"],
-            **({"training": header["training"]} if "training" in header else {}),
-            "versions": header["versions"],
+            "workload": header.workload,
+            **({} if header.training is None else {"training": header.training}),
+            "versions": header.versions,
         },
     )
 
@@ -320,7 +320,9 @@ def plan_from_run(
 def _budget(journal: Journal, allocation: Allocation) -> Budget:
     """Return what an allocation of a run costs of each cost that is minimised; the run's own budget where none is."""
     space, names = journal.space, curves.objectives(journal)
-    return Budget(**({n: space.cost(allocation, n) for n in names if n in space.fixed} or journal.header["budget"]))
+    reached = {name: space.cost(allocation, name) for name in names if name in space.fixed}
+    assert journal.header.budget is not None, "the journal of a run has a budget"
+    return Budget(**reached) if reached else journal.header.budget
 
 
 def _choose(

@@ -12,14 +12,14 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, get_args
 
-from allocator.core.budget import Budget, fits
+from allocator.core.budget import fits
 from allocator.core.errors import UserError
 from allocator.core.files import canonical_json
+from allocator.core.header import JournalHeader
 from allocator.core.protocols import BEFORE, FEATURES, Expansion, Key, Outcome, Probe, Request
 from allocator.core.space import Allocation, SearchSpace
 
@@ -37,7 +37,7 @@ class Journal:
     """
 
     def __init__(
-        self, path: Path, header: Mapping[str, Any], batches: Mapping[int, Sequence[Outcome]], file: BinaryIO | None
+        self, path: Path, header: JournalHeader, batches: Mapping[int, Sequence[Outcome]], file: BinaryIO | None
     ) -> None:
         self.path = path
         self.header = header
@@ -49,12 +49,12 @@ class Journal:
                 self._remember(outcome, batch)
 
     @classmethod
-    def create(cls, path: Path, header: Mapping[str, Any]) -> Journal:
+    def create(cls, path: Path, header: JournalHeader) -> Journal:
         """Start a journal at a path where there is none."""
         file = path.open("xb")
         _lock(file, path)
         journal = cls(path, header, {}, file)
-        journal._write({"schema": SCHEMA, "kind": "allocator.journal", **header})
+        journal._write({"schema": SCHEMA, "kind": "allocator.journal", **header.to_json()})
         journal.sync()
         return journal
 
@@ -90,20 +90,18 @@ class Journal:
     @property
     def loss(self) -> str:
         """The measurement that the run minimises."""
-        return str(self.header.get("loss", "kl"))
+        return self.header.loss
 
-    @cached_property
+    @property
     def space(self) -> SearchSpace:
         """The search space that the run searched."""
-        return SearchSpace.from_json(self.header["space"])
-
-    @cached_property
-    def _budget(self) -> Budget | None:
-        return Budget(**self.header["budget"]) if "objectives" in self.header else None
+        return self.header.space
 
     def admits(self, allocation: Allocation) -> bool:
         """Whether an allocation may be a member of the run's front: if a front is searched, it keeps to the budget."""
-        return self._budget is None or fits(self.space, allocation, self._budget)
+        if not self.header.objectives or self.header.budget is None:
+            return True
+        return fits(self.space, allocation, self.header.budget)
 
     def __len__(self) -> int:
         return len(self._outcomes)
@@ -202,9 +200,9 @@ def _locked(file: BinaryIO, path: Path) -> bool:
         return False
 
 
-def _parse(path: Path, data: bytes) -> tuple[dict[str, Any], dict[int, list[Outcome]]]:
+def _parse(path: Path, data: bytes) -> tuple[JournalHeader, dict[int, list[Outcome]]]:
     lines = data[: data.rfind(b"\n") + 1].splitlines()
-    header: dict[str, Any] | None = None
+    header: JournalHeader | None = None
     batches: dict[int, list[Outcome]] = {}
     for number, line in enumerate(lines, start=1):
         try:
@@ -212,9 +210,9 @@ def _parse(path: Path, data: bytes) -> tuple[dict[str, Any], dict[int, list[Outc
             if header is None:
                 if entry["kind"] != "allocator.journal" or entry["schema"] != SCHEMA:
                     raise ValueError("not the header of a journal of this version")
-                header = entry
-                ladders = [len(unit["kept"]) for unit in entry["space"]["units"]]
-                minimised = str(entry.get("loss", "kl"))
+                header = JournalHeader.from_json(entry)
+                ladders = [unit.num_levels for unit in header.space.units]
+                minimised = header.loss
                 continue
             allocation = tuple(int(level) for level in entry["allocation"])
             if len(allocation) != len(ladders):

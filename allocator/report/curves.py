@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from allocator.core.budget import Budget, fits
+from allocator.core.budget import fits
 from allocator.core.costs import costs_of
 from allocator.core.effort import Trained, candidate_tokens
 from allocator.core.errors import UserError
@@ -82,7 +82,7 @@ def costs(journal: Journal) -> list[tuple[Outcome, float]]:
 
 def objectives(journal: Journal) -> list[str]:
     """Return what a run minimises: its loss, then costs; parameters, where it names none."""
-    return minimised(journal.loss, journal.header.get("objectives") or ["params"])
+    return minimised(journal.loss, journal.header.objectives or ["params"])
 
 
 def members(journal: Journal) -> list[Outcome]:
@@ -96,7 +96,7 @@ def front(journal: Journal) -> dict[str, Any]:
     points = []
     for outcome in members(journal):
         allocation = outcome.request.allocation
-        again = journal.measured(Request(allocation, journal.header.get("selection", 0), "selection"))
+        again = journal.measured(Request(allocation, journal.header.selection, "selection"))
         points.append(
             {
                 **costs_of(space, allocation),
@@ -109,7 +109,7 @@ def front(journal: Journal) -> dict[str, Any]:
     return {
         "schema": 2,
         "kind": "allocator.front",
-        "tokens": journal.header["tokens"][-1],
+        "tokens": journal.header.tokens[-1],
         "loss": journal.loss,
         "objectives": names,
         "points": points,
@@ -135,7 +135,7 @@ def cloud(journal: Journal) -> list[Figures]:
 
 def starts(journal: Journal) -> list[Figures]:
     """Return the uniform allocations with which a search of a front begins; nothing of other searches."""
-    if "objectives" not in journal.header or not journal.batches:
+    if not journal.header.objectives or not journal.batches:
         return []
     return [_figures(journal, outcome) for outcome in journal.batches[0] if not outcome.failed]
 
@@ -150,7 +150,8 @@ def convergence(journal: Journal) -> list[tuple[float, float]]:
         Pairs of candidate-tokens spent and lowest loss, in journal order.
     """
     space = journal.space
-    budget = Budget(**journal.header["budget"])
+    budget = journal.header.budget
+    assert budget is not None, "the journal of a run has a budget"
     eligible = {outcome.request.key for outcome in comparable(journal)}
     spent, best = 0.0, float("inf")
     curve: list[tuple[float, float]] = []
@@ -249,8 +250,9 @@ def _figures(journal: Journal, outcome: Outcome) -> Figures:
 
 def _last(journal: Journal, allocation: Allocation) -> Request:
     """Return what a search asks last of an allocation."""
-    training = journal.header["training"]["tokens"][-1] if "training" in journal.header else 0
-    return Request(allocation, journal.header["tokens"][-1], training=training)
+    header = journal.header
+    training = 0 if header.training is None else header.training["tokens"][-1]
+    return Request(allocation, header.tokens[-1], training=training)
 
 
 def _rank_correlation(pairs: Sequence[tuple[float, float]]) -> float | None:

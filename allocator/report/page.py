@@ -80,7 +80,7 @@ def write_report(folder: Path) -> Path:
     page = environment.from_string(template).render(
         run=folder.resolve().name,
         resume=f"allocator search --resume --name {shlex.quote(folder.resolve().name)}",
-        header=journal.header,
+        header=journal.header.to_json(),
         result=result,
         dense_params=space.cost(space.dense),
         shown=tables.headings(result["measured"]) if result else [],
@@ -91,12 +91,12 @@ def write_report(folder: Path) -> Path:
         curve=curves.convergence(journal),
         loss=curves.LOSSES[journal.loss].split(",")[0],
         front=front,
-        members=_members(front, named) if "objectives" in journal.header else None,
+        members=_members(front, named) if journal.header.objectives else None,
         spending=curves.spending(journal),
         training=curves.training(journal),
         point=tables.point,
         figures={name: Markup(_inline(svg)) for name, svg in drawn.items()},
-        prints=_fingerprints(journal.header),
+        prints=_fingerprints(journal.header.to_json()),
         pruner=_pruner(folder),
         files={
             name: what for name, what in _FILES.items() if (name == "figures" and drawn) or (folder / name).exists()
@@ -136,7 +136,7 @@ def _draw(
 ) -> dict[str, str]:
     """Return the figures that the run has data for, as SVG by name."""
     curve, marks, space = curves.convergence(journal), curves.marks(journal, named), journal.space
-    limits = journal.header["budget"].items()
+    limits = journal.header.budget.limits.items() if journal.header.budget else ()
     budget = {cost: limit for cost, limit in limits if limit < space.cost(space.dense, cost)}
     drawn = {}
     if front["points"]:

@@ -11,12 +11,12 @@ import os
 import shutil
 import socket
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from allocator.core.errors import UserError
 from allocator.core.files import check_place, fingerprint, write_atomic
+from allocator.core.header import NUMERICS, JournalHeader
 from allocator.core.journal import Journal
 from allocator.model.live.walk import SEQUENCES_PER_BATCH
 from allocator.pruning.levels.store import LevelStore, check_free, open_store
@@ -93,21 +93,21 @@ def resumed(job: Job, reporter: Reporter) -> tuple[Job, Journal]:
     journal = Journal.resume(folder / "journal.jsonl")
     job = job_of_round(job, journal.header)
     for key, value in job.identity().items():
-        if journal.header["identity"].get(key) != value:
+        if journal.header.identity.get(key) != value:
             journal.close()
             raise UserError(
-                f"{folder}: holds another search: its {key} is {journal.header['identity'].get(key)}, and this one's "
+                f"{folder}: holds another search: its {key} is {journal.header.identity.get(key)}, and this one's "
                 f"is {value}. Resume it with its own settings ({folder / 'run.yaml'}), or choose another --name"
             )
-    if journal.header["budget"] != dict(job.budget.limits):
+    if journal.header.budget != job.budget:
         journal.close()
         raise UserError(
-            f"{folder}: holds another search: its budget is {journal.header['budget']}, and this one's is "
+            f"{folder}: holds another search: its budget is {_limits(journal.header)}, and this one's is "
             f"{dict(job.budget.limits)}. Restore the latency table that it was begun with, or choose another --name"
         )
     now = _header(job)
-    for key in ("versions", "device", "micro_batch"):
-        if journal.header[key] != now[key]:
+    for key in NUMERICS:
+        if getattr(journal.header, key) != getattr(now, key):
             reporter.say(f"notice: {folder} was begun with another {key}; the plan may differ by rounding")
     reporter.say(f"resuming {folder}: {len(journal)} measurements are known")
     for left in (*folder.glob(".executing-*"), folder / _OUTDATED):
@@ -164,24 +164,29 @@ def find_store(job: Job) -> LevelStore | None:
     return found
 
 
-def _header(job: Job) -> dict[str, Any]:
-    return {
-        "identity": job.identity(),
-        "model": job.model_id,
-        "pruner": job.pruner_id,
-        "asked": job.config.asked,
-        "method": job.config.search.method,
-        "seed": job.config.seed,
-        "loss": job.config.loss,
-        **({"objectives": list(job.config.objectives)} if job.config.objectives else {}),
-        "tokens": list(job.config.search.in_round(job.round_number).fidelities),
-        "selection": job.config.tokens.selection,
-        "workload": job.workload_id,
-        **job.training_id,
-        "budget": dict(job.budget.limits),
-        "space": job.space.to_json(),
-        **({} if job.round is None else {"round": job.round.to_json()}),
-        "device": "cuda" if job.config.device == "cuda" else f"cpu {torch.backends.cpu.get_cpu_capability()}",
-        "micro_batch": [SEQUENCES_PER_BATCH, job.config.tokens.sequence_length],
-        "versions": versions(),
-    }
+def _limits(header: JournalHeader) -> dict[str, int]:
+    return {} if header.budget is None else dict(header.budget.limits)
+
+
+def _header(job: Job) -> JournalHeader:
+    config, cuda = job.config, job.config.device == "cuda"
+    return JournalHeader(
+        identity=job.identity(),
+        model=job.model_id,
+        pruner=job.pruner_id,
+        asked=config.asked,
+        method=config.search.method,
+        seed=config.seed,
+        loss=config.loss,
+        objectives=config.objectives,
+        tokens=config.search.in_round(job.round_number).fidelities,
+        selection=config.tokens.selection,
+        workload=job.workload_id,
+        training=job.training_id.get("training"),
+        budget=job.budget,
+        space=job.space,
+        round=None if job.round is None else job.round.to_json(),
+        device="cuda" if cuda else f"cpu {torch.backends.cpu.get_cpu_capability()}",
+        micro_batch=(SEQUENCES_PER_BATCH, config.tokens.sequence_length),
+        versions=versions(),
+    )

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from allocator.core.header import JournalHeader
 from allocator.core.space import SearchSpace
 from allocator.model.family.space import build_space
 from allocator.run.job import Job, serving
@@ -30,11 +31,11 @@ def next_job(job: Job, decision: Decision) -> Job:
     return _in_round(job, space, Round(filled(space, chosen, job.budget), uniform, two_rate, history(job, decision)))
 
 
-def job_of_round(job: Job, header: Mapping[str, Any]) -> Job:
+def job_of_round(job: Job, header: JournalHeader) -> Job:
     """Return the job of the round that a journal was begun for; ``job`` is that of the first round."""
-    if "round" not in header:
+    if header.round is None:
         return job
-    return _in_round(job, SearchSpace.from_json(header["space"]), Round.from_json(header["round"]))
+    return _in_round(job, header.space, Round.from_json(header.round))
 
 
 def history(job: Job, decision: Decision) -> tuple[Mapping[str, Any], ...]:

@@ -228,7 +228,7 @@ def test_no_member_is_above_a_bound_though_all_is_measured_in_full(
     run = allocator.search(
         tiny_model, name="run", method=method, workers=0, runs_dir=tmp_path, settings=[*given, *settings], **common
     ).folder
-    limit = Journal.read(run / "journal.jsonl").header["budget"]["kv_bytes"]
+    limit = Journal.read(run / "journal.jsonl").header.budget.limits["kv_bytes"]
     points = json.loads((run / "front.json").read_text())["points"]
     assert points
     assert all(point["kv_bytes"] <= limit for point in points)

@@ -4,6 +4,7 @@ import json
 import pytest
 
 from allocator.core.errors import UserError
+from allocator.core.header import JournalHeader
 from allocator.core.journal import Journal
 from allocator.core.protocols import Expansion, Outcome, Request
 
@@ -20,7 +21,7 @@ def _outcomes(space):
 @pytest.fixture
 def path(tmp_path, space):
     path = tmp_path / "journal.jsonl"
-    with Journal.create(path, {"space": space.to_json(), "seed": 3}) as journal:
+    with Journal.create(path, JournalHeader(space=space, seed=3)) as journal:
         for outcome in _outcomes(space):
             journal.append(outcome)
     return path
@@ -31,7 +32,7 @@ def test_round_trip(path, space):
     assert list(journal) == _outcomes(space)
     assert len(journal) == 6
     assert journal.space == space
-    assert journal.header["seed"] == 3
+    assert journal.header.seed == 3
     for outcome in _outcomes(space):
         assert journal.get(outcome.request) == outcome
     assert journal.get(Request(space.dense, 65)) is None
@@ -41,7 +42,7 @@ def test_round_trip(path, space):
 def test_outcomes_know_the_loss_that_the_header_names(tmp_path, space):
     path = tmp_path / "journal.jsonl"
     outcome = Outcome(Request(space.dense, 64), {"hidden": 0.5, "nll": 1.0}, 0.25, "hidden")
-    with Journal.create(path, {"space": space.to_json(), "loss": "hidden"}) as journal:
+    with Journal.create(path, JournalHeader(space=space, loss="hidden")) as journal:
         journal.append(outcome)
     assert list(Journal.read(path)) == [outcome]
     assert outcome.loss == 0.5
@@ -88,7 +89,7 @@ def test_resume_appends(path, space):
 
 
 def test_equal_runs_write_equal_bytes(path, space, tmp_path):
-    with Journal.create(tmp_path / "other", {"seed": 3, "space": space.to_json()}) as journal:
+    with Journal.create(tmp_path / "other", JournalHeader(space=space, seed=3)) as journal:
         for outcome in _outcomes(space):
             journal.append(outcome)
     assert (tmp_path / "other").read_bytes() == path.read_bytes()
@@ -193,10 +194,10 @@ def test_a_missing_file_is_named(tmp_path, open_):
     assert not list(tmp_path.iterdir())
 
 
-def test_create_never_overwrites(path):
+def test_create_never_overwrites(path, space):
     before = path.read_bytes()
     with pytest.raises(FileExistsError):
-        Journal.create(path, {})
+        Journal.create(path, JournalHeader(space=space))
     assert path.read_bytes() == before
 
 
@@ -204,7 +205,7 @@ def test_what_was_asked_beside_the_loss_keeps_its_own_entry(tmp_path, space):
     path = tmp_path / "journal.jsonl"
     plain = Request(space.dense, 64)
     asked = Request(space.dense, 64, probe="influence")
-    with Journal.create(path, {"space": space.to_json()}) as journal:
+    with Journal.create(path, JournalHeader(space=space)) as journal:
         journal.append(Outcome(plain, {"kl": 0.5, "nll": 2.0}, 0.0))
         assert journal.get(asked) is None
         journal.append(Outcome(asked, {"kl": 0.5, "nll": 2.0, "influence.0": 0.25}, 0.0))

@@ -18,7 +18,7 @@ import pytest
 from optuna.trial import TrialState
 
 from allocator.commands import api
-from allocator.core.budget import Budget, fits
+from allocator.core.budget import fits
 from allocator.core.errors import UserError
 from allocator.core.journal import Journal
 from allocator.core.plan import Plan
@@ -84,10 +84,10 @@ def test_optuna_has_a_study_of_every_round_and_its_best_keeps_the_budget(tmp_pat
         journal = Journal.read(REFERENCE / path)
         study = optuna.load_study(study_name=name, storage=storage(tmp_path / "out"))
         assert study.metric_names == ["kl"]
-        budget = Budget(**journal.header["budget"])
+        budget = journal.header.budget
         losses = [o.loss for o in curves.comparable(journal) if fits(journal.space, o.request.allocation, budget)]
         assert study.best_trial.value == min(losses)
-        assert study.user_attrs["asked"] == journal.header["asked"]
+        assert study.user_attrs["asked"] == journal.header.asked
 
 
 @pytest.mark.parametrize("target", [Optuna(), MLflow()], ids=["optuna", "mlflow"])

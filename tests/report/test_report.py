@@ -6,6 +6,7 @@ import json
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +21,7 @@ from rich.table import Table
 
 from allocator.core.budget import Budget
 from allocator.core.errors import UserError
+from allocator.core.header import JournalHeader
 from allocator.core.journal import Journal
 from allocator.core.plan import Plan
 from allocator.core.protocols import Outcome, Request
@@ -75,19 +77,20 @@ def write_journal(
     folder: Path, outcomes: Sequence[Outcome], space: SearchSpace, limit: int = LIMIT, objectives: Sequence[str] = ()
 ) -> Journal:
     folder.mkdir(parents=True, exist_ok=True)
-    header = {
-        "identity": {"text": {"test": "sha256:" + "1" * 64}, "space": "sha256:" + "2" * 64},
-        "model": MODEL,
-        "asked": "target 0.5",
-        "method": "evolution",
-        "seed": 3,
-        **({"objectives": list(objectives), "selection": 2 * HIGH} if objectives else {}),
-        "tokens": [LOW, HIGH],
-        "budget": {"params": limit},
-        "space": space.to_json(),
-        "device": "cpu",
-        "versions": VERSIONS,
-    }
+    header = JournalHeader(
+        identity={"text": {"test": "sha256:" + "1" * 64}, "space": "sha256:" + "2" * 64},
+        model=MODEL,
+        asked="target 0.5",
+        method="evolution",
+        seed=3,
+        objectives=tuple(objectives),
+        selection=2 * HIGH if objectives else 0,
+        tokens=(LOW, HIGH),
+        budget=Budget(params=limit),
+        space=space,
+        device="cpu",
+        versions=VERSIONS,
+    )
     with Journal.create(folder / "journal.jsonl", header) as journal:
         for batch, item in enumerate(outcomes):
             journal.append(item, batch)
@@ -221,7 +224,7 @@ def test_front_table_shortens_a_long_front() -> None:
 
 @pytest.mark.parametrize(("loss", "heading"), [("kl", "KL"), ("topk_kl", "top-k KL")])
 def test_a_front_names_the_loss_of_its_run(tmp_path: Path, space: SearchSpace, loss: str, heading: str) -> None:
-    header = {"tokens": [HIGH], "budget": {"params": 9999}, "space": space.to_json(), "loss": loss}
+    header = JournalHeader(tokens=(HIGH,), budget=Budget(params=9999), space=space, loss=loss)
     request = Request(space.dense, HIGH)
     journal = Journal(tmp_path, header, {0: [Outcome(request, {loss: 0.25, "nll": 1.0}, 0.5, loss)]}, None)
     front = curves.front(journal)
@@ -265,7 +268,7 @@ def test_convergence_against_hand(tmp_path: Path) -> None:
 )
 def test_convergence_is_monotone(drawn: list[tuple[Allocation, float, int, str]]) -> None:
     space = structured()
-    header = {"tokens": [LOW, HIGH], "budget": {"params": LIMIT}, "space": space.to_json()}
+    header = JournalHeader(tokens=(LOW, HIGH), budget=Budget(params=LIMIT), space=space)
     journal = Journal(Path("unused"), header, {batch: [outcome(*item)] for batch, item in enumerate(drawn)}, None)
     curve = curves.convergence(journal)
     assert all(a[0] < b[0] and a[1] >= b[1] for a, b in pairwise(curve))
@@ -307,8 +310,8 @@ def test_what_training_changed(tmp_path: Path) -> None:
         2: [trained((level, 3, 1, 3), 2 + level / 10, 0.1 + level / 10) for level in range(3)],
     }
     space = structured()
-    header = {"tokens": [HIGH], "budget": {"params": LIMIT}, "space": space.to_json()}
-    journal = Journal(tmp_path, {**header, "training": {"tokens": [64]}}, batches, None)
+    header = JournalHeader(tokens=(HIGH,), budget=Budget(params=LIMIT), space=space)
+    journal = Journal(tmp_path, replace(header, training={"tokens": [64]}), batches, None)
     (line,) = curves.training(journal)
     assert (line["split"], line["tokens"], line["training"], line["evaluations"]) == ("search", HIGH, 64, 6)
     assert (line["before"], line["after"]) == pytest.approx((1.6, 0.4))

@@ -153,7 +153,7 @@ def test_the_second_round_begins_where_the_first_ended(finished: dict[str, Any],
     config = load_config(result.folder / "run.yaml")
     budget = budget_for(first.space, config.target)
     decision = decide(first.space, budget, config.search, config.seed, 256, NoModel(), first)
-    begun = second.header["round"]
+    begun = second.header.round
     named = {"incumbent": decision.searched, "uniform": decision.uniform, "two_rate": decision.two_rate}
     for name, allocation in named.items():
         before = [unit.kept[level] for unit, level in zip(first.space.units, allocation, strict=True)]
@@ -161,7 +161,7 @@ def test_the_second_round_begins_where_the_first_ended(finished: dict[str, Any],
         assert after == before or (name == "incumbent" and all(a >= b for a, b in zip(after, before, strict=True)))
     assert denser_moves(second.space, begun["incumbent"], budget) == []
     inputs = {"inputs": "path", "along": begun["incumbent"]} if PATTERNS[pattern] else {"inputs": "expected"}
-    assert second.header["pruner"] == {**first.header["pruner"], **inputs}
+    assert second.header.pruner == {**first.header.pruner, **inputs}
     assert begun["earlier"] == result.summary["search"]["rounds"][:1]
     for before, after in zip(first.space.units, second.space.units, strict=True):
         assert (after.kept[0], after.kept[-1]) == (before.kept[0], before.kept[-1])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from allocator.core.budget import budget_for
+from allocator.core.header import JournalHeader
 from allocator.core.journal import Journal
 from allocator.core.protocols import FEATURES, Outcome, Request
 from allocator.searchers.loop import Measurer, search
@@ -101,7 +102,7 @@ def run(tmp_path, landscape):
         start = [uniform(space, budget)] if start is None else start
         record = Recording(make(space, budget, start, seed))
         path = tmp_path / f"journal{len(list(tmp_path.iterdir()))}.jsonl"
-        with Journal.create(path, {"space": space.to_json()}) as journal:
+        with Journal.create(path, JournalHeader(space=space)) as journal:
             for outcome in known:
                 journal.append(outcome)
             search(record, Measurer(evaluator or landscape(space), journal))

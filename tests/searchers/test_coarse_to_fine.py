@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from allocator.core.budget import Budget, denser_moves, fits, repair
 from allocator.core.effort import Limit
 from allocator.core.errors import UserError
+from allocator.core.header import JournalHeader
 from allocator.core.journal import Journal
 from allocator.core.space import SearchSpace, Unit
 from allocator.searchers.coarse_to_fine import REACH, Round, filled, recentre, translated
@@ -130,7 +131,7 @@ def begun():
 def test_the_incumbent_competes_with_what_is_found(begun, landscape, refusing, tmp_path):
     space, budget, round_ = begun
     arguments = (space, budget, SETTINGS, 3, 256)
-    with Journal.create(tmp_path / "journal.jsonl", {"space": space.to_json()}) as journal:
+    with Journal.create(tmp_path / "journal.jsonl", JournalHeader(space=space)) as journal:
         decision = decide(*arguments, landscape(space), journal, begun=round_)
         selected = {o.request.allocation: o.loss for o in journal if o.request.split == "selection"}
         first = next(iter(journal)).request.allocation
@@ -154,7 +155,7 @@ def test_an_incumbent_that_nothing_beats_is_chosen(begun, landscape, tmp_path):
                 outcome.measured["kl"] *= 0.01 if good else 1.0
                 yield outcome
 
-    with Journal.create(tmp_path / "journal.jsonl", {"space": space.to_json()}) as journal:
+    with Journal.create(tmp_path / "journal.jsonl", JournalHeader(space=space)) as journal:
         decision = decide(space, budget, SETTINGS, 3, 256, Jealous(space), journal, begun=round_)
     assert decision.searched == round_.incumbent
 
@@ -168,7 +169,7 @@ def test_a_round_that_another_follows_is_brief(begun, landscape, tmp_path):
     """It selects nothing, and `auto` ends with its trust region, on fewer tokens."""
     space, budget, _ = begun
     settings = SearchSettings(rounds=2, tokens=(64, 128, 256))
-    with Journal.create(tmp_path / "journal.jsonl", {"space": space.to_json()}) as journal:
+    with Journal.create(tmp_path / "journal.jsonl", JournalHeader(space=space)) as journal:
         decision = decide(space, budget, settings, 0, 256, landscape(space), journal)
     assert {outcome.request.split for outcome in journal} == {"search"}
     assert {outcome.request.tokens for outcome in journal} == {64, 128}

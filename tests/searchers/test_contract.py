@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from allocator.core.budget import Budget, budget_for, denser_moves, fits, repair
+from allocator.core.header import JournalHeader
 from allocator.core.journal import Journal
 from allocator.core.protocols import Outcome
 from allocator.searchers.decide import SearchSettings, make_searcher
@@ -113,7 +114,7 @@ def test_finalists_keep_and_fill_the_budget_and_are_sorted(make, run, space, tar
 def test_finalists_keep_and_fill_other_budgets(make, space, landscape, tmp_path, seed, costs):
     budget = Budget(**{c: (space.cost(space.dense, c) + space.cost(space.sparsest, c)) // 2 for c in costs})
     searcher = make(space, budget, [repair(space, space.sparsest, budget, range(len(space.units)))], seed)
-    with Journal.create(tmp_path / "journal.jsonl", {"space": space.to_json()}) as journal:
+    with Journal.create(tmp_path / "journal.jsonl", JournalHeader(space=space)) as journal:
         search(searcher, Measurer(landscape(space), journal))
     best = searcher.finalists()[0]
     assert fits(space, best, budget)
@@ -231,7 +232,7 @@ def test_a_journal_cut_anywhere_is_continued(name, make, space, landscape, tmp_p
     start = [repair(space, space.sparsest, budget, range(len(space.units)))]
 
     def go(path, evaluator):
-        journal = Journal.resume(path) if path.exists() else Journal.create(path, {"space": space.to_json()})
+        journal = Journal.resume(path) if path.exists() else Journal.create(path, JournalHeader(space=space))
         with journal:
             searcher = make(space, budget, start, 0)
             search(searcher, Measurer(evaluator, journal))

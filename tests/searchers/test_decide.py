@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 
 from allocator.core.budget import budget_for, denser_moves, fits
+from allocator.core.header import JournalHeader
 from allocator.core.journal import Journal
 from allocator.core.protocols import Outcome
 from allocator.searchers.decide import FINALISTS, SearchSettings, decide
@@ -29,7 +30,7 @@ def settings(request):
 def test_the_decision_is_replayed_from_the_journal_alone(settings, space, landscape, refusing, tmp_path):
     budget, path = budget_for(space, 0.5), tmp_path / "journal.jsonl"
     arguments = (space, budget, settings, 3, 256)
-    with Journal.create(path, {"space": space.to_json()}) as journal:
+    with Journal.create(path, JournalHeader(space=space)) as journal:
         decision = decide(*arguments, landscape(space), journal)
     written = path.read_bytes()
     with Journal.resume(path) as journal:
@@ -40,7 +41,7 @@ def test_the_decision_is_replayed_from_the_journal_alone(settings, space, landsc
 def test_resumed_from_a_torn_journal_it_writes_the_same_journal(settings, space, landscape, tmp_path):
     budget, path = budget_for(space, 0.5), tmp_path / "journal.jsonl"
     arguments = (space, budget, settings, 3, 256)
-    with Journal.create(path, {"space": space.to_json()}) as journal:
+    with Journal.create(path, JournalHeader(space=space)) as journal:
         decision = decide(*arguments, landscape(space), journal)
     whole = path.read_bytes()
     header = whole.index(b"\n") + 1
@@ -54,7 +55,7 @@ def test_resumed_from_a_torn_journal_it_writes_the_same_journal(settings, space,
 def test_the_winner_is_the_best_finalist_on_the_selection_split(settings, space, landscape, tmp_path):
     budget = budget_for(space, 0.5)
     phases = []
-    with Journal.create(tmp_path / "journal.jsonl", {"space": space.to_json()}) as journal:
+    with Journal.create(tmp_path / "journal.jsonl", JournalHeader(space=space)) as journal:
         decision = decide(space, budget, settings, 3, 256, landscape(space), journal, phase=phases.append)
         selected = [o for o in journal if o.request.split == "selection"]
     assert phases == ["baselines", "search", "selection"]
@@ -84,7 +85,7 @@ def test_what_cannot_be_measured_is_not_chosen(space, landscape, tmp_path, split
                         yield from super().evaluate([request])
 
         evaluator = Ill(space)
-        with Journal.create(tmp_path / name, {"space": space.to_json()}) as journal:
+        with Journal.create(tmp_path / name, JournalHeader(space=space)) as journal:
             decision = decide(space, budget, SETTINGS["evolution"], 3, 256, evaluator, journal)
         return decision, [r for r in evaluator.requests if r.allocation == poison]
 
@@ -104,6 +105,6 @@ def test_what_was_measured_before_an_error_is_kept(space, landscape, tmp_path):
                 yield outcome
 
     budget, path = budget_for(space, 0.5), tmp_path / "journal.jsonl"
-    with Journal.create(path, {"space": space.to_json()}) as journal, pytest.raises(RuntimeError, match="broken"):
+    with Journal.create(path, JournalHeader(space=space)) as journal, pytest.raises(RuntimeError, match="broken"):
         decide(space, budget, SETTINGS["evolution"], 3, 256, Breaking(space), journal)
     assert len(Journal.read(path)) == 30

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from allocator.core.budget import Budget, denser_moves, fits
 from allocator.core.effort import candidate_tokens
 from allocator.core.front import knee, minimised, pareto_front
+from allocator.core.header import JournalHeader
 from allocator.core.journal import Journal
 from allocator.core.protocols import Outcome, Request
 from allocator.core.space import SearchSpace
@@ -252,7 +253,7 @@ def test_a_front_of_an_additive_loss_is_exact_where_budgets_are(make_space, land
 def decided(space, landscape, tmp_path):
     def decide_with(settings, budget=None, knee_=True, evaluator=None, name="journal", objectives=("params",)):
         path = tmp_path / f"{name}.jsonl"
-        header = {"space": space.to_json(), "loss": "kl"}
+        header = JournalHeader(space=space)
         with Journal.resume(path) if path.exists() else Journal.create(path, header) as journal:
             chosen = decide_front(
                 space,

@@ -10,6 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from allocator.core.effort import candidate_tokens
+from allocator.core.header import JournalHeader
 from allocator.core.journal import Journal
 from allocator.core.protocols import Outcome, Request
 from allocator.core.space import SearchSpace, Unit
@@ -45,7 +46,7 @@ def _outcome(allocation, kl, tokens=TOKENS, split="search"):
 
 
 def _journal(space, batches):
-    return Journal(Path("unused"), {"space": space.to_json()}, dict(enumerate(batches)), None)
+    return Journal(Path("unused"), JournalHeader(space=space), dict(enumerate(batches)), None)
 
 
 def _drawn(space, seed):
@@ -126,7 +127,7 @@ def test_what_is_beyond_the_reference_adds_nothing(timed):
 def test_a_batch_that_a_kill_cut_short_is_looked_at_again(timed, tmp_path):
     batches = _drawn(timed, 0)
     whole = Hypervolume(_journal(timed, batches), THREE, TOKENS).to_json()
-    with Journal.create(tmp_path / "journal.jsonl", {"space": timed.to_json()}) as journal:
+    with Journal.create(tmp_path / "journal.jsonl", JournalHeader(space=timed)) as journal:
         volume, curves = Hypervolume(journal, THREE, TOKENS), []
         for number, batch in enumerate(batches):
             for outcome in batch:

@@ -3,6 +3,7 @@
 import pytest
 
 from allocator.core.errors import UserError
+from allocator.core.header import JournalHeader
 from allocator.core.journal import Journal
 from allocator.core.protocols import Outcome, Request
 from allocator.searchers.loop import Measurer
@@ -27,7 +28,7 @@ class Ill:
 @pytest.fixture
 def path(tmp_path, space):
     path = tmp_path / "journal.jsonl"
-    Journal.create(path, {"space": space.to_json()}).close()
+    Journal.create(path, JournalHeader(space=space)).close()
     return path
 
 

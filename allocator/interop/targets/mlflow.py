@@ -78,7 +78,7 @@ def _log(source: Source, journal: Journal, front: Mapping[str, Any], scratch: Pa
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     client = mlflow.MlflowClient(f"sqlite:///{scratch / STORE}")
-    experiment = client.create_experiment(journal.header["model"]["id"], str(scratch / ARTIFACTS))
+    experiment = client.create_experiment(journal.header.model["id"], str(scratch / ARTIFACTS))
 
     def log(name: str, tags: Mapping[str, str], parameters: Mapping[str, Any], metrics: Sequence[Any]) -> str:
         made = client.create_run(experiment, start_time=_BEGIN_MS, run_name=name, tags=dict(tags))
@@ -108,9 +108,9 @@ def _parameters(journal: Journal, front: Mapping[str, Any]) -> dict[str, Any]:
     header = journal.header
     points = {name: front.get("hypervolume", {}).get(name, {}) for name in ("ideal", "reference")}
     return {
-        **{key: header[key] for key in ("asked", "method", "seed", "loss")},
+        **{key: getattr(header, key) for key in ("asked", "method", "seed", "loss")},
         "pattern": journal.space.pattern,
-        "pruner": header["pruner"]["name"],
+        "pruner": header.pruner["name"],
         "objectives": ", ".join(front["objectives"]),
         "tokens": front["tokens"],
         **{f"{name}.{key}": value for name, point in points.items() for key, value in point.items()},

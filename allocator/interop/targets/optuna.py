@@ -9,7 +9,6 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from allocator.core.budget import Budget
 from allocator.core.costs import costs_of, from_units
 from allocator.core.front import figure
 from allocator.core.journal import Journal
@@ -55,7 +54,7 @@ class Optuna(SearchTarget):
             study = optuna.create_study(storage=storage, study_name=name, directions=["minimize"] * len(names))
             _name_metrics(study, names)
             for key in ("model", "pattern", "asked", "method", "seed", "budget"):
-                study.set_user_attr(key, {**journal.header, "pattern": journal.space.pattern}[key])
+                study.set_user_attr(key, {**journal.header.to_json(), "pattern": journal.space.pattern}[key])
             study.add_trials(trials := [*_trials(journal, names, source.plan)])
             lines.append(f"study {name!r}: {_counts(trials)}")
         write_lines(folder / FILE, (json.dumps({**log, "worker_id": "allocator"}) for log in logs.kept))
@@ -85,7 +84,7 @@ def _name_metrics(study: Study, names: list[str]) -> None:
 
 
 def _objectives(journal: Journal) -> list[str]:
-    return curves.objectives(journal) if "objectives" in journal.header else [journal.loss]
+    return curves.objectives(journal) if journal.header.objectives else [journal.loss]
 
 
 def _trials(journal: Journal, names: Sequence[str], plan: Plan) -> Iterator[FrozenTrial]:
@@ -96,7 +95,7 @@ def _trials(journal: Journal, names: Sequence[str], plan: Plan) -> Iterator[Froz
     space, begin, planned = journal.space, _BEGIN, (plan.space, plan.allocation)
     complete = {outcome.request.key for outcome in curves.comparable(journal)}
     members = {outcome.request.key: place for place, outcome in enumerate(curves.members(journal))}
-    bounds = [*Budget(**journal.header["budget"]).limits.items()]
+    bounds = [] if journal.header.budget is None else [*journal.header.budget.limits.items()]
     distributions: dict[str, BaseDistribution] = {
         unit.name: optuna.distributions.IntDistribution(0, unit.num_levels - 1) for unit in space.units
     }

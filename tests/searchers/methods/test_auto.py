@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from allocator.core.budget import Budget, budget_for, denser_moves, fits, repair
 from allocator.core.effort import Limit
+from allocator.core.header import JournalHeader
 from allocator.core.journal import Journal
 from allocator.searchers.loop import Measurer, search
 from allocator.searchers.methods.auto import model_based
@@ -30,7 +31,7 @@ def _search(landscape, tmp_path, evaluations, seed=0, tokens=(ALL,), method="aut
     budget = budget_for(space, 0.5)
     far = GuidedSettings(patience=patience)
     searcher = model_based(method, space, budget, [uniform(space, budget)], tokens, TrustRegionSettings(), far, seed)
-    with Journal.create(tmp_path / "journal.jsonl", {"space": space.to_json()}) as journal:
+    with Journal.create(tmp_path / "journal.jsonl", JournalHeader(space=space)) as journal:
         search(searcher, Measurer(landscape, journal), limit=Limit(evaluations, "evaluations"))
     return searcher.finalists()[0], budget
 
@@ -159,7 +160,7 @@ def test_a_start_over_budget_by_repair_only(space, tmp_path, landscape):
     budget = budget_for(space, 0.5)
     start = [repair(space, space.sparsest, budget, range(len(space.units)))]
     searcher = model_based("auto", space, budget, start, (64, 128), TrustRegionSettings(), GuidedSettings(), 0)
-    with Journal.create(tmp_path / "journal.jsonl", {"space": space.to_json()}) as journal:
+    with Journal.create(tmp_path / "journal.jsonl", JournalHeader(space=space)) as journal:
         end = search(searcher, Measurer(landscape(space), journal))
     assert "races" in end or "nothing is left" in end
     assert all(fits(space, a, budget) for a in searcher.finalists())
@@ -182,7 +183,7 @@ def test_auto_comes_nearer_in_an_eighth_of_the_measurements_of_exchange_evolutio
     found, budget = _search(bowl, tmp_path, 120, seed, patience=4)
     settings = EvolutionSettings(generations=100, offspring=16, tokens=(ALL,), survivors=(1,), patience=100)
     evolution = ExchangeEvolution(bowl.space, budget, [uniform(bowl.space, budget)], settings, seed)
-    with Journal.create(tmp_path / "evolution.jsonl", {"space": bowl.space.to_json()}) as journal:
+    with Journal.create(tmp_path / "evolution.jsonl", JournalHeader(space=bowl.space)) as journal:
         search(evolution, Measurer(bowl, journal), limit=Limit(960, "evaluations"))
     least = bowl.optimum(budget)[0]
     assert bowl.loss(found) - least < bowl.loss(evolution.finalists()[0]) - least

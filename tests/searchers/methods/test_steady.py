@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from allocator.core.budget import budget_for, repair
+from allocator.core.header import JournalHeader
 from allocator.core.journal import Journal
 from allocator.core.protocols import Request
 from allocator.searchers.loop import Measurer, search
@@ -55,7 +56,7 @@ def go(space, tmp_path):
         settings = SteadySettings(trials=trials, lag=lag, tokens=(64, 128), **more)
         searcher = Recording(space, budget, start, settings, 3)
         path = tmp_path / f"{name}.jsonl"
-        with Journal.create(path, {"space": space.to_json()}) as journal:
+        with Journal.create(path, JournalHeader(space=space)) as journal:
             for outcome in known:
                 journal.append(outcome)
             searcher.end = search(searcher, Measurer(evaluator, journal), lag=lag)
