@@ -16,7 +16,7 @@ import typer
 from allocator.core.errors import UserError
 
 if TYPE_CHECKING:
-    from allocator.run.config import RunConfig
+    from allocator.run.config.run import RunConfig
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -70,7 +70,7 @@ def inspect(
     from dataclasses import asdict
 
     from allocator.commands import api
-    from allocator.run.config import load_config
+    from allocator.run.config.load import load_config
 
     flags = {"model": model, "pattern": pattern, "target": target, "constraints": constraint or None}
     config = load_config(None, flags, set_ or ())
@@ -110,7 +110,7 @@ def latency(
 ) -> None:
     """Measure a table of latencies on this device: every sub-block at every shape, for one workload."""
     from allocator.commands import api
-    from allocator.run.config import load_config
+    from allocator.run.config.load import load_config
     from allocator.run.reporting import Live
 
     config = load_config(None, {"model": model}, set_ or ())
@@ -150,7 +150,8 @@ def search(
 ) -> None:
     """Run the whole line: level store, search, plan, pruned checkpoint, measured figures."""
     from allocator.commands.search import run_search
-    from allocator.run.config import load_config, search_assignments
+    from allocator.run.config.load import load_config
+    from allocator.run.config.options import search_assignments
     from allocator.run.reporting import Live
 
     flags: dict[str, Any] = {
@@ -206,7 +207,7 @@ def submit(
     """Search as a job of a Ray cluster; a run that exists is resumed. Files named by relative paths are sent."""
     import tempfile
 
-    from allocator.run.config import read_keys
+    from allocator.run.config.load import read_keys
     from allocator.run.job_package import COMMAND, pack
 
     parcel = pack(read_keys(file, {"name": name, "runs_dir": runs_dir}, set_ or ()), file, installed=installed)

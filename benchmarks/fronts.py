@@ -75,7 +75,7 @@ def run_cell(cell: str, work: Path) -> str:
     # imported here: table and figure need no model
     from allocator.evaluation.engine import LocalEvaluator
     from allocator.pruning.levels.store import StoreBuilder, open_store
-    from allocator.run.config import load_config
+    from allocator.run.config.load import load_config
     from allocator.run.job import prepare
 
     chosen, method, seed = cell.rsplit(".", 2)

@@ -30,7 +30,7 @@ from allocator.pruning.calibration import streams
 from allocator.pruning.calibration.build import prune_on_dense_inputs, prune_on_pruned_inputs
 from allocator.pruning.levels.assemble import CompactLevels
 from allocator.pruning.levels.execute import save_pruned
-from allocator.run.config import RunConfig
+from allocator.run.config.run import RunConfig
 from allocator.run.job import Job, prepare
 from allocator.searchers.rules.baselines import uniform
 

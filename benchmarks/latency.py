@@ -21,7 +21,7 @@ from allocator.core.costs import from_units
 from allocator.core.latency import LatencySettings
 from allocator.evaluation.latency import describe, make_table, measure
 from allocator.model.family.serving_costs import Workload, served
-from allocator.run.config import load_config
+from allocator.run.config.load import load_config
 from allocator.run.job import read_model, versions
 from benchmarks.engine import random_model
 

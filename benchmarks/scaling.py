@@ -48,7 +48,7 @@ from allocator.pool.dispatch import RayPool
 from allocator.pruning.calibration.build import prune_on_dense_inputs
 from allocator.pruning.calibration.problem import Calibration
 from allocator.pruning.levels.store import create_store
-from allocator.run.config import load_config
+from allocator.run.config.load import load_config
 from allocator.run.job import Job, prepare
 from allocator.searchers.loop import Measurer, search
 from allocator.searchers.methods.evolution import EvolutionSettings, ExchangeEvolution, exchange

@@ -167,7 +167,7 @@ def run_cell(store: str, method: str, seed: int, work: Path) -> str:
     # imported here: a replay needs no model
     from allocator.evaluation.engine import LocalEvaluator
     from allocator.pruning.levels.store import StoreBuilder, open_store
-    from allocator.run.config import load_config
+    from allocator.run.config.load import load_config
     from allocator.run.job import prepare
 
     chosen, folder = STORES[store], work / store

@@ -18,7 +18,7 @@ from allocator.model.data.examples import as_tensors, inputs_of
 from allocator.model.data.read import read_examples
 from allocator.model.family.schema import families_folder, load_family
 from allocator.model.live.load import load_model
-from allocator.run.config import load_config
+from allocator.run.config.load import load_config
 
 FAMILIES = {
     "llama": ("Llama 2 and 3", {}),

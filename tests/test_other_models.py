@@ -14,7 +14,7 @@ import pytest
 import allocator
 from allocator.core.errors import UserError
 from allocator.model.checkpoint.headers import read_checkpoint
-from allocator.run.config import load_config
+from allocator.run.config.load import load_config
 from allocator.run.job import prepare
 
 SETTINGS = (

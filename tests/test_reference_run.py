@@ -13,7 +13,7 @@ from allocator.core.journal import Journal
 from allocator.core.plan import Plan
 from allocator.core.protocols import Outcome, Request
 from allocator.report import curves
-from allocator.run.config import load_config
+from allocator.run.config.load import load_config
 from allocator.searchers.coarse_to_fine import Round
 from allocator.searchers.decide import decide
 

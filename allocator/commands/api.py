@@ -44,7 +44,9 @@ from allocator.pruning.levels.execute import save_pruned
 from allocator.pruning.levels.store import open_store
 from allocator.pruning.pruners.registry import make_pruner
 from allocator.report import curves
-from allocator.run.config import RunConfig, load_config, search_assignments
+from allocator.run.config.load import load_config
+from allocator.run.config.run import RunConfig
+from allocator.run.config.options import search_assignments
 from allocator.run.job import check_length, ladders_id, read_model, read_texts, versions
 from allocator.run.reporting import Reporter, Silent
 from allocator.searchers.hypervolume import box

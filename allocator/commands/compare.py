@@ -22,7 +22,8 @@ from allocator.evaluation.engine import Execution
 from allocator.evaluation.zeroth_order import zeroth_order
 from allocator.pruning.levels.store import LevelStore
 from allocator.pruning.signals import collect
-from allocator.run.config import RunConfig, load_config
+from allocator.run.config.load import load_config
+from allocator.run.config.run import RunConfig
 from allocator.run.directory import begun, check_folder, find_store, resumed, store_place
 from allocator.run.job import Job, prepare, serving
 from allocator.run.recorder import Recorder

@@ -15,7 +15,7 @@ from allocator.model.checkpoint.headers import Checkpoint
 from allocator.model.family.layout import retained_matrices
 from allocator.model.family.space import build_space
 from allocator.model.family.sub_blocks import SubBlock
-from allocator.run.config import RunConfig
+from allocator.run.config.run import RunConfig
 from allocator.run.job import Job, prepare, serving, versions
 
 _NAMED = 3

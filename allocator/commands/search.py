@@ -29,7 +29,7 @@ from allocator.model.data.examples import Examples
 from allocator.pruning.calibration.build import prune_on_pruned_inputs
 from allocator.pruning.levels.store import LevelStore, StoreBuilder, open_store
 from allocator.report import curves
-from allocator.run.config import RunConfig
+from allocator.run.config.run import RunConfig
 from allocator.run.directory import advanced, begun, check_folder, find_store, resumed, store_place
 from allocator.run.job import TRAINING, Job, prepare, versions
 from allocator.run.recorder import Recorder

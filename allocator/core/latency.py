@@ -7,17 +7,14 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from allocator.core.errors import UserError
 from allocator.core.files import read_json, write_json
+from allocator.core.strict import StrictModel
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class LatencySettings(_Strict):
+class LatencySettings(StrictModel):
     """What was measured.
 
     Attributes:
@@ -37,7 +34,7 @@ class LatencySettings(_Strict):
     repeats: int = Field(ge=1)
 
 
-class Timing(_Strict):
+class Timing(StrictModel):
     """Medians at one shape.
 
     Attributes:
@@ -53,7 +50,7 @@ class Timing(_Strict):
     spread: float = Field(ge=0)
 
 
-class LatencyTable(_Strict):
+class LatencyTable(StrictModel):
     """The table.
 
     Attributes:

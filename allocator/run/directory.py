@@ -12,17 +12,14 @@ import shutil
 import socket
 from pathlib import Path
 
-import torch
-
 from allocator.core.errors import UserError
 from allocator.core.files import check_place, fingerprint, write_atomic
 from allocator.core.header import NUMERICS, JournalHeader
 from allocator.core.journal import Journal
-from allocator.model.live.walk import SEQUENCES_PER_BATCH
 from allocator.pruning.levels.store import LevelStore, check_free, open_store
-from allocator.run.job import Job, versions
+from allocator.run.job import Job
 from allocator.run.reporting import Reporter
-from allocator.run.rounds import job_of_round
+from allocator.run.rounds import restore_round
 
 _STORE, _OUTDATED, _NEXT = "levels", ".levels.outdated", ".journal.next"
 
@@ -52,7 +49,7 @@ def in_job() -> bool:
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
-def begun(job: Job) -> Journal:
+def create_run(job: Job) -> Journal:
     """Make the folder of a job's run, and return its journal.
 
     Raises:
@@ -64,7 +61,7 @@ def begun(job: Job) -> Journal:
     partial.mkdir(parents=True)
     try:
         write_atomic(partial / "run.yaml", job.config.to_yaml())
-        journal = Journal.create(partial / "journal.jsonl", _header(job))
+        journal = Journal.create(partial / "journal.jsonl", job.make_header())
         partial.rename(folder)
     except OSError:
         shutil.rmtree(partial, ignore_errors=True)
@@ -79,7 +76,7 @@ def begun(job: Job) -> Journal:
     return journal
 
 
-def resumed(job: Job, reporter: Reporter) -> tuple[Job, Journal]:
+def reopen_run(job: Job, reporter: Reporter) -> tuple[Job, Journal]:
     """Return the job of the round in which a run stopped, and its journal; clear away what a kill may have left.
 
     Args:
@@ -91,7 +88,7 @@ def resumed(job: Job, reporter: Reporter) -> tuple[Job, Journal]:
     """
     folder = job.config.folder
     journal = Journal.resume(folder / "journal.jsonl")
-    job = job_of_round(job, journal.header)
+    job = restore_round(job, journal.header)
     for key, value in job.identity().items():
         if journal.header.identity.get(key) != value:
             journal.close()
@@ -105,7 +102,7 @@ def resumed(job: Job, reporter: Reporter) -> tuple[Job, Journal]:
             f"{folder}: holds another search: its budget is {_limits(journal.header)}, and this one's is "
             f"{dict(job.budget.limits)}. Restore the latency table that it was begun with, or choose another --name"
         )
-    now = _header(job)
+    now = job.make_header()
     for key in NUMERICS:
         if getattr(journal.header, key) != getattr(now, key):
             reporter.say(f"notice: {folder} was begun with another {key}; the plan may differ by rounding")
@@ -117,7 +114,7 @@ def resumed(job: Job, reporter: Reporter) -> tuple[Job, Journal]:
     return job, journal
 
 
-def advanced(job: Job) -> Journal:
+def start_next_round(job: Job) -> Journal:
     """Move a run on to a job's round, and return the journal of that round.
 
     The round before is over as soon as the journal is that of the next. A kill before that leaves a journal which
@@ -131,13 +128,13 @@ def advanced(job: Job) -> Journal:
     for path, to in ((folder / "front.json", archive / "front.json"), (folder / _STORE, folder / _OUTDATED)):
         if path.exists():
             path.rename(to)
-    journal = Journal.create(folder / _NEXT, _header(job))
+    journal = Journal.create(folder / _NEXT, job.make_header())
     journal.path = journal.path.rename(folder / "journal.jsonl")
     shutil.rmtree(folder / _OUTDATED, ignore_errors=True)
     return journal
 
 
-def store_place(job: Job) -> Path:
+def locate_store(job: Job) -> Path:
     """Return where the level store of a job's round lies.
 
     A place that the user named is for runs of one round to share. Stores of several rounds lie beside it, named after
@@ -157,7 +154,7 @@ def find_store(job: Job) -> LevelStore | None:
     Raises:
         UserError: The place holds something else, or cannot be written to.
     """
-    place = store_place(job)
+    place = locate_store(job)
     found = open_store(place, job.store_key)
     if found is None:
         check_free(place)
@@ -166,27 +163,3 @@ def find_store(job: Job) -> LevelStore | None:
 
 def _limits(header: JournalHeader) -> dict[str, int]:
     return {} if header.budget is None else dict(header.budget.limits)
-
-
-def _header(job: Job) -> JournalHeader:
-    config, cuda = job.config, job.config.device == "cuda"
-    return JournalHeader(
-        identity=job.identity(),
-        model=job.model_id,
-        pruner=job.pruner_id,
-        asked=config.asked,
-        method=config.search.method,
-        seed=config.seed,
-        loss=config.loss,
-        objectives=config.objectives,
-        tokens=config.search.in_round(job.round_number).fidelities,
-        selection=config.tokens.selection,
-        workload=job.workload_id,
-        training=job.training_id.get("training"),
-        budget=job.budget,
-        space=job.space,
-        round=None if job.round is None else job.round.to_json(),
-        device="cuda" if cuda else f"cpu {torch.backends.cpu.get_cpu_capability()}",
-        micro_batch=(SEQUENCES_PER_BATCH, config.tokens.sequence_length),
-        versions=versions(),
-    )

@@ -15,7 +15,7 @@ import allocator
 from allocator.core.budget import denser_moves, fits
 from allocator.core.journal import Journal
 from allocator.core.plan import Plan
-from allocator.run.config import load_config
+from allocator.run.config.load import load_config
 from allocator.run.job import prepare
 
 LENGTH = 64

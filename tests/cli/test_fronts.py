@@ -20,7 +20,7 @@ from allocator.core.budget import Budget
 from allocator.core.journal import Journal
 from allocator.core.plan import Plan
 from allocator.report import curves
-from allocator.run.config import load_config
+from allocator.run.config.load import load_config
 from allocator.searchers.methods.sweep import budgets
 from allocator.searchers.rules.baselines import uniform
 

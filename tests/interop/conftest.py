@@ -22,7 +22,7 @@ from allocator.core.protocols import Outcome, Request
 from allocator.interop.contract import VERIFY, Source
 from allocator.model.checkpoint.headers import Checkpoint
 from allocator.model.family.layout import Layout
-from allocator.run.config import load_config
+from allocator.run.config.load import load_config
 from allocator.run.job import prepare
 
 ENVIRONMENTS = Path(__file__).parents[2] / ".consumers"

@@ -31,7 +31,7 @@ from allocator.pruning.calibration.build import prune_on_dense_inputs, prune_on_
 from allocator.pruning.calibration.problem import Calibration, UnitProblem
 from allocator.pruning.levels.assemble import CompactLevels
 from allocator.pruning.levels.store import LevelStore, StoreBuilder, create_store
-from allocator.run.config import load_config
+from allocator.run.config.load import load_config
 from allocator.run.job import prepare
 
 pytestmark = pytest.mark.usefixtures("cluster")

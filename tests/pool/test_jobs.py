@@ -26,7 +26,8 @@ import allocator
 from allocator.commands.compare import run_comparison
 from allocator.commands.search import run_search
 from allocator.core.errors import UserError
-from allocator.run.config import RunConfig, checked
+from allocator.run.config.load import validate
+from allocator.run.config.run import RunConfig
 from allocator.run.job_package import COMMAND
 from allocator.run.status import read_status
 
@@ -289,7 +290,7 @@ def test_the_manifest_of_kuberay(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its run file is one of ours, its command what submit sends, and its pods share the folder of runs."""
     settings, job = yaml.safe_load_all(MANIFEST.read_text())
     assert (settings["kind"], job["apiVersion"], job["kind"]) == ("ConfigMap", "ray.io/v1", "RayJob")
-    config = checked(yaml.safe_load(settings["data"]["run.yaml"]))
+    config = validate(yaml.safe_load(settings["data"]["run.yaml"]))
     assert config.runs_dir.is_absolute()
     spec = job["spec"]
     python, flag, package, verb, file, *options = shlex.split(spec["entrypoint"])

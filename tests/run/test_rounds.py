@@ -27,7 +27,8 @@ from allocator.core.journal import Journal
 from allocator.core.plan import Plan
 from allocator.model.family.space import build_space
 from allocator.run import directory as folder
-from allocator.run.config import RunConfig, load_config
+from allocator.run.config.load import load_config
+from allocator.run.config.run import RunConfig
 from allocator.run.job import read_model
 from allocator.run.reporting import Silent
 from allocator.searchers.coarse_to_fine import recentre, translated

@@ -12,7 +12,7 @@ from allocator.pruning.calibration.build import prune_on_pruned_inputs
 from allocator.pruning.levels.assemble import Assembler, LevelSwitch
 from allocator.pruning.levels.execute import save_pruned
 from allocator.pruning.pruners.registry import make_pruner
-from allocator.run.config import load_config
+from allocator.run.config.load import load_config
 from allocator.run.job import read_model
 
 MODELS = {
@@ -157,6 +157,6 @@ def test_only_structured_pruning_fits_biases(tiny_model):
         make_pruner("wanda", "unstructured", 0.01, bias=True)
     flags = {"model": str(tiny_model)}
     plain, with_bias = (
-        read_model(load_config(flags=flags, assignments=[f"pruner.bias={bias}"]))[2] for bias in ("false", "true")
+        read_model(load_config(keys=flags, assignments=[f"pruner.bias={bias}"]))[2] for bias in ("false", "true")
     )
     assert with_bias.units[0].params[1] == plain.units[0].params[1] + 32
