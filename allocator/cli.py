@@ -312,7 +312,7 @@ def front(
     json_: Json = False,
 ) -> None:
     """Show the Pareto front of a run, finished or not."""
-    from allocator.report.curves import read_front
+    from allocator.core.outcomes import read_front
 
     data = read_front(run / "front.json")
     if plot is not None:

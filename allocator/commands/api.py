@@ -20,6 +20,7 @@ from allocator.core.front import figure, pareto_front
 from allocator.core.front import knee as find_knee
 from allocator.core.journal import Journal
 from allocator.core.latency import LatencySettings, LatencyTable
+from allocator.core.outcomes import list_objectives, read_front, select_comparable
 from allocator.core.plan import Plan
 from allocator.core.protocols import Outcome
 from allocator.core.space import Allocation, SearchSpace
@@ -43,10 +44,8 @@ from allocator.pruning.calibration.build import prune_on_dense_inputs, prune_on_
 from allocator.pruning.levels.execute import save_pruned
 from allocator.pruning.levels.store import open_store
 from allocator.pruning.pruners.registry import make_pruner
-from allocator.report import curves
 from allocator.run.config.load import load_config
 from allocator.run.config.run import RunConfig
-from allocator.run.config.options import search_assignments
 from allocator.run.job import check_length, ladders_id, read_model, read_texts, versions
 from allocator.run.reporting import Reporter, Silent
 from allocator.searchers.hypervolume import box
@@ -287,11 +286,11 @@ def plan_from_run(
     journal = Journal.read(folder / "journal.jsonl")
     header, space = journal.header, journal.space
     if index is not None:
-        listed = curves.read_front(folder / "front.json")["points"]
+        listed = read_front(folder / "front.json")["points"]
         if not 0 <= index < len(listed):
             raise UserError(f"{folder}: the front has members 0 to {len(listed) - 1}, and {index} was asked for")
         member = tuple(listed[index]["allocation"])
-        known = {outcome.request.allocation: outcome for outcome in curves.comparable(journal)}
+        known = {outcome.request.allocation: outcome for outcome in select_comparable(journal)}
         if member not in known:
             raise UserError(
                 f"{folder}: front.json and journal.jsonl are not of one run. Restore one, or resume the run"
@@ -321,17 +320,15 @@ def plan_from_run(
 
 def _budget(journal: Journal, allocation: Allocation) -> Budget:
     """Return what an allocation of a run costs of each cost that is minimised; the run's own budget where none is."""
-    space, names = journal.space, curves.objectives(journal)
-    reached = {name: space.cost(allocation, name) for name in names if name in space.fixed}
-    assert journal.header.budget is not None, "the journal of a run has a budget"
-    return Budget(**reached) if reached else journal.header.budget
+    space, names = journal.space, list_objectives(journal)
+    return Budget(**({n: space.cost(allocation, n) for n in names if n in space.fixed} or journal.header["budget"]))
 
 
 def _choose(
     folder: Path, journal: Journal, target: float | None, where: Sequence[str], best: str | None, at_knee: bool
 ) -> Outcome:
     """Return what a run measured within bounds that has least of a figure, or is the knee of their front."""
-    space, within = journal.space, curves.comparable(journal)
+    space, within = journal.space, select_comparable(journal)
     if not within:
         raise UserError(f"{folder}: nothing is measured on all tokens yet. Resume the search")
     known = {*space.fixed, *within[0].measured}
@@ -361,7 +358,7 @@ def _choose(
             )
         within = kept
     if at_knee:
-        names = curves.objectives(journal)
+        names = list_objectives(journal)
         front = pareto_front(space, within, names)
         figures = np.array([[figure(space, outcome, name) for name in names] for outcome in front])
         return front[find_knee(figures, *box(journal, names))]

@@ -21,14 +21,15 @@ from allocator.core.errors import UserError
 from allocator.core.files import fingerprint, write_json
 from allocator.core.journal import Journal
 from allocator.core.latency import LatencyTable
+from allocator.core.outcomes import LOSSES, build_front, list_objectives, select_comparable
 from allocator.core.plan import Plan
 from allocator.core.protocols import BEFORE, Outcome, Request
+from allocator.core.training_effect import summarise_training
 from allocator.evaluation.engine import EngineSpec, Execution, LocalEvaluator
 from allocator.evaluation.latency import describe, measure
 from allocator.model.data.examples import Examples
 from allocator.pruning.calibration.build import prune_on_pruned_inputs
 from allocator.pruning.levels.store import LevelStore, StoreBuilder, open_store
-from allocator.report import curves
 from allocator.run.config.run import RunConfig
 from allocator.run.directory import advanced, begun, check_folder, find_store, resumed, store_place
 from allocator.run.job import TRAINING, Job, prepare, versions
@@ -211,19 +212,19 @@ def build_store(job: Job, evaluator: Any, reporter: Reporter) -> None:
 def _decide(job: Job, evaluator: Any, journal: Journal, reporter: Recorder) -> Decision:
     settings, folder = job.config.search, job.config.folder
     batches, objectives = itertools.count(1), job.config.objectives
-    volume = Hypervolume(journal, curves.objectives(journal), settings.fidelities[-1]) if objectives else None
+    volume = Hypervolume(journal, list_objectives(journal), settings.fidelities[-1]) if objectives else None
 
     def write_front() -> int:
         kept = {} if volume is None else {"hypervolume": volume.to_json()}
-        front = curves.front(journal)
+        front = build_front(journal)
         write_json(folder / "front.json", {**front, **kept})
         return len(front["points"])
 
     def reached() -> dict[str, float]:
         if volume is not None:
             return {"hypervolume": volume.curve()[-1][-1]}
-        within = [o.loss for o in curves.comparable(journal) if fits(job.space, o.request.allocation, job.budget)]
-        return {f"best {curves.LOSSES[job.config.loss].split(',')[0]}": min(within)} if within else {}
+        within = [o.loss for o in select_comparable(journal) if fits(job.space, o.request.allocation, job.budget)]
+        return {f"best {LOSSES[job.config.loss].split(',')[0]}": min(within)} if within else {}
 
     def write() -> str:
         """Write the front, and return how good it is, in words."""
@@ -416,7 +417,7 @@ def _summary(
             "candidate_tokens": sum(line["candidate_tokens"] for line in rounds),
             "store_tokens": int(job.tokens["calibration"].size) * len(rounds),
             "rounds": list(rounds),
-            **({"training": curves.training(journal)} if job.config.search.training else {}),
+            **({"training": summarise_training(journal)} if job.config.search.training else {}),
         },
         "wall_s": {name: round(seconds, 2) for name, seconds in wall.items()},
         "tokens": {split: int(ids.size) for split, ids in job.tokens.items()},

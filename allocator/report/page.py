@@ -14,8 +14,12 @@ from allocator.core.costs import COSTS
 from allocator.core.errors import UserError
 from allocator.core.files import read_json, write_atomic
 from allocator.core.journal import Journal
+from allocator.core.outcomes import LOSSES, build_front, read_front
 from allocator.core.space import Allocation, SearchSpace
-from allocator.report import curves, figures, tables
+from allocator.core.spending import sum_spending, trace_convergence
+from allocator.core.training_effect import summarise_training
+from allocator.report import figures, tables
+from allocator.report.marks import collect_candidates, collect_marks, collect_starts, restore_allocations
 
 _FILES = {
     "plan.json": "the plan: what each unit keeps, with its provenance",
@@ -64,7 +68,7 @@ def write_report(folder: Path) -> Path:
     journal = Journal.read(folder / "journal.jsonl")
     result = _result(folder / "result.json")
     space = journal.space
-    named = curves.allocations(space, result["units"]) if result else {}
+    named = restore_allocations(space, result["units"]) if result else {}
     front = _front(folder / "front.json", journal)
     drawn = _draw(journal, front, named, result)
     environment = jinja2.Environment(
@@ -88,12 +92,12 @@ def write_report(folder: Path) -> Path:
         predictions=tables.prediction_rows(result) if result else [],
         gains=_gains(result["measured"]) if result else {},
         units=_unit_rows(space, named),
-        curve=curves.convergence(journal),
-        loss=curves.LOSSES[journal.loss].split(",")[0],
+        curve=trace_convergence(journal),
+        loss=LOSSES[journal.loss].split(",")[0],
         front=front,
         members=_members(front, named) if journal.header.objectives else None,
-        spending=curves.spending(journal),
-        training=curves.training(journal),
+        spending=sum_spending(journal),
+        training=summarise_training(journal),
         point=tables.point,
         figures={name: Markup(_inline(svg)) for name, svg in drawn.items()},
         prints=_fingerprints(journal.header.to_json()),
@@ -128,19 +132,21 @@ def _gains(measured: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 
 def _front(path: Path, journal: Journal) -> dict[str, Any]:
     """Return the front of a run as it is on disk, where its members have the numbers by which plans are taken."""
-    return curves.read_front(path) if path.exists() else curves.front(journal)
+    return read_front(path) if path.exists() else build_front(journal)
 
 
 def _draw(
     journal: Journal, front: Mapping[str, Any], named: Mapping[str, Allocation], result: Mapping[str, Any] | None
 ) -> dict[str, str]:
     """Return the figures that the run has data for, as SVG by name."""
-    curve, marks, space = curves.convergence(journal), curves.marks(journal, named), journal.space
+    curve, marks, space = trace_convergence(journal), collect_marks(journal, named), journal.space
     limits = journal.header.budget.limits.items() if journal.header.budget else ()
     budget = {cost: limit for cost, limit in limits if limit < space.cost(space.dense, cost)}
     drawn = {}
     if front["points"]:
-        drawn["front"] = figures.front_figure(front, marks, curves.cloud(journal), curves.starts(journal), budget)
+        drawn["front"] = figures.front_figure(
+            front, marks, collect_candidates(journal), collect_starts(journal), budget
+        )
     if "hypervolume" in front:
         drawn["hypervolume"] = figures.hypervolume_figure(front["hypervolume"]["curve"])
     elif curve:

@@ -15,9 +15,9 @@ from rich.table import Table
 
 from allocator.core.costs import COSTS, format_cost
 from allocator.core.latency import LatencyTable, Timing
+from allocator.core.outcomes import LOSSES
 from allocator.core.plan import Plan
 from allocator.core.space import Cost, SearchSpace, Unit
-from allocator.report.curves import LOSSES
 
 LABELS = {
     "dense": "dense",

@@ -18,7 +18,7 @@ from allocator.core.errors import UserError
 from allocator.model.checkpoint.headers import PACKAGED, list_model_files
 from allocator.model.data.text import text_files
 from allocator.model.family.schema import families_folder
-from allocator.run.config.load import validate, read_keys
+from allocator.run.config.load import read_keys, validate
 from allocator.run.config.run import RunConfig
 
 RUN_FILE = "run.yaml"

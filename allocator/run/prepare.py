@@ -172,7 +172,9 @@ def _choose_path(config: RunConfig, checkpoint: Checkpoint, space: SearchSpace, 
     if config.pruner.along is None:
         return uniform(space, budget)
     plan = Plan.load(config.pruner.along)
-    if plan.model["fingerprint"] != checkpoint.fingerprint or fingerprint_ladders(plan.space) != fingerprint_ladders(space):
+    if plan.model["fingerprint"] != checkpoint.fingerprint or fingerprint_ladders(plan.space) != fingerprint_ladders(
+        space
+    ):
         raise UserError(
             f"pruner.along: {config.pruner.along} is a plan for another model or other ladders. "
             "Name a plan of this model with this pattern and these ladders, or leave it out for uniform"

@@ -29,7 +29,9 @@ def prepare_next_round(job: Job, decision: Decision) -> Job:
     )
     space = with_serving_costs(config, job.checkpoint, job.layout, space)
     chosen, uniform, two_rate = (translated(a, job.space, space) for a in (decision.searched, *baselines))
-    return _in_round(job, space, Round(filled(space, chosen, job.budget), uniform, two_rate, list_rounds(job, decision)))
+    return _in_round(
+        job, space, Round(filled(space, chosen, job.budget), uniform, two_rate, list_rounds(job, decision))
+    )
 
 
 def restore_round(job: Job, header: JournalHeader) -> Job:

@@ -21,11 +21,11 @@ from allocator.commands import api
 from allocator.core.budget import fits
 from allocator.core.errors import UserError
 from allocator.core.journal import Journal
+from allocator.core.outcomes import select_comparable
 from allocator.core.plan import Plan
 from allocator.interop.contract import Source, check
 from allocator.interop.targets.mlflow import MLflow
 from allocator.interop.targets.optuna import Optuna
-from allocator.report import curves
 
 ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "runs" / "reference"
@@ -59,7 +59,7 @@ def test_optuna_loads_every_evaluation(exported: Path, searched: Path) -> None:
         if trial.state == TrialState.COMPLETE:
             assert trial.values == [outcome.measured["kl"], space.cost(outcome.request.allocation)]
         assert (trial.datetime_complete - trial.datetime_start).total_seconds() == pytest.approx(outcome.wall_s)
-    complete = {o.request.key for o in curves.comparable(journal)}
+    complete = {o.request.key for o in select_comparable(journal)}
     states = [TrialState.COMPLETE if o.request.key in complete else TrialState.PRUNED for o in outcomes[:-1]]
     assert [t.state for t in study.trials] == [*states, TrialState.FAIL]
     assert TrialState.PRUNED in states
@@ -85,7 +85,7 @@ def test_optuna_has_a_study_of_every_round_and_its_best_keeps_the_budget(tmp_pat
         study = optuna.load_study(study_name=name, storage=storage(tmp_path / "out"))
         assert study.metric_names == ["kl"]
         budget = journal.header.budget
-        losses = [o.loss for o in curves.comparable(journal) if fits(journal.space, o.request.allocation, budget)]
+        losses = [o.loss for o in select_comparable(journal) if fits(journal.space, o.request.allocation, budget)]
         assert study.best_trial.value == min(losses)
         assert study.user_attrs["asked"] == journal.header.asked
 

@@ -23,10 +23,14 @@ from allocator.core.budget import Budget
 from allocator.core.errors import UserError
 from allocator.core.header import JournalHeader
 from allocator.core.journal import Journal
+from allocator.core.outcomes import LOSSES, build_front, read_front, select_comparable
 from allocator.core.plan import Plan
 from allocator.core.protocols import Outcome, Request
 from allocator.core.space import Allocation, SearchSpace, Unit
-from allocator.report import curves, figures, tables
+from allocator.core.spending import sum_spending, trace_convergence
+from allocator.core.training_effect import summarise_training
+from allocator.report import figures, tables
+from allocator.report.marks import collect_candidates, collect_marks, collect_starts, restore_allocations
 from allocator.report.page import write_report
 
 LOW, HIGH = 100, 1000
@@ -227,14 +231,14 @@ def test_a_front_names_the_loss_of_its_run(tmp_path: Path, space: SearchSpace, l
     header = JournalHeader(tokens=(HIGH,), budget=Budget(params=9999), space=space, loss=loss)
     request = Request(space.dense, HIGH)
     journal = Journal(tmp_path, header, {0: [Outcome(request, {loss: 0.25, "nll": 1.0}, 0.5, loss)]}, None)
-    front = curves.front(journal)
+    front = build_front(journal)
     assert [point[loss] for point in front["points"]] == [0.25]
     assert re.search(rf"removed +.? *{heading}\b", shown(tables.front_table(front)))
     drawn = [
-        figures.front_figure(front, cloud=curves.cloud(journal)),
-        figures.convergence_figure(curves.convergence(journal), {}, journal.loss),
+        figures.front_figure(front, cloud=collect_candidates(journal)),
+        figures.convergence_figure(trace_convergence(journal), {}, journal.loss),
     ]
-    assert all(curves.LOSSES[loss] in figure.axes[0].get_ylabel() for figure in drawn)
+    assert all(LOSSES[loss] in figure.axes[0].get_ylabel() for figure in drawn)
 
 
 def test_plan_table(finished: Path) -> None:
@@ -250,7 +254,7 @@ def test_convergence_against_hand(tmp_path: Path) -> None:
     dense, other, searched = 1000.0, 1000 * 280 / 900, 1000 * 300 / 900
     spent = [uniform, uniform + two_rate]
     spent += [spent[-1] + low + dense + other, spent[-1] + low + dense + other + searched]
-    curve = curves.convergence(journal)
+    curve = trace_convergence(journal)
     assert [x for x, _ in curve] == pytest.approx(spent)
     assert [y for _, y in curve] == [0.8, 0.6, 0.6, 0.4], "neither the low fidelity nor the dense model counts"
 
@@ -270,29 +274,29 @@ def test_convergence_is_monotone(drawn: list[tuple[Allocation, float, int, str]]
     space = structured()
     header = JournalHeader(tokens=(LOW, HIGH), budget=Budget(params=LIMIT), space=space)
     journal = Journal(Path("unused"), header, {batch: [outcome(*item)] for batch, item in enumerate(drawn)}, None)
-    curve = curves.convergence(journal)
+    curve = trace_convergence(journal)
     assert all(a[0] < b[0] and a[1] >= b[1] for a, b in pairwise(curve))
-    eligible = [o.loss for o in curves.comparable(journal) if space.cost(o.request.allocation) <= LIMIT]
+    eligible = [o.loss for o in select_comparable(journal) if space.cost(o.request.allocation) <= LIMIT]
     assert len(curve) == len(eligible)
     assert not eligible or curve[-1][1] == min(eligible)
 
 
 def test_front_marks_and_spending(tmp_path: Path) -> None:
     journal = write_journal(tmp_path, OUTCOMES, structured())
-    front = curves.front(journal)
+    front = build_front(journal)
     assert [(point["params"], point["kl"]) for point in front["points"]] == [(980, 0.0), (380, 0.4), (360, 0.7)]
-    named = curves.allocations(journal.space, result_of(structured(), NAMED)["units"])
+    named = restore_allocations(journal.space, result_of(structured(), NAMED)["units"])
     assert named == NAMED
-    assert curves.marks(journal, named)["uniform"] == {"params": 540, "macs": 460, "kl": 0.8, "nll": 1.8}
-    assert [(point["params"], point["kl"]) for point in curves.cloud(journal)] == [
+    assert collect_marks(journal, named)["uniform"] == {"params": 540, "macs": 460, "kl": 0.8, "nll": 1.8}
+    assert [(point["params"], point["kl"]) for point in collect_candidates(journal)] == [
         (540, 0.8),
         (380, 0.6),
         (980, 0.0),
         (360, 0.7),
         (380, 0.4),
     ]
-    assert curves.starts(journal) == [], "a search of one budget begins with no front of uniform allocations"
-    spending = {(line.split, line.tokens): line for line in curves.spending(journal)}
+    assert collect_starts(journal) == [], "a search of one budget begins with no front of uniform allocations"
+    spending = {(line.split, line.tokens): line for line in sum_spending(journal)}
     assert spending["search", HIGH].evaluations == 5
     assert spending["selection", 2 * HIGH].candidate_tokens == pytest.approx(2000 * 300 / 900)
     assert spending["search", LOW].wall_s == 0.5
@@ -312,19 +316,19 @@ def test_what_training_changed(tmp_path: Path) -> None:
     space = structured()
     header = JournalHeader(tokens=(HIGH,), budget=Budget(params=LIMIT), space=space)
     journal = Journal(tmp_path, replace(header, training={"tokens": [64]}), batches, None)
-    (line,) = curves.training(journal)
+    (line,) = summarise_training(journal)
     assert (line["split"], line["tokens"], line["training"], line["evaluations"]) == ("search", HIGH, 64, 6)
     assert (line["before"], line["after"]) == pytest.approx((1.6, 0.4))
     # Ranks 1..6 against 4 5 6 1 2 3: 1 - 6 Σd² / (n (n² - 1)) = 1 - 6 · 54 / 210.
     assert line["rank_correlation"] == pytest.approx(1 - 6 * 54 / 210)
     assert line["rank_correlation_in_batch"] == pytest.approx(1.0)
-    assert len(curves.comparable(journal)) == 6, "what was not trained is not compared with what was"
-    marks = curves.marks(journal, {"uniform": UNIFORM, "searched": (0, 3, 0, 3)})
+    assert len(select_comparable(journal)) == 6, "what was not trained is not compared with what was"
+    marks = collect_marks(journal, {"uniform": UNIFORM, "searched": (0, 3, 0, 3)})
     assert {name: (mark["params"], mark["kl"]) for name, mark in marks.items()} == {
         "searched": (100 + 40 + 40 + 200, 0.5)
     }
-    assert [(line.training, line.evaluations) for line in curves.spending(journal)] == [(0, 1), (64, 6)]
-    assert curves.training(Journal(tmp_path, header, {0: [outcome(UNIFORM, 0.9)]}, None)) == []
+    assert [(line.training, line.evaluations) for line in sum_spending(journal)] == [(0, 1), (64, 6)]
+    assert summarise_training(Journal(tmp_path, header, {0: [outcome(UNIFORM, 0.9)]}, None)) == []
 
 
 def test_result_table_of_a_search_that_trains(finished: Path) -> None:
@@ -445,7 +449,7 @@ def test_sparsity_figure_takes_bars_or_a_heat_map() -> None:
 
 def test_front_figure_steps_where_the_budget_buys_more(tmp_path: Path) -> None:
     journal = write_journal(tmp_path, OUTCOMES, structured())
-    figure = figures.front_figure(curves.front(journal), cloud=curves.cloud(journal))
+    figure = figures.front_figure(build_front(journal), cloud=collect_candidates(journal))
     step = next(line for line in figure.axes[0].lines if line.get_label() == "front")
     assert step.get_drawstyle() == "steps-post"
     assert np.asarray(step.get_xdata()).tolist()[:3] == [360, 380, 980]
@@ -463,7 +467,7 @@ def front_run(finished: Path) -> Path:
         "value": 0.25,
         "curve": [[1, 511, 0.0], [2, 844, 0.125], [7, 3000, 0.25]],
     }
-    (finished / "front.json").write_text(json.dumps({**curves.front(journal), "hypervolume": kept}))
+    (finished / "front.json").write_text(json.dumps({**build_front(journal), "hypervolume": kept}))
     return finished
 
 
@@ -486,10 +490,10 @@ def test_page_of_a_front(front_run: Path) -> None:
 
 
 def test_front_figure_has_a_panel_for_each_cost(front_run: Path) -> None:
-    journal, front = Journal.read(front_run / "journal.jsonl"), curves.read_front(front_run / "front.json")
-    marks, starts = curves.marks(journal, NAMED), curves.starts(journal)
+    journal, front = Journal.read(front_run / "journal.jsonl"), read_front(front_run / "front.json")
+    marks, starts = collect_marks(journal, NAMED), collect_starts(journal)
     assert [(start["params"], start["kl"]) for start in starts] == [(540, 0.8)], "the first batch"
-    figure = figures.front_figure(front, marks, curves.cloud(journal), starts, {"params": 500})
+    figure = figures.front_figure(front, marks, collect_candidates(journal), starts, {"params": 500})
     assert [axes.get_xlabel() for axes in figure.axes] == [
         "parameters of the whole model",
         "multiply-accumulates of matrices per token",
@@ -510,7 +514,7 @@ def test_front_figure_has_a_panel_for_each_cost(front_run: Path) -> None:
 
 
 def test_hypervolume_figure_and_line(front_run: Path) -> None:
-    kept = curves.read_front(front_run / "front.json")["hypervolume"]
+    kept = read_front(front_run / "front.json")["hypervolume"]
     assert tables.hypervolume(kept) == (
         "hypervolume 0.2500 after 7 evaluations; reference point: kl 0.8000, params 980, macs 900"
     )

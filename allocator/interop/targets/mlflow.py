@@ -18,10 +18,11 @@ from allocator.core.costs import known_costs
 from allocator.core.errors import UserError
 from allocator.core.files import write_json
 from allocator.core.journal import Journal
+from allocator.core.outcomes import read_front
 from allocator.core.space import SearchSpace
+from allocator.core.spending import trace_convergence
 from allocator.interop.contract import Source, command
 from allocator.interop.targets.searches import SearchTarget, run_of
-from allocator.report import curves
 
 STORE, ARTIFACTS = "mlflow.db", "artifacts"
 
@@ -58,7 +59,7 @@ class MLflow(SearchTarget):
         """Write it."""
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         run = run_of(source)
-        front = curves.read_front(run / "front.json")
+        front = read_front(run / "front.json")
         # MLflow keeps connections to every store by its path, so that this one has a path of its own
         with tempfile.TemporaryDirectory(dir=folder.absolute()) as scratch:
             _log(source, Journal.read(run / "journal.jsonl"), front, Path(scratch))
@@ -124,7 +125,7 @@ def _course(journal: Journal, front: Mapping[str, Any], source: Source) -> Itera
             yield "hypervolume", volume, evaluations
             yield "candidate_tokens", tokens, evaluations
     else:
-        for spent, best in curves.convergence(journal):
+        for spent, best in trace_convergence(journal):
             yield f"best_{journal.loss}", best, round(spent)
     for name, figures in source.plan.measured.items():
         yield from ((f"{name}.{key}", value, 0) for key, value in figures.items())

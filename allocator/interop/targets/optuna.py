@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 from allocator.core.costs import costs_of, from_units
 from allocator.core.front import figure
 from allocator.core.journal import Journal
+from allocator.core.outcomes import find_front, list_objectives, select_comparable
 from allocator.core.plan import Plan
 from allocator.core.protocols import Outcome
 from allocator.core.space import SearchSpace
 from allocator.interop.contract import Source, command, write_lines
 from allocator.interop.targets.searches import SearchTarget, rounds, run_of
-from allocator.report import curves
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -84,7 +84,7 @@ def _name_metrics(study: Study, names: list[str]) -> None:
 
 
 def _objectives(journal: Journal) -> list[str]:
-    return curves.objectives(journal) if journal.header.objectives else [journal.loss]
+    return list_objectives(journal) if journal.header.objectives else [journal.loss]
 
 
 def _trials(journal: Journal, names: Sequence[str], plan: Plan) -> Iterator[FrozenTrial]:
@@ -93,8 +93,8 @@ def _trials(journal: Journal, names: Sequence[str], plan: Plan) -> Iterator[Froz
     from optuna.trial import TrialState
 
     space, begin, planned = journal.space, _BEGIN, (plan.space, plan.allocation)
-    complete = {outcome.request.key for outcome in curves.comparable(journal)}
-    members = {outcome.request.key: place for place, outcome in enumerate(curves.members(journal))}
+    complete = {outcome.request.key for outcome in select_comparable(journal)}
+    members = {outcome.request.key: place for place, outcome in enumerate(find_front(journal))}
     bounds = [] if journal.header.budget is None else [*journal.header.budget.limits.items()]
     distributions: dict[str, BaseDistribution] = {
         unit.name: optuna.distributions.IntDistribution(0, unit.num_levels - 1) for unit in space.units

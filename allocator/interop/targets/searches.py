@@ -7,8 +7,8 @@ from pathlib import Path
 
 from allocator.core.errors import UserError
 from allocator.core.journal import Journal
+from allocator.core.outcomes import select_comparable
 from allocator.interop.contract import Source, Target
-from allocator.report import curves
 
 
 class SearchTarget(Target):
@@ -28,7 +28,7 @@ class SearchTarget(Target):
                 f"export: {self.name} shows a search, and this is a plan alone. Name the folder of a run, or a plan "
                 "beside its journal.jsonl"
             )
-        if not curves.comparable(Journal.read(source.run / "journal.jsonl")):
+        if not select_comparable(Journal.read(source.run / "journal.jsonl")):
             raise UserError(f"{source.run}: nothing is measured on all tokens yet. Resume the search")
 
 
