@@ -49,7 +49,8 @@ from allocator.pruning.calibration.build import prune_on_dense_inputs
 from allocator.pruning.calibration.problem import Calibration
 from allocator.pruning.levels.store import create_store
 from allocator.run.config.load import load_config
-from allocator.run.job import Job, prepare
+from allocator.run.job import Job
+from allocator.run.prepare import prepare_job
 from allocator.searchers.loop import Measurer, search
 from allocator.searchers.methods.evolution import EvolutionSettings, ExchangeEvolution, exchange
 from allocator.searchers.methods.steady import SteadyEvolution, SteadySettings
@@ -80,7 +81,7 @@ def offspring(job: Job, count: int, tokens: int, seed: int) -> list[Request]:
 @contextlib.contextmanager
 def prepared() -> Iterator[tuple[Job, EngineSpec]]:
     """Yield the packaged model's job at half of its units, and what an engine on a level store of it is made from."""
-    job = prepare(load_config(None, {"workers": 0}, ["tokens.calibration=4096", "search.rounds=1"]))
+    job = prepare_job(load_config(None, {"workers": 0}, ["tokens.calibration=4096", "search.rounds=1"]))
     walker, text = BlockWalker(load_model(job.checkpoint), job.layout), torch.from_numpy(job.tokens["calibration"])
     levels = prune_on_dense_inputs(Calibration(walker, job.checkpoint, job.layout, job.space, job.pruner, text))
     with tempfile.TemporaryDirectory() as scratch:

@@ -311,17 +311,17 @@ class Killer(Silent):
         self.steps, self.said, self.killed = 0, list[str](), list[int]()
         self._search = False
 
-    def phase(self, name: str, total: int | None = None) -> None:
+    def start_phase(self, name: str, total: int | None = None) -> None:
         self._search = name == "search"
 
-    def step(self, done: int, note: str = "") -> None:
+    def advance(self, done: int, note: str = "") -> None:
         self.steps += self._search
         if self._search and self.steps == 5:
             self._kill("ray::Worker")
         if self._search and self.steps == 10:
             threading.Thread(target=self._kill, args=("ray::Worker.measure",), daemon=True).start()
 
-    def say(self, message: str) -> None:
+    def notify(self, message: str) -> None:
         self.said.append(message)
 
     def _kill(self, title: str) -> None:
@@ -370,7 +370,7 @@ def test_a_search_says_what_training_changed(finished_trained: Any, finished: di
     kept = {path.name for path in finished_trained.folder.iterdir()}
     assert kept == {path.name for path in finished["structured"].folder.iterdir()}
     assert "What training changed" in (finished_trained.folder / "report.html").read_text()
-    chosen = allocator.commands.api.plan_from_run(finished_trained.folder, 0.5)
+    chosen = allocator.open_run(finished_trained.folder).plan(0.5)
     assert chosen.provenance["training"] == plan.provenance["training"]
 
 

@@ -174,7 +174,7 @@ def searched(model: Path, pattern: str, text: Path, runs_dir: Path) -> Any:
 
 def goes_the_whole_way(model: Path, pattern: str, text_folder: Path, tmp_path: Path) -> None:
     flags = {"model": str(model), "pattern": pattern}
-    space, _ = allocator.inspect(load_config(None, flags, []))
+    space, _ = allocator.inspect(config=load_config(None, flags, []))
     dense = load_model(read_checkpoint(model))
     kept = [buffer for name, buffer in dense.named_buffers() if name in dense.state_dict()]
     assert space.cost(space.dense) == sum(tensor.numel() for tensor in (*dense.parameters(), *kept))
@@ -210,7 +210,7 @@ def test_a_model_that_does_not_generate_goes_the_whole_way(
     checkpoint = read_checkpoint(model)
     text = labelled if "Sequence" in architecture else text_folder if checkpoint.kind.reads == "text" else pixels
     flags = {"model": str(model), "pattern": pattern}
-    space, _ = allocator.inspect(load_config(None, flags, []))
+    space, _ = allocator.inspect(config=load_config(None, flags, []))
     assert space.cost(space.dense) == sum(p.numel() for p in load_model(checkpoint).parameters())
     assert {"prefill_macs", "weight_bytes"} < {*space.fixed}
     assert not {"kv_bytes", "decode_macs"} & {*space.fixed}

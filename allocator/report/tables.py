@@ -471,3 +471,14 @@ def _table(title: str) -> Table:
 
 def _plural(amount: int, noun: str) -> str:
     return f"{amount:,} {noun}{'' if amount == 1 else 's'}"
+
+
+def figures_line(figures: Mapping[str, float]) -> str:
+    """Return what was measured of one checkpoint, on one line."""
+    measured = [f"{name} {figures[name]:.3f}" for name in ("perplexity", "accuracy") if name in figures]
+    if "hidden" in figures:
+        distance = f"relative distance of states from dense {figures['hidden']:.4f}"
+    else:
+        distance = f"KL from dense {figures['kl']:.4f} nats"
+    per_token = " per token" if "perplexity" in figures else ""
+    return ", ".join([f"{figures['params']:,} parameters", *measured, distance + per_token])

@@ -197,8 +197,8 @@ def test_json_is_alone_on_standard_output(cli: Cli, search_args: list[object], m
         print("(raylet) A worker died")
         return prepare(*arguments)
 
-    prepare = workflow.prepare
-    monkeypatch.setattr(workflow, "prepare", noisy)
+    prepare = workflow.prepare_job
+    monkeypatch.setattr(workflow, "prepare_job", noisy)
     answer = answered(cli(*search_args, "--json"))
     assert answer.json["seed"] == 0
     assert "(raylet)" in answer.err

@@ -158,7 +158,7 @@ def test_a_closed_rule_needs_no_level_store(cli: Cli, compare_args: list[object]
 
 
 def test_the_default_name_is_not_that_of_a_search(tiny_model: Path) -> None:
-    config = comparison.comparison_config(None, {"model": str(tiny_model)}, (), resume=False)
+    config = comparison.build_comparison_config(tiny_model, None, {}, resume=False)
     assert config.run_name.endswith("-structured-0.5-seed0-compare")
 
 

@@ -22,12 +22,12 @@ WORK = ["--set", "workload.prompt=48", "--set", "workload.generate=8"]
 @pytest.fixture(scope="session")
 def table(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A latency table of the tiny model, measured here."""
-    from allocator.commands import api
+    import allocator as api
     from allocator.run.config.load import load_config
 
     path = tmp_path_factory.mktemp("latency") / "table.json"
     config = load_config(None, {"model": str(tiny_model)}, [item for item in WORK if "=" in item])
-    api.latency(config, path, repeats=15)
+    api.measure_latency(path, config=config, repeats=15)
     return path
 
 

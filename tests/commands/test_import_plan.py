@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from allocator.commands import api
+import allocator as api
 from allocator.core.errors import UserError
 from allocator.core.plan import Plan
 from allocator.model.checkpoint.headers import read_checkpoint

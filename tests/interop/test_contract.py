@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from allocator.commands import api
+import allocator as api
 from allocator.core.errors import UserError
 from allocator.interop.contract import PLANNED, VERIFY, Target, check, write_verify
 from allocator.interop.targets.matrices import matrices

@@ -17,7 +17,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from allocator.commands import api
+import allocator as api
 from allocator.core.budget import fits
 from allocator.core.errors import UserError
 from allocator.core.journal import Journal
@@ -146,7 +146,7 @@ def test_optuna_dashboard_shows_the_study(dashboard: str, searched: Path) -> Non
 EXPORT = """
 import site, sys
 site.addsitedir(sys.argv[1])  # what allocator needs, behind what the environment has
-from allocator.commands import api
+import allocator as api
 for out in ("one", "two"):
     print(*api.export(sys.argv[2], "mlflow", out, model=sys.argv[3]), sep="\\n")
 """

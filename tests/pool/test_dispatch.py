@@ -32,7 +32,7 @@ from allocator.pruning.calibration.problem import Calibration, UnitProblem
 from allocator.pruning.levels.assemble import CompactLevels
 from allocator.pruning.levels.store import LevelStore, StoreBuilder, create_store
 from allocator.run.config.load import load_config
-from allocator.run.job import prepare
+from allocator.run.prepare import prepare_job
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -64,7 +64,7 @@ def bench(tiny_model: Path, text_folder: Path, tmp_path_factory: pytest.TempPath
     """A job with its level store, and twelve random allocations at two fidelities of two splits."""
 
     config = load_config(None, {"model": str(tiny_model), "text": text_folder, "workers": 0}, SETTINGS)
-    job = prepare(config)
+    job = prepare_job(config)
     walker = BlockWalker(load_model(job.checkpoint), job.layout)
     calibration = torch.from_numpy(job.tokens["calibration"])
     levels = prune_on_dense_inputs(Calibration(walker, job.checkpoint, job.layout, job.space, job.pruner, calibration))

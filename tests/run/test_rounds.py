@@ -29,7 +29,7 @@ from allocator.model.family.space import build_space
 from allocator.run import directory as folder
 from allocator.run.config.load import load_config
 from allocator.run.config.run import RunConfig
-from allocator.run.job import read_model
+from allocator.run.model import read_model
 from allocator.run.reporting import Silent
 from allocator.searchers.coarse_to_fine import recentre, translated
 from allocator.searchers.decide import decide
@@ -207,11 +207,11 @@ class Stopping(Silent):
     def __init__(self, pressed: list[tuple[str, int]]) -> None:
         self._pressed, self._at = pressed, ("", 0)
 
-    def phase(self, name: str, total: int | None = None) -> None:
+    def start_phase(self, name: str, total: int | None = None) -> None:
         self._at = (name, 0)
         self._press()
 
-    def step(self, done: int, note: str = "") -> None:
+    def advance(self, done: int, note: str = "") -> None:
         self._at = (self._at[0], self._at[1] + 1)
         self._press()
 

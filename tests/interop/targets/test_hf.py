@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlamaForCausalLM
 
-from allocator.commands import api
+import allocator as api
 from allocator.core.errors import UserError
 from allocator.interop.targets.hf import HuggingFace
 from allocator.model.checkpoint.headers import read_checkpoint

@@ -11,7 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from allocator.commands import api
+import allocator as api
 from allocator.core.errors import UserError
 from allocator.interop.contract import check
 from allocator.interop.targets.llm_compressor import LlmCompressor

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from allocator.commands import api
+import allocator as api
 from allocator.core.errors import UserError
 from allocator.core.space import Unit
 from allocator.interop.contract import check
