@@ -28,7 +28,7 @@ from allocator.model.data.examples import Examples
 from allocator.model.family.layout import resolve_layout
 from allocator.model.family.schema import find_family
 from allocator.model.family.space import build_space
-from allocator.model.live import write as checkpoint
+from allocator.model.live import write
 from allocator.model.live.load import load_model
 from allocator.model.live.walk import SEQUENCES_PER_BATCH
 from allocator.pruning.calibration import problem
@@ -240,7 +240,7 @@ def test_a_failed_factorisation_is_said_and_never_the_identity(case, name, patte
     unit = build_space(layout, checkpoint, pattern, 0.5).units[-1]
     assert "mlp" in unit.name
     output = f"{layout.sub_blocks[-1].output}.weight"
-    weight, statistics = checkpoint.read_tensors(checkpoint, [output])[output], Gram(48)
+    weight, statistics = write.read_tensors(checkpoint, [output])[output], Gram(48)
     statistics.add(torch.randn(200, 48, generator=torch.Generator().manual_seed(0)))
 
     def levels(damping, report=lambda message: None):
@@ -284,7 +284,7 @@ def test_logits_of_a_whole_batch_are_never_held(case, engine, loss):
 def test_levels_are_read_once(case, engine, monkeypatch):
     """Hundreds of megabytes that are read from disk again for every candidate."""
     opened = []
-    for module in (store, checkpoint):
+    for module in (store, write):
         original = module.safe_open
         monkeypatch.setattr(
             module, "safe_open", lambda path, *a, _open=original, **k: opened.append(path) or _open(path, *a, **k)
