@@ -35,6 +35,7 @@ from allocator.evaluation import trie
 from allocator.evaluation.engine import Engine, EngineSpec
 from allocator.evaluation.loss import divergence
 from allocator.model.checkpoint.headers import PACKAGED, locate, read_checkpoint
+from allocator.model.data.examples import Examples
 from allocator.model.family.layout import resolve_layout
 from allocator.model.family.schema import find_family
 from allocator.model.family.space import build_space
@@ -67,7 +68,7 @@ class Case:
         return self.spec.space
 
     def engine(self) -> Engine:
-        return Engine(self.spec, {"search": self.tokens})
+        return Engine(self.spec, {"search": Examples.from_ids(self.tokens)})
 
     def request(self, allocation: Allocation) -> Request:
         return Request(allocation, self.tokens.size)
@@ -88,7 +89,7 @@ def make_case(name: str, folder: Path) -> Case:
     space = build_space(layout, checkpoint, "structured", 0.5)
     vocabulary = checkpoint.config["vocab_size"]
     tokens = np.random.default_rng(0).integers(0, vocabulary, size=(8, length))
-    calibration = EngineSpec(checkpoint, layout, space, pruner=Obs()).calibration(torch.from_numpy(tokens))
+    calibration = EngineSpec(checkpoint, layout, space, pruner=Obs()).calibration(Examples.from_ids(tokens))
     store = create_store(folder / "levels", {}, prune_on_dense_inputs(calibration))
     return Case(name, EngineSpec(checkpoint, layout, space, store), tokens[:sequences], repeats)
 
@@ -123,8 +124,9 @@ def floor(case: Case, scratch: Path) -> list[Row]:
     def plain(model: torch.nn.Module) -> None:
         for lesson in lessons:
             taught = lesson.kept or engine._teacher._taught(lesson)
-            logits_btv = model(lesson.tokens_bt, use_cache=False).logits
-            divergence(taught, logits_btv, lambda logits_nv: logits_nv, lesson.tokens_bt)
+            tokens_bt = lesson.examples.inputs["input_ids"]
+            logits_btv = model(tokens_bt, use_cache=False).logits
+            divergence(taught, logits_btv, lambda logits_nv: logits_nv, tokens_bt)
 
     for share in SHARES:
         allocations = [case.random(share, seed) for seed in range(3)]
@@ -232,7 +234,7 @@ def _ours(checkpoint, layout, space, store, job, tokens) -> Callable[[Allocation
     from allocator.pruning.levels.store import open_store
 
     levels = open_store(store, {})
-    engine = Engine(EngineSpec(checkpoint, layout, space, levels), {"search": tokens})
+    engine = Engine(EngineSpec(checkpoint, layout, space, levels), {"search": Examples.from_ids(tokens)})
     engine.measure(Request(space.dense, tokens.size))
     seen: set[tuple[str, int]] = set()
 
@@ -314,7 +316,8 @@ def _bound(case: Case, engine: Engine, allocations: Sequence[Allocation]) -> flo
     """
     walker = engine._walker
     lessons = engine._teacher.lessons("search", case.tokens.size, "kl")
-    hidden = [torch.randn(*lesson.tokens_bt.shape, case.spec.checkpoint.config["hidden_size"]) for lesson in lessons]
+    width = case.spec.checkpoint.config["hidden_size"]
+    hidden = [torch.randn(*lesson.examples.inputs["input_ids"].shape, width) for lesson in lessons]
     pairs = list(zip(lessons, hidden, strict=True))
     judging, heading = [], []
     with torch.inference_mode():

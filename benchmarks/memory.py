@@ -33,6 +33,7 @@ from allocator.core.protocols import Request
 from allocator.core.space import Allocation
 from allocator.evaluation.engine import Engine, EngineSpec
 from allocator.model.checkpoint.headers import read_checkpoint
+from allocator.model.data.examples import Examples
 from allocator.model.family.layout import resolve_layout
 from allocator.model.family.schema import find_family
 from allocator.model.family.space import build_space
@@ -83,20 +84,20 @@ def half(one: EngineSpec) -> Allocation:
 
 def build_dense(folder: Path) -> None:
     shutil.rmtree(folder / "levels", ignore_errors=True)
-    calibration = spec(folder).calibration(torch.from_numpy(tokens("calibration")))
+    calibration = spec(folder).calibration(Examples.from_ids(tokens("calibration")))
     create_store(folder / "levels", {}, prune_on_dense_inputs(calibration))
 
 
 def build_path(folder: Path) -> None:
     shutil.rmtree(folder / "levels-path", ignore_errors=True)
     one = spec(folder)
-    calibration = one.calibration(torch.from_numpy(tokens("calibration")))
+    calibration = one.calibration(Examples.from_ids(tokens("calibration")))
     create_store(folder / "levels-path", {}, prune_on_pruned_inputs(calibration, half(one), every_level=True))
 
 
 def search(folder: Path) -> None:
     one, ids = spec(folder), tokens("search")
-    engine, rng = Engine(one, {"search": ids}), np.random.default_rng(0)
+    engine, rng = Engine(one, {"search": Examples.from_ids(ids)}), np.random.default_rng(0)
     limit = Budget(params=one.space.limit_for(0.5))
     for _ in range(CANDIDATES):
         levels = rng.integers([unit.num_levels for unit in one.space.units]).tolist()

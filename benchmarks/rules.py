@@ -55,7 +55,7 @@ def run(name: str, store: Store, runs_dir: Path) -> dict[str, Any]:
             reporter=live,
             **common,
         )
-    return {"searches": searches, "kl": {rule: line["kl"] for rule, line in compared["measured"].items()}}
+    return {"searches": searches, "kl": {rule: line["kl"] for rule, line in compared.measured.items()}}
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:

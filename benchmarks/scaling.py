@@ -32,7 +32,6 @@ from typing import Any
 
 import numpy as np
 import ray
-import torch
 from ray.cluster_utils import Cluster
 
 from allocator.core.budget import Budget
@@ -82,7 +81,7 @@ def offspring(job: Job, count: int, tokens: int, seed: int) -> list[Request]:
 def prepared() -> Iterator[tuple[Job, EngineSpec]]:
     """Yield the packaged model's job at half of its units, and what an engine on a level store of it is made from."""
     job = prepare_job(load_config(None, {"workers": 0}, ["tokens.calibration=4096", "search.rounds=1"]))
-    walker, text = BlockWalker(load_model(job.checkpoint), job.layout), torch.from_numpy(job.tokens["calibration"])
+    walker, text = BlockWalker(load_model(job.checkpoint), job.layout), job.tokens["calibration"].to_tensors()
     levels = prune_on_dense_inputs(Calibration(walker, job.checkpoint, job.layout, job.space, job.pruner, text))
     with tempfile.TemporaryDirectory() as scratch:
         yield job, job.engine_spec(create_store(Path(scratch) / "levels", job.store_key, levels))

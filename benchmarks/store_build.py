@@ -12,6 +12,7 @@ import torch
 
 from allocator.core.space import SearchSpace
 from allocator.evaluation.engine import EngineSpec
+from allocator.model.data.examples import Examples
 from allocator.model.family.space import build_space
 from allocator.model.live.stream import StreamedWalker
 from allocator.model.live.write import read_tensors
@@ -54,7 +55,12 @@ def _space(spec: EngineSpec, pattern: str, sparsities: list[float]) -> SearchSpa
 
 def _calibration(spec: EngineSpec, space: SearchSpace, pruner: LocalPruner, tokens_nt: torch.Tensor) -> Calibration:
     return Calibration(
-        StreamedWalker(spec.checkpoint, spec.layout), spec.checkpoint, spec.layout, space, pruner, tokens_nt
+        StreamedWalker(spec.checkpoint, spec.layout),
+        spec.checkpoint,
+        spec.layout,
+        space,
+        pruner,
+        Examples.from_ids(tokens_nt),
     )
 
 

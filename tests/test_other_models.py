@@ -122,7 +122,7 @@ def test_compare_and_a_plan_alone(make_other: Callable[..., Path], pixels: Path,
     found = allocator.compare(
         model, target=0.5, rules=["uniform"], workers=0, name="c", runs_dir=tmp_path, text=pixels, settings=SETTINGS
     )
-    assert found["measured"]["dense"]["hidden"] == pytest.approx(0, abs=1e-9)
+    assert found.measured["dense"]["hidden"] == pytest.approx(0, abs=1e-9)
     with pytest.raises(UserError, match="ecoflap follows the likelihood of text"):
         allocator.compare(
             model,

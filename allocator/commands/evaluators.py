@@ -6,8 +6,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-
 from allocator.evaluation.engine import EngineSpec, LocalEvaluator
 from allocator.model.data.examples import Examples
 from allocator.run.config.run import RunConfig
@@ -28,7 +26,7 @@ def connect(config: RunConfig, reporter: Reporter) -> Iterator[None]:
 
 @contextmanager
 def open_evaluator(
-    spec: EngineSpec, tokens: Mapping[str, np.ndarray | Examples], config: RunConfig, reporter: Reporter
+    spec: EngineSpec, tokens: Mapping[str, Examples], config: RunConfig, reporter: Reporter
 ) -> Iterator[Any]:
     """Yield the evaluator of a configuration, and close it at the end."""
     if config.workers == 0:

@@ -6,15 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from allocator.commands.dense_model import choose_model, open_plan_model
 from allocator.core.errors import UserError
 from allocator.core.files import check_apart, check_new_folder, fingerprint
 from allocator.core.plan import Plan
 from allocator.evaluation.engine import EngineSpec
 from allocator.model.checkpoint.headers import Checkpoint
-from allocator.model.data.examples import Examples, fingerprint_examples
 from allocator.model.data.read import read_examples
 from allocator.model.family.layout import Layout
 from allocator.pruning.calibration.build import prune_on_dense_inputs, prune_on_pruned_inputs
@@ -132,12 +129,11 @@ def _prune_levels(
     """Return the compact levels of every unit, pruned as the plan says."""
     settings = plan.pruner
     split, length = {"calibration": settings["tokens"]}, settings["sequence_length"]
-    shown: np.ndarray | Examples
     if len(texts) > 1:
-        shown = read_texts(texts, checkpoint, split, length)["calibration"]
+        examples = read_texts(texts, checkpoint, split, length)["calibration"]
     else:
-        shown = read_examples(next(iter(texts.values())), checkpoint, split, length)["calibration"]
-    if fingerprint_examples(shown) != settings["calibration"]:
+        examples = read_examples(next(iter(texts.values())), checkpoint, split, length)["calibration"]
+    if examples.fingerprint() != settings["calibration"]:
         raise UserError(
             "text: the plan was made with other calibration text. Name the same with --text, run the same Python "
             "version if it was the standard library, or put the plan together from its run's level store with "
@@ -147,7 +143,7 @@ def _prune_levels(
     pruner = make_pruner(settings["name"], plan.space.pattern, damping, bias, experts)
     reporter.start_phase("pruning", len(layout.blocks))
     spec = EngineSpec(checkpoint, layout, plan.space, None, pruner, settings["dtype"], settings["threads"])
-    calibration = spec.calibration(shown, reporter.advance, reporter.notify)
+    calibration = spec.calibration(examples, reporter.advance, reporter.notify)
     if execution == "recompute":
         return dict(prune_on_pruned_inputs(calibration, plan.allocation, every_level=False))
     if settings["inputs"] == "dense":

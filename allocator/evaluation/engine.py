@@ -10,7 +10,6 @@ from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from allocator.core.effort import EXPANSION_POSITIONS
@@ -25,7 +24,7 @@ from allocator.evaluation.teacher import Lesson, Sums, Teacher
 from allocator.evaluation.training import Trainer, Training
 from allocator.evaluation.training_states import States
 from allocator.model.checkpoint.headers import Checkpoint, read_checkpoint
-from allocator.model.data.examples import Examples, as_tensors
+from allocator.model.data.examples import Examples
 from allocator.model.family.layout import Layout
 from allocator.model.live.load import load_model
 from allocator.model.live.stream import StreamedWalker
@@ -79,14 +78,14 @@ class EngineSpec:
     domains: tuple[str, ...] = ()
 
     def calibration(
-        self, tokens: np.ndarray | Examples, progress: Progress = lambda done: None, notify: Notify = silent
+        self, examples: Examples, progress: Progress = lambda done: None, notify: Notify = silent
     ) -> Calibration:
-        """Return what pruning works on: the model, block by block from disk, and token ids [sequences, length]."""
+        """Return what pruning works on: the model, block by block from disk, and examples."""
         assert self.pruner is not None
         torch.set_num_threads(self.threads)
         walker = StreamedWalker(self.checkpoint, self.layout, DTYPES[self.dtype])
         return Calibration(
-            walker, self.checkpoint, self.layout, self.space, self.pruner, as_tensors(tokens), progress, notify
+            walker, self.checkpoint, self.layout, self.space, self.pruner, examples.to_tensors(), progress, notify
         )
 
 
@@ -108,12 +107,12 @@ class Execution:
 class Engine:
     """Measures allocations on token sequences. One model, one device, no state between measurements."""
 
-    def __init__(self, spec: EngineSpec, tokens: Mapping[str, np.ndarray | Examples]) -> None:
+    def __init__(self, spec: EngineSpec, tokens: Mapping[str, Examples]) -> None:
         """Load the model.
 
         Args:
             spec: What to load.
-            tokens: Token ids [sequences, length] of each split, or other examples; a fidelity is a prefix of them.
+            tokens: Examples of each split; a fidelity is a prefix of them.
 
         Raises:
             UserError: The device is not there.
@@ -122,10 +121,10 @@ class Engine:
         torch.set_num_threads(spec.threads)
         self._spec = spec
         self._arrays = tokens
-        self._tokens = {split: as_tensors(shown) for split, shown in tokens.items()}
+        self._tokens = {split: examples.to_tensors() for split, examples in tokens.items()}
         self._walker = self._load(spec.checkpoint)
-        some = next(iter(self._tokens.values()))[:1]
-        self._walker.check((some if isinstance(some, Examples) else some[:, :_CHECKED]).to(spec.device))
+        example = next(iter(self._tokens.values()))[:1]
+        self._walker.check(example.first_tokens(_CHECKED).to(spec.device))
         self._switchboard: LevelSwitch | None = None
         if spec.store is not None:
             assembler = Assembler(spec.checkpoint, spec.layout, spec.space, spec.store, self._walker.model)
@@ -133,8 +132,8 @@ class Engine:
             self._expander = Expander(self._walker, spec.layout, spec.space, assembler, self._switchboard)
         self._trainer: Trainer | None = None
         if spec.store is not None and spec.training is not None:
-            text = self._tokens["training"]
-            assert isinstance(text, torch.Tensor), "causal language models alone are trained"
+            assert spec.layout.kind.generates, "causal language models alone are trained"
+            text = self._tokens["training"].inputs["input_ids"]
             self._trainer = Trainer(
                 spec.checkpoint,
                 spec.layout,
@@ -145,7 +144,7 @@ class Engine:
                 DTYPES[spec.dtype],
                 spec.device,
             )
-        on_device = {split: ids.to(spec.device) for split, ids in self._tokens.items()}
+        on_device = {split: examples.to(spec.device) for split, examples in self._tokens.items()}
         self._teacher = Teacher(self._walker, on_device, lambda: self._switch(spec.space.dense))
 
     def measure(self, request: Request) -> Outcome:
@@ -157,7 +156,7 @@ class Engine:
         groups: dict[tuple[str, int, Probe], list[Request]] = {}
         for request in requests:
             if request.probe == "expansion":
-                count = num_portions(request.tokens, self._tokens[request.split].shape[1])
+                count = num_portions(request.tokens, self._tokens[request.split].length)
                 yield expanded(request, self._spec.loss, [self.expand(request, index) for index in range(count)])
             else:
                 groups.setdefault((request.split, request.tokens, request.probe), []).append(request)
@@ -170,7 +169,7 @@ class Engine:
         assert not request.training, "an expansion is of what was not trained"
         start_s = time.perf_counter()
         lessons = self._teacher.lessons(request.split, request.tokens, self._spec.loss)
-        edges = [0, *accumulate(lesson.shown.numel() for lesson in lessons)]
+        edges = [0, *accumulate(lesson.examples.num_tokens for lesson in lessons)]
         own = slice(index * LESSONS_PER_PORTION, (index + 1) * LESSONS_PER_PORTION)
         start, end = edges[own.start], edges[min(own.stop, len(lessons))]
         every = -(-request.tokens // EXPANSION_POSITIONS)
@@ -225,7 +224,7 @@ class Engine:
         split, tokens = requests[0].split, requests[0].tokens
         lessons = self._teacher.lessons(split, tokens, self._spec.loss)
         features = {n: self._teacher.features(split, tokens, n) for n in {r.blocks for r in requests} - {0}}
-        embedded = [walker.embed(lesson.shown) for lesson in lessons]
+        embedded = [walker.embed(lesson.examples) for lesson in lessons]
         limit = BOUNDARY_BYTES // sum(batch_btd.nbytes for batch_btd in embedded)
         kept: dict[int, list[torch.Tensor]] = {}
         turned: list[float] = []
@@ -273,7 +272,7 @@ class Engine:
         assert self._trainer is not None, "the run says how to train"
         request, loss = before.request, self._spec.loss
         # a whole split is a search's last word on an allocation: nothing will go on from it
-        keep = request.tokens < self._tokens[request.split].numel()
+        keep = request.tokens < self._tokens[request.split].num_tokens
         walker = BlockWalker(self._trainer.trained(request, keep), self._spec.layout)
         measured, parts = self._judge(walker, self._teacher.lessons(request.split, request.tokens, loss))
         measured[f"{loss}{BEFORE}"] = before.loss
@@ -281,7 +280,9 @@ class Engine:
 
     def _judge(self, walker: BlockWalker, lessons: Sequence[Lesson]) -> tuple[dict[str, float], tuple[float, ...]]:
         """Measure a whole model."""
-        sums = [self._teacher.judge(lesson, walker, walker.run_all(walker.embed(lesson.shown))) for lesson in lessons]
+        sums = [
+            self._teacher.judge(lesson, walker, walker.run_all(walker.embed(lesson.examples))) for lesson in lessons
+        ]
         return self._means(sums, lessons)
 
     def _means(self, sums: Sequence[Sums], lessons: Sequence[Lesson]) -> tuple[dict[str, float], tuple[float, ...]]:
@@ -338,7 +339,7 @@ def _accuracy(walker: BlockWalker, lessons: Sequence[Lesson]) -> dict[str, float
     """Return the share of examples whose most probable class is their label; nothing where they have none."""
     right = known = 0
     for lesson in lessons:
-        read, head = walker.logit_inputs(walker.run_all(walker.embed(lesson.shown)), lesson.shown)
+        read, head = walker.logit_inputs(walker.run_all(walker.embed(lesson.examples)), lesson.examples)
         right += int((head(read).argmax(-1) == lesson.wanted_bp).sum())
         known += lesson.positions
     return {"accuracy": right / known} if known else {}
@@ -362,7 +363,7 @@ def _check_finite(measured: Mapping[str, float]) -> None:
 class LocalEvaluator:
     """Measures in this process."""
 
-    def __init__(self, spec: EngineSpec, tokens: Mapping[str, np.ndarray | Examples], notify: Notify = silent) -> None:
+    def __init__(self, spec: EngineSpec, tokens: Mapping[str, Examples], notify: Notify = silent) -> None:
         """Take what an engine is made from; ``notify`` hears what a user should know."""
         self._spec, self._tokens, self._notify = spec, tokens, notify
 

@@ -106,12 +106,13 @@ class Expander:
         lessons' positions tell the size of changes.
         """
         walker, space = self._walker, self._space
-        count = sum(lesson.shown.numel() for lesson in lessons)  # what examples count as: not what every block reads
+        # what examples count as: not what every block reads
+        count = sum(lesson.examples.num_tokens for lesson in lessons)
         between: list[list[torch.Tensor]] = []
         sums: list[Sums] = []
         gradients: list[torch.Tensor] = []
         for lesson in lessons:
-            states = [walker.embed(lesson.shown)]
+            states = [walker.embed(lesson.examples)]
             for index in range(len(walker.blocks)):
                 states.append(walker.run(index, states[-1]))
             leaving_btd = states.pop()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from allocator.evaluation.loss import Loss, Targets, displacement, divergences, summed, targets, wanted
-from allocator.model.data.examples import Shown
+from allocator.model.data.examples import Examples
 from allocator.model.live.walk import SEQUENCES_PER_BATCH, BlockWalker
 
 KEPT_BYTES = 256 << 20
@@ -24,14 +24,14 @@ class Lesson:
 
     Attributes:
         loss: What the student is judged by.
-        shown: Token ids [B, T], or other examples.
+        examples: The batch.
         wanted_bp: What the text or the labels want at every position that has logits; -100 where they want nothing.
         hidden_btd: What leaves the last block, where it is needed again.
         kept: The distributions, if there was room for them.
     """
 
     loss: Loss
-    shown: Shown
+    examples: Examples
     wanted_bp: torch.Tensor
     hidden_btd: torch.Tensor | None
     kept: tuple[Targets, ...] | None
@@ -45,7 +45,7 @@ class Lesson:
 class Teacher:
     """Lessons by split. The walker's model is made dense whenever something new is to be computed."""
 
-    def __init__(self, walker: BlockWalker, tokens: Mapping[str, Shown], make_dense: Callable[[], None]) -> None:
+    def __init__(self, walker: BlockWalker, tokens: Mapping[str, Examples], make_dense: Callable[[], None]) -> None:
         self._walker, self._tokens, self._make_dense = walker, tokens, make_dense
         self._lessons: dict[tuple[Loss, str, int, int], Lesson] = {}
         self._features: dict[tuple[int, str, int, int], torch.Tensor] = {}
@@ -79,12 +79,13 @@ class Teacher:
         total = nll = student_btd.new_zeros(len(student_btd), dtype=torch.float64)
         if lesson.loss != "hidden" or lesson.positions:
             total, nll = summed(
-                self._taught(lesson), *student.logit_inputs(student_btd, lesson.shown), lesson.wanted_bp
+                self._taught(lesson), *student.logit_inputs(student_btd, lesson.examples), lesson.wanted_bp
             )
         if lesson.loss == "hidden":
             assert lesson.hidden_btd is not None
             given, own = (
-                w.final_states(h, lesson.shown) for w, h in ((self._walker, lesson.hidden_btd), (student, student_btd))
+                w.final_states(h, lesson.examples)
+                for w, h in ((self._walker, lesson.hidden_btd), (student, student_btd))
             )
             return (*displacement(given, own), nll)
         if lesson.loss == "nll":
@@ -96,12 +97,12 @@ class Teacher:
         leaf_btd = student_btd.detach().requires_grad_()
         if lesson.loss == "hidden":
             assert lesson.hidden_btd is not None
-            given = self._walker.final_states(lesson.hidden_btd, lesson.shown)
-            distance_b, _ = displacement(given, student.final_states(leaf_btd, lesson.shown))
+            given = self._walker.final_states(lesson.hidden_btd, lesson.examples)
+            distance_b, _ = displacement(given, student.final_states(leaf_btd, lesson.examples))
             distance_b.sum().backward()
             assert leaf_btd.grad is not None
             return leaf_btd.grad
-        read, head = student.logit_inputs(leaf_btd, lesson.shown)
+        read, head = student.logit_inputs(leaf_btd, lesson.examples)
         inner = read.detach().requires_grad_()
         # chunk by chunk, so that logits of one chunk alone are held
         for kl_n, nll_n in divergences(self._taught(lesson), inner, head, lesson.wanted_bp):
@@ -112,26 +113,26 @@ class Teacher:
     def _taught(self, lesson: Lesson) -> Iterable[Targets] | None:
         if lesson.kept is None and lesson.loss in ("kl", "topk_kl"):
             assert lesson.hidden_btd is not None
-            return targets(lesson.loss, *self._walker.logit_inputs(lesson.hidden_btd, lesson.shown))
+            return targets(lesson.loss, *self._walker.logit_inputs(lesson.hidden_btd, lesson.examples))
         return lesson.kept
 
     def _batches(self, split: str, tokens: int) -> list[tuple[int, int]]:
         """Return the first sequence of each batch, and how many it has."""
-        length = self._tokens[split].shape[1]
+        length = self._tokens[split].length
         assert tokens % length == 0, f"{tokens} tokens are not whole sequences of {length}"
-        assert tokens <= self._tokens[split].numel(), f"{tokens} tokens of the {split} split were not packed"
+        assert tokens <= self._tokens[split].num_tokens, f"{tokens} tokens of the {split} split were not packed"
         count = tokens // length
         return [(start, min(SEQUENCES_PER_BATCH, count - start)) for start in range(0, count, SEQUENCES_PER_BATCH)]
 
-    def _compute(self, shown: Shown, loss: Loss) -> Lesson:
-        wanted_bp = wanted(self._walker.kind, shown)
+    def _compute(self, examples: Examples, loss: Loss) -> Lesson:
+        wanted_bp = wanted(self._walker.kind, examples)
         if loss == "nll":
-            return Lesson(loss, shown, wanted_bp, None, None)
-        hidden_btd = self._walker.run_all(self._walker.embed(shown))
+            return Lesson(loss, examples, wanted_bp, None, None)
+        hidden_btd = self._walker.run_all(self._walker.embed(examples))
         if loss == "hidden":
-            return Lesson(loss, shown, wanted_bp, hidden_btd, None)
-        kept = self._keep(targets(loss, *self._walker.logit_inputs(hidden_btd, shown)), wanted_bp.numel())
-        return Lesson(loss, shown, wanted_bp, hidden_btd if kept is None else None, kept)
+            return Lesson(loss, examples, wanted_bp, hidden_btd, None)
+        kept = self._keep(targets(loss, *self._walker.logit_inputs(hidden_btd, examples)), wanted_bp.numel())
+        return Lesson(loss, examples, wanted_bp, hidden_btd if kept is None else None, kept)
 
     def _keep(self, taught: Iterator[Targets], positions: int) -> tuple[Targets, ...] | None:
         """Return all targets of a batch, or None if there is no room for them."""

@@ -58,11 +58,11 @@ def summarise_run(
             **rounds[-1],
             "evaluations": sum(line["evaluations"] for line in rounds),
             "candidate_tokens": sum(line["candidate_tokens"] for line in rounds),
-            "store_tokens": int(job.tokens["calibration"].size) * len(rounds),
+            "store_tokens": job.tokens["calibration"].num_tokens * len(rounds),
             "rounds": list(rounds),
             **({"training": summarise_training(journal)} if job.config.search.training else {}),
         },
         "wall_s": {name: round(seconds, 2) for name, seconds in wall_s.items()},
-        "tokens": {split: int(ids.size) for split, ids in job.tokens.items()},
+        "tokens": {split: examples.num_tokens for split, examples in job.tokens.items()},
         "versions": collect_versions(),
     }

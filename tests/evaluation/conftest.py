@@ -6,10 +6,10 @@ import dataclasses
 
 import numpy as np
 import pytest
-import torch
 
 from allocator.evaluation.engine import Engine, EngineSpec
 from allocator.model.checkpoint.headers import read_checkpoint
+from allocator.model.data.examples import Examples
 from allocator.model.family.layout import resolve_layout
 from allocator.model.family.schema import find_family
 from allocator.model.family.space import build_space
@@ -23,12 +23,12 @@ from allocator.pruning.pruners.registry import PRUNERS, make_pruner
 LENGTH = 32
 
 
-def _token_ids(seed: int, sequences: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 128, size=(sequences, LENGTH))
+def _token_ids(seed: int, sequences: int) -> Examples:
+    return Examples.from_ids(np.random.default_rng(seed).integers(0, 128, size=(sequences, LENGTH)))
 
 
 @pytest.fixture(scope="session")
-def splits() -> dict[str, np.ndarray]:
+def splits() -> dict[str, Examples]:
     """Random token ids by split, 32 to a sequence."""
     counts = {"calibration": 9, "search": 11, "selection": 6, "test": 7}
     return {split: _token_ids(seed, count) for seed, (split, count) in enumerate(counts.items())}
@@ -45,7 +45,7 @@ def make_spec(tmp_path_factory, splits):
         pruner = make_pruner(PRUNERS[pattern][0], pattern, 0.01, bias)
         walker = BlockWalker(load_model(checkpoint), layout)
         levels = prune_on_dense_inputs(
-            Calibration(walker, checkpoint, layout, space, pruner, torch.from_numpy(splits["calibration"]))
+            Calibration(walker, checkpoint, layout, space, pruner, splits["calibration"].to_tensors())
         )
         store = create_store(tmp_path_factory.mktemp("store") / "levels", {}, levels)
         return EngineSpec(checkpoint, layout, space, store, pruner)

@@ -20,6 +20,7 @@ from allocator.core.space import SearchSpace
 from allocator.evaluation.engine import EngineSpec, Execution, LocalEvaluator
 from allocator.evaluation.expansion import num_portions
 from allocator.evaluation.training import Training
+from allocator.model.data.examples import Examples
 from allocator.model.live.load import load_model
 from allocator.model.live.walk import BlockWalker
 from allocator.pool import dispatch as ray_pool
@@ -66,7 +67,7 @@ def bench(tiny_model: Path, text_folder: Path, tmp_path_factory: pytest.TempPath
     config = load_config(None, {"model": str(tiny_model), "text": text_folder, "workers": 0}, SETTINGS)
     job = prepare_job(config)
     walker = BlockWalker(load_model(job.checkpoint), job.layout)
-    calibration = torch.from_numpy(job.tokens["calibration"])
+    calibration = job.tokens["calibration"].to_tensors()
     levels = prune_on_dense_inputs(Calibration(walker, job.checkpoint, job.layout, job.space, job.pruner, calibration))
     store = create_store(tmp_path_factory.mktemp("pool") / "levels", job.store_key, levels)
     rng = np.random.default_rng(0)
@@ -98,6 +99,11 @@ def two(bench: Bench, cluster: None) -> Iterator[RayPool]:
     made = RayPool(bench.spec, bench.tokens, 2, demand=Demand(cpus=0))
     yield made
     made.close()
+
+
+def reshaped(bench: Bench, length: int) -> dict[str, Examples]:
+    """Return the same tokens in sequences of another length."""
+    return {split: Examples.from_ids(e.inputs["input_ids"].reshape(-1, length)) for split, e in bench.tokens.items()}
 
 
 def measured(outcomes: Iterator[Outcome]) -> dict[Any, dict[str, float]]:
@@ -144,7 +150,7 @@ def test_expansions_among_plain_requests_are_those_of_one_process(
 
 def test_portions_of_an_expansion_are_put_together_in_order(bench: Bench, pool: Callable[..., RayPool]) -> None:
     """To the last bit, though workers have a part of the text each; and their sequences are those of one pass."""
-    tokens = {split: ids.reshape(-1, 16) for split, ids in bench.tokens.items()}
+    tokens = reshaped(bench, 16)
     asked = [replace(request, probe="expansion") for request in bench.requests[4:6]]
     assert num_portions(asked[0].tokens, 16) > 1
     local, found = (
@@ -344,7 +350,7 @@ def test_workers_lost_while_they_were_idle_fail_no_allocation(bench: Bench, tmp_
 
 
 def test_what_is_left_of_an_expansion_that_fails_is_dropped(bench: Bench, tmp_path: Path) -> None:
-    tokens = {split: ids.reshape(-1, 16) for split, ids in bench.tokens.items()}
+    tokens = reshaped(bench, 16)
     (tmp_path / "marks").mkdir()
 
     class Half(Dying):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from allocator.core.space import SearchSpace
 from allocator.model.checkpoint.headers import Checkpoint, read_checkpoint
+from allocator.model.data.examples import Examples
 from allocator.model.family.layout import Layout, open_model, resolve_layout
 from allocator.model.family.schema import Attention, Experts
 from allocator.model.family.space import build_space
@@ -41,7 +42,8 @@ class Case:
     def calibration(self, checkpoint: Checkpoint | None = None) -> Calibration:
         """Return a freshly loaded dense model with the calibration text."""
         checkpoint = checkpoint or self.checkpoint
-        return Calibration(self.walker(), checkpoint, self.layout, self.space, self.pruner, self.tokens)
+        examples = Examples.from_ids(self.tokens)
+        return Calibration(self.walker(), checkpoint, self.layout, self.space, self.pruner, examples)
 
 
 def _tokens(seed: int, sequences: int, length: int) -> torch.Tensor:
@@ -72,7 +74,8 @@ def make_case():
         whole = "reconstruction" if experts == "whole" else None
         pruner, tokens = make_pruner(name, pattern, 0.01, bias, whole), _tokens(1, 9, 32)
         walker = BlockWalker(load_model(checkpoint), layout)
-        compact = dict(prune_on_dense_inputs(Calibration(walker, checkpoint, layout, space, pruner, tokens)))
+        calibration = Calibration(walker, checkpoint, layout, space, pruner, Examples.from_ids(tokens))
+        compact = dict(prune_on_dense_inputs(calibration))
         return Case(checkpoint, layout, space, pruner, tokens, compact)
 
     return make

@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from allocator.model.checkpoint.headers import read_checkpoint
+from allocator.model.data.examples import Examples
 from allocator.model.family.layout import resolve_layout
 from allocator.model.family.schema import find_family
 from allocator.model.family.space import build_space
@@ -154,7 +155,7 @@ def test_along_nothing_the_model_stays_dense(structured, tokens):
 def test_along_everything_no_block_is_left(structured, tokens):
     calibration = structured.calibration()
     list(prune_on_pruned_inputs(calibration, structured.space.sparsest, every_level=False))
-    hidden = calibration.walker.embed(tokens(2, 1, 16))
+    hidden = calibration.walker.embed(Examples.from_ids(tokens(2, 1, 16)))
     assert torch.equal(calibration.walker.run_all(hidden), hidden)
 
 
@@ -190,8 +191,9 @@ def test_sparsegpt_aims_at_the_dense_outputs_along_a_path(unstructured):
             switchboard = LevelSwitch(walker.model, case.layout, assembler)
             for unit, level in zip(case.space.units, allocation, strict=True):
                 switchboard.set(unit.name, level)
-            expected = whole.run_all(whole.embed(case.tokens))
-            distances[name] = float((walker.run_all(walker.embed(case.tokens)) - expected).norm() / expected.norm())
+            examples = Examples.from_ids(case.tokens)
+            expected = whole.run_all(whole.embed(examples))
+            distances[name] = float((walker.run_all(walker.embed(examples)) - expected).norm() / expected.norm())
     assert distances["path"] < 0.95 * distances["dense"]
 
 
@@ -272,7 +274,7 @@ def test_odd_models_and_texts_are_pruned_without_a_word(tiny_model, tmp_path, to
     space = build_space(layout, checkpoint, pattern, 0.5)
     text = torch.full((2, 16), 7) if odd == "one token again and again" else tokens(3, 5, 16)
     walker, own = BlockWalker(load_model(checkpoint), layout), make_pruner(pruner, pattern, 0.01)
-    calibration = Calibration(walker, checkpoint, layout, space, own, text, notify=heard.append)
+    calibration = Calibration(walker, checkpoint, layout, space, own, Examples.from_ids(text), notify=heard.append)
     along = tuple(1 for _ in space.units) if mode == "path" else None
     found = dict(
         prune_on_dense_inputs(calibration) if mode == "dense" else prune_on_pruned_inputs(calibration, along, True)
