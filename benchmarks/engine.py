@@ -41,9 +41,10 @@ from allocator.model.family.space import build_space
 from allocator.model.live.load import load_model
 from allocator.model.live.walk import SEQUENCES_PER_BATCH
 from allocator.pruning.calibration.build import prune_on_dense_inputs
+from allocator.pruning.levels.compact import item_columns
 from allocator.pruning.levels.execute import save_pruned
-from allocator.pruning.levels.store import create_store
-from allocator.pruning.pruners.obs import Obs, item_columns
+from allocator.pruning.levels.store import StoreBuilder
+from allocator.pruning.pruners.obs import Obs
 from allocator.searchers.methods.evolution import exchange
 from benchmarks import store_build
 
@@ -88,9 +89,14 @@ def make_case(name: str, folder: Path) -> Case:
     space = build_space(layout, checkpoint, "structured", 0.5)
     vocabulary = checkpoint.config["vocab_size"]
     tokens = np.random.default_rng(0).integers(0, vocabulary, size=(8, length))
-    calibration = EngineSpec(checkpoint, layout, space, pruner=Obs()).calibration(torch.from_numpy(tokens))
-    store = create_store(folder / "levels", {}, prune_on_dense_inputs(calibration))
-    return Case(name, EngineSpec(checkpoint, layout, space, store), tokens[:sequences], repeats)
+    calibration = EngineSpec(checkpoint=checkpoint, layout=layout, space=space, pruner=Obs()).calibration(
+        torch.from_numpy(tokens)
+    )
+    builder = StoreBuilder(folder / "levels", {})
+    store = builder.finish(builder.fill(prune_on_dense_inputs(calibration)))
+    return Case(
+        name, EngineSpec(checkpoint=checkpoint, layout=layout, space=space, store=store), tokens[:sequences], repeats
+    )
 
 
 def random_model(folder: Path) -> Path:
@@ -232,7 +238,7 @@ def _ours(checkpoint, layout, space, store, job, tokens) -> Callable[[Allocation
     from allocator.pruning.levels.store import open_store
 
     levels = open_store(store, {})
-    engine = Engine(EngineSpec(checkpoint, layout, space, levels), {"search": tokens})
+    engine = Engine(EngineSpec(checkpoint=checkpoint, layout=layout, space=space, store=levels), {"search": tokens})
     engine.measure(Request(space.dense, tokens.size))
     seen: set[tuple[str, int]] = set()
 

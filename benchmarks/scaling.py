@@ -47,7 +47,7 @@ from allocator.model.live.walk import BlockWalker
 from allocator.pool.dispatch import RayPool
 from allocator.pruning.calibration.build import prune_on_dense_inputs
 from allocator.pruning.calibration.problem import Calibration
-from allocator.pruning.levels.store import create_store
+from allocator.pruning.levels.store import StoreBuilder
 from allocator.run.config.load import load_config
 from allocator.run.job import Job, prepare
 from allocator.searchers.loop import Measurer, search
@@ -84,7 +84,8 @@ def prepared() -> Iterator[tuple[Job, EngineSpec]]:
     walker, text = BlockWalker(load_model(job.checkpoint), job.layout), torch.from_numpy(job.tokens["calibration"])
     levels = prune_on_dense_inputs(Calibration(walker, job.checkpoint, job.layout, job.space, job.pruner, text))
     with tempfile.TemporaryDirectory() as scratch:
-        yield job, job.engine_spec(create_store(Path(scratch) / "levels", job.store_key, levels))
+        builder = StoreBuilder(Path(scratch) / "levels", job.store_key)
+        yield job, job.engine_spec(builder.finish(builder.fill(levels)))
 
 
 def measure_real() -> dict[str, Any]:
@@ -188,7 +189,7 @@ class Simulated(RayPool):
 
     def __init__(self, space: SearchSpace, workers: int, mean_s: float) -> None:
         self._waiting = (mean_s, SPREAD, 0.0)
-        spec = EngineSpec(None, None, space)  # type: ignore[arg-type]
+        spec = EngineSpec(checkpoint=None, layout=None, space=space)  # type: ignore[arg-type]
         # as long to a mean time as the default is to an evaluation of ten seconds
         super().__init__(spec, {"search": np.zeros((8, TOKENS // 8))}, workers, patience_s=max(mean_s, 0.05))
 

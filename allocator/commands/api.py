@@ -43,6 +43,7 @@ from allocator.model.live.write import count_params
 from allocator.pruning.calibration.build import prune_on_dense_inputs, prune_on_pruned_inputs
 from allocator.pruning.levels.execute import save_pruned
 from allocator.pruning.levels.store import open_store
+from allocator.pruning.pruners.protocol import PrunerSpec
 from allocator.pruning.pruners.registry import make_pruner
 from allocator.run.config.load import load_config
 from allocator.run.config.run import RunConfig
@@ -439,10 +440,16 @@ def prune(
             "version if it was the standard library, or put the plan together from its run's level store with "
             "--execution assemble --store FOLDER"
         )
-    damping, bias, experts = settings.get("damping", 0.01), settings.get("bias", False), settings.get("experts")
-    pruner = make_pruner(settings["name"], plan.space.pattern, damping, bias, experts)
+    pruner = make_pruner(PrunerSpec.from_plan(settings), plan.space.pattern)
     reporter.phase("pruning", len(layout.blocks))
-    spec = EngineSpec(files, layout, plan.space, None, pruner, settings["dtype"], settings["threads"])
+    spec = EngineSpec(
+        checkpoint=files,
+        layout=layout,
+        space=plan.space,
+        pruner=pruner,
+        dtype=settings["dtype"],
+        threads=settings["threads"],
+    )
     calibration = spec.calibration(shown, reporter.step, reporter.say)
     if execution == "recompute":
         made = prune_on_pruned_inputs(calibration, plan.allocation, every_level=False)
@@ -573,7 +580,7 @@ def evaluate(
     layout = resolve_layout(named, files, experts="whole" if pattern == "structured" else "inside")
     shown = read_examples(None if text is None else Path(text), files, {"test": tokens}, length)
     space = build_space(layout, files, pattern, target=0.5)
-    engine = Engine(EngineSpec(files, layout, space, store=None), shown)
+    engine = Engine(EngineSpec(checkpoint=files, layout=layout, space=space), shown)
     return {
         "params": count_params(pruned.folder, space, files),
         **engine.measure_checkpoint(pruned.folder, "test", tokens),

@@ -31,11 +31,12 @@ from allocator.model.live.load import load_model
 from allocator.model.live.stream import StreamedWalker
 from allocator.model.live.walk import BlockWalker
 from allocator.pruning.calibration.build import prune_on_dense_inputs, prune_on_pruned_inputs
-from allocator.pruning.calibration.problem import Calibration, UnitProblem
-from allocator.pruning.levels.assemble import Assembler, CompactLevels, LevelSwitch
+from allocator.pruning.calibration.problem import Calibration
+from allocator.pruning.levels.assemble import Assembler, LevelSwitch
+from allocator.pruning.levels.compact import CompactLevels
 from allocator.pruning.levels.execute import save_pruned
 from allocator.pruning.levels.store import LevelStore, StoreBuilder
-from allocator.pruning.pruners.registry import LocalPruner
+from allocator.pruning.pruners.protocol import LocalPruner, UnitProblem
 from allocator.pruning.signals import cosines
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -47,7 +48,7 @@ BOUNDARY_BYTES = 256 << 20
 """Memory for hidden states between blocks from which several allocations of a batch go on."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSpec:
     """What an engine is made from, on any machine that sees the folders.
 

@@ -21,9 +21,9 @@ from allocator.pool.actor_pool import MAX_DEATHS, ActorPool, Died
 from allocator.pool.cluster import Demand
 from allocator.pool.durations import PATIENCE_S, Task
 from allocator.pool.worker import Worker
-from allocator.pruning.calibration.problem import UnitProblem
-from allocator.pruning.levels.assemble import CompactLevels
+from allocator.pruning.levels.compact import CompactLevels
 from allocator.pruning.levels.store import StoreBuilder
+from allocator.pruning.pruners.protocol import UnitProblem
 
 _LOOK_S = 1.0
 

@@ -18,9 +18,9 @@ from allocator.evaluation.engine import Engine, EngineSpec, Execution
 from allocator.evaluation.expansion import Portion
 from allocator.model.data.examples import Examples
 from allocator.pruning.calibration.build import prune_on_dense_inputs
-from allocator.pruning.calibration.problem import UnitProblem
-from allocator.pruning.levels.assemble import CompactLevels
+from allocator.pruning.levels.compact import CompactLevels
 from allocator.pruning.levels.store import StoreBuilder
+from allocator.pruning.pruners.protocol import UnitProblem
 
 
 class Worker:

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from stores import create_store
 from torch.nn import functional
 
 from allocator.core.protocols import FEATURES, Request
@@ -20,7 +21,7 @@ from allocator.model.live.load import load_model
 from allocator.model.live.walk import BlockWalker
 from allocator.pruning.calibration.build import prune_on_dense_inputs
 from allocator.pruning.calibration.problem import Calibration
-from allocator.pruning.levels.store import create_store
+from allocator.pruning.pruners.protocol import PrunerSpec
 from allocator.pruning.pruners.registry import make_pruner
 
 CASES = {
@@ -54,7 +55,7 @@ def made(make_other, tmp_path_factory):
             classes = {"num_labels": 5} if "Classification" in architecture else {}
             checkpoint = read_checkpoint(make_other(architecture, **classes))
             layout = resolve_layout(find_family(checkpoint.config["model_type"]), checkpoint)
-            space, pruner = build_space(layout, checkpoint, "structured", 0.5), make_pruner("obs", "structured", 0.01)
+            space, pruner = build_space(layout, checkpoint, "structured", 0.5), make_pruner(PrunerSpec(), "structured")
             splits = {
                 split: _shown(checkpoint.kind, seed) for seed, split in enumerate(("calibration", "search", "test"))
             }
@@ -62,7 +63,10 @@ def made(make_other, tmp_path_factory):
             calibration = Calibration(walker, checkpoint, layout, space, pruner, as_tensors(splits["calibration"]))
             levels = prune_on_dense_inputs(calibration)
             store = create_store(tmp_path_factory.mktemp("store") / "levels", {}, levels)
-            known[architecture] = EngineSpec(checkpoint, layout, space, store, pruner), splits
+            known[architecture] = (
+                EngineSpec(checkpoint=checkpoint, layout=layout, space=space, store=store, pruner=pruner),
+                splits,
+            )
         return known[architecture]
 
     return make

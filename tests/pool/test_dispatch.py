@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from stores import create_store
 
 from allocator.core.errors import UserError
 from allocator.core.protocols import Outcome, Request
@@ -28,9 +29,10 @@ from allocator.pool.cluster import Demand, connected
 from allocator.pool.dispatch import RayPool
 from allocator.pool.durations import Task
 from allocator.pruning.calibration.build import prune_on_dense_inputs, prune_on_pruned_inputs
-from allocator.pruning.calibration.problem import Calibration, UnitProblem
-from allocator.pruning.levels.assemble import CompactLevels
-from allocator.pruning.levels.store import LevelStore, StoreBuilder, create_store
+from allocator.pruning.calibration.problem import Calibration
+from allocator.pruning.levels.compact import CompactLevels
+from allocator.pruning.levels.store import LevelStore, StoreBuilder
+from allocator.pruning.pruners.protocol import UnitProblem
 from allocator.run.config.load import load_config
 from allocator.run.job import prepare
 

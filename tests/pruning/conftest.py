@@ -20,7 +20,8 @@ from allocator.model.live.load import load_model
 from allocator.model.live.walk import BlockWalker
 from allocator.pruning.calibration.build import prune_on_dense_inputs
 from allocator.pruning.calibration.problem import Calibration
-from allocator.pruning.pruners.registry import LocalPruner, make_pruner
+from allocator.pruning.pruners.protocol import LocalPruner, PrunerSpec
+from allocator.pruning.pruners.registry import make_pruner
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def make_case():
         layout = resolve_layout(family, checkpoint, attention, experts)
         space = build_space(layout, checkpoint, pattern, 0.5, bias=bias)
         whole = "reconstruction" if experts == "whole" else None
-        pruner, tokens = make_pruner(name, pattern, 0.01, bias, whole), _tokens(1, 9, 32)
+        pruner, tokens = make_pruner(PrunerSpec(name=name, bias=bias, experts=whole), pattern), _tokens(1, 9, 32)
         walker = BlockWalker(load_model(checkpoint), layout)
         compact = dict(prune_on_dense_inputs(Calibration(walker, checkpoint, layout, space, pruner, tokens)))
         return Case(checkpoint, layout, space, pruner, tokens, compact)
