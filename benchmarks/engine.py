@@ -32,8 +32,9 @@ from allocator.core.budget import Budget, repair
 from allocator.core.protocols import Request
 from allocator.core.space import Allocation, SearchSpace
 from allocator.evaluation import trie
-from allocator.evaluation.engine import Engine, EngineSpec
+from allocator.evaluation.engine import Engine
 from allocator.evaluation.loss import divergence
+from allocator.evaluation.spec import EngineSpec
 from allocator.model.checkpoint.headers import PACKAGED, locate, read_checkpoint
 from allocator.model.family.layout import resolve_layout
 from allocator.model.family.schema import find_family

@@ -31,7 +31,8 @@ from matplotlib.figure import Figure
 from allocator.core.budget import Budget, repair
 from allocator.core.protocols import Request
 from allocator.core.space import Allocation
-from allocator.evaluation.engine import Engine, EngineSpec
+from allocator.evaluation.engine import Engine
+from allocator.evaluation.spec import EngineSpec
 from allocator.model.checkpoint.headers import read_checkpoint
 from allocator.model.family.layout import resolve_layout
 from allocator.model.family.schema import find_family

@@ -41,7 +41,8 @@ from allocator.core.header import JournalHeader
 from allocator.core.journal import Journal
 from allocator.core.protocols import Outcome, Request, Searcher
 from allocator.core.space import SearchSpace, Unit
-from allocator.evaluation.engine import EngineSpec, LocalEvaluator
+from allocator.evaluation.local import LocalEvaluator
+from allocator.evaluation.spec import EngineSpec
 from allocator.model.live.load import load_model
 from allocator.model.live.walk import BlockWalker
 from allocator.pool.dispatch import RayPool
@@ -82,7 +83,11 @@ def prepared() -> Iterator[tuple[Job, EngineSpec]]:
     """Yield the packaged model's job at half of its units, and what an engine on a level store of it is made from."""
     job = prepare(load_config(None, {"workers": 0}, ["tokens.calibration=4096", "search.rounds=1"]))
     walker, text = BlockWalker(load_model(job.checkpoint), job.layout), torch.from_numpy(job.tokens["calibration"])
-    levels = prune_on_dense_inputs(Calibration(walker, job.checkpoint, job.layout, job.space, job.pruner, text))
+    levels = prune_on_dense_inputs(
+        Calibration(
+            walker=walker, checkpoint=job.checkpoint, layout=job.layout, space=job.space, pruner=job.pruner, shown=text
+        )
+    )
     with tempfile.TemporaryDirectory() as scratch:
         builder = StoreBuilder(Path(scratch) / "levels", job.store_key)
         yield job, job.engine_spec(builder.finish(builder.fill(levels)))

@@ -11,7 +11,7 @@ from statistics import median
 import torch
 
 from allocator.core.space import SearchSpace
-from allocator.evaluation.engine import EngineSpec
+from allocator.evaluation.spec import EngineSpec
 from allocator.model.family.space import build_space
 from allocator.model.live.stream import StreamedWalker
 from allocator.model.live.write import read_tensors
@@ -56,7 +56,12 @@ def _space(spec: EngineSpec, pattern: str, sparsities: list[float]) -> SearchSpa
 
 def _calibration(spec: EngineSpec, space: SearchSpace, pruner: LocalPruner, tokens_nt: torch.Tensor) -> Calibration:
     return Calibration(
-        StreamedWalker(spec.checkpoint, spec.layout), spec.checkpoint, spec.layout, space, pruner, tokens_nt
+        walker=StreamedWalker(spec.checkpoint, spec.layout),
+        checkpoint=spec.checkpoint,
+        layout=spec.layout,
+        space=space,
+        pruner=pruner,
+        shown=tokens_nt,
     )
 
 

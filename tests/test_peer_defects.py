@@ -24,7 +24,8 @@ from allocator.core.header import JournalHeader
 from allocator.core.journal import Journal
 from allocator.core.protocols import Outcome, Request
 from allocator.core.space import SearchSpace
-from allocator.evaluation.engine import Engine, EngineSpec
+from allocator.evaluation.engine import Engine
+from allocator.evaluation.spec import EngineSpec
 from allocator.model.checkpoint.headers import read_checkpoint
 from allocator.model.family.layout import resolve_layout
 from allocator.model.family.schema import find_family

@@ -24,8 +24,9 @@ from allocator.core.outcomes import list_objectives, read_front, select_comparab
 from allocator.core.plan import Plan
 from allocator.core.protocols import Outcome
 from allocator.core.space import Allocation, SearchSpace
-from allocator.evaluation.engine import Engine, EngineSpec, check_device
+from allocator.evaluation.engine import Engine
 from allocator.evaluation.latency import make_table
+from allocator.evaluation.spec import EngineSpec, check_device
 from allocator.interop.contract import Source
 from allocator.interop.contract import check as check_target
 from allocator.interop.readers.ratios import Levels

@@ -18,7 +18,7 @@ from allocator.core.files import fingerprint, read_json, write_json
 from allocator.core.plan import Plan
 from allocator.core.signals import Signal, Signals
 from allocator.core.space import Allocation, SearchSpace
-from allocator.evaluation.engine import Execution
+from allocator.evaluation.spec import Execution
 from allocator.evaluation.zeroth_order import zeroth_order
 from allocator.pruning.levels.store import LevelStore
 from allocator.pruning.signals import collect

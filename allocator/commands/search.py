@@ -25,8 +25,9 @@ from allocator.core.outcomes import LOSSES, build_front, list_objectives, select
 from allocator.core.plan import Plan
 from allocator.core.protocols import BEFORE, Outcome, Request
 from allocator.core.training_effect import summarise_training
-from allocator.evaluation.engine import EngineSpec, Execution, LocalEvaluator
 from allocator.evaluation.latency import describe, measure
+from allocator.evaluation.local import LocalEvaluator
+from allocator.evaluation.spec import EngineSpec, Execution
 from allocator.model.data.examples import Examples
 from allocator.pruning.calibration.build import prune_on_pruned_inputs
 from allocator.pruning.levels.store import LevelStore, StoreBuilder, open_store

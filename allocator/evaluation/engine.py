@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -15,95 +14,28 @@ import torch
 
 from allocator.core.effort import EXPANSION_POSITIONS
 from allocator.core.errors import UserError
-from allocator.core.notify import Notify, Progress, silent
+from allocator.core.notify import Notify, silent
 from allocator.core.protocols import BEFORE, FEATURES, Outcome, Probe, Request
-from allocator.core.space import Allocation, SearchSpace
 from allocator.evaluation import trie
 from allocator.evaluation.expansion import LESSONS_PER_PORTION, Expander, Portion, merged, num_portions
 from allocator.evaluation.loss import Loss, feature_error
+from allocator.evaluation.spec import DTYPES, EngineSpec, Execution, check_device
 from allocator.evaluation.teacher import Lesson, Sums, Teacher
-from allocator.evaluation.training import Trainer, Training
-from allocator.evaluation.training_states import States
+from allocator.evaluation.training import Trainer
 from allocator.model.checkpoint.headers import Checkpoint, read_checkpoint
 from allocator.model.data.examples import Examples, as_tensors
-from allocator.model.family.layout import Layout
 from allocator.model.live.load import load_model
-from allocator.model.live.stream import StreamedWalker
 from allocator.model.live.walk import BlockWalker
-from allocator.pruning.calibration.build import prune_on_dense_inputs, prune_on_pruned_inputs
-from allocator.pruning.calibration.problem import Calibration
+from allocator.pruning.calibration.build import prune_on_pruned_inputs
 from allocator.pruning.levels.assemble import Assembler, LevelSwitch
-from allocator.pruning.levels.compact import CompactLevels
 from allocator.pruning.levels.execute import save_pruned
-from allocator.pruning.levels.store import LevelStore, StoreBuilder
-from allocator.pruning.pruners.protocol import LocalPruner, UnitProblem
 from allocator.pruning.signals import cosines
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _CHECKED = 16
 """Tokens on which a model, taken apart into blocks, is compared with itself."""
 
 BOUNDARY_BYTES = 256 << 20
 """Memory for hidden states between blocks from which several allocations of a batch go on."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineSpec:
-    """What an engine is made from, on any machine that sees the folders.
-
-    Attributes:
-        checkpoint: The dense model.
-        layout: Where its units are.
-        space: Their ladders.
-        store: The level store; None for an engine that only measures checkpoints.
-        pruner: The local pruner, for allocations that are recomputed.
-        dtype: Key of :data:`DTYPES`.
-        threads: CPU threads of one evaluation. Part of the numerics.
-        loss: What allocations are measured by; checkpoints always by ``kl``, or ``hidden`` where there are no logits.
-        device: ``cpu`` or ``cuda``.
-        training: How candidates are trained, where that is asked for.
-        domains: Names of the texts of which the sequences of every split are, in turn; their losses are measured
-            apart, as ``<loss>.<domain>``. Empty where there is one text.
-    """
-
-    checkpoint: Checkpoint
-    layout: Layout
-    space: SearchSpace
-    store: LevelStore | None = None
-    pruner: LocalPruner | None = None
-    dtype: str = "float32"
-    threads: int = 1
-    loss: Loss = "kl"
-    device: str = "cpu"
-    training: Training | None = None
-    domains: tuple[str, ...] = ()
-
-    def calibration(
-        self, tokens: np.ndarray | Examples, progress: Progress = lambda done: None, notify: Notify = silent
-    ) -> Calibration:
-        """Return what pruning works on: the model, block by block from disk, and token ids [sequences, length]."""
-        assert self.pruner is not None
-        torch.set_num_threads(self.threads)
-        walker = StreamedWalker(self.checkpoint, self.layout, DTYPES[self.dtype])
-        return Calibration(
-            walker, self.checkpoint, self.layout, self.space, self.pruner, as_tensors(tokens), progress, notify
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Execution:
-    """An allocation to save as a checkpoint, and how to make its weights.
-
-    Attributes:
-        allocation: One level per unit.
-        recompute: Prune block by block on what pruned predecessors produce, in place of the store's levels.
-        out: The checkpoint's folder, which does not exist yet; every worker must reach it.
-    """
-
-    allocation: Allocation
-    recompute: bool
-    out: Path
 
 
 class Engine:
@@ -305,16 +237,6 @@ class Engine:
                 self._switchboard.set(unit.name, level, wide)
 
 
-def check_device(device: str) -> None:
-    """Check that a device is there.
-
-    Raises:
-        UserError: It is not.
-    """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device: this machine has no CUDA device that torch can use. Use --set device=cpu")
-
-
 def expanded(request: Request, loss: Loss, portions: Sequence[Portion]) -> Outcome:
     """Return the outcome of an expansion from all portions of the text, in order."""
     expansion = merged(portions)
@@ -358,40 +280,3 @@ def _check_finite(measured: Mapping[str, float]) -> None:
         raise UserError(
             f"evaluation: the loss is not finite ({measured}). Check the weights, or use --set dtype=float32"
         )
-
-
-class LocalEvaluator:
-    """Measures in this process."""
-
-    def __init__(self, spec: EngineSpec, tokens: Mapping[str, np.ndarray | Examples], notify: Notify = silent) -> None:
-        """Take what an engine is made from; ``notify`` hears what a user should know."""
-        self._spec, self._tokens, self._notify = spec, tokens, notify
-
-    def renew(self, spec: EngineSpec) -> None:
-        """Go on with another engine, on the same tokens."""
-        self._spec = spec
-        vars(self).pop("_engine", None)
-
-    @cached_property
-    def _engine(self) -> Engine:
-        return Engine(self._spec, self._tokens)
-
-    def build(self, builder: StoreBuilder, blocks: Sequence[int], progress: Progress) -> None:
-        """Prune some blocks on dense inputs, and write their units."""
-        calibration = self._spec.calibration(self._tokens["calibration"], progress, self._notify)
-        builder.fill(prune_on_dense_inputs(calibration, blocks))
-
-    def solve(self, problems: Sequence[UnitProblem]) -> list[CompactLevels]:
-        """Solve problems of the local pruner, in order."""
-        assert self._spec.pruner is not None
-        return [problem.solve(self._spec.pruner, self._notify) for problem in problems]
-
-    def evaluate(self, requests: Sequence[Request]) -> Iterator[Outcome]:
-        """Yield outcomes as they are measured."""
-        yield from self._engine.measure_batch(requests)
-        if self._spec.training is not None:
-            States(self._spec.training.folder).forget(requests)
-
-    def execute(self, executions: Sequence[Execution], tokens: int) -> list[dict[str, float]]:
-        """Save and measure checkpoints, in order."""
-        return [self._engine.execute(execution, tokens, self._notify) for execution in executions]

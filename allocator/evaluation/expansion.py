@@ -39,7 +39,7 @@ _DIGITS = 7
 _Rows = tuple[tuple[float, ...], ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Portion:
     """What a part of the text says of an expansion.
 
@@ -147,7 +147,7 @@ class Expander:
                 expand = self._mixture if module in self._routers else self._unit
                 slope[place], size[place] = expand(place, allocation[place], input_ni, delta_no.float(), own)
         positions = sum(lesson.positions for lesson in lessons)
-        return Portion(sums, positions, tuple(slope), tuple(size), len(some))
+        return Portion(sums=sums, positions=positions, slope=tuple(slope), size=tuple(size), sized=len(some))
 
     def _unit(
         self, place: int, own: int, input_ni: torch.Tensor, delta_no: torch.Tensor, some: Sequence[int]

@@ -18,7 +18,7 @@ Sums = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """The loss's numerator and denominator, and the negative log-likelihood, summed over each sequence of a batch."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Lesson:
     """One batch of sequences, and what of the dense model the loss needs.
 
@@ -126,12 +126,14 @@ class Teacher:
     def _compute(self, shown: Shown, loss: Loss) -> Lesson:
         wanted_bp = wanted(self._walker.kind, shown)
         if loss == "nll":
-            return Lesson(loss, shown, wanted_bp, None, None)
+            return Lesson(loss=loss, shown=shown, wanted_bp=wanted_bp, hidden_btd=None, kept=None)
         hidden_btd = self._walker.run_all(self._walker.embed(shown))
         if loss == "hidden":
-            return Lesson(loss, shown, wanted_bp, hidden_btd, None)
+            return Lesson(loss=loss, shown=shown, wanted_bp=wanted_bp, hidden_btd=hidden_btd, kept=None)
         kept = self._keep(targets(loss, *self._walker.logit_inputs(hidden_btd, shown)), wanted_bp.numel())
-        return Lesson(loss, shown, wanted_bp, hidden_btd if kept is None else None, kept)
+        return Lesson(
+            loss=loss, shown=shown, wanted_bp=wanted_bp, hidden_btd=hidden_btd if kept is None else None, kept=kept
+        )
 
     def _keep(self, taught: Iterator[Targets], positions: int) -> tuple[Targets, ...] | None:
         """Return all targets of a batch, or None if there is no room for them."""

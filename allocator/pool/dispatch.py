@@ -13,8 +13,9 @@ import ray
 from allocator.core.errors import UserError
 from allocator.core.notify import Notify, Progress
 from allocator.core.protocols import Key, Outcome, Request
-from allocator.evaluation.engine import EngineSpec, Execution, expanded
+from allocator.evaluation.engine import expanded
 from allocator.evaluation.expansion import Portion, num_portions
+from allocator.evaluation.spec import EngineSpec, Execution
 from allocator.evaluation.training_states import States
 from allocator.model.data.examples import Examples
 from allocator.pool.actor_pool import MAX_DEATHS, ActorPool, Died

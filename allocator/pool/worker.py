@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from allocator.core.protocols import Outcome, Request
-from allocator.evaluation.engine import Engine, EngineSpec, Execution
+from allocator.evaluation.engine import Engine
 from allocator.evaluation.expansion import Portion
+from allocator.evaluation.spec import EngineSpec, Execution
 from allocator.model.data.examples import Examples
 from allocator.pruning.calibration.build import prune_on_dense_inputs
 from allocator.pruning.levels.compact import CompactLevels

@@ -15,7 +15,7 @@ from allocator.core.files import file_fingerprint, fingerprint
 from allocator.core.header import JournalHeader
 from allocator.core.provenance import collect_versions
 from allocator.core.space import Allocation, SearchSpace
-from allocator.evaluation.engine import EngineSpec
+from allocator.evaluation.spec import EngineSpec
 from allocator.evaluation.training import Training
 from allocator.model.checkpoint.headers import Checkpoint
 from allocator.model.data.examples import Examples, fingerprint_examples

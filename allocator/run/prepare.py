@@ -12,7 +12,7 @@ from allocator.core.errors import UserError
 from allocator.core.notify import Notify, silent
 from allocator.core.plan import Plan
 from allocator.core.space import Allocation, SearchSpace
-from allocator.evaluation.engine import check_device
+from allocator.evaluation.spec import check_device
 from allocator.model.checkpoint.headers import Checkpoint
 from allocator.model.data.examples import LABELS, Examples
 from allocator.model.data.read import read_examples

@@ -9,7 +9,8 @@ import pytest
 import torch
 from stores import create_store
 
-from allocator.evaluation.engine import Engine, EngineSpec
+from allocator.evaluation.engine import Engine
+from allocator.evaluation.spec import EngineSpec
 from allocator.model.checkpoint.headers import read_checkpoint
 from allocator.model.family.layout import resolve_layout
 from allocator.model.family.schema import find_family
@@ -46,7 +47,14 @@ def make_spec(tmp_path_factory, splits):
         pruner = make_pruner(PrunerSpec(bias=bias), pattern)
         walker = BlockWalker(load_model(checkpoint), layout)
         levels = prune_on_dense_inputs(
-            Calibration(walker, checkpoint, layout, space, pruner, torch.from_numpy(splits["calibration"]))
+            Calibration(
+                walker=walker,
+                checkpoint=checkpoint,
+                layout=layout,
+                space=space,
+                pruner=pruner,
+                shown=torch.from_numpy(splits["calibration"]),
+            )
         )
         store = create_store(tmp_path_factory.mktemp("store") / "levels", {}, levels)
         return EngineSpec(checkpoint=checkpoint, layout=layout, space=space, store=store, pruner=pruner)

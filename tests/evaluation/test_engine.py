@@ -13,7 +13,9 @@ from allocator.core.errors import UserError
 from allocator.core.protocols import Request
 from allocator.evaluation import engine as engines
 from allocator.evaluation import teacher
-from allocator.evaluation.engine import Engine, Execution, LocalEvaluator
+from allocator.evaluation.engine import Engine
+from allocator.evaluation.local import LocalEvaluator
+from allocator.evaluation.spec import Execution
 from allocator.model.checkpoint.headers import read_checkpoint
 from allocator.model.live.load import load_model
 from allocator.pruning.levels.execute import save_pruned

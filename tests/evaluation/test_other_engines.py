@@ -11,7 +11,8 @@ from stores import create_store
 from torch.nn import functional
 
 from allocator.core.protocols import FEATURES, Request
-from allocator.evaluation.engine import Engine, EngineSpec
+from allocator.evaluation.engine import Engine
+from allocator.evaluation.spec import EngineSpec
 from allocator.model.checkpoint.headers import read_checkpoint
 from allocator.model.data.examples import Examples, as_tensors, inputs_of, labels_of
 from allocator.model.family.layout import resolve_layout
@@ -60,7 +61,14 @@ def made(make_other, tmp_path_factory):
                 split: _shown(checkpoint.kind, seed) for seed, split in enumerate(("calibration", "search", "test"))
             }
             walker = BlockWalker(load_model(checkpoint), layout)
-            calibration = Calibration(walker, checkpoint, layout, space, pruner, as_tensors(splits["calibration"]))
+            calibration = Calibration(
+                walker=walker,
+                checkpoint=checkpoint,
+                layout=layout,
+                space=space,
+                pruner=pruner,
+                shown=as_tensors(splits["calibration"]),
+            )
             levels = prune_on_dense_inputs(calibration)
             store = create_store(tmp_path_factory.mktemp("store") / "levels", {}, levels)
             known[architecture] = (

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from allocator.core.errors import UserError
 from allocator.core.protocols import Request
-from allocator.evaluation.engine import Engine, LocalEvaluator
+from allocator.evaluation.engine import Engine
+from allocator.evaluation.local import LocalEvaluator
 from allocator.evaluation.training import Trainee, Trainer, Training
 from allocator.model.checkpoint.headers import read_checkpoint
 from allocator.model.live.load import load_model

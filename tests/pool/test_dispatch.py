@@ -18,8 +18,9 @@ from stores import create_store
 from allocator.core.errors import UserError
 from allocator.core.protocols import Outcome, Request
 from allocator.core.space import SearchSpace
-from allocator.evaluation.engine import EngineSpec, Execution, LocalEvaluator
 from allocator.evaluation.expansion import num_portions
+from allocator.evaluation.local import LocalEvaluator
+from allocator.evaluation.spec import EngineSpec, Execution
 from allocator.evaluation.training import Training
 from allocator.model.live.load import load_model
 from allocator.model.live.walk import BlockWalker
@@ -69,7 +70,16 @@ def bench(tiny_model: Path, text_folder: Path, tmp_path_factory: pytest.TempPath
     job = prepare(config)
     walker = BlockWalker(load_model(job.checkpoint), job.layout)
     calibration = torch.from_numpy(job.tokens["calibration"])
-    levels = prune_on_dense_inputs(Calibration(walker, job.checkpoint, job.layout, job.space, job.pruner, calibration))
+    levels = prune_on_dense_inputs(
+        Calibration(
+            walker=walker,
+            checkpoint=job.checkpoint,
+            layout=job.layout,
+            space=job.space,
+            pruner=job.pruner,
+            shown=calibration,
+        )
+    )
     store = create_store(tmp_path_factory.mktemp("pool") / "levels", job.store_key, levels)
     rng = np.random.default_rng(0)
     requests = [

@@ -42,7 +42,14 @@ class Case:
     def calibration(self, checkpoint: Checkpoint | None = None) -> Calibration:
         """Return a freshly loaded dense model with the calibration text."""
         checkpoint = checkpoint or self.checkpoint
-        return Calibration(self.walker(), checkpoint, self.layout, self.space, self.pruner, self.tokens)
+        return Calibration(
+            walker=self.walker(),
+            checkpoint=checkpoint,
+            layout=self.layout,
+            space=self.space,
+            pruner=self.pruner,
+            shown=self.tokens,
+        )
 
 
 def _tokens(seed: int, sequences: int, length: int) -> torch.Tensor:
@@ -73,7 +80,13 @@ def make_case():
         whole = "reconstruction" if experts == "whole" else None
         pruner, tokens = make_pruner(PrunerSpec(name=name, bias=bias, experts=whole), pattern), _tokens(1, 9, 32)
         walker = BlockWalker(load_model(checkpoint), layout)
-        compact = dict(prune_on_dense_inputs(Calibration(walker, checkpoint, layout, space, pruner, tokens)))
+        compact = dict(
+            prune_on_dense_inputs(
+                Calibration(
+                    walker=walker, checkpoint=checkpoint, layout=layout, space=space, pruner=pruner, shown=tokens
+                )
+            )
+        )
         return Case(checkpoint, layout, space, pruner, tokens, compact)
 
     return make

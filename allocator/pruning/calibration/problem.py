@@ -52,7 +52,7 @@ class PruneStage:
         return self.sub_blocks[0].routed or self.sub_blocks[0].output
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Calibration:
     """A model to prune, and the text that shows how it is used.
 

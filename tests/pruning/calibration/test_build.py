@@ -274,7 +274,9 @@ def test_odd_models_and_texts_are_pruned_without_a_word(tiny_model, tmp_path, to
     space = build_space(layout, checkpoint, pattern, 0.5)
     text = torch.full((2, 16), 7) if odd == "one token again and again" else tokens(3, 5, 16)
     walker, own = BlockWalker(load_model(checkpoint), layout), make_pruner(PrunerSpec(name=pruner), pattern)
-    calibration = Calibration(walker, checkpoint, layout, space, own, text, notify=heard.append)
+    calibration = Calibration(
+        walker=walker, checkpoint=checkpoint, layout=layout, space=space, pruner=own, shown=text, notify=heard.append
+    )
     along = tuple(1 for _ in space.units) if mode == "path" else None
     found = dict(
         prune_on_dense_inputs(calibration) if mode == "dense" else prune_on_pruned_inputs(calibration, along, True)
