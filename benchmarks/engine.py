@@ -125,13 +125,13 @@ def floor(case: Case, scratch: Path) -> list[Row]:
     """A candidate, its switch included, against the forward pass of its checkpoint with the same loss."""
     engine, rows = case.engine(), []
     engine.measure(case.request(case.space.dense))
-    lessons = engine._teacher.lessons("search", case.tokens.size, "kl")
+    batches = engine._teacher.batches("search", case.tokens.size, "kl")
 
     def plain(model: torch.nn.Module) -> None:
-        for lesson in lessons:
-            taught = lesson.kept or engine._teacher._taught(lesson)
-            logits_btv = model(lesson.tokens_bt, use_cache=False).logits
-            divergence(taught, logits_btv, lambda logits_nv: logits_nv, lesson.tokens_bt)
+        for batch in batches:
+            targets = batch.kept or engine._teacher._targets(batch)
+            logits_btv = model(batch.tokens_bt, use_cache=False).logits
+            divergence(targets, logits_btv, lambda logits_nv: logits_nv, batch.tokens_bt)
 
     for share in SHARES:
         allocations = [case.random(share, seed) for seed in range(3)]
@@ -320,13 +320,13 @@ def _bound(case: Case, engine: Engine, allocations: Sequence[Allocation]) -> flo
     The loss has none: it counts as the head's, times its time over the head's.
     """
     walker = engine._walker
-    lessons = engine._teacher.lessons("search", case.tokens.size, "kl")
-    hidden = [torch.randn(*lesson.tokens_bt.shape, case.spec.checkpoint.config["hidden_size"]) for lesson in lessons]
-    pairs = list(zip(lessons, hidden, strict=True))
+    batches = engine._teacher.batches("search", case.tokens.size, "kl")
+    hidden = [torch.randn(*batch.tokens_bt.shape, case.spec.checkpoint.config["hidden_size"]) for batch in batches]
+    pairs = list(zip(batches, hidden, strict=True))
     judging, heading = [], []
     with torch.inference_mode():
         for _ in range(5):
-            judging.append(_seconds(lambda: [engine._teacher.judge(one, walker, x) for one, x in pairs]))
+            judging.append(_seconds(lambda: [engine._teacher.score(one, walker, x) for one, x in pairs]))
             heading.append(
                 _seconds(lambda: [walker.logits(part) for _, x in pairs for part in x.flatten(0, 1).split(256)])
             )

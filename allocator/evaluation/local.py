@@ -11,7 +11,7 @@ from allocator.core.notify import Notify, Progress, silent
 from allocator.core.protocols import Outcome, Request
 from allocator.evaluation.engine import Engine
 from allocator.evaluation.spec import EngineSpec, Execution
-from allocator.evaluation.training_states import States
+from allocator.evaluation.training_states import TrainingStates
 from allocator.model.data.examples import Examples
 from allocator.pruning.calibration.build import prune_on_dense_inputs
 from allocator.pruning.levels.compact import CompactLevels
@@ -57,7 +57,7 @@ class LocalEvaluator:
         """Yield outcomes as they are measured."""
         yield from self._engine.measure_batch(requests)
         if self._spec.training is not None:
-            States(self._spec.training.folder).forget(requests)
+            TrainingStates(self._spec.training.folder).forget(requests)
 
     def execute(self, executions: Sequence[Execution], tokens: int) -> list[dict[str, float]]:
         """Save and measure checkpoints, in order."""

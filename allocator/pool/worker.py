@@ -15,7 +15,7 @@ import torch
 
 from allocator.core.protocols import Outcome, Request
 from allocator.evaluation.engine import Engine
-from allocator.evaluation.expansion import Portion
+from allocator.evaluation.expansion import ExpansionChunk
 from allocator.evaluation.spec import EngineSpec, Execution
 from allocator.model.data.examples import Examples
 from allocator.pruning.calibration.build import prune_on_dense_inputs
@@ -66,7 +66,7 @@ class Worker:
         """See :meth:`Engine.measure_batch`."""
         return list(self._engine.measure_batch(requests))
 
-    def expand(self, request: Request, index: int) -> Portion:
+    def expand(self, request: Request, index: int) -> ExpansionChunk:
         """See :meth:`Engine.expand`."""
         return self._engine.expand(request, index)
 

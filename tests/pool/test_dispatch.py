@@ -18,7 +18,7 @@ from stores import create_store
 from allocator.core.errors import UserError
 from allocator.core.protocols import Outcome, Request
 from allocator.core.space import SearchSpace
-from allocator.evaluation.expansion import num_portions
+from allocator.evaluation.expansion import num_chunks
 from allocator.evaluation.local import LocalEvaluator
 from allocator.evaluation.spec import EngineSpec, Execution
 from allocator.evaluation.training import Training
@@ -158,7 +158,7 @@ def test_portions_of_an_expansion_are_put_together_in_order(bench: Bench, pool: 
     """To the last bit, though workers have a part of the text each; and their sequences are those of one pass."""
     tokens = {split: ids.reshape(-1, 16) for split, ids in bench.tokens.items()}
     asked = [replace(request, probe="expansion") for request in bench.requests[4:6]]
-    assert num_portions(asked[0].tokens, 16) > 1
+    assert num_chunks(asked[0].tokens, 16) > 1
     local, found = (
         {
             o.request.key: (o.measured, o.sequence_losses, o.expansion)
@@ -360,7 +360,7 @@ def test_what_is_left_of_an_expansion_that_fails_is_dropped(bench: Bench, tmp_pa
     (tmp_path / "marks").mkdir()
 
     class Half(Dying):
-        """The first portion kills; the second takes long."""
+        """The first chunk kills; the second takes long."""
 
         marks, deadly = tmp_path / "marks", None
 
