@@ -138,7 +138,7 @@ def test_training_that_goes_on_is_training_from_the_start(trained_spec, texts, p
     allocation = _some(spec.space)
     going_on, anew = _trainer(spec, texts), dataclasses.replace(spec.training, folder=spec.training.folder / "none")
     for steps in (1, 3):
-        going_on.trained(Request(allocation, 32 * steps, training=steps * 2 * LENGTH), keep=True)
+        going_on.train(Request(allocation, 32 * steps, training=steps * 2 * LENGTH), keep=True)
     assert len(list(spec.training.folder.iterdir())) == 2
     last = Request(allocation, 352, training=8 * 2 * LENGTH)
     found = _weights(going_on.trained(last, keep=False))
@@ -162,7 +162,7 @@ def test_a_state_cut_short_is_as_none(trained_spec, texts):
 
 def test_masters_are_float32_whatever_evaluations_compute_in(trained_spec, texts):
     spec = trained_spec("structured", dtype="bfloat16")
-    model = _trainer(spec, texts, torch.bfloat16).trained(Request(_some(spec.space), 32, training=64), keep=True)
+    model = _trainer(spec, texts, torch.bfloat16).train(Request(_some(spec.space), 32, training=64), keep=True)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     (state,) = spec.training.folder.iterdir()
     assert {tensor.dtype for tensor in load_file(state).values()} == {torch.float32}
