@@ -36,6 +36,7 @@ from allocator.evaluation.engine import Engine
 from allocator.evaluation.loss import divergence
 from allocator.evaluation.spec import EngineSpec
 from allocator.model.checkpoint.headers import PACKAGED, locate, read_checkpoint
+from allocator.model.data.examples import Examples
 from allocator.model.family.layout import resolve_layout
 from allocator.model.family.schema import find_family
 from allocator.model.family.space import build_space
@@ -69,7 +70,7 @@ class Case:
         return self.spec.space
 
     def engine(self) -> Engine:
-        return Engine(self.spec, {"search": self.tokens})
+        return Engine(self.spec, {"search": Examples.from_ids(self.tokens)})
 
     def request(self, allocation: Allocation) -> Request:
         return Request(allocation, self.tokens.size)

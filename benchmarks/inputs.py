@@ -66,7 +66,7 @@ def reference(space: SearchSpace) -> Allocation | None:
 
 def pruned(job: Job, inputs: str, allocation: Allocation) -> dict[str, CompactLevels]:
     """Return the compact levels of every unit, made on some inputs."""
-    calibration = job.engine_spec(None).calibration(torch.from_numpy(job.tokens["calibration"]))
+    calibration = job.engine_spec(None).calibration(job.tokens["calibration"])
     if inputs == "dense":
         return dict(prune_on_dense_inputs(calibration))
     if inputs == "expected":

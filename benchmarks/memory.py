@@ -34,6 +34,7 @@ from allocator.core.space import Allocation
 from allocator.evaluation.engine import Engine
 from allocator.evaluation.spec import EngineSpec
 from allocator.model.checkpoint.headers import read_checkpoint
+from allocator.model.data.examples import Examples
 from allocator.model.family.layout import resolve_layout
 from allocator.model.family.schema import find_family
 from allocator.model.family.space import build_space
@@ -101,7 +102,7 @@ def build_path(folder: Path) -> None:
 
 def search(folder: Path) -> None:
     one, ids = spec(folder), tokens("search")
-    engine, rng = Engine(one, {"search": ids}), np.random.default_rng(0)
+    engine, rng = Engine(one, {"search": Examples.from_ids(ids)}), np.random.default_rng(0)
     limit = Budget(params=one.space.limit_for(0.5))
     for _ in range(CANDIDATES):
         levels = rng.integers([unit.num_levels for unit in one.space.units]).tolist()

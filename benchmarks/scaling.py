@@ -32,7 +32,6 @@ from typing import Any
 
 import numpy as np
 import ray
-import torch
 from ray.cluster_utils import Cluster
 
 from allocator.core.budget import Budget

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 
 import allocator
 from allocator.model.checkpoint.headers import read_checkpoint
-from allocator.model.data.examples import as_tensors, inputs_of
 from allocator.model.data.read import read_examples
 from allocator.model.family.schema import families_folder, load_family
 from allocator.model.live.load import load_model
@@ -226,8 +225,8 @@ def test_a_model_that_does_not_generate_goes_the_whole_way(
 
     auto = getattr(transformers, checkpoint.kind.auto)
     reloaded = auto.from_pretrained(result.checkpoint, trust_remote_code=True, dtype=torch.float32).eval()
-    shown = read_examples(text, checkpoint, {"test": 128}, 64)["test"]
-    inputs = inputs_of(as_tensors(shown))
+    examples = read_examples(text, checkpoint, {"test": 128}, 64)["test"]
+    inputs = examples.to_tensors().inputs
     own, dense = load_model(read_checkpoint(result.checkpoint)), load_model(checkpoint)
     with torch.no_grad():
         found, expected, before = (answer(each(**inputs), checkpoint.kind.answers) for each in (reloaded, own, dense))

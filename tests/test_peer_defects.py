@@ -27,10 +27,11 @@ from allocator.core.space import SearchSpace
 from allocator.evaluation.engine import Engine
 from allocator.evaluation.spec import EngineSpec
 from allocator.model.checkpoint.headers import read_checkpoint
+from allocator.model.data.examples import Examples
 from allocator.model.family.layout import resolve_layout
 from allocator.model.family.schema import find_family
 from allocator.model.family.space import build_space
-from allocator.model.live import write as checkpoint
+from allocator.model.live import write
 from allocator.model.live.load import load_model
 from allocator.model.live.walk import SEQUENCES_PER_BATCH
 from allocator.pruning.calibration import problem
@@ -67,7 +68,7 @@ class Case:
         return tuple(1 if unit.part == "attention" else 4 for unit in self.space.units)
 
     def calibration(self):
-        return self.spec.calibration(self.tokens)
+        return self.spec.calibration(Examples.from_ids(self.tokens))
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,7 @@ def case(make_model, tmp_path_factory) -> Case:
         checkpoint=checkpoint, layout=layout, space=space, pruner=make_pruner(PrunerSpec(name="obs"), "structured")
     )
     tokens = torch.from_numpy(np.random.default_rng(1).integers(0, 128, size=(9, 32)))
-    compact = dict(prune_on_dense_inputs(spec.calibration(tokens)))
+    compact = dict(prune_on_dense_inputs(spec.calibration(Examples.from_ids(tokens))))
     built = create_store(tmp_path_factory.mktemp("store") / "levels", {}, compact.items())
     return Case(replace(spec, store=built), tokens, compact)
 
@@ -245,7 +246,7 @@ def test_a_failed_factorisation_is_said_and_never_the_identity(case, name, patte
     unit = build_space(layout, checkpoint, pattern, 0.5).units[-1]
     assert "mlp" in unit.name
     output = f"{layout.sub_blocks[-1].output}.weight"
-    weight, statistics = checkpoint.read_tensors(checkpoint, [output])[output], Gram(48)
+    weight, statistics = write.read_tensors(checkpoint, [output])[output], Gram(48)
     statistics.add(torch.randn(200, 48, generator=torch.Generator().manual_seed(0)))
 
     def levels(damping, report=lambda message: None):
@@ -272,7 +273,7 @@ def test_a_failed_factorisation_is_said_and_never_the_identity(case, name, patte
 @pytest.fixture
 def engine(case) -> Engine:
     tokens = np.random.default_rng(2).integers(0, 128, size=(8, 128))
-    return Engine(replace(case.spec, store=LevelStore(case.spec.store.folder)), {"search": tokens})
+    return Engine(replace(case.spec, store=LevelStore(case.spec.store.folder)), {"search": Examples.from_ids(tokens)})
 
 
 @pytest.mark.parametrize("loss", ["kl", "topk_kl", "nll", "hidden"])
@@ -291,7 +292,7 @@ def test_logits_of_a_whole_batch_are_never_held(case, engine, loss):
 def test_levels_are_read_once(case, engine, monkeypatch):
     """Hundreds of megabytes that are read from disk again for every candidate."""
     opened = []
-    for module in (store, checkpoint):
+    for module in (store, write):
         original = module.safe_open
         monkeypatch.setattr(
             module, "safe_open", lambda path, *a, _open=original, **k: opened.append(path) or _open(path, *a, **k)

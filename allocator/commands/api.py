@@ -32,7 +32,6 @@ from allocator.interop.contract import check as check_target
 from allocator.interop.readers.ratios import Levels
 from allocator.interop.targets.registry import TARGETS
 from allocator.model.checkpoint.headers import Checkpoint, locate, read_checkpoint
-from allocator.model.data.examples import Examples, fingerprint_examples
 from allocator.model.data.read import read_examples
 from allocator.model.family.draft import Covered, coverage, draft
 from allocator.model.family.layout import Layout, named_by, resolve_layout
@@ -430,12 +429,11 @@ def prune(
     named = [text] if text is None or isinstance(text, (str, Path)) else text
     texts = {str(each): None if each is None else Path(each) for each in named}
     split = {"calibration": wanted}
-    shown: np.ndarray | Examples
     if len(texts) > 1:
-        shown = read_texts(texts, files, split, length)["calibration"]
+        examples = read_texts(texts, files, split, length)["calibration"]
     else:
-        shown = read_examples(next(iter(texts.values())), files, split, length)["calibration"]
-    if fingerprint_examples(shown) != settings["calibration"]:
+        examples = read_examples(next(iter(texts.values())), files, split, length)["calibration"]
+    if examples.fingerprint() != settings["calibration"]:
         raise UserError(
             "text: the plan was made with other calibration text. Name the same with --text, run the same Python "
             "version if it was the standard library, or put the plan together from its run's level store with "
@@ -579,7 +577,7 @@ def evaluate(
         )
     pattern = "structured" if "pruned" in pruned.config else "unstructured"
     layout = resolve_layout(named, files, experts="whole" if pattern == "structured" else "inside")
-    shown = read_examples(None if text is None else Path(text), files, {"test": tokens}, length)
+    examples = read_examples(None if text is None else Path(text), files, {"test": tokens}, length)
     space = build_space(layout, files, pattern, target=0.5)
     engine = Engine(EngineSpec(checkpoint=files, layout=layout, space=space), shown)
     return {

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from allocator.core.budget import Budget, fits
 from allocator.core.costs import COSTS, from_units
 from allocator.core.errors import UserError
@@ -156,7 +154,7 @@ def _demand(config: RunConfig) -> Any:
 
 @contextmanager
 def evaluators(
-    spec: EngineSpec, tokens: Mapping[str, np.ndarray | Examples], config: RunConfig, reporter: Reporter
+    spec: EngineSpec, tokens: Mapping[str, Examples], config: RunConfig, reporter: Reporter
 ) -> Iterator[Any]:
     """Yield an evaluator: in process for no workers, else a Ray pool, closed at the end."""
     if config.workers == 0:
@@ -416,12 +414,12 @@ def _summary(
             **rounds[-1],
             "evaluations": sum(line["evaluations"] for line in rounds),
             "candidate_tokens": sum(line["candidate_tokens"] for line in rounds),
-            "store_tokens": int(job.tokens["calibration"].size) * len(rounds),
+            "store_tokens": job.tokens["calibration"].num_tokens * len(rounds),
             "rounds": list(rounds),
             **({"training": summarise_training(journal)} if job.config.search.training else {}),
         },
         "wall_s": {name: round(seconds, 2) for name, seconds in wall.items()},
-        "tokens": {split: int(ids.size) for split, ids in job.tokens.items()},
+        "tokens": {split: examples.num_tokens for split, examples in job.tokens.items()},
         "versions": versions(),
     }
 

@@ -9,7 +9,6 @@ from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from allocator.core.effort import EXPANSION_POSITIONS
@@ -41,12 +40,12 @@ BOUNDARY_BYTES = 256 << 20
 class Engine:
     """Measures allocations on token sequences. One model, one device, no state between measurements."""
 
-    def __init__(self, spec: EngineSpec, tokens: Mapping[str, np.ndarray | Examples]) -> None:
+    def __init__(self, spec: EngineSpec, tokens: Mapping[str, Examples]) -> None:
         """Load the model.
 
         Args:
             spec: What to load.
-            tokens: Token ids [sequences, length] of each split, or other examples; a fidelity is a prefix of them.
+            tokens: Examples of each split; a fidelity is a prefix of them.
 
         Raises:
             UserError: The device is not there.
@@ -55,10 +54,10 @@ class Engine:
         torch.set_num_threads(spec.threads)
         self._spec = spec
         self._arrays = tokens
-        self._tokens = {split: as_tensors(shown) for split, shown in tokens.items()}
+        self._tokens = {split: examples.to_tensors() for split, examples in tokens.items()}
         self._walker = self._load(spec.checkpoint)
-        some = next(iter(self._tokens.values()))[:1]
-        self._walker.check((some if isinstance(some, Examples) else some[:, :_CHECKED]).to(spec.device))
+        example = next(iter(self._tokens.values()))[:1]
+        self._walker.check(example.first_tokens(_CHECKED).to(spec.device))
         self._switchboard: LevelSwitch | None = None
         if spec.store is not None:
             assembler = Assembler(spec.checkpoint, spec.layout, spec.space, spec.store, self._walker.model)
@@ -66,8 +65,8 @@ class Engine:
             self._expander = Expander(self._walker, spec.layout, spec.space, assembler, self._switchboard)
         self._trainer: Trainer | None = None
         if spec.store is not None and spec.training is not None:
-            text = self._tokens["training"]
-            assert isinstance(text, torch.Tensor), "causal language models alone are trained"
+            assert spec.layout.kind.generates, "causal language models alone are trained"
+            text = self._tokens["training"].inputs["input_ids"]
             self._trainer = Trainer(
                 spec.checkpoint,
                 spec.layout,
@@ -78,7 +77,7 @@ class Engine:
                 DTYPES[spec.dtype],
                 spec.device,
             )
-        on_device = {split: ids.to(spec.device) for split, ids in self._tokens.items()}
+        on_device = {split: examples.to(spec.device) for split, examples in self._tokens.items()}
         self._teacher = Teacher(self._walker, on_device, lambda: self._switch(spec.space.dense))
 
     def measure(self, request: Request) -> Outcome:

@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional
 
 from allocator.model.checkpoint.kinds import Kind
-from allocator.model.data.examples import Shown, inputs_of, labels_of
+from allocator.model.data.examples import Examples
 from allocator.model.live.walk import Head
 
 Loss = Literal["kl", "topk_kl", "nll", "hidden"]
@@ -86,17 +86,17 @@ def shift_tokens(tokens_bt: torch.Tensor) -> torch.Tensor:
 
 def find_labels(kind: Kind, shown: Shown) -> torch.Tensor:
     """Return what the text or the labels want at every position that has logits, [B, P]; -100 where nothing."""
-    tokens_bt = inputs_of(shown).get("input_ids")
+    tokens_bt = examples.inputs.get("input_ids")
     if kind.answers == "next":
         assert tokens_bt is not None
         return shift_tokens(tokens_bt)
     if kind.answers == "tokens":  # the text itself, without a mask, says nothing of how well it is guessed
         assert tokens_bt is not None
         return torch.full_like(tokens_bt, -100)
-    labels_b = labels_of(shown)
+    labels_b = examples.labels
     if kind.answers == "classes" and labels_b is not None:
         return labels_b[:, None]
-    first = next(iter(inputs_of(shown).values()))
+    first = next(iter(examples.inputs.values()))
     return torch.full((len(first), 1), -100, device=first.device)
 
 

@@ -53,7 +53,7 @@ class TeacherBatch:
 class Teacher:
     """Batches by split. The walker's model is made dense whenever something new is to be computed."""
 
-    def __init__(self, walker: BlockWalker, tokens: Mapping[str, Shown], make_dense: Callable[[], None]) -> None:
+    def __init__(self, walker: BlockWalker, tokens: Mapping[str, Examples], make_dense: Callable[[], None]) -> None:
         self._walker, self._tokens, self._make_dense = walker, tokens, make_dense
         self._cache: dict[tuple[Loss, str, int, int], TeacherBatch] = {}
         self._features: dict[tuple[int, str, int, int], torch.Tensor] = {}
@@ -125,9 +125,9 @@ class Teacher:
 
     def _batch_ranges(self, split: str, tokens: int) -> list[tuple[int, int]]:
         """Return the first sequence of each batch, and how many it has."""
-        length = self._tokens[split].shape[1]
+        length = self._tokens[split].length
         assert tokens % length == 0, f"{tokens} tokens are not whole sequences of {length}"
-        assert tokens <= self._tokens[split].numel(), f"{tokens} tokens of the {split} split were not packed"
+        assert tokens <= self._tokens[split].num_tokens, f"{tokens} tokens of the {split} split were not packed"
         count = tokens // length
         return [(start, min(SEQUENCES_PER_BATCH, count - start)) for start in range(0, count, SEQUENCES_PER_BATCH)]
 

@@ -55,7 +55,7 @@ class RayPool:
     def __init__(
         self,
         spec: EngineSpec,
-        tokens: Mapping[str, np.ndarray | Examples],
+        tokens: Mapping[str, Examples],
         workers: int,
         notify: Notify = lambda message: None,
         demand: Demand | None = None,
@@ -65,7 +65,7 @@ class RayPool:
 
         Args:
             spec: What their engines are made from.
-            tokens: Token ids [sequences, length] of each split, or other examples; one copy for each node.
+            tokens: Examples of each split; one copy for each node.
             workers: How many, at most: those that find no room wait for nodes that join.
             notify: Hears what a user should know.
             demand: What each takes of its node; None for a CPU for every thread.
@@ -74,7 +74,7 @@ class RayPool:
         self._spec, self._notify = spec, notify
         self._actor = ray.remote(Worker).options(**(demand or Demand(spec.threads)).options())
         self._blocks = 1 + max(unit.block for unit in spec.space.units)
-        self._lengths = {split: ids.shape[1] for split, ids in tokens.items()}
+        self._lengths = {split: examples.length for split, examples in tokens.items()}
         self._spec_ref, self._tokens_ref = ray.put(spec), ray.put(dict(tokens))
         self._sent: dict[int, _Sent] = {}
         self._open: set[Key] = set()

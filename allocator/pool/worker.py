@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 
-import numpy as np
 import torch
 
 from allocator.core.protocols import Outcome, Request
@@ -27,7 +26,7 @@ from allocator.pruning.pruners.protocol import UnitProblem
 class Worker:
     """One engine in one process. Every call may be made again, by another worker at once, and comes to the same."""
 
-    def __init__(self, spec: EngineSpec, tokens: Mapping[str, np.ndarray | Examples]) -> None:
+    def __init__(self, spec: EngineSpec, tokens: Mapping[str, Examples]) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         torch.set_num_threads(spec.threads)
         self._spec, self._tokens = spec, tokens

@@ -7,7 +7,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from allocator.core.budget import Budget
@@ -18,7 +17,7 @@ from allocator.core.space import Allocation, SearchSpace
 from allocator.evaluation.spec import EngineSpec
 from allocator.evaluation.training import Training
 from allocator.model.checkpoint.headers import Checkpoint
-from allocator.model.data.examples import Examples, fingerprint_examples
+from allocator.model.data.examples import Examples
 from allocator.model.family.layout import Layout
 from allocator.model.live.walk import SEQUENCES_PER_BATCH
 from allocator.pruning.levels.store import LevelStore
@@ -54,7 +53,7 @@ class Job:
     space: SearchSpace
     budget: Budget
     pruner: LocalPruner
-    tokens: dict[str, np.ndarray | Examples]
+    tokens: dict[str, Examples]
     along: Allocation | None = None
     round: Round | None = None
 
@@ -70,7 +69,7 @@ class Job:
     @cached_property
     def text_fingerprints(self) -> dict[str, str]:
         """The fingerprint of every split."""
-        return {split: fingerprint_examples(shown) for split, shown in self.tokens.items()}
+        return {split: examples.fingerprint() for split, examples in self.tokens.items()}
 
     @cached_property
     def pruner_id(self) -> dict[str, Any]:
@@ -82,7 +81,7 @@ class Job:
             "inputs": self.inputs,
             **({"along": list(self.along)} if self.along is not None else {}),
             "execution": "recompute" if self.recompute else "assemble",
-            "tokens": int(self.tokens["calibration"].size),
+            "tokens": self.tokens["calibration"].num_tokens,
             "sequence_length": self.config.tokens.sequence_length,
             "dtype": self.config.dtype,
             "threads": self.config.threads,

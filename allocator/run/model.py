@@ -13,6 +13,7 @@ from allocator.core.files import fingerprint
 from allocator.core.latency import LatencyTable
 from allocator.core.space import SearchSpace
 from allocator.model.checkpoint.headers import Checkpoint, locate
+from allocator.model.data.examples import Examples
 from allocator.model.data.read import read_tokens
 from allocator.model.family.layout import Layout, open_model, resolve_layout
 from allocator.model.family.serving_costs import Workload, served
@@ -85,7 +86,7 @@ def check_length(checkpoint: Checkpoint, length: int, key: str) -> None:
 
 def read_texts(
     texts: Mapping[str, Path | None], checkpoint: Checkpoint, wanted: dict[str, int], length: int
-) -> dict[str, np.ndarray]:
+) -> dict[str, Examples]:
     """Read several texts by name. Every split takes sequences of each in turn.
 
     Raises:
@@ -102,8 +103,8 @@ def read_texts(
         except UserError as error:
             raise UserError(f"domains.{name}: {error}") from None
         for split, rows in packed.items():
-            rows[index::count] = read[split]
-    return packed
+            rows[index::count] = read[split].inputs["input_ids"]
+    return {split: Examples.from_ids(rows) for split, rows in packed.items()}
 
 
 def _check_ladders(config: RunConfig) -> None:

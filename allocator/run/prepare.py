@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
-
 from allocator.core.budget import Budget, budget_for
 from allocator.core.costs import COSTS, check_known
 from allocator.core.errors import UserError
@@ -14,7 +12,7 @@ from allocator.core.plan import Plan
 from allocator.core.space import Allocation, SearchSpace
 from allocator.evaluation.spec import check_device
 from allocator.model.checkpoint.headers import Checkpoint
-from allocator.model.data.examples import LABELS, Examples
+from allocator.model.data.examples import Examples
 from allocator.model.data.read import read_examples
 from allocator.pruning.pruners.protocol import LocalPruner, PrunerSpec
 from allocator.pruning.pruners.registry import make_pruner
@@ -44,12 +42,11 @@ def prepare_job(config: RunConfig, notify: Notify = silent) -> Job:
     wanted, length = _count_tokens(config), config.tokens.sequence_length
     check_length(checkpoint, length, "tokens.sequence_length")
     along = _choose_path(config, checkpoint, space, budget)
-    tokens: dict[str, np.ndarray | Examples]
     if config.domains:
-        tokens = {**read_texts(config.domains, checkpoint, wanted, length)}
+        tokens = read_texts(config.domains, checkpoint, wanted, length)
     else:
         tokens = read_examples(config.text, checkpoint, wanted, length, notify)
-    _check_labels(config, tokens)
+    _check_labels(config, checkpoint, tokens)
     return Job(
         config=config,
         checkpoint=checkpoint,
@@ -156,10 +153,10 @@ def with_default_loss(config: RunConfig, checkpoint: Checkpoint) -> RunConfig:
     return config
 
 
-def _check_labels(config: RunConfig, tokens: Mapping[str, np.ndarray | Examples]) -> None:
+def _check_labels(config: RunConfig, checkpoint: Checkpoint, tokens: Mapping[str, Examples]) -> None:
     """Raise if a run minimises the likelihood of labels and the examples have none."""
     asked = "loss" if config.loss == "nll" else "objectives" if "nll" in config.objectives else ""
-    if asked and any(isinstance(each, Examples) and LABELS not in each.arrays for each in tokens.values()):
+    if asked and checkpoint.kind.answers == "classes" and any(batch.labels is None for batch in tokens.values()):
         raise UserError(f"{asked}: nll is of labels, and the examples have none. Give some, or use another")
 
 

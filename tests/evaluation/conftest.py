@@ -12,6 +12,7 @@ from stores import create_store
 from allocator.evaluation.engine import Engine
 from allocator.evaluation.spec import EngineSpec
 from allocator.model.checkpoint.headers import read_checkpoint
+from allocator.model.data.examples import Examples
 from allocator.model.family.layout import resolve_layout
 from allocator.model.family.schema import find_family
 from allocator.model.family.space import build_space
@@ -25,12 +26,12 @@ from allocator.pruning.pruners.registry import make_pruner
 LENGTH = 32
 
 
-def _token_ids(seed: int, sequences: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 128, size=(sequences, LENGTH))
+def _token_ids(seed: int, sequences: int) -> Examples:
+    return Examples.from_ids(np.random.default_rng(seed).integers(0, 128, size=(sequences, LENGTH)))
 
 
 @pytest.fixture(scope="session")
-def splits() -> dict[str, np.ndarray]:
+def splits() -> dict[str, Examples]:
     """Random token ids by split, 32 to a sequence."""
     counts = {"calibration": 9, "search": 11, "selection": 6, "test": 7}
     return {split: _token_ids(seed, count) for seed, (split, count) in enumerate(counts.items())}

@@ -14,6 +14,7 @@ from allocator.evaluation.engine import Engine
 from allocator.evaluation.local import LocalEvaluator
 from allocator.evaluation.training import Candidate, Trainer, Training
 from allocator.model.checkpoint.headers import read_checkpoint
+from allocator.model.data.examples import Examples
 from allocator.model.live.load import load_model
 from allocator.pruning.levels.assemble import Assembler
 from allocator.pruning.levels.execute import save_pruned
@@ -25,7 +26,7 @@ LENGTH, STEPS = 32, 16
 def texts(splits):
     """The splits, and a text to train on in which a token tells the next one."""
     tokens = np.random.default_rng(9).integers(0, 128, (STEPS, 1)) + 7 * np.arange(LENGTH)
-    return {**splits, "training": tokens % 128}
+    return {**splits, "training": Examples.from_ids(tokens % 128)}
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +53,7 @@ def _some(space, seed=1):
 
 
 def _trainer(spec, texts, dtype=torch.float32):
-    tokens = torch.from_numpy(texts["training"])
+    tokens = torch.from_numpy(texts["training"].inputs["input_ids"])
     return Trainer(spec.checkpoint, spec.layout, spec.space, spec.store, spec.training, tokens, dtype, spec.device)
 
 
@@ -110,7 +111,7 @@ def test_training_is_that_of_a_plain_loop_on_the_checkpoint(trained_spec, texts,
     zeros = {name: p.detach() == 0 for name, p in model.named_parameters()} if pattern == "unstructured" else {}
     means = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in model.named_parameters()}
     for step in range(1, 4):
-        tokens = torch.from_numpy(texts["training"][2 * step - 2 : 2 * step])
+        tokens = torch.from_numpy(texts["training"].inputs["input_ids"][2 * step - 2 : 2 * step])
         model.zero_grad()
         model(tokens, labels=tokens, use_cache=False).loss.backward()
         with torch.no_grad():

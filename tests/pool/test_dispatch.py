@@ -22,6 +22,7 @@ from allocator.evaluation.expansion import num_chunks
 from allocator.evaluation.local import LocalEvaluator
 from allocator.evaluation.spec import EngineSpec, Execution
 from allocator.evaluation.training import Training
+from allocator.model.data.examples import Examples
 from allocator.model.live.load import load_model
 from allocator.model.live.walk import BlockWalker
 from allocator.pool import dispatch as ray_pool
@@ -112,6 +113,11 @@ def two(bench: Bench, cluster: None) -> Iterator[RayPool]:
     made.close()
 
 
+def reshaped(bench: Bench, length: int) -> dict[str, Examples]:
+    """Return the same tokens in sequences of another length."""
+    return {split: Examples.from_ids(e.inputs["input_ids"].reshape(-1, length)) for split, e in bench.tokens.items()}
+
+
 def measured(outcomes: Iterator[Outcome]) -> dict[Any, dict[str, float]]:
     return {outcome.request.key: dict(outcome.measured) for outcome in outcomes}
 
@@ -156,7 +162,7 @@ def test_expansions_among_plain_requests_are_those_of_one_process(
 
 def test_portions_of_an_expansion_are_put_together_in_order(bench: Bench, pool: Callable[..., RayPool]) -> None:
     """To the last bit, though workers have a part of the text each; and their sequences are those of one pass."""
-    tokens = {split: ids.reshape(-1, 16) for split, ids in bench.tokens.items()}
+    tokens = reshaped(bench, 16)
     asked = [replace(request, probe="expansion") for request in bench.requests[4:6]]
     assert num_chunks(asked[0].tokens, 16) > 1
     local, found = (
@@ -356,7 +362,7 @@ def test_workers_lost_while_they_were_idle_fail_no_allocation(bench: Bench, tmp_
 
 
 def test_what_is_left_of_an_expansion_that_fails_is_dropped(bench: Bench, tmp_path: Path) -> None:
-    tokens = {split: ids.reshape(-1, 16) for split, ids in bench.tokens.items()}
+    tokens = reshaped(bench, 16)
     (tmp_path / "marks").mkdir()
 
     class Half(Dying):

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from allocator.core.errors import UserError
 from allocator.core.signals import QUANTILES, SIGNALS, Signals
+from allocator.model.data.examples import Examples
 from allocator.model.live.stream import StreamedWalker
 from allocator.pruning.calibration.problem import Calibration
 from allocator.pruning.signals import collect, hill_exponent

@@ -12,7 +12,7 @@ from allocator.core.errors import UserError
 from allocator.core.notify import Notify, Progress, silent
 from allocator.core.space import SearchSpace
 from allocator.model.checkpoint.headers import Checkpoint
-from allocator.model.data.examples import Shown
+from allocator.model.data.examples import Examples
 from allocator.model.family.layout import Layout
 from allocator.model.family.sub_blocks import SubBlock
 from allocator.model.live.walk import SEQUENCES_PER_BATCH, BlockWalker
@@ -62,7 +62,7 @@ class Calibration:
         layout: Where its units are.
         space: Their ladders.
         pruner: The local pruner.
-        shown: Token ids [sequences, length], or other examples.
+        examples: The calibration text, or other examples, as tensors.
         progress: Hears how many blocks are done.
         notify: Hears what a user should know.
     """
@@ -72,13 +72,13 @@ class Calibration:
     layout: Layout
     space: SearchSpace
     pruner: LocalPruner
-    shown: Shown
+    examples: Examples
     progress: Progress = lambda done: None
     notify: Notify = silent
 
     def embedded(self) -> list[torch.Tensor]:
         """Return what enters the first block, batch by batch."""
-        return [self.walker.embed(batch) for batch in self.shown.split(SEQUENCES_PER_BATCH)]
+        return [self.walker.embed(batch) for batch in self.examples.split(SEQUENCES_PER_BATCH)]
 
     def dense_weight(self, task: UnitTask) -> torch.Tensor:
         """Return the dense weight of a task's matrix, in the checkpoint's data type.

@@ -12,6 +12,7 @@ from torch import nn
 from allocator.core.errors import UserError
 from allocator.core.space import SearchSpace
 from allocator.model.checkpoint.headers import Checkpoint, read_checkpoint
+from allocator.model.data.examples import Examples
 from allocator.model.family.draft import Covered, coverage, draft
 from allocator.model.family.layout import resolve_layout
 from allocator.model.family.schema import families_folder, find_family, load_family, served_types
@@ -153,7 +154,7 @@ def test_a_walk_is_the_model(model):
     tokens = torch.arange(48).view(2, 24)
     expected = live(tokens).logits
     for walker in (BlockWalker(live, layout), StreamedWalker(checkpoint, layout)):
-        hidden = walker.embed(tokens)
+        hidden = walker.embed(Examples.from_ids(tokens))
         for index in range(len(layout.blocks)):
             with walker.loaded(index):
                 hidden = walker.run(index, hidden)
@@ -406,4 +407,4 @@ def test_a_family_that_leaves_out_what_follows_the_blocks_is_refused(tiny_model)
     with pytest.raises(
         UserError, match=r"the tail \('lm_head',\) are not what LlamaForCausalLM computes. Name in 'tail'"
     ):
-        BlockWalker(load_model(checkpoint), layout).check(torch.arange(16)[None])
+        BlockWalker(load_model(checkpoint), layout).check(Examples.from_ids(torch.arange(16)[None]))

@@ -7,6 +7,7 @@ from problems import unit_problem
 from safetensors.torch import load_file, save_file
 
 from allocator.model.checkpoint.headers import read_checkpoint
+from allocator.model.data.examples import Examples
 from allocator.model.family.layout import resolve_layout
 from allocator.model.family.schema import find_family
 from allocator.model.family.space import build_space
@@ -156,7 +157,7 @@ def test_along_nothing_the_model_stays_dense(structured, tokens):
 def test_along_everything_no_block_is_left(structured, tokens):
     calibration = structured.calibration()
     list(prune_on_pruned_inputs(calibration, structured.space.sparsest, every_level=False))
-    hidden = calibration.walker.embed(tokens(2, 1, 16))
+    hidden = calibration.walker.embed(Examples.from_ids(tokens(2, 1, 16)))
     assert torch.equal(calibration.walker.run_all(hidden), hidden)
 
 
@@ -192,8 +193,9 @@ def test_sparsegpt_aims_at_the_dense_outputs_along_a_path(unstructured):
             switchboard = LevelSwitch(walker.model, case.layout, assembler)
             for unit, level in zip(case.space.units, allocation, strict=True):
                 switchboard.set(unit.name, level)
-            expected = whole.run_all(whole.embed(case.tokens))
-            distances[name] = float((walker.run_all(walker.embed(case.tokens)) - expected).norm() / expected.norm())
+            examples = Examples.from_ids(case.tokens)
+            expected = whole.run_all(whole.embed(examples))
+            distances[name] = float((walker.run_all(walker.embed(examples)) - expected).norm() / expected.norm())
     assert distances["path"] < 0.95 * distances["dense"]
 
 
