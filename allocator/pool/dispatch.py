@@ -13,35 +13,36 @@ import ray
 from allocator.core.errors import UserError
 from allocator.core.notify import Notify, Progress
 from allocator.core.protocols import Key, Outcome, Request
-from allocator.evaluation.engine import EngineSpec, Execution, expanded
-from allocator.evaluation.expansion import Portion, num_portions
-from allocator.evaluation.training_states import States
+from allocator.evaluation.engine import combine_chunks
+from allocator.evaluation.expansion import ExpansionChunk, num_chunks
+from allocator.evaluation.spec import EngineSpec, Execution
+from allocator.evaluation.training_states import TrainingStates
 from allocator.model.data.examples import Examples
 from allocator.pool.actor_pool import MAX_DEATHS, ActorPool, Died
 from allocator.pool.cluster import Demand
 from allocator.pool.durations import PATIENCE_S, Task
 from allocator.pool.worker import Worker
-from allocator.pruning.calibration.problem import UnitProblem
-from allocator.pruning.levels.assemble import CompactLevels
+from allocator.pruning.levels.compact import CompactLevels
 from allocator.pruning.levels.store import StoreBuilder
+from allocator.pruning.pruners.protocol import UnitProblem
 
 _LOOK_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class _Sent:
-    """Requests that a worker measures, or a portion of an expansion, and the workers that died of it alone."""
+    """Requests that a worker measures, or a chunk of an expansion, and the workers that died of it alone."""
 
     requests: tuple[Request, ...]
-    portion: int | None = None
+    chunk: int | None = None
     deaths: int = 0
     patience: float = 1.0
 
     def task(self, blocks: int) -> Task:
-        if self.portion is None:
+        if self.chunk is None:
             size = _size(self.requests, blocks)
             return Task("measure", (self.requests,), size, len(self.requests), self.patience)
-        return Task("expand", (self.requests[0], self.portion), 1.0, patience=self.patience)
+        return Task("expand", (self.requests[0], self.chunk), 1.0, patience=self.patience)
 
 
 class RayPool:
@@ -77,7 +78,7 @@ class RayPool:
         self._spec_ref, self._tokens_ref = ray.put(spec), ray.put(dict(tokens))
         self._sent: dict[int, _Sent] = {}
         self._open: set[Key] = set()
-        self._portions: dict[Key, dict[int, Portion]] = {}
+        self._chunks: dict[Key, dict[int, ExpansionChunk]] = {}
         self._crew = ActorPool(self._hire, workers, notify, patience_s)
 
     @property
@@ -91,7 +92,7 @@ class RayPool:
         self._crew.renew(lambda actor: actor.renew.remote(self._spec_ref))
 
     def evaluate(self, requests: Sequence[Request]) -> Iterator[Outcome]:
-        """Have requests measured, and yield outcomes as workers finish runs of neighbours and portions of expansions.
+        """Have requests measured, and yield outcomes as workers finish runs of neighbours and chunks of expansions.
 
         What is asked for before all of it is yielded is measured at the same time. An iterator yields what of either
         is done, and ends when nothing of its own is left.
@@ -100,8 +101,8 @@ class RayPool:
         self._open.update(request.key for request in requests)
         for request in requests:
             if request.probe == "expansion":
-                self._portions[request.key] = {}
-                for index in range(num_portions(request.tokens, self._lengths[request.split])):
+                self._chunks[request.key] = {}
+                for index in range(num_chunks(request.tokens, self._lengths[request.split])):
                     self._send(_Sent((request,), index))
         for run in _runs(plain, self._crew.size):
             self._send(_Sent(tuple(run)))
@@ -152,21 +153,21 @@ class RayPool:
                 self._open.discard(outcome.request.key)
                 yield outcome
         if self._spec.training is not None:
-            States(self._spec.training.folder).forget(requests)
+            TrainingStates(self._spec.training.folder).forget(requests)
 
     def _taken(self, sent: _Sent, answer: Any) -> list[Outcome]:
         """Return the outcomes that are known with an answer; send again what a worker died of."""
         request = sent.requests[0]
         if isinstance(answer, Died):
             return self._again(sent, answer)
-        if sent.portion is None:
+        if sent.chunk is None:
             return list(answer)
-        portions = self._portions[request.key]
-        portions[sent.portion] = answer
-        if len(portions) < num_portions(request.tokens, self._lengths[request.split]):
+        chunks = self._chunks[request.key]
+        chunks[sent.chunk] = answer
+        if len(chunks) < num_chunks(request.tokens, self._lengths[request.split]):
             return []
-        del self._portions[request.key]
-        return [expanded(request, self._spec.loss, [portions[index] for index in sorted(portions)])]
+        del self._chunks[request.key]
+        return [combine_chunks(request, self._spec.loss, [chunks[index] for index in sorted(chunks)])]
 
     def _again(self, sent: _Sent, died: Died) -> list[Outcome]:
         count = len(sent.requests)
@@ -179,10 +180,10 @@ class RayPool:
             self._notify(
                 f"a worker died and is replaced; its task is run again ({sent.deaths + 1} of {MAX_DEATHS} times)"
             )
-            self._send(_Sent(sent.requests, sent.portion, sent.deaths + 1, 4 * sent.patience))
+            self._send(_Sent(sent.requests, sent.chunk, sent.deaths + 1, 4 * sent.patience))
             return []
-        self._portions.pop(sent.requests[0].key, None)
-        for ticket, other in list(self._sent.items()):  # portions that are of no more use
+        self._chunks.pop(sent.requests[0].key, None)
+        for ticket, other in list(self._sent.items()):  # chunks that are of no more use
             if other.requests == sent.requests:
                 self._crew.drop(ticket)
                 del self._sent[ticket]

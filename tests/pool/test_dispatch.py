@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import ray
 import torch
+from stores import create_store
 
 from allocator.core.errors import UserError
 from allocator.core.protocols import Outcome, Request
 from allocator.core.space import SearchSpace
-from allocator.evaluation.engine import EngineSpec, Execution, LocalEvaluator
-from allocator.evaluation.expansion import num_portions
+from allocator.evaluation.expansion import num_chunks
+from allocator.evaluation.local import LocalEvaluator
+from allocator.evaluation.spec import EngineSpec, Execution
 from allocator.evaluation.training import Training
 from allocator.model.data.examples import Examples
 from allocator.model.live.load import load_model
@@ -29,9 +31,10 @@ from allocator.pool.cluster import Demand, connected
 from allocator.pool.dispatch import RayPool
 from allocator.pool.durations import Task
 from allocator.pruning.calibration.build import prune_on_dense_inputs, prune_on_pruned_inputs
-from allocator.pruning.calibration.problem import Calibration, UnitProblem
-from allocator.pruning.levels.assemble import CompactLevels
-from allocator.pruning.levels.store import LevelStore, StoreBuilder, create_store
+from allocator.pruning.calibration.problem import Calibration
+from allocator.pruning.levels.compact import CompactLevels
+from allocator.pruning.levels.store import LevelStore, StoreBuilder
+from allocator.pruning.pruners.protocol import UnitProblem
 from allocator.run.config.load import load_config
 from allocator.run.prepare import prepare_job
 
@@ -67,8 +70,17 @@ def bench(tiny_model: Path, text_folder: Path, tmp_path_factory: pytest.TempPath
     config = load_config(None, {"model": str(tiny_model), "text": text_folder, "workers": 0}, SETTINGS)
     job = prepare_job(config)
     walker = BlockWalker(load_model(job.checkpoint), job.layout)
-    calibration = job.tokens["calibration"].to_tensors()
-    levels = prune_on_dense_inputs(Calibration(walker, job.checkpoint, job.layout, job.space, job.pruner, calibration))
+    calibration = torch.from_numpy(job.tokens["calibration"])
+    levels = prune_on_dense_inputs(
+        Calibration(
+            walker=walker,
+            checkpoint=job.checkpoint,
+            layout=job.layout,
+            space=job.space,
+            pruner=job.pruner,
+            shown=calibration,
+        )
+    )
     store = create_store(tmp_path_factory.mktemp("pool") / "levels", job.store_key, levels)
     rng = np.random.default_rng(0)
     requests = [
@@ -152,7 +164,7 @@ def test_portions_of_an_expansion_are_put_together_in_order(bench: Bench, pool: 
     """To the last bit, though workers have a part of the text each; and their sequences are those of one pass."""
     tokens = reshaped(bench, 16)
     asked = [replace(request, probe="expansion") for request in bench.requests[4:6]]
-    assert num_portions(asked[0].tokens, 16) > 1
+    assert num_chunks(asked[0].tokens, 16) > 1
     local, found = (
         {
             o.request.key: (o.measured, o.sequence_losses, o.expansion)
@@ -354,7 +366,7 @@ def test_what_is_left_of_an_expansion_that_fails_is_dropped(bench: Bench, tmp_pa
     (tmp_path / "marks").mkdir()
 
     class Half(Dying):
-        """The first portion kills; the second takes long."""
+        """The first chunk kills; the second takes long."""
 
         marks, deadly = tmp_path / "marks", None
 
