@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forked import Command
 from safetensors.numpy import load_file
 
 import allocator
@@ -111,17 +112,7 @@ class Driver:
 
     def __init__(self, arguments: list[object], folder: Path) -> None:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "allocator", *map(str, arguments)],
-            cwd=folder,
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            # as in a terminal; a shell in the background starts what it starts with SIGINT ignored
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
+        self.process = Command(arguments, folder, environment)
 
     @property
     def session(self) -> int:
@@ -146,8 +137,6 @@ class Driver:
             if session == self.session:
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
-        if self.process.stderr is not None:
-            self.process.stderr.close()
 
 
 @pytest.fixture
