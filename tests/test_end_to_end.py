@@ -184,7 +184,7 @@ def plan_bytes(run: Path) -> bytes:
 
 
 @pytest.mark.usefixtures("cluster")
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", ["structured", pytest.param("unstructured", marks=pytest.mark.slow)])
 def test_same_plan_with_two_workers(run_search: Search, finished: dict[str, Any], tmp_path: Path, pattern: str) -> None:
     result = run_search(tmp_path, pattern=pattern, workers=2)
     assert plan_bytes(result.folder) == plan_bytes(finished[pattern].folder)
@@ -364,7 +364,7 @@ def test_a_search_says_what_training_changed(finished_trained: Any, finished: di
 
 
 @pytest.mark.usefixtures("cluster")
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_same_plan_for_any_number_of_workers_that_train(
     run_search: Search, finished_trained: Any, tmp_path: Path, workers: int
 ) -> None:
