@@ -92,10 +92,16 @@ def pool(bench: Bench) -> Iterator[Callable[..., RayPool]]:
         each.close()
 
 
+def tokens_of_two(bench: Bench) -> dict[str, np.ndarray]:
+    """Those of the bench, and what some tests ask of in addition: text to train on, and sequences that are short."""
+    tokens = bench.tokens
+    return {**tokens, "training": tokens["calibration"], "short": tokens["search"].reshape(-1, 16)}
+
+
 @pytest.fixture(scope="module")
 def two(bench: Bench, cluster: None) -> Iterator[RayPool]:
     """Two workers, for tests that leave them as they were; they take no room from the workers of others."""
-    made = RayPool(bench.spec, bench.tokens, 2, demand=Demand(cpus=0))
+    made = RayPool(bench.spec, tokens_of_two(bench), 2, demand=Demand(cpus=0))
     yield made
     made.close()
 
@@ -110,7 +116,7 @@ def expected(bench: Bench) -> dict[Any, dict[str, float]]:
     return measured(LocalEvaluator(bench.spec, bench.tokens).evaluate(bench.requests))
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_outcomes_are_those_of_one_process(
     bench: Bench,
     pool: Callable[..., RayPool],
@@ -142,17 +148,14 @@ def test_expansions_among_plain_requests_are_those_of_one_process(
         assert request.probe or plain == expected[request.key]
 
 
-def test_portions_of_an_expansion_are_put_together_in_order(bench: Bench, pool: Callable[..., RayPool]) -> None:
+def test_portions_of_an_expansion_are_put_together_in_order(bench: Bench, two: RayPool) -> None:
     """To the last bit, though workers have a part of the text each; and their sequences are those of one pass."""
-    tokens = {split: ids.reshape(-1, 16) for split, ids in bench.tokens.items()}
-    asked = [replace(request, probe="expansion") for request in bench.requests[4:6]]
+    tokens, requests = tokens_of_two(bench), [replace(request, split="short") for request in bench.requests[4:6]]
+    asked = [replace(request, probe="expansion") for request in requests]
     assert num_portions(asked[0].tokens, 16) > 1
     local, found = (
-        {
-            o.request.key: (o.measured, o.sequence_losses, o.expansion)
-            for o in evaluator.evaluate([*asked, *bench.requests[4:6]])
-        }
-        for evaluator in (LocalEvaluator(bench.spec, tokens), pool(2, tokens=tokens))
+        {o.request.key: (o.measured, o.sequence_losses, o.expansion) for o in evaluator.evaluate([*asked, *requests])}
+        for evaluator in (LocalEvaluator(bench.spec, tokens), two)
     )
     assert found == local
     for request in asked:
@@ -172,11 +175,11 @@ def test_workers_go_on_with_another_engine(bench: Bench, two: RayPool) -> None:
         assert measured(evaluator.evaluate(bench.requests)) == first
 
 
-def test_a_worker_that_cannot_be_renewed_is_replaced(bench: Bench, pool: Callable[..., RayPool]) -> None:
+def test_a_worker_that_cannot_be_renewed_is_replaced(bench: Bench, two: RayPool) -> None:
     """One is dead, one cannot read what it is sent; none answers for the engine that it had."""
     other = replace(bench.spec, loss="hidden")
     wanted = measured(LocalEvaluator(other, bench.tokens).evaluate(bench.requests))
-    evaluator = pool(2)
+    evaluator = two
     list(evaluator.evaluate(bench.requests[:2]))
     dead, deaf = evaluator._crew.actors
     ray.kill(dead)
@@ -186,6 +189,7 @@ def test_a_worker_that_cannot_be_renewed_is_replaced(bench: Bench, pool: Callabl
     assert dead not in evaluator._crew.actors
     assert deaf not in evaluator._crew.actors
     assert measured(evaluator.evaluate(bench.requests)) == wanted
+    evaluator.renew(bench.spec)
 
 
 class Unreadable:
@@ -195,23 +199,20 @@ class Unreadable:
         return int, ("no number",)
 
 
-def test_workers_train_as_one_process_does(bench: Bench, pool: Callable[..., RayPool], tmp_path: Path) -> None:
+def test_workers_train_as_one_process_does(bench: Bench, two: RayPool, tmp_path: Path) -> None:
     """To the last bit, and from states that another worker left."""
-    tokens = {**bench.tokens, "training": bench.tokens["calibration"]}
     chosen = [request.allocation for request in bench.requests[:3]]
     stages = [[Request(a, 128, training=128) for a in chosen], [Request(a, 256, training=256) for a in chosen[::-1]]]
 
     def spec(name: str) -> EngineSpec:
         return replace(bench.spec, training=Training(1e-3, 1, tmp_path / name))
 
-    local = LocalEvaluator(spec("local"), tokens)
-    workers = RayPool(spec("pool"), tokens, 2)
-    try:
-        for stage, left in zip(stages, (3, 0), strict=True):
-            assert measured(workers.evaluate(stage)) == measured(local.evaluate(stage))
-            assert len(list((tmp_path / "pool").iterdir())) == left
-    finally:
-        workers.close()
+    local = LocalEvaluator(spec("local"), tokens_of_two(bench))
+    two.renew(spec("pool"))
+    for stage, left in zip(stages, (3, 0), strict=True):
+        assert measured(two.evaluate(stage)) == measured(local.evaluate(stage))
+        assert len(list((tmp_path / "pool").iterdir())) == left
+    two.renew(bench.spec)
 
 
 def test_executions_are_those_of_one_process(bench: Bench, two: RayPool, tmp_path: Path) -> None:
@@ -469,8 +470,8 @@ def test_a_worker_that_cannot_start_is_no_death(bench: Bench, pool: Callable[...
     assert said == []
 
 
-def test_close_ends_the_workers(bench: Bench) -> None:
-    pool = RayPool(bench.spec, bench.tokens, 2)
+def test_close_ends_the_workers(bench: Bench, tmp_path: Path) -> None:
+    pool = dying(bench, tmp_path / "marks", lambda requests, own: False, workers=2)
     list(pool.evaluate(bench.requests[:2]))
     pids = ray.get([worker.__ray_call__.remote(lambda _: os.getpid()) for worker in pool._crew.actors])
     assert all(Path(f"/proc/{pid}").exists() for pid in pids)
