@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -70,7 +71,7 @@ def bench(tiny_model: Path, text_folder: Path, tmp_path_factory: pytest.TempPath
     config = load_config(None, {"model": str(tiny_model), "text": text_folder, "workers": 0}, SETTINGS)
     job = prepare_job(config)
     walker = BlockWalker(load_model(job.checkpoint), job.layout)
-    calibration = torch.from_numpy(job.tokens["calibration"])
+    calibration = job.tokens["calibration"].to_tensors()
     levels = prune_on_dense_inputs(
         Calibration(
             walker=walker,
@@ -105,10 +106,16 @@ def pool(bench: Bench) -> Iterator[Callable[..., RayPool]]:
         each.close()
 
 
+def tokens_of_two(bench: Bench) -> dict[str, Examples]:
+    """Those of the bench, and what some tests ask of in addition: text to train on, and sequences that are short."""
+    tokens = bench.tokens
+    return {**tokens, "training": tokens["calibration"], "short": reshaped(bench, 16)["search"]}
+
+
 @pytest.fixture(scope="module")
 def two(bench: Bench, cluster: None) -> Iterator[RayPool]:
     """Two workers, for tests that leave them as they were; they take no room from the workers of others."""
-    made = RayPool(bench.spec, bench.tokens, 2, demand=Demand(cpus=0))
+    made = RayPool(bench.spec, tokens_of_two(bench), 2, demand=Demand(cpus=0))
     yield made
     made.close()
 
@@ -128,7 +135,7 @@ def expected(bench: Bench) -> dict[Any, dict[str, float]]:
     return measured(LocalEvaluator(bench.spec, bench.tokens).evaluate(bench.requests))
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_outcomes_are_those_of_one_process(
     bench: Bench,
     pool: Callable[..., RayPool],
@@ -160,17 +167,14 @@ def test_expansions_among_plain_requests_are_those_of_one_process(
         assert request.probe or plain == expected[request.key]
 
 
-def test_portions_of_an_expansion_are_put_together_in_order(bench: Bench, pool: Callable[..., RayPool]) -> None:
+def test_portions_of_an_expansion_are_put_together_in_order(bench: Bench, two: RayPool) -> None:
     """To the last bit, though workers have a part of the text each; and their sequences are those of one pass."""
-    tokens = reshaped(bench, 16)
-    asked = [replace(request, probe="expansion") for request in bench.requests[4:6]]
+    tokens, requests = tokens_of_two(bench), [replace(request, split="short") for request in bench.requests[4:6]]
+    asked = [replace(request, probe="expansion") for request in requests]
     assert num_chunks(asked[0].tokens, 16) > 1
     local, found = (
-        {
-            o.request.key: (o.measured, o.sequence_losses, o.expansion)
-            for o in evaluator.evaluate([*asked, *bench.requests[4:6]])
-        }
-        for evaluator in (LocalEvaluator(bench.spec, tokens), pool(2, tokens=tokens))
+        {o.request.key: (o.measured, o.sequence_losses, o.expansion) for o in evaluator.evaluate([*asked, *requests])}
+        for evaluator in (LocalEvaluator(bench.spec, tokens), two)
     )
     assert found == local
     for request in asked:
@@ -190,11 +194,11 @@ def test_workers_go_on_with_another_engine(bench: Bench, two: RayPool) -> None:
         assert measured(evaluator.evaluate(bench.requests)) == first
 
 
-def test_a_worker_that_cannot_be_renewed_is_replaced(bench: Bench, pool: Callable[..., RayPool]) -> None:
+def test_a_worker_that_cannot_be_renewed_is_replaced(bench: Bench, two: RayPool) -> None:
     """One is dead, one cannot read what it is sent; none answers for the engine that it had."""
     other = replace(bench.spec, loss="hidden")
     wanted = measured(LocalEvaluator(other, bench.tokens).evaluate(bench.requests))
-    evaluator = pool(2)
+    evaluator = two
     list(evaluator.evaluate(bench.requests[:2]))
     dead, deaf = evaluator._crew.actors
     ray.kill(dead)
@@ -204,6 +208,7 @@ def test_a_worker_that_cannot_be_renewed_is_replaced(bench: Bench, pool: Callabl
     assert dead not in evaluator._crew.actors
     assert deaf not in evaluator._crew.actors
     assert measured(evaluator.evaluate(bench.requests)) == wanted
+    evaluator.renew(bench.spec)
 
 
 class Unreadable:
@@ -213,23 +218,20 @@ class Unreadable:
         return int, ("no number",)
 
 
-def test_workers_train_as_one_process_does(bench: Bench, pool: Callable[..., RayPool], tmp_path: Path) -> None:
+def test_workers_train_as_one_process_does(bench: Bench, two: RayPool, tmp_path: Path) -> None:
     """To the last bit, and from states that another worker left."""
-    tokens = {**bench.tokens, "training": bench.tokens["calibration"]}
     chosen = [request.allocation for request in bench.requests[:3]]
     stages = [[Request(a, 128, training=128) for a in chosen], [Request(a, 256, training=256) for a in chosen[::-1]]]
 
     def spec(name: str) -> EngineSpec:
         return replace(bench.spec, training=Training(1e-3, 1, tmp_path / name))
 
-    local = LocalEvaluator(spec("local"), tokens)
-    workers = RayPool(spec("pool"), tokens, 2)
-    try:
-        for stage, left in zip(stages, (3, 0), strict=True):
-            assert measured(workers.evaluate(stage)) == measured(local.evaluate(stage))
-            assert len(list((tmp_path / "pool").iterdir())) == left
-    finally:
-        workers.close()
+    local = LocalEvaluator(spec("local"), tokens_of_two(bench))
+    two.renew(spec("pool"))
+    for stage, left in zip(stages, (3, 0), strict=True):
+        assert measured(two.evaluate(stage)) == measured(local.evaluate(stage))
+        assert len(list((tmp_path / "pool").iterdir())) == left
+    two.renew(bench.spec)
 
 
 def test_executions_are_those_of_one_process(bench: Bench, two: RayPool, tmp_path: Path) -> None:
@@ -389,11 +391,13 @@ def test_what_is_left_of_an_expansion_that_fails_is_dropped(bench: Bench, tmp_pa
 
             return Mortal.options(num_cpus=1).remote()
 
-    pool = Half(bench.spec, tokens, 2)
+    # without what a worker would import torch for
+    light: Any = SimpleNamespace(threads=1, space=bench.space, training=None, loss=bench.spec.loss)
+    pool = Half(light, tokens, 2)
     try:
         (outcome,) = pool.evaluate([replace(bench.requests[4], probe="expansion")])
         assert "3 workers died" in outcome.failed
-        pool.renew(bench.spec)
+        pool.renew(light)
         assert len(list(pool.evaluate(bench.requests))) == len(bench.requests)
     finally:
         pool.close()
@@ -487,8 +491,8 @@ def test_a_worker_that_cannot_start_is_no_death(bench: Bench, pool: Callable[...
     assert said == []
 
 
-def test_close_ends_the_workers(bench: Bench) -> None:
-    pool = RayPool(bench.spec, bench.tokens, 2)
+def test_close_ends_the_workers(bench: Bench, tmp_path: Path) -> None:
+    pool = dying(bench, tmp_path / "marks", lambda requests, own: False, workers=2)
     list(pool.evaluate(bench.requests[:2]))
     pids = ray.get([worker.__ray_call__.remote(lambda _: os.getpid()) for worker in pool._crew.actors])
     assert all(Path(f"/proc/{pid}").exists() for pid in pids)
