@@ -74,8 +74,8 @@ EXECUTED = {
 }
 """Commands that are run here, with a string that each must print.
 
-The others need a model, a cluster or minutes. tests/test_end_to_end.py runs the main path of the pages (search, front, plan,
-prune, evaluate, resume), tests/pool/test_jobs.py the recipe of docs/cluster.md, tests/interop the exports and imports.
+The others need a model, a cluster or minutes. tests/test_end_to_end.py runs the main path of the pages (search, front,
+plan, prune, evaluate, resume), tests/pool/test_jobs.py the recipe of docs/cluster.md, tests/interop exports and imports.
 """
 
 COVERED_ELSEWHERE = {
@@ -205,7 +205,7 @@ def test_settings_of_a_command_are_known(command: Command) -> None:
 def test_an_unknown_flag_an_unknown_key_and_a_missing_argument_are_found() -> None:
     with pytest.raises(Exception, match="No such option"):
         parsed(("search", "--pruner", "obs"))
-    with pytest.raises(Exception, match="(?i)missing (option|parameter)"):
+    with pytest.raises(Exception, match=r"(?i)missing (option|parameter)"):
         parsed(("prune", "plan.json"))
     with pytest.raises(UserError, match="unknown key"):
         validate(read_keys(None, {}, ["search.guided.patients=3"]))
