@@ -75,7 +75,7 @@ EXECUTED = {
 """Commands that are run here, with a string that each must print.
 
 The others need a model, a cluster or minutes. tests/test_end_to_end.py runs the main path of the pages (search, front,
-plan, prune, evaluate, resume), tests/pool/test_jobs.py the recipe of docs/cluster.md, tests/interop exports and imports.
+plan, prune, evaluate, resume), tests/pool/test_jobs.py the recipe of docs/cluster.md, tests/interop the exports.
 """
 
 COVERED_ELSEWHERE = {
