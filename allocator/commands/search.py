@@ -24,6 +24,7 @@ from allocator.core.latency import LatencyTable
 from allocator.core.outcomes import LOSSES, build_front, list_objectives, select_comparable
 from allocator.core.plan import Plan
 from allocator.core.protocols import BEFORE, Outcome, Request
+from allocator.core.results import RESULT_KIND, RESULT_SCHEMA
 from allocator.core.training_effect import summarise_training
 from allocator.evaluation.engine import EngineSpec, Execution, LocalEvaluator
 from allocator.evaluation.latency import describe, measure
@@ -400,8 +401,8 @@ def _summary(
         for index, unit in enumerate(space.units)
     ]
     return {
-        "schema": 3,
-        "kind": "allocator.result",
+        "schema": RESULT_SCHEMA,
+        "kind": RESULT_KIND,
         "model": dict(plan.model),
         "pattern": space.pattern,
         "asked": job.config.asked,
