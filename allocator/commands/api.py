@@ -26,8 +26,7 @@ from allocator.core.protocols import Outcome
 from allocator.core.space import Allocation, SearchSpace
 from allocator.evaluation.engine import Engine, EngineSpec, check_device
 from allocator.evaluation.latency import make_table
-from allocator.interop.contract import Source
-from allocator.interop.contract import check as check_target
+from allocator.interop.contract import Source, check_target
 from allocator.interop.readers.ratios import Levels
 from allocator.interop.targets.registry import TARGETS
 from allocator.model.checkpoint.headers import Checkpoint, locate, read_checkpoint
@@ -492,7 +491,7 @@ def export(
     files, layout = _model_of(plan, model, family)
     beside = folder / "checkpoint"
     there = Path(checkpoint) if checkpoint is not None else beside if beside.is_dir() else None
-    target, handed = TARGETS[to], Source(plan, files, layout, run, there)
+    target, handed = TARGETS[to], Source(plan=plan, checkpoint=files, layout=layout, run=run, executed=there)
     check_target(target, handed)
     with whole_folder(out) as partial:
         return target.write(handed, partial)
