@@ -1,4 +1,4 @@
-"""Jobs on a cluster of two nodes, by the commands of docs/cluster.md: submitted, watched, stopped and submitted again."""
+"""Jobs on a cluster of two nodes, by the commands of docs/cluster.md: submitted, watched, stopped, resumed."""
 
 from __future__ import annotations
 

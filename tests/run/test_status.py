@@ -17,7 +17,7 @@ from forked import Command
 
 from allocator.core.errors import UserError
 from allocator.core.files import write_json
-from allocator.report.tables import status_lines
+from allocator.report.tables.status import format_status
 from allocator.run import recorder as recording
 from allocator.run.recorder import Recorder
 from allocator.run.reporting import Silent
@@ -177,12 +177,12 @@ def test_it_beats_while_nothing_happens(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_run_without_a_process(tmp_path: Path, elsewhere: bool, age_s: int, state: str) -> None:
     updated = datetime.now(timezone.utc) - timedelta(seconds=age_s)
     machine = "another" if elsewhere else recording.machine()
-    status = {"schema": 1, "kind": "allocator.run.status", "state": "running", "phase": "search", "done": 1, "total": 4}
+    status = {"schema": 1, "kind": "allocator.status", "state": "running", "phase": "search", "done": 1, "total": 4}
     write_json(tmp_path / "status.json", {**status, "machine": machine, "updated": updated.isoformat()})
     (tmp_path / "journal.jsonl").write_text("")
     found = read_status(tmp_path)
     assert (found["state"], round(found["age_s"])) == (state, age_s)
-    assert ("not running" in status_lines(found)) == (state == "lost")
+    assert ("not running" in format_status(found)) == (state == "lost")
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_a_search_that_is_watched_stopped_and_killed(
     second.send_signal(signal.SIGKILL)
     second.communicate()
     assert read_status(run)["state"] == "lost"
-    assert "not running" in status_lines(read_status(run))
+    assert "not running" in format_status(read_status(run))
 
 
 def until(run: Path, reached: Callable[[Any], bool]) -> Any:
