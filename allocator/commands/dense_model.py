@@ -6,7 +6,7 @@ from pathlib import Path
 
 from allocator.core.errors import UserError
 from allocator.core.plan import Plan
-from allocator.model.checkpoint.headers import Checkpoint, locate
+from allocator.model.checkpoint.headers import Checkpoint, locate, read_checkpoint
 from allocator.model.family.layout import Layout, open_model, resolve_layout
 from allocator.model.family.schema import Family, served_types
 from allocator.model.family.space import build_space
@@ -29,13 +29,13 @@ def open_dense(folder: Path, family: Path | None) -> tuple[Checkpoint, Family]:
     Raises:
         UserError: It cannot be read, or no family of the package serves it and none is named.
     """
-    checkpoint, found = open_model(folder, family)
-    kind = str(checkpoint.config.get("model_type"))
+    kind = str(read_checkpoint(folder).config.get("model_type"))
     if family is None and kind not in served_types():
         raise UserError(
             f"family: no family file is shipped for the model type {kind!r}. Name the one that the search had, with "
             "--family FILE"
         )
+    checkpoint, found = open_model(folder, family)
     check_stock(checkpoint, found)
     return checkpoint, found
 
