@@ -83,7 +83,7 @@ def search(
         objectives: Costs that shall be small beside the loss, such as ``["params"]``: the answer is then a front.
         pattern: ``structured``, ``unstructured`` or ``n:m``.
         workers: Ray workers; 0 runs in this process.
-        method: How to search; None for ``auto``. See :class:`~allocator.searchers.decide.SearchSettings`.
+        method: How to search; None for ``auto``. See :class:`~allocator.searchers.settings.SearchSettings`.
         budget: What the search may spend, such as ``"300 evaluations"``, ``"2e6 tokens"`` or ``"20 minutes"``.
         seed: Of the search.
         name: Of the run, a folder under ``runs_dir``.

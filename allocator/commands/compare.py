@@ -28,7 +28,7 @@ from allocator.run.job import Job, prepare, serving
 from allocator.run.recorder import Recorder
 from allocator.run.reporting import Reporter, Silent
 from allocator.searchers.loop import Measurer, search
-from allocator.searchers.rules.measured import MEASURED_RULES, Fidelity, Stepwise
+from allocator.searchers.rules.measured import MEASURED_RULES, RuleTokens, make_rule_searcher
 from allocator.searchers.rules.one_shot import RULES
 
 
@@ -268,9 +268,9 @@ def _signals(job: Job, folder: Path, wanted: set[Signal], reporter: Reporter) ->
 
 def _measured_rule(job: Job, name: str, measurer: Measurer, reporter: Reporter) -> Allocation:
     reporter.phase(name)
-    tokens = Fidelity(job.config.search.fidelities[0], job.config.search.fidelities[-1])
+    tokens = RuleTokens(job.config.search.fidelities[0], job.config.search.fidelities[-1])
     procedure = MEASURED_RULES[name].run(job.space, job.budget, job.target, tokens)
-    searcher = Stepwise(procedure, (), tokens)
+    searcher = make_rule_searcher(procedure, (), tokens)
     batches = itertools.count(1)
     search(searcher, measurer, lambda o: reporter.step(next(batches), f"{measurer.spent.evaluations} evaluations"))
     return searcher.finalists()[0]

@@ -35,9 +35,8 @@ from allocator.run.job import TRAINING, Job, prepare, versions
 from allocator.run.recorder import Recorder
 from allocator.run.reporting import Reporter, Silent
 from allocator.run.rounds import history, next_job
-from allocator.searchers.decide import Decision, decide
-from allocator.searchers.fronts import decide_front
 from allocator.searchers.hypervolume import Hypervolume
+from allocator.searchers.study import Decision, Study, run_study
 
 Figures = dict[str, float]
 
@@ -106,7 +105,7 @@ def _run(config: RunConfig, resume: bool, reporter: Recorder) -> Result:
         reporter.staff(evaluator)
         while True:
             decision = _round(job, evaluator, journal, found is None, wall, reporter)
-            if not config.search.brief(job.round_number):
+            if config.search.is_last_round(job.round_number):
                 break
             shutil.rmtree(folder / TRAINING, ignore_errors=True)
             job, before = next_job(job, decision), journal
@@ -243,33 +242,17 @@ def _decide(job: Job, evaluator: Any, journal: Journal, reporter: Recorder) -> D
     def phase(name: str) -> None:
         reporter.phase(f"{name}{_of_rounds(job)}", settings.num_batches if name == "search" else None)
 
-    if objectives:
-        decision = decide_front(
-            job.space,
-            job.budget,
-            objectives,
-            settings,
-            job.config.seed,
-            job.config.tokens.selection,
-            evaluator,
-            journal,
-            job.config.target is None,
-            listen,
-            phase,
-        )
-    else:
-        decision = decide(
-            job.space,
-            job.budget,
-            settings,
-            job.config.seed,
-            job.config.tokens.selection,
-            evaluator,
-            journal,
-            listen,
-            phase,
-            job.round,
-        )
+    study = Study(
+        space=job.space,
+        budget=job.budget,
+        objectives=objectives,
+        settings=settings,
+        seed=job.config.seed,
+        selection_tokens=job.config.tokens.selection,
+        at_knee=job.config.target is None,
+        round=job.round,
+    )
+    decision = run_study(study, evaluator, journal, listen, phase)
     write()
     return decision
 

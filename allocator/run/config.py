@@ -16,8 +16,8 @@ from allocator.core.costs import COSTS, Bound
 from allocator.core.errors import UserError, did_you_mean
 from allocator.model.checkpoint.headers import PACKAGED
 from allocator.model.family.schema import Attention, Experts
-from allocator.searchers.decide import SearchSettings, best_for
 from allocator.searchers.methods.presets import PRESETS, preset
+from allocator.searchers.settings import SearchSettings, choose_method
 
 DomainName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")]
 
@@ -270,7 +270,7 @@ class RunConfig(_Strict):
                 raise ValueError(f"objectives: unknown {name!r}{did_you_mean(name, known)}")
         if self.domains and self.text is not None:
             raise ValueError("domains: they take the place of text. Leave one of them out")
-        self.search.serve(self.loss, self.objectives)
+        self.search.check_objectives(self.loss, self.objectives)
         return self
 
     @field_validator("constraints")
@@ -435,7 +435,7 @@ def _refine(data: dict[str, Any]) -> None:
     if not isinstance(search, dict) or not isinstance(ladder, dict) or search.get("method", "auto") != "auto":
         return
     if objectives:
-        search["method"] = best_for(objectives)
+        search["method"] = choose_method(objectives)
     elif data.get("pattern") != "n:m" and ladder.get("sparsities") is None:
         search.setdefault("rounds", 2)
 

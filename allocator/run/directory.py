@@ -179,7 +179,7 @@ def _header(job: Job) -> JournalHeader:
         seed=config.seed,
         loss=config.loss,
         objectives=config.objectives,
-        tokens=config.search.in_round(job.round_number).fidelities,
+        tokens=config.search.settings_for_round(job.round_number).fidelities,
         selection=config.tokens.selection,
         workload=job.workload_id,
         training=job.training_id.get("training"),

@@ -113,8 +113,8 @@ class Job:
     @property
     def inputs(self) -> str:
         """What units are pruned on: see :class:`~allocator.run.config.PrunerSettings`."""
-        brief = self.config.search.brief(self.round_number)
-        return self.config.pruner.inputs or ("dense" if brief or self.pruner.need != "gram" else "expected")
+        is_last = self.config.search.is_last_round(self.round_number)
+        return self.config.pruner.inputs or ("dense" if not is_last or self.pruner.need != "gram" else "expected")
 
     @property
     def recompute(self) -> bool:
@@ -322,7 +322,7 @@ def fitted(config: RunConfig, checkpoint: Checkpoint) -> RunConfig:
                 f"loss: {checkpoint.architecture} cannot be measured by {config.loss}. Use {' or '.join(kind.losses)}"
             )
         config = config.model_copy(update={"loss": kind.losses[0]})
-        config.search.serve(config.loss, config.objectives)
+        config.search.check_objectives(config.loss, config.objectives)
     if "nll" in config.objectives and kind.answers != "classes":
         raise UserError(
             f"objectives: nll is of text that follows, or of labels, and {checkpoint.architecture} has neither"

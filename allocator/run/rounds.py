@@ -10,8 +10,8 @@ from allocator.core.header import JournalHeader
 from allocator.core.space import SearchSpace
 from allocator.model.family.space import build_space
 from allocator.run.job import Job, serving
-from allocator.searchers.coarse_to_fine import Round, filled, recentre, translated
-from allocator.searchers.decide import Decision
+from allocator.searchers.coarse_to_fine import Round, fill_budget, refine_ladders, translate
+from allocator.searchers.study import Decision
 
 
 def next_job(job: Job, decision: Decision) -> Job:
@@ -22,13 +22,15 @@ def next_job(job: Job, decision: Decision) -> Job:
         job.checkpoint,
         config.pattern,
         job.target,
-        recentre(job.space, decision.searched, baselines),
+        refine_ladders(job.space, decision.searched, baselines),
         config.ladder.align,
         bias=config.pruner.bias,
     )
     space = serving(config, job.checkpoint, job.layout, space)
-    chosen, uniform, two_rate = (translated(a, job.space, space) for a in (decision.searched, *baselines))
-    return _in_round(job, space, Round(filled(space, chosen, job.budget), uniform, two_rate, history(job, decision)))
+    chosen, uniform, two_rate = (translate(a, job.space, space) for a in (decision.searched, *baselines))
+    return _in_round(
+        job, space, Round(fill_budget(space, chosen, job.budget), uniform, two_rate, history(job, decision))
+    )
 
 
 def job_of_round(job: Job, header: JournalHeader) -> Job:
