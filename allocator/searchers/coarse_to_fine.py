@@ -10,7 +10,7 @@ levels, and another search among them. It departs from the paper in seven ways:
 - All rounds but the last only tell where finer ladders belong: they select nothing on text of its own, and ``auto``
   ends them with its trust region.
 - Every ladder keeps its dense and its sparsest level, so that a whole sub-block may go, or come back, in any round.
-- Ladders also keep the levels of the baselines, which so stay what they are and are measured in every round.
+- SpaceArrays also keep the levels of the baselines, which so stay what they are and are measured in every round.
 - Costs are exact and trade across kinds. The incumbent is filled up to the budget where finer levels leave room.
 - Items that are few keep every count, for a step is never less than one of them.
 - Any method searches, and the incumbent competes with what it finds on the selection split.
@@ -63,7 +63,9 @@ class Round:
         return cls(**named, earlier=tuple(data["earlier"]))
 
 
-def recentre(space: SearchSpace, incumbent: Allocation, others: Sequence[Allocation]) -> dict[str, tuple[float, ...]]:
+def refine_ladders(
+    space: SearchSpace, incumbent: Allocation, others: Sequence[Allocation]
+) -> dict[str, tuple[float, ...]]:
     """Return the sparsities of the next round's levels beside dense, increasing, by unit.
 
     Args:
@@ -78,13 +80,13 @@ def recentre(space: SearchSpace, incumbent: Allocation, others: Sequence[Allocat
     }
 
 
-def translated(allocation: Allocation, space: SearchSpace, finer: SearchSpace) -> Allocation:
+def translate(allocation: Allocation, space: SearchSpace, finer: SearchSpace) -> Allocation:
     """Return the allocation of another space that keeps the same of every unit; its ladders must have those levels."""
     pairs = zip(space.units, finer.units, allocation, strict=True)
     return tuple(after.kept.index(before.kept[level]) for before, after, level in pairs)
 
 
-def filled(space: SearchSpace, allocation: Allocation, budget: Budget) -> Allocation:
+def fill_budget(space: SearchSpace, allocation: Allocation, budget: Budget) -> Allocation:
     """Return an allocation within the budget with units made denser, in model order, where the budget has room."""
     return repair(space, allocation, budget, range(len(space.units)))
 

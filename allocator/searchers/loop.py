@@ -50,7 +50,7 @@ class Measurer:
         self._trained = Trained()
         self._batch = 0
         self._worst: dict[tuple[Fidelity, Probe], Outcome] = {}
-        self._stand_ins: dict[Key, Outcome] = {}
+        self._penalised: dict[Key, Outcome] = {}
         self.failed: set[Allocation] = set()
         self._under_way = 0
         self._start_s = self._synced_s = time.perf_counter()
@@ -98,7 +98,7 @@ class Measurer:
         self.failed.update(o.request.allocation for o in measured if o.failed and not o.request.probe)
         for outcome in measured:
             self._compare(outcome)
-        return [self._stand_in(outcome) if outcome.failed else outcome for outcome in measured]
+        return [self._penalise(outcome) if outcome.failed else outcome for outcome in measured]
 
     def _record(self, outcomes: Iterable[Outcome]) -> None:
         failures = []
@@ -121,22 +121,22 @@ class Measurer:
         if not outcome.failed and (kind not in self._worst or outcome.loss > self._worst[kind].loss):
             self._worst[kind] = outcome
 
-    def _stand_in(self, failure: Outcome) -> Outcome:
+    def _penalise(self, failure: Outcome) -> Outcome:
         request = failure.request
-        if request.key not in self._stand_ins:
+        if request.key not in self._penalised:
             # an expansion that is left out says that there are no gradients
             worst = self._worst.get((request.fidelity, "" if request.probe == "expansion" else request.probe))
             if worst is None or worst.loss <= 0:
                 raise UserError(f"evaluation: nothing can be measured on {request.tokens} tokens: {failure.failed}")
-            self._stand_ins[request.key] = replace(
+            self._penalised[request.key] = replace(
                 worst,
                 request=request,
                 measured={name: 2 * value for name, value in worst.measured.items()},
                 sequence_losses=tuple(2 * part for part in worst.sequence_losses),
             )
-        return self._stand_ins[request.key]
+        return self._penalised[request.key]
 
-    def require(self, allocations: Iterable[Allocation]) -> None:
+    def require_measured(self, allocations: Iterable[Allocation]) -> None:
         """Check that allocations could be measured without which nothing can be decided.
 
         Raises:
@@ -145,7 +145,7 @@ class Measurer:
         if self.failed.intersection(allocations):
             raise _undecidable("an allocation that all others are compared with cannot be measured")
 
-    def sound(self, outcomes: Iterable[Outcome]) -> list[Outcome]:
+    def drop_failed(self, outcomes: Iterable[Outcome]) -> list[Outcome]:
         """Return those outcomes that are of what could be measured.
 
         Raises:

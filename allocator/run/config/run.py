@@ -23,8 +23,8 @@ from allocator.run.config.sections import (
     WorkerSettings,
     WorkloadSettings,
 )
-from allocator.searchers.decide import SearchSettings, best_for
 from allocator.searchers.methods.presets import PRESETS, preset
+from allocator.searchers.settings import SearchSettings, choose_method
 
 DomainName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")]
 
@@ -139,7 +139,7 @@ class RunConfig(StrictModel):
                 raise ValueError(f"objectives: unknown {name!r}{did_you_mean(name, known)}")
         if self.domains and self.text is not None:
             raise ValueError("domains: they take the place of text. Leave one of them out")
-        self.search.serve(self.loss, self.objectives)
+        self.search.check_objectives(self.loss, self.objectives)
         return self
 
     @field_validator("constraints")
@@ -208,7 +208,7 @@ def _fill_search(data: dict[str, Any]) -> Any:
         published = preset(method, data.get("pattern", RunConfig.model_fields["pattern"].default))
         search["evolution"] = {**published, **(search.get("evolution") or {})}
     if method == "auto" and objectives:
-        search["method"] = best_for(objectives)
+        search["method"] = choose_method(objectives)
     elif method == "auto" and data.get("pattern") != "n:m" and _has_default_ladder(ladder):
         search.setdefault("rounds", _DEFAULT_ROUNDS)
     return search

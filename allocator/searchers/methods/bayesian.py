@@ -30,8 +30,9 @@ import optuna
 from allocator.core.budget import Budget, spans
 from allocator.core.errors import UserError
 from allocator.core.front import figure
-from allocator.core.protocols import Outcome, Request
-from allocator.core.space import Allocation, SearchSpace
+from allocator.core.protocols import Outcome, Request, Searcher
+from allocator.core.space import Allocation
+from allocator.searchers.problem import MethodSettings, SearchProblem
 from allocator.searchers.surrogates.shapes import Shapes
 
 GP_MAX_TRIALS = 300
@@ -45,7 +46,7 @@ Point: TypeAlias = tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class TpeSettings:
+class TpeSettings(MethodSettings):
     """Settings of the Parzen-estimator search.
 
     Attributes:
@@ -62,9 +63,23 @@ class TpeSettings:
         if min(self.trials, self.batch, self.tokens) < 1:
             raise UserError("search.tpe: trials, batch and tokens must be at least 1")
 
+    @property
+    def fidelities(self) -> tuple[int, ...]:
+        """Tokens of the measurements, increasing."""
+        return (self.tokens,)
+
+    @property
+    def num_batches(self) -> int:
+        """Batches at most, baselines included."""
+        return 2 + -(-self.trials // self.batch)
+
+    def make(self, problem: SearchProblem) -> Searcher:
+        """Return the searcher for a problem."""
+        return Bayesian(problem, self)
+
 
 @dataclass(frozen=True, slots=True)
-class GpSettings:
+class GpSettings(MethodSettings):
     """Settings of the Gaussian-process search.
 
     A proposal takes about a second after a hundred trials, and some four times as long for every objective beside the
@@ -89,29 +104,32 @@ class GpSettings:
                 f"found {self.trials}. Ask for fewer, or search with search.method=tpe"
             )
 
+    @property
+    def fidelities(self) -> tuple[int, ...]:
+        """Tokens of the measurements, increasing."""
+        return (self.tokens,)
+
+    @property
+    def num_batches(self) -> int:
+        """Batches at most, baselines included."""
+        return 2 + -(-self.trials // self.batch)
+
+    def make(self, problem: SearchProblem) -> Searcher:
+        """Return the searcher for a problem."""
+        return Bayesian(problem, self)
+
 
 class Bayesian:
     """Optuna's sampler behind ask/tell: the loss, or losses and costs, all minimised within a budget."""
 
-    def __init__(
-        self,
-        space: SearchSpace,
-        budget: Budget,
-        names: Sequence[str],
-        start: Sequence[Allocation],
-        settings: TpeSettings | GpSettings,
-        seed: int,
-    ) -> None:
-        """Begin with ``start``, allocations within the budget, and with the points that come nearest to them.
-
-        ``names`` are what a front minimises; without any, it is the loss.
-        """
+    def __init__(self, problem: SearchProblem, settings: TpeSettings | GpSettings) -> None:
+        """Begin with the starts, and with the points that come nearest to them."""
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self._space, self._budget, self._names = space, budget, tuple(names)
-        self._settings, self._seed = settings, seed
-        self._start = list(dict.fromkeys(start))
-        self._shapes = Shapes(space)
-        self._spans = spans(space, budget, [name for name in names if name in space.fixed])
+        self._space, self._budget, self._names = problem.space, problem.budget, tuple(problem.objectives)
+        self._settings, self._seed = settings, problem.seed
+        self._start = list(dict.fromkeys(problem.start))
+        self._shapes = Shapes(problem.space)
+        self._spans = spans(problem.space, problem.budget, problem.costs)
         self._box: dict[str, optuna.distributions.BaseDistribution] = {
             **{f"share of {cost}": optuna.distributions.FloatDistribution(0.0, 1.0) for cost in self._spans},
             **{name: optuna.distributions.FloatDistribution(-1.0, 1.0) for name in self._shapes.names},
@@ -152,8 +170,7 @@ class Bayesian:
 
     def _values(self, outcome: Outcome) -> list[float]:
         """Return what is minimised, costs as shares: Optuna takes 1.1 of the worst for a reference point."""
-        figures = [self._scaled(name, figure(self._space, outcome, name)) for name in self._names]
-        return figures or [outcome.loss]
+        return [self._scaled(name, figure(self._space, outcome, name)) for name in self._names]
 
     def _scaled(self, name: str, value: float) -> float:
         low, high = self._spans.get(name, (0, 1))

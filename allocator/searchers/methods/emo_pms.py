@@ -27,17 +27,18 @@ import numpy as np
 from allocator.core.budget import Budget, fits, spans
 from allocator.core.errors import UserError
 from allocator.core.front import non_dominated
-from allocator.core.protocols import Outcome, Request
+from allocator.core.protocols import Outcome, Request, Searcher
 from allocator.core.space import Allocation, Cost, SearchSpace
+from allocator.searchers.generator import GeneratorSearcher, Script
 from allocator.searchers.methods.nsga import make_nsga
-from allocator.searchers.script import Script
+from allocator.searchers.problem import MethodSettings, SearchProblem
 
 Levels = tuple[int, ...]
 """One level for each unit of a group."""
 
 
-@dataclass(frozen=True, slots=True)
-class EmoPmsSettings:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmoPmsSettings(MethodSettings):
     """Settings of EMO-PMS.
 
     Attributes:
@@ -67,25 +68,49 @@ class EmoPmsSettings:
                 f"{self.tokens}"
             )
 
+    @property
+    def fidelities(self) -> tuple[int, ...]:
+        """Tokens of the measurements, increasing."""
+        return tuple(sorted({self.profile, self.tokens}))
 
-def emo_pms(
-    space: SearchSpace,
-    budget: Budget,
-    objectives: Sequence[Cost],
-    start: Sequence[Allocation],
-    settings: EmoPmsSettings,
-    seed: int,
-) -> Script:
-    """Search the front of the loss and of costs within a budget, from ``start``. See the module's text."""
+    @property
+    def num_batches(self) -> int:
+        """Batches at most, baselines included."""
+        return 3 + self.rounds * (3 + self.generations)
+
+    def make(self, problem: SearchProblem) -> Searcher:
+        """Return the searcher for a problem."""
+        known: dict[Allocation, float] = {}
+        return GeneratorSearcher(emo_pms(problem, self, known), lambda: rank_front(problem, known))
+
+
+def rank_front(problem: SearchProblem, known: Mapping[Allocation, float]) -> list[Allocation]:
+    """Return the members of the front of measured allocations, of least loss first."""
+    allocations = sorted(known, key=lambda allocation: (known[allocation], allocation))
+    if not allocations:
+        return []
+    figures = [[known[a], *(problem.space.cost(a, cost) for cost in problem.costs)] for a in allocations]
+    return [allocations[member] for member in sorted(non_dominated(np.array(figures, dtype=float)))]
+
+
+def emo_pms(problem: SearchProblem, settings: EmoPmsSettings, known: dict[Allocation, float]) -> Script:
+    """Search the front of the loss and of costs within a budget. See the module's text.
+
+    Args:
+        problem: Its objectives are the loss and costs.
+        settings: Of the method.
+        known: Filled with the loss of every scheme that is measured on all tokens.
+    """
+    space, budget, objectives = problem.space, problem.budget, problem.costs
     groups, span = _groups(space, settings.groups), spans(space, budget, objectives[:1])[objectives[0]]
     bounded = [cost for cost, limit in budget.limits.items() if limit < space.cost(space.dense, cost)]
     costs = list(dict.fromkeys([*objectives, *bounded]))
-    known = _losses((yield [Request(allocation, settings.tokens) for allocation in start]))
+    known.update(_losses((yield [Request(allocation, settings.tokens) for allocation in problem.start])))
     bred: list[list[Levels]] = [[] for _ in groups]
     for number in range(settings.rounds):
         base = _nearest(space, objectives[0], known, _place(number), span)
         locals_ = [
-            _Local(space, group, base, costs, first, settings, [seed, number, place])
+            _Local(space, group, base, costs, first, settings, [problem.seed, number, place])
             for place, (group, first) in enumerate(zip(groups, bred, strict=True))
         ]
         for _ in range(settings.generations + 1):
@@ -105,7 +130,7 @@ def emo_pms(
         new = [scheme for scheme in merged if scheme not in known]
         chosen = dict.fromkeys(round(place) for place in np.linspace(0, len(new) - 1, min(settings.schemes, len(new))))
         if chosen:
-            known |= _losses((yield [Request(new[place], settings.tokens) for place in chosen]))
+            known.update(_losses((yield [Request(new[place], settings.tokens) for place in chosen])))
     return f"all {settings.rounds} rounds over {len(groups)} groups are done"
 
 

@@ -16,14 +16,15 @@ on where the stage before ended, which gives the same weights as training from t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from allocator.core.budget import Budget, repair
 from allocator.core.errors import UserError
-from allocator.core.protocols import Outcome, Request
+from allocator.core.protocols import Outcome, Request, Searcher
 from allocator.core.space import Allocation, SearchSpace, Unit
+from allocator.searchers.problem import MethodSettings, SearchProblem
 
 _ATTEMPTS_PER_OFFSPRING = 16
 
@@ -33,7 +34,7 @@ _RUN_SHARE = 0.125
 _LONGEST_RUN = 4
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EvolutionSettings:
     """Settings of exchange evolution.
 
@@ -91,6 +92,32 @@ class EvolutionSettings:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class EvolutionMethod(MethodSettings):
+    """Exchange evolution as a search method, with its settings under ``search.evolution``."""
+
+    evolution: EvolutionSettings = field(default_factory=EvolutionSettings)
+
+    @property
+    def fidelities(self) -> tuple[int, ...]:
+        """Tokens of the stages."""
+        return self.evolution.tokens
+
+    @property
+    def num_batches(self) -> int:
+        """Batches at most, baselines included."""
+        return 2 + self.evolution.generations * len(self.evolution.tokens)
+
+    @property
+    def training(self) -> int:
+        """Tokens on which a candidate is trained before the last stage; 0 for none."""
+        return self.evolution.training[-1] if self.evolution.training else 0
+
+    def make(self, problem: SearchProblem) -> Searcher:
+        """Return the searcher for a problem."""
+        return ExchangeEvolution(problem, self.evolution)
+
+
 def exchange(
     space: SearchSpace,
     parent: Allocation,
@@ -146,7 +173,7 @@ def move_run(space: SearchSpace, parent: Allocation, budget: Budget, rng: np.ran
     return repair(space, levels, budget, rest, inside)
 
 
-def proposals(
+def propose_children(
     space: SearchSpace,
     parent: Allocation,
     budget: Budget,
@@ -174,14 +201,12 @@ def proposals(
 class ExchangeEvolution:
     """Exchange evolution for one budget. See the module's text for the method and its source."""
 
-    def __init__(
-        self, space: SearchSpace, budget: Budget, start: Sequence[Allocation], settings: EvolutionSettings, seed: int
-    ) -> None:
-        """Begin at the best of ``start``, allocations within the budget."""
-        self._space, self._budget, self._settings, self._seed = space, budget, settings, seed
+    def __init__(self, problem: SearchProblem, settings: EvolutionSettings) -> None:
+        """Begin at the best start."""
+        self._problem, self._settings = problem, settings
         self._generation = 0
         self._stage = len(settings.tokens) - 1
-        self._candidates: list[Allocation] = list(dict.fromkeys(start))
+        self._candidates: list[Allocation] = list(dict.fromkeys(problem.start))
         self._seen: set[Allocation] = set(self._candidates)
         self._scored: dict[Allocation, float] = {}
         self._parent = self._candidates[0]
@@ -234,11 +259,17 @@ class ExchangeEvolution:
 
     def _offspring(self) -> list[Allocation]:
         settings = self._settings
-        rng = np.random.default_rng([self._seed, self._generation])
+        rng = np.random.default_rng([self._problem.seed, self._generation])
         attempts = settings.offspring * _ATTEMPTS_PER_OFFSPRING
         children: list[Allocation] = []
-        for child in proposals(
-            self._space, self._parent, self._budget, rng, settings.max_exchanges, settings.within_kind, attempts
+        for child in propose_children(
+            self._problem.space,
+            self._parent,
+            self._problem.budget,
+            rng,
+            max_exchanges=settings.max_exchanges,
+            within_kind=settings.within_kind,
+            attempts=attempts,
         ):
             if child not in self._seen:
                 self._seen.add(child)

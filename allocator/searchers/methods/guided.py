@@ -16,10 +16,11 @@ import numpy as np
 
 from allocator.core.errors import UserError
 from allocator.core.space import Allocation
+from allocator.searchers.generator import Script
 from allocator.searchers.methods.evolution import move_run
 from allocator.searchers.methods.race import race
-from allocator.searchers.script import Memory, Script
 from allocator.searchers.solvers.knapsack import knapsack_nearby
+from allocator.searchers.surrogates.memory import Memory
 
 _EXPLORATION = 0.25
 """Share of exchanged units that are drawn without regard to the model."""
@@ -37,7 +38,7 @@ _SETTLED = 4
 """Proposals that are brought into the budget exactly, for each entrant."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GuidedSettings:
     """Settings of guided evolution.
 
@@ -88,7 +89,7 @@ def propose(memory: Memory, settings: GuidedSettings, rng: np.random.Generator) 
         runs = [
             move_run(memory.space, memory.centre, memory.budget, rng) for _ in range(settings.entrants // _RUNS_EVERY)
         ]
-        found.update((child, None) for child in runs if not memory.seen(child))
+        found.update((child, None) for child in runs if not memory.is_measured_at_all(child))
     room = settings.entrants - len(found)
     if memory.gradients:
         found.update(dict.fromkeys(_samples(memory, room, rng)))
@@ -107,25 +108,25 @@ def _samples(memory: Memory, count: int, rng: np.random.Generator) -> list[Alloc
     found: dict[Allocation, None] = {}
     for index in range(count):
         table_ul = surrogate.table_ul if index < _RADII else surrogate.draw(rng)
-        answer = knapsack_nearby(memory.ladders, table_ul, memory.centre, 1 + index % _RADII, slack)
-        if not memory.seen(answer):
+        answer = knapsack_nearby(memory.arrays, table_ul, memory.centre, 1 + index % _RADII, slack)
+        if not memory.is_measured_at_all(answer):
             found[answer] = None
     return list(found)
 
 
 def _exchanged(memory: Memory, settings: GuidedSettings, rng: np.random.Generator) -> list[Allocation]:
     """Return exchanges of the best allocations that the model likes best, settled."""
-    ladders, surrogate = memory.ladders, memory.surrogate
-    parents = memory.ranked()[: settings.parents]
+    arrays, surrogate = memory.arrays, memory.surrogate
+    parents = memory.rank()[: settings.parents]
     share = settings.proposals // len(parents)
     drawn = [exchanges(memory, np.array(parent), share, settings.max_exchanges, rng) for parent in parents]
     levels_nu = np.unique(np.concatenate(drawn), axis=0)
     if not len(levels_nu):
         return []
-    promise_n = surrogate.predict(levels_nu) + _rate(memory) * ladders.short(levels_nu)
+    promise_n = surrogate.predict(levels_nu) + _rate(memory) * arrays.measure_excess(levels_nu)
     best = np.argsort(promise_n, kind="stable")[: _SETTLED * settings.entrants]
-    children = [ladders.settle(levels_nu[row], surrogate.table_ul) for row in best]
-    return [child for child in children if not memory.seen(child)]
+    children = [arrays.fit_to_budget(levels_nu[row], surrogate.table_ul) for row in best]
+    return [child for child in children if not memory.is_measured_at_all(child)]
 
 
 def exchanges(
@@ -135,10 +136,10 @@ def exchanges(
 
     Units are drawn by what the model says that a level more or less would lose or gain.
     """
-    ladders, table_ul = memory.ladders, memory.surrogate.table_ul
+    arrays, table_ul = memory.arrays, memory.surrogate.table_ul
     units = np.arange(len(parent_u))
-    sparser_u, denser_u = np.minimum(parent_u + 1, ladders.last_u), np.maximum(parent_u - 1, 0)
-    giving_u = _preference(-(table_ul[units, sparser_u] - table_ul[units, parent_u]), parent_u < ladders.last_u)
+    sparser_u, denser_u = np.minimum(parent_u + 1, arrays.last_u), np.maximum(parent_u - 1, 0)
+    giving_u = _preference(-(table_ul[units, sparser_u] - table_ul[units, parent_u]), parent_u < arrays.last_u)
     taking_u = _preference(table_ul[units, parent_u] - table_ul[units, denser_u], parent_u > 0)
     levels_nu = np.repeat(parent_u[None], count, axis=0)
     if not giving_u.any() or not taking_u.any():
@@ -150,7 +151,7 @@ def exchanges(
         for weights_u, step in ((giving_u, 1), (taking_u, -1)):
             drawn = rng.choice(units, size=len(active), p=weights_u)
             size = step * (1 + (rng.random(len(active)) < 0.2))
-            levels_nu[active, drawn] = np.clip(levels_nu[active, drawn] + size, 0, ladders.last_u[drawn])
+            levels_nu[active, drawn] = np.clip(levels_nu[active, drawn] + size, 0, arrays.last_u[drawn])
     return levels_nu
 
 
@@ -166,9 +167,9 @@ def _preference(gain_u: np.ndarray, can_u: np.ndarray) -> np.ndarray:
 
 def _rate(memory: Memory) -> float:
     """Return what cost is worth: the median over units of what the last step lost for its price."""
-    ladders, table_ul, level_u = memory.ladders, memory.surrogate.table_ul, np.array(memory.centre)
+    arrays, table_ul, level_u = memory.arrays, memory.surrogate.table_ul, np.array(memory.centre)
     units = np.flatnonzero(level_u > 0)
-    price_u = ladders.price_ul[units, level_u[units] - 1] - ladders.price_ul[units, level_u[units]]
+    price_u = arrays.price_ul[units, level_u[units] - 1] - arrays.price_ul[units, level_u[units]]
     loss_u = table_ul[units, level_u[units]] - table_ul[units, level_u[units] - 1]
     dear = price_u > 0
     return max(0.0, float(np.median(loss_u[dear] / price_u[dear]))) if dear.any() else 0.0

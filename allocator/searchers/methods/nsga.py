@@ -10,8 +10,8 @@ units or moves one. Costs need no measurement, and what exceeds a budget is made
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pymoo.algorithms.moo.nsga2 import NSGA2
@@ -27,9 +27,12 @@ from pymoo.util.ref_dirs import get_reference_directions
 from allocator.core.budget import Budget, repair, trimmed
 from allocator.core.errors import UserError
 from allocator.core.front import figure
-from allocator.core.protocols import Outcome, Request
+from allocator.core.protocols import Outcome, Request, Searcher
 from allocator.core.space import Allocation, SearchSpace, Unit
+from allocator.searchers.problem import MethodSettings, SearchProblem
 from allocator.searchers.solvers.knapsack import additive_front
+
+AlgorithmName = Literal["nsga2", "nsga3"]
 
 _MOVES = 3
 """A child is mutated by min(U{1..m}, U{1..m}) moves."""
@@ -59,24 +62,57 @@ class NsgaSettings:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class Nsga2Method(MethodSettings):
+    """NSGA-II as a search method, with its settings under ``search.nsga``."""
+
+    nsga: NsgaSettings = field(default_factory=NsgaSettings)
+
+    name: ClassVar[AlgorithmName] = "nsga2"
+
+    @property
+    def fidelities(self) -> tuple[int, ...]:
+        """Tokens of the measurements, increasing."""
+        return tuple(sorted({self.nsga.profile, self.nsga.tokens}))
+
+    @property
+    def num_batches(self) -> int:
+        """Batches at most, baselines included."""
+        return 3 + self.nsga.generations
+
+    def make(self, problem: SearchProblem) -> Searcher:
+        """Return the searcher for a problem."""
+        return Nsga(self.name, problem, self.nsga)
+
+
+@dataclass(frozen=True, slots=True)
+class Nsga3Method(Nsga2Method):
+    """NSGA-III as a search method, with its settings under ``search.nsga``."""
+
+    name: ClassVar[AlgorithmName] = "nsga3"
+
+    def check(self, objectives: Sequence[str]) -> None:
+        """Check that the population is large enough for the number of objectives.
+
+        Raises:
+            UserError: It is not.
+        """
+        if self.nsga.population < 2 * len(objectives):
+            raise UserError(
+                f"search.nsga.population: {len(objectives)} objectives take at least {2 * len(objectives)} members, "
+                f"found {self.nsga.population}"
+            )
+
+
 class Nsga:
     """Losses and costs, all minimised within a budget; where no cost is, the budget is filled."""
 
-    def __init__(
-        self,
-        method: Literal["nsga2", "nsga3"],
-        space: SearchSpace,
-        budget: Budget,
-        names: Sequence[str],
-        start: Sequence[Allocation],
-        settings: NsgaSettings,
-        seed: int,
-    ) -> None:
-        """Begin with a profile; ``names`` are what is minimised, ``start`` allocations within the budget."""
-        self._method, self._settings, self._seed = method, settings, seed
-        self._space, self._budget, self._names, self._start = space, budget, tuple(names), list(start)
-        self._costs = [name for name in names if name in space.fixed]
-        self._profile = _alone(space)
+    def __init__(self, method: AlgorithmName, problem: SearchProblem, settings: NsgaSettings) -> None:
+        """Begin with a profile."""
+        self._method, self._settings, self._seed = method, settings, problem.seed
+        self._space, self._budget, self._start = problem.space, problem.budget, list(problem.start)
+        self._names, self._costs = tuple(problem.objectives), problem.costs
+        self._profile = _alone(problem.space)
         self._generation = 0
         self._algorithm: Any = None
         self._bred: Population | None = None
@@ -154,7 +190,7 @@ class Nsga:
 
 
 def make_nsga(
-    method: Literal["nsga2", "nsga3"],
+    method: AlgorithmName,
     units: Sequence[Unit],
     first: Sequence[Sequence[int]],
     size: int,

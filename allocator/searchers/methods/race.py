@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from allocator.core.space import Allocation
-from allocator.searchers.script import Memory, Steps
+from allocator.searchers.generator import Steps
+from allocator.searchers.surrogates.memory import Memory
 
 _DOUBT = 1.0
 """Deviations by which an entrant must be worse than the centre to drop out."""

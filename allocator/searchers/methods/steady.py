@@ -19,18 +19,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from allocator.core.budget import Budget
 from allocator.core.errors import UserError
-from allocator.core.protocols import Outcome, Request
-from allocator.core.space import Allocation, SearchSpace
-from allocator.searchers.methods.evolution import proposals
+from allocator.core.protocols import Outcome, Request, Searcher
+from allocator.core.space import Allocation
+from allocator.searchers.methods.evolution import propose_children
+from allocator.searchers.problem import MethodSettings, SearchProblem
 
 _ATTEMPTS = 512
 """How often a child is drawn until it is one that was not proposed."""
 
 
-@dataclass(frozen=True, slots=True)
-class SteadySettings:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SteadySettings(MethodSettings):
     """Settings of steady-state evolution.
 
     Attributes:
@@ -58,16 +58,28 @@ class SteadySettings:
         if list(self.tokens) != sorted(set(self.tokens)) or not self.tokens or self.tokens[0] < 1:
             raise UserError(f"search.steady.tokens: expected increasing counts, found {list(self.tokens)}")
 
+    @property
+    def fidelities(self) -> tuple[int, ...]:
+        """Tokens of the measurements, increasing."""
+        return self.tokens
+
+    @property
+    def num_batches(self) -> int:
+        """Batches at most, baselines included."""
+        return 2 + self.trials
+
+    def make(self, problem: SearchProblem) -> Searcher:
+        """Return the searcher for a problem."""
+        return SteadyEvolution(problem, self)
+
 
 class SteadyEvolution:
     """Steady-state evolution for one budget. See the module's text for the method and its source."""
 
-    def __init__(
-        self, space: SearchSpace, budget: Budget, start: Sequence[Allocation], settings: SteadySettings, seed: int
-    ) -> None:
-        """Begin at the best of ``start``, allocations within the budget."""
-        self._space, self._budget, self._settings, self._seed = space, budget, settings, seed
-        self._start = list(dict.fromkeys(start))
+    def __init__(self, problem: SearchProblem, settings: SteadySettings) -> None:
+        """Begin at the best start."""
+        self._problem, self._settings = problem, settings
+        self._start = list(dict.fromkeys(problem.start))
         self._seen = set(self._start)
         self._scored: list[dict[Allocation, float]] = [{} for _ in settings.tokens]
         self._promoted: list[set[Allocation]] = [set() for _ in settings.tokens]
@@ -127,9 +139,16 @@ class SteadyEvolution:
         return None
 
     def _child(self) -> Request | None:
-        rng = np.random.default_rng([self._seed, self._asked])
-        exchanges = self._settings.max_exchanges
-        for child in proposals(self._space, self._parent, self._budget, rng, exchanges, False, _ATTEMPTS):
+        rng = np.random.default_rng([self._problem.seed, self._asked])
+        for child in propose_children(
+            self._problem.space,
+            self._parent,
+            self._problem.budget,
+            rng,
+            max_exchanges=self._settings.max_exchanges,
+            within_kind=False,
+            attempts=_ATTEMPTS,
+        ):
             if child not in self._seen:
                 self._seen.add(child)
                 return Request(child, self._settings.tokens[0])

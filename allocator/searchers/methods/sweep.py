@@ -12,17 +12,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from allocator.core.budget import Budget, fits, spans
 from allocator.core.errors import UserError
-from allocator.core.space import Allocation, Cost, SearchSpace
+from allocator.core.protocols import Searcher
+from allocator.core.space import Cost, SearchSpace
+from allocator.searchers.generator import GeneratorSearcher, Script
 from allocator.searchers.methods.guided import GuidedSettings, propose
 from allocator.searchers.methods.race import race
 from allocator.searchers.methods.trust_region import probe
-from allocator.searchers.script import Memory, Script, Scripted
+from allocator.searchers.problem import MethodSettings, SearchProblem
+from allocator.searchers.surrogates.memory import Memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,28 @@ class SweepSettings:
             raise UserError("search.sweep: every setting must be at least 1")
 
 
-def budgets(space: SearchSpace, within: Budget, objectives: Sequence[Cost], points: int) -> list[Budget]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepMethod(MethodSettings):
+    """The sweep of budgets as a search method, with its settings under ``search.tokens`` and ``search.sweep``."""
+
+    tokens: tuple[int, ...] = (512, 2048, 8192)
+    sweep: SweepSettings = field(default_factory=SweepSettings)
+
+    @property
+    def fidelities(self) -> tuple[int, ...]:
+        """Tokens of the measurements, increasing."""
+        return self.tokens
+
+    def make(self, problem: SearchProblem) -> Searcher:
+        """Return the searcher for a problem."""
+        space, within, costs, points = problem.space, problem.budget, problem.costs, self.sweep.points
+        limits = make_budgets(space, within, costs, points)
+        nearby = [make_nearby_budgets(space, within, costs, points, budget) for budget in limits]
+        memory = Memory(space, limits[0], problem.start, self.tokens, expanding=self.tokens[-2:][0])
+        return GeneratorSearcher(_run(memory, problem, list(zip(limits, nearby, strict=True)), self.sweep), memory.rank)
+
+
+def make_budgets(space: SearchSpace, within: Budget, objectives: Sequence[Cost], points: int) -> list[Budget]:
     """Return budgets that span the front of some costs, evenly, from the loosest to the tightest.
 
     Where the dense model is not within ``within``, the loosest is that itself, and there is one more.
@@ -70,8 +94,10 @@ def budgets(space: SearchSpace, within: Budget, objectives: Sequence[Cost], poin
     return found or [within]
 
 
-def around(space: SearchSpace, within: Budget, objectives: Sequence[Cost], points: int, budget: Budget) -> list[Budget]:
-    """Return the budgets that are a third of a step looser or tighter in every cost than one of :func:`budgets`."""
+def make_nearby_budgets(
+    space: SearchSpace, within: Budget, objectives: Sequence[Cost], points: int, budget: Budget
+) -> list[Budget]:
+    """Return budgets that are a third of a step looser or tighter in every cost than one of :func:`make_budgets`."""
     steps = 3 * _steps(objectives, points)
     found = []
     for signs in itertools.product((1, -1), repeat=len(objectives)):
@@ -90,30 +116,13 @@ def _steps(objectives: Sequence[Cost], points: int) -> int:
     return max(2, int(np.rint((points + 1) ** (1 / len(objectives)))))
 
 
-def sweep(
-    space: SearchSpace,
-    within: Budget,
-    objectives: Sequence[Cost],
-    start: Sequence[Allocation],
-    tokens: Sequence[int],
-    settings: SweepSettings,
-    seed: int,
-) -> Scripted:
-    """Return the searcher of a front within a budget, beginning at ``start``. See the module's text."""
-    limits = budgets(space, within, objectives, settings.points)
-    nearby = [around(space, within, objectives, settings.points, budget) for budget in limits]
-    memory = Memory(space, limits[0], start, tokens, expanding=tokens[-2:][0])
-    return Scripted(_script(memory, start, list(zip(limits, nearby, strict=True)), settings, seed), memory.ranked)
-
-
-def _script(
+def _run(
     memory: Memory,
-    start: Sequence[Allocation],
+    problem: SearchProblem,
     limits: Sequence[tuple[Budget, Sequence[Budget]]],
     settings: SweepSettings,
-    seed: int,
 ) -> Script:
-    yield from memory.measure(start, memory.tokens[-1])
+    yield from memory.measure(problem.start, memory.tokens[-1])
     guided = GuidedSettings(entrants=settings.entrants, survivors=settings.survivors)
     for number in range(settings.passes):
         moved = False
@@ -122,10 +131,10 @@ def _script(
             yield from memory.expand()
             if not memory.gradients:
                 yield from probe(memory, memory.tokens[0], len(memory.centre))
-            rng = np.random.default_rng([seed, number, place])
+            rng = np.random.default_rng([problem.seed, number, place])
             yield from race(memory, propose(memory, guided, rng), settings.survivors)
             moved = memory.advance() or moved
-            yield from memory.measure([memory.drawn(near) for near in nearby], memory.tokens[-1])
+            yield from memory.measure([memory.find_best_within(near) for near in nearby], memory.tokens[-1])
         if not moved:
             return f"nothing better within any of {len(limits)} budgets"
     return f"all {settings.passes} passes over {len(limits)} budgets are done"

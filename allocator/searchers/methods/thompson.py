@@ -15,12 +15,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from allocator.core.budget import Budget
 from allocator.core.errors import UserError
-from allocator.core.protocols import Outcome, Request
-from allocator.core.space import Allocation, SearchSpace
+from allocator.core.protocols import Outcome, Request, Searcher
+from allocator.core.space import Allocation
+from allocator.searchers.problem import MethodSettings, SearchProblem
 from allocator.searchers.solvers.knapsack import knapsack_nearby
-from allocator.searchers.solvers.space_arrays import Ladders
+from allocator.searchers.solvers.space_arrays import SpaceArrays
 from allocator.searchers.surrogates.additive import POWERS, AdditiveModel
 
 MAX_TRIALS = 2000
@@ -30,8 +30,8 @@ _ROUNDS = 4
 """How often draws that gave nothing new are drawn again, before trust regions widen."""
 
 
-@dataclass(frozen=True, slots=True)
-class ThompsonSettings:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThompsonSettings(MethodSettings):
     """Settings of Thompson sampling.
 
     Attributes:
@@ -57,17 +57,29 @@ class ThompsonSettings:
                 f"found {self.trials}. Ask for fewer, or search with search.method=evolution"
             )
 
+    @property
+    def fidelities(self) -> tuple[int, ...]:
+        """Tokens of the measurements, increasing."""
+        return (self.tokens,)
+
+    @property
+    def num_batches(self) -> int:
+        """Batches at most, baselines included."""
+        return 2 + -(-self.trials // self.batch)
+
+    def make(self, problem: SearchProblem) -> Searcher:
+        """Return the searcher for a problem."""
+        return Thompson(problem, self)
+
 
 class Thompson:
     """Thompson sampling for one budget. See the module's text for the method and its source."""
 
-    def __init__(
-        self, space: SearchSpace, budget: Budget, start: Sequence[Allocation], settings: ThompsonSettings, seed: int
-    ) -> None:
-        """Begin with ``start``, allocations within the budget, of which the best is the model's reference."""
-        self._space, self._settings, self._seed = space, settings, seed
-        self._ladders = Ladders(space, budget)
-        self._candidates = list(dict.fromkeys(start))[: settings.trials]
+    def __init__(self, problem: SearchProblem, settings: ThompsonSettings) -> None:
+        """Begin with the starts. The best of them is the model's reference."""
+        self._space, self._settings, self._seed = problem.space, settings, problem.seed
+        self._arrays = SpaceArrays(problem.space, problem.budget)
+        self._candidates = list(dict.fromkeys(problem.start))[: settings.trials]
         self._scored: dict[Allocation, float] = {}
         self._models: list[AdditiveModel] = []
         self._stale = 0
@@ -115,7 +127,7 @@ class Thompson:
             for _ in range(_ROUNDS):
                 for number, table in enumerate(model.draw(size - len(children), rng)):
                     radius = 1 + wider + number % self._settings.radius
-                    child = knapsack_nearby(self._ladders, table, best, radius)
+                    child = knapsack_nearby(self._arrays, table, best, radius)
                     if child not in self._scored:
                         children[child] = None
                 if len(children) == size:

@@ -25,9 +25,10 @@ import numpy as np
 
 from allocator.core.errors import UserError
 from allocator.core.space import Allocation
+from allocator.searchers.generator import Script, Steps
 from allocator.searchers.methods.race import race
-from allocator.searchers.script import Memory, Script, Steps
 from allocator.searchers.solvers.knapsack import knapsack_nearby
+from allocator.searchers.surrogates.memory import Memory
 
 _SURVIVORS = 2
 """Answers of a round that may be measured on all tokens."""
@@ -86,25 +87,25 @@ def _answers(memory: Memory, radius: int) -> dict[Allocation, int]:
     table_ul = memory.surrogate.cautious()
     found: dict[Allocation, int] = {}
     for each in sorted({radius, *(2**power for power in range(radius.bit_length()))}):
-        answer = knapsack_nearby(memory.ladders, table_ul, memory.centre, each)
-        if not memory.seen(answer):
+        answer = knapsack_nearby(memory.arrays, table_ul, memory.centre, each)
+        if not memory.is_measured_at_all(answer):
             found.setdefault(answer, each)
     return found
 
 
 def _probes(memory: Memory, tokens: int, count: int) -> list[Allocation]:
     """Return single steps from the centre that matter most and are not known on so many tokens."""
-    surrogate, ladders = memory.surrogate, memory.ladders
+    surrogate, arrays = memory.surrogate, memory.arrays
     deviation_ul = surrogate.deviation()
     steps = []
     for unit, level in enumerate(memory.centre):
         for other in (level - 1, level + 1):
-            if not 0 <= other <= ladders.last_u[unit]:
+            if not 0 <= other <= arrays.last_u[unit]:
                 continue
             step = (*memory.centre[:unit], other, *memory.centre[unit + 1 :])
-            if not memory.knows(step, tokens):
+            if not memory.is_measured(step, tokens):
                 loss = float(surrogate.table_ul[unit, other] - surrogate.table_ul[unit, level])
-                price = float(ladders.price_ul[unit, level] - ladders.price_ul[unit, other])
+                price = float(arrays.price_ul[unit, level] - arrays.price_ul[unit, other])
                 steps.append((step, loss, price, float(deviation_ul[unit, other])))
     rate = float(np.median([loss / price for _, loss, price, _ in steps if price] or [0.0]))
 

@@ -15,6 +15,7 @@ import numpy as np
 from allocator.core.budget import Budget, fits
 from allocator.core.protocols import Outcome, Request
 from allocator.core.space import Allocation, SearchSpace
+from allocator.searchers.generator import GeneratorSearcher, Script
 from allocator.searchers.rules.apportion import apportioned, on_budget, refilled, to_levels
 from allocator.searchers.rules.baselines import two_rate
 from allocator.searchers.rules.one_shot import EVERY, ITEMS
@@ -24,7 +25,7 @@ Procedure = Generator[list[Request], Sequence[Outcome], Allocation]
 
 
 @dataclass(frozen=True, slots=True)
-class Fidelity:
+class RuleTokens:
     """Tokens of the search split on which a procedure measures.
 
     Attributes:
@@ -36,7 +37,7 @@ class Fidelity:
     all: int
 
 
-def sweep_two_rate(space: SearchSpace, budget: Budget, target: float, tokens: Fidelity) -> Procedure:
+def sweep_two_rate(space: SearchSpace, budget: Budget, target: float, tokens: RuleTokens) -> Procedure:
     """Measure every two-rate allocation, and take the best. See ``baselines.two_rate``."""
     outcomes = yield [Request(allocation, tokens.all) for allocation in two_rate(space, budget)]
     return _best(outcomes).request.allocation
@@ -45,7 +46,7 @@ def sweep_two_rate(space: SearchSpace, budget: Budget, target: float, tokens: Fi
 _SLOPES = 8
 
 
-def atp(space: SearchSpace, budget: Budget, target: float, tokens: Fidelity) -> Procedure:
+def atp(space: SearchSpace, budget: Budget, target: float, tokens: RuleTokens) -> Procedure:
     """Let sparsity grow in a straight line over depth: s_i = S - β(L - 1)/2 + iβ, the best of eight slopes β.
 
     ATP (Huang et al., "Determining layer-wise sparsity for LLMs through a theoretical perspective", ICML 2025). Slopes
@@ -63,7 +64,7 @@ def atp(space: SearchSpace, budget: Budget, target: float, tokens: Fidelity) -> 
     return _best(outcomes).request.allocation
 
 
-def finercut(space: SearchSpace, budget: Budget, target: float, tokens: Fidelity) -> Procedure:
+def finercut(space: SearchSpace, budget: Budget, target: float, tokens: RuleTokens) -> Procedure:
     """Drop the attention or the feed-forward network whose removal changes the output least, until the budget holds.
 
     All that are left are scored again after each removal (Zhang et al., "FinerCut: finer-grained interpretable layer
@@ -88,7 +89,7 @@ _STEP = 0.05
 _AMPLITUDE = 0.03
 
 
-def adapt_pruner(space: SearchSpace, budget: Budget, target: float, tokens: Fidelity) -> Procedure:
+def adapt_pruner(space: SearchSpace, budget: Budget, target: float, tokens: RuleTokens) -> Procedure:
     """Prune in small steps, each a little less where a block of the model as pruned so far does more.
 
     s_l ← s_l + Δ - A·Î_l with Δ about 0.05 and A = 0.03; Î is the block's influence, 1 - cosine of its input and
@@ -112,7 +113,7 @@ def adapt_pruner(space: SearchSpace, budget: Budget, target: float, tokens: Fide
     return allocation
 
 
-def rd(space: SearchSpace, budget: Budget, target: float, tokens: Fidelity) -> Procedure:
+def rd(space: SearchSpace, budget: Budget, target: float, tokens: RuleTokens) -> Procedure:
     """Minimise Σ δ_u(s_u) within the budget, δ being the distortion with one unit alone pruned, for every level.
 
     Xu et al., "Efficient joint optimization of layer-adaptive weight pruning", ICCV 2023: distortions of the output are
@@ -140,7 +141,7 @@ class MeasuredRule:
         patterns: Those that it serves.
     """
 
-    run: Callable[[SearchSpace, Budget, float, Fidelity], Procedure]
+    run: Callable[[SearchSpace, Budget, float, RuleTokens], Procedure]
     patterns: tuple[str, ...]
 
 
@@ -154,46 +155,32 @@ MEASURED_RULES: Mapping[str, MeasuredRule] = {
 """By name: rules that are searchers."""
 
 
-class Stepwise:
-    """A procedure as a searcher: measures where it starts, does its steps, and measures the answer."""
+def make_rule_searcher(procedure: Procedure, start: Sequence[Allocation], tokens: RuleTokens) -> GeneratorSearcher:
+    """Return a searcher that measures its starts, runs a procedure, and measures the procedure's answer.
 
-    def __init__(self, procedure: Procedure, start: Sequence[Allocation], tokens: Fidelity) -> None:
-        """Take a procedure that has not begun; ``start`` are allocations to compare its answer with, perhaps none."""
-        self._procedure, self._tokens = procedure, tokens
-        self._scored: dict[Allocation, float] = {}
-        self._state = "start" if start else "steps"
-        self._requests = [Request(a, tokens.all) for a in dict.fromkeys(start)] if start else self._advance(None)
+    Args:
+        procedure: One that has not begun.
+        start: Allocations to compare the answer with; may be empty.
+        tokens: Those of the procedure.
+    """
+    losses: dict[Allocation, float] = {}
 
-    def ask(self) -> Sequence[Request]:
-        """Return the starts, then the batches of the procedure, then its answer."""
-        return self._requests
+    def rank() -> list[Allocation]:
+        return sorted(losses, key=lambda allocation: (losses[allocation], allocation))
 
-    def tell(self, outcomes: Sequence[Outcome]) -> None:
-        """Go a step on."""
-        if self._state == "steps":
-            self._requests = self._advance(outcomes)
-            return
-        self._scored.update({outcome.request.allocation: outcome.loss for outcome in outcomes})
-        if self._state == "start":
-            self._state = "steps"
-            self._requests = self._advance(None)
-        else:
-            self._requests = []
+    return GeneratorSearcher(_run(procedure, start, tokens, losses), rank)
 
-    def ended(self) -> str:
-        """Return why nothing more is asked."""
-        return "the rule has come to its answer"
 
-    def finalists(self) -> Sequence[Allocation]:
-        """Return the answer and the starts, best first."""
-        return sorted(self._scored, key=lambda allocation: (self._scored[allocation], allocation))
-
-    def _advance(self, outcomes: Sequence[Outcome] | None) -> list[Request]:
-        try:
-            return next(self._procedure) if outcomes is None else self._procedure.send(outcomes)
-        except StopIteration as end:
-            self._state = "answer"
-            return [Request(end.value, self._tokens.all)]
+def _run(
+    procedure: Procedure, start: Sequence[Allocation], tokens: RuleTokens, losses: dict[Allocation, float]
+) -> Script:
+    if start:
+        outcomes = yield [Request(allocation, tokens.all) for allocation in dict.fromkeys(start)]
+        losses.update({outcome.request.allocation: outcome.loss for outcome in outcomes})
+    answer = yield from procedure
+    outcomes = yield [Request(answer, tokens.all)]
+    losses.update({outcome.request.allocation: outcome.loss for outcome in outcomes})
+    return "the rule has come to its answer"
 
 
 def _dropped(space: SearchSpace, allocation: Allocation, inside: Sequence[int]) -> Allocation:

@@ -15,7 +15,7 @@ from allocator.core.budget import Budget
 from allocator.core.errors import UserError
 from allocator.core.space import Allocation, Cost, SearchSpace
 from allocator.searchers.solvers.lagrange import Floats, Ints, cheapest, fill, improves, optimum
-from allocator.searchers.solvers.space_arrays import Ladders
+from allocator.searchers.solvers.space_arrays import SpaceArrays
 
 Table: TypeAlias = Sequence[Sequence[float]]
 """What each level of each unit adds to the loss, in the order of the units; inf forbids the level."""
@@ -32,30 +32,30 @@ def knapsack(
 
 
 def knapsack_nearby(
-    ladders: Ladders, table_ul: Floats, centre: Allocation, radius: int, slack: float = 0.0
+    arrays: SpaceArrays, table_ul: Floats, centre: Allocation, radius: int, slack: float = 0.0
 ) -> Allocation:
     """Minimise the sum of a table within so many levels of ``centre``, which keeps the budget, in every unit.
 
     As :func:`knapsack_multi`, on arrays.
 
     Args:
-        ladders: The space and its budget; what the table says beyond a unit's last level is not looked at.
+        arrays: The space and its budget; what the table says beyond a unit's last level is not looked at.
         table_ul: What each level of each unit adds to the loss.
         centre: One level per unit.
         radius: Levels that a unit may move.
         slack: By how much the sum may miss the least; where there are hundreds of units, a little spares most work.
     """
-    last_u1, unit_u1 = ladders.last_u[:, None], np.arange(len(centre))[:, None]
+    last_u1, unit_u1 = arrays.last_u[:, None], np.arange(len(centre))[:, None]
     level_uw = np.array(centre)[:, None] + np.arange(-radius, radius + 1)  # the window of each unit
     inside_uw = (level_uw >= 0) & (level_uw <= last_u1)
     level_uw = np.clip(level_uw, 0, last_u1)
     values_uw = np.where(inside_uw, table_ul[unit_u1, level_uw], np.inf)
-    costs_kuw, rooms_k = ladders.cost_kul[:, unit_u1, level_uw], ladders.room_k
+    costs_kuw, rooms_k = arrays.cost_kul[:, unit_u1, level_uw], arrays.room_k
     found_u = optimum(values_uw, costs_kuw, rooms_k, slack)
     assert found_u is not None, "the centre keeps the budget"
     found_u = fill(values_uw, costs_kuw, rooms_k, found_u)
     levels_u = level_uw[unit_u1[:, 0], found_u]
-    return tuple(fill(table_ul, ladders.cost_kul, rooms_k, levels_u).tolist())
+    return tuple(fill(table_ul, arrays.cost_kul, rooms_k, levels_u).tolist())
 
 
 def knapsack_multi(

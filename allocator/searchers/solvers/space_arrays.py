@@ -19,7 +19,7 @@ _NOTHING = 1e-18
 """A step that costs nothing costs this."""
 
 
-class Ladders:
+class SpaceArrays:
     """Costs of all levels within one budget, and repair of allocations by what a table says they lose.
 
     Attributes:
@@ -46,7 +46,7 @@ class Ladders:
         )
         self._units = np.arange(len(space.units))
 
-    def short(self, levels_nu: np.ndarray) -> np.ndarray:
+    def measure_excess(self, levels_nu: np.ndarray) -> np.ndarray:
         """Return by how much allocations [..., U] exceed the budget, as a share of each limit, added up."""
         over_nk = self._cost(levels_nu) - self.room_k
         return np.asarray((np.maximum(over_nk, 0) / np.maximum(self.room_k, 1)).sum(-1))
@@ -55,7 +55,7 @@ class Ladders:
         """Return the sum of a table's entries for allocations [..., U]."""
         return np.asarray(table_ul[self._units, levels_nu].sum(-1))
 
-    def filled(self, allocation: Allocation) -> bool:
+    def fills_budget(self, allocation: Allocation) -> bool:
         """Whether an allocation keeps the budget, and no unit could go one level denser and still keep it."""
         levels_u, units = np.array(allocation), self._units
         room_k = self.room_k - self._cost(levels_u)
@@ -63,7 +63,7 @@ class Ladders:
         fits_u = (step_ku <= room_k[:, None]).all(0)
         return bool((room_k >= 0).all()) and not bool(((levels_u > 0) & fits_u).any())
 
-    def settle(self, levels: Sequence[int] | np.ndarray, table_ul: np.ndarray) -> Allocation:
+    def fit_to_budget(self, levels: Sequence[int] | np.ndarray, table_ul: np.ndarray) -> Allocation:
         """Move an allocation into the budget and fill the budget, one level at a time, by least loss per cost.
 
         Args:

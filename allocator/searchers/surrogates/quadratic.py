@@ -23,7 +23,7 @@ from scipy.linalg import cho_solve, cholesky, solve_triangular
 
 from allocator.core.protocols import Outcome
 from allocator.core.space import Allocation
-from allocator.searchers.solvers.space_arrays import Ladders
+from allocator.searchers.solvers.space_arrays import SpaceArrays
 from allocator.searchers.surrogates.surrogate import Difference, Sampling, weighed
 
 _DOUBT = 0.25
@@ -103,10 +103,10 @@ class Quadratic:
         table_ul: Expected loss of each level, relative to that of the last expansion on all tokens.
     """
 
-    def __init__(self, ladders: Ladders, tokens: int) -> None:
+    def __init__(self, arrays: SpaceArrays, tokens: int) -> None:
         """Begin with nothing known; the loss to model is that on so many tokens."""
-        self._ladders, self._tokens = ladders, tokens
-        self._units = np.arange(len(ladders.last_u))
+        self._arrays, self._tokens = arrays, tokens
+        self._units = np.arange(len(arrays.last_u))
         self._expanded: dict[tuple[Allocation, int], Expanded] = {}
         self._steps: list[tuple[int, int, float]] = []
         self._observed: deque[_Observed] = deque(maxlen=_REMEMBERED)
@@ -114,14 +114,14 @@ class Quadratic:
 
     def expand(self, outcome: Outcome) -> None:
         """Take an expansion; the table is around the last one on all tokens, from the next :meth:`refresh` on."""
-        found = Expanded.of(outcome, self._ladders.price_ul.shape[1])
+        found = Expanded.of(outcome, self._arrays.price_ul.shape[1])
         self._expanded[found.allocation, found.tokens] = found
         if found.tokens == self._tokens:
             self._base = found
 
     @property
-    def around(self) -> Allocation:
-        """What was last expanded on all tokens."""
+    def expanded_at(self) -> Allocation:
+        """The allocation that was last expanded on all tokens."""
         return self._base.allocation
 
     def observe(self, difference: Difference) -> None:
@@ -132,24 +132,24 @@ class Quadratic:
         level_u = np.array(difference.allocation)
         moved = np.flatnonzero(level_u != difference.reference)
         change = difference.value * difference.mean
-        around = self._expanded.get((difference.reference, difference.tokens))
-        if len(moved) == 1 and around is not None:
+        base = self._expanded.get((difference.reference, difference.tokens))
+        if len(moved) == 1 and base is not None:
             unit, level = int(moved[0]), int(level_u[moved[0]])
-            size = around.size_ul[unit, level]
-            bend = (change - around.slope_ul[unit, level]) / size if size > 0 else np.nan
+            size = base.size_ul[unit, level]
+            bend = (change - base.slope_ul[unit, level]) / size if size > 0 else np.nan
             self._steps.append((unit, difference.tokens, bend))
             return
-        around = self._expanded.get((difference.reference, self._tokens))
-        if len(moved) and around is not None:
-            left = change - float(around.slope_ul[self._units, level_u].sum())
+        base = self._expanded.get((difference.reference, self._tokens))
+        if len(moved) and base is not None:
+            left = change - float(base.slope_ul[self._units, level_u].sum())
             error = np.nan if difference.error is None else difference.error * difference.mean
-            size_u, away = around.size_ul[self._units, level_u], len(moved) / len(level_u)
+            size_u, away = base.size_ul[self._units, level_u], len(moved) / len(level_u)
             self._observed.append(_Observed(size_u, left, away, difference.tokens, error))
 
-    def unbent(self, tokens: int) -> np.ndarray:
+    def find_missing_curvatures(self, tokens: int) -> np.ndarray:
         """Return units with a choice of which no single step on so many tokens was measured, [n]."""
         told = [unit for unit, on, _ in self._steps if on >= tokens]
-        return np.setdiff1d(np.flatnonzero(self._ladders.last_u > 0), told)
+        return np.setdiff1d(np.flatnonzero(self._arrays.last_u > 0), told)
 
     def refresh(self, centre: Allocation) -> None:
         """Fit curvatures to all observations, around where the search is now."""
@@ -176,7 +176,7 @@ class Quadratic:
 
     def predict(self, levels_nu: np.ndarray) -> np.ndarray:
         """Return how much more allocations [N, U] lose than the centre."""
-        look_up = self._ladders.look_up
+        look_up = self._arrays.look_up
         return np.asarray(look_up(self.table_ul, levels_nu) - look_up(self.table_ul, self._centre_u))
 
     def estimate(self, levels_nu: np.ndarray, value_n: np.ndarray, tokens: int) -> tuple[np.ndarray, np.ndarray]:

@@ -28,7 +28,7 @@ from scipy.linalg import cho_factor, cho_solve, solve_triangular
 from scipy.sparse import block_diag, csr_array
 
 from allocator.core.space import Allocation
-from allocator.searchers.solvers.space_arrays import Ladders
+from allocator.searchers.solvers.space_arrays import SpaceArrays
 from allocator.searchers.surrogates.surrogate import Difference, Sampling, weighed
 
 _GROWTH = 5.0
@@ -75,15 +75,15 @@ class Tabular:
         table_ul: Expected loss of each level, up to a constant for each unit.
     """
 
-    def __init__(self, ladders: Ladders, centre: Allocation, tokens: int) -> None:
+    def __init__(self, arrays: SpaceArrays, centre: Allocation, tokens: int) -> None:
         """Begin with nothing observed, around a centre; the loss to model is that on so many tokens."""
-        self._ladders = ladders
+        self._arrays = arrays
         self._observed: list[Difference] = []
         self._sampling = Sampling(tokens)
-        self._units = np.arange(len(ladders.last_u))
-        self._shape = ladders.price_ul.shape
-        self._mid_ul = (ladders.sparsity_ul[:, 1:] + ladders.sparsity_ul[:, :-1]) / 2
-        self._removed_ul = ladders.price_ul[:, :-1] - ladders.price_ul[:, 1:]
+        self._units = np.arange(len(arrays.last_u))
+        self._shape = arrays.price_ul.shape
+        self._mid_ul = (arrays.sparsity_ul[:, 1:] + arrays.sparsity_ul[:, :-1]) / 2
+        self._removed_ul = arrays.price_ul[:, :-1] - arrays.price_ul[:, 1:]
         self.refresh(centre)
 
     def observe(self, difference: Difference) -> None:
@@ -105,8 +105,8 @@ class Tabular:
 
     def predict(self, levels_nu: np.ndarray) -> np.ndarray:
         """Return how much more allocations [N, U] lose than the centre."""
-        ladders = self._ladders
-        more_n = ladders.look_up(self.table_ul, levels_nu) - ladders.look_up(self.table_ul, self._centre_u)
+        arrays = self._arrays
+        more_n = arrays.look_up(self.table_ul, levels_nu) - arrays.look_up(self.table_ul, self._centre_u)
         return np.asarray(more_n + self._joint(levels_nu) @ self._weight_p)
 
     def estimate(self, levels_nu: np.ndarray, value_n: np.ndarray, tokens: int) -> tuple[np.ndarray, np.ndarray]:
@@ -166,7 +166,7 @@ class Tabular:
         """Return the covariance of a unit's losses over its levels, [U, L, L]."""
         level = np.arange(self._shape[1] - 1)
         near = _COMMON + (1 - _COMMON) * np.exp(-np.abs(level[:, None] - level) / _REACH)
-        away_ul = self._mid_ul - self._ladders.sparsity_ul[self._units, self._centre_u][:, None]
+        away_ul = self._mid_ul - self._arrays.sparsity_ul[self._units, self._centre_u][:, None]
         relative_ull = self._deviation**2 * near + _TILT**2 * away_ul[:, :, None] * away_ul[:, None, :]
         steps_ull = relative_ull * self._step_ul[:, :, None] * self._step_ul[:, None, :]
         below = np.tri(self._shape[1], self._shape[1] - 1, -1)
@@ -215,7 +215,7 @@ class Tabular:
 
     def _moved(self, levels_nu: np.ndarray) -> np.ndarray:
         """Return how far each unit is from the centre, in levels, times the root of its increment there, [N, U]."""
-        last_u = np.maximum(self._ladders.last_u - 1, 0)
+        last_u = np.maximum(self._arrays.last_u - 1, 0)
         root_u = np.sqrt(self._step_ul[self._units, np.minimum(self._centre_u, last_u)])
         return np.asarray((levels_nu - self._centre_u) * root_u)
 

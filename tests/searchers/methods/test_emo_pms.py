@@ -11,6 +11,7 @@ from allocator.core.budget import Budget, fits
 from allocator.core.effort import candidate_tokens
 from allocator.core.protocols import FEATURES, Outcome, Request
 from allocator.searchers.methods.emo_pms import EmoPmsSettings, _Group, _groups, _merged, _nearest, _place, emo_pms
+from allocator.searchers.problem import SearchProblem
 from allocator.searchers.rules.baselines import uniform
 
 SETTINGS = EmoPmsSettings(groups=4, rounds=2, generations=3, population=8, schemes=6, profile=64, tokens=128)
@@ -25,7 +26,9 @@ def deep(make_space):
 def _batches(space, evaluator, settings=SETTINGS, objectives=("params",)):
     """Return requests and outcomes of a whole search, batch by batch."""
     start = [uniform(space, Budget(params=space.limit_for(share))) for share in (0.25, 0.5, 0.75)]
-    script = emo_pms(space, Budget(params=space.cost(space.dense)), objectives, start, settings, 0)
+    whole = Budget(params=space.cost(space.dense))
+    problem = SearchProblem(space=space, budget=whole, objectives=["kl", *objectives], start=start)
+    script = emo_pms(problem, settings, {})
     asked, batches = next(script), []
     while True:
         batches.append(list(evaluator.evaluate(asked)))
