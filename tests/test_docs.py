@@ -32,16 +32,7 @@ PAGES = [
 LINKED = [*PAGES, ROOT / "benchmarks" / "README.md", ROOT / "runs" / "README.md"]
 README_WORDS = 1300
 
-PENDING_NAMES: set[str] = {
-    "RunConfig",
-    "explain",
-    "measure_latency",
-    "open_run",
-    "read_status",
-    "submit",
-    "suggest_family",
-    "write_report",
-}
+PENDING_NAMES: set[str] = set()
 """Names of the package that a page uses and that do not exist yet. Empty in a release."""
 
 PENDING_MODULES: set[str] = {
@@ -90,7 +81,7 @@ COVERED_ELSEWHERE = {
     "prune": "tests/test_end_to_end.py",
     "report": "tests/cli/test_commands.py",
     "search": "tests/test_end_to_end.py",
-    "status": "tests/pool/test_jobs.py",
+    "status": "tests/cli/test_commands.py",
     "submit": "tests/pool/test_jobs.py",
 }
 """The test that executes each verb of the pages."""
@@ -215,7 +206,8 @@ def test_an_unknown_flag_an_unknown_key_and_a_missing_argument_are_found() -> No
 def test_a_verb_is_executed_by_another_test(verb: str) -> None:
     test = ROOT / COVERED_ELSEWHERE[verb]
     assert test.is_file()
-    assert re.search(rf"\b{verb}\b", test.read_text(encoding="utf-8")), f"{test} does not run {verb}"
+    said = test.read_text(encoding="utf-8")
+    assert f'"{verb}"' in said or f"allocator {verb}" in said, f"{test} does not run {verb}"
 
 
 @pytest.mark.parametrize("line", EXECUTED)
