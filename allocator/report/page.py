@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from allocator.core.costs import COSTS
-from allocator.core.errors import UserError
 from allocator.core.files import read_json, write_atomic
 from allocator.core.journal import Journal
 from allocator.core.outcomes import LOSSES, build_front, read_front
+from allocator.core.results import read_result
 from allocator.core.space import Allocation, SearchSpace
 from allocator.core.spending import sum_spending, trace_convergence
 from allocator.core.training_effect import summarise_training
@@ -66,7 +66,7 @@ def write_report(folder: Path) -> Path:
     from markupsafe import Markup
 
     journal = Journal.read(folder / "journal.jsonl")
-    result = _result(folder / "result.json")
+    result = read_result(folder / "result.json")
     space = journal.space
     named = restore_allocations(space, result["units"]) if result else {}
     front = _front(folder / "front.json", journal)
@@ -111,16 +111,6 @@ def write_report(folder: Path) -> Path:
         write_atomic(folder / "figures" / f"{name}.svg", svg)
     write_atomic(folder / "report.html", page)
     return folder / "report.html"
-
-
-def _result(path: Path) -> dict[str, Any] | None:
-    """Return the content of ``result.json``; None for a run that is not finished."""
-    if not path.exists():
-        return None
-    result: dict[str, Any] = read_json(path, "result")
-    if (result.get("kind"), result.get("schema")) != ("allocator.result", 3):
-        raise UserError(f"{path}: not the result of a run of this version. Restore it, or run the search again")
-    return result
 
 
 def _gains(measured: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

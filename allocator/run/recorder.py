@@ -138,7 +138,7 @@ class Recorder:
         with self._lock, contextlib.suppress(OSError):
             running = self._status["state"] == "running"
             pace = {**self._pace(), "workers": self._workers()} if running else {}
-            head = {"schema": SCHEMA, "kind": "allocator.run.status"}
+            head = {"schema": SCHEMA, "kind": "allocator.status"}
             self._written_s = time.monotonic()
             write_json(self._path, {**head, **self._status, **pace, "machine": machine(), "updated": _now()})
 

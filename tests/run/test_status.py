@@ -178,7 +178,7 @@ def test_it_beats_while_nothing_happens(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_run_without_a_process(tmp_path: Path, elsewhere: bool, age_s: int, state: str) -> None:
     updated = datetime.now(timezone.utc) - timedelta(seconds=age_s)
     machine = "another" if elsewhere else recording.machine()
-    status = {"schema": 1, "kind": "allocator.run.status", "state": "running", "phase": "search", "done": 1, "total": 4}
+    status = {"schema": 1, "kind": "allocator.status", "state": "running", "phase": "search", "done": 1, "total": 4}
     write_json(tmp_path / "status.json", {**status, "machine": machine, "updated": updated.isoformat()})
     (tmp_path / "journal.jsonl").write_text("")
     found = read_status(tmp_path)
