@@ -23,11 +23,11 @@ from allocator.evaluation.training import Training
 from allocator.model.data.examples import Examples
 from allocator.model.live.load import load_model
 from allocator.model.live.walk import BlockWalker
-from allocator.pool import dispatch as ray_pool
 from allocator.pool.actor_pool import MAX_DEATHS
+from allocator.pool.calls import ActorCall
 from allocator.pool.cluster import Demand, connected
 from allocator.pool.dispatch import RayPool
-from allocator.pool.durations import Task
+from allocator.pool.runs import cut_runs
 from allocator.pruning.calibration.build import prune_on_dense_inputs, prune_on_pruned_inputs
 from allocator.pruning.calibration.problem import Calibration, UnitProblem
 from allocator.pruning.levels.assemble import CompactLevels
@@ -184,13 +184,13 @@ def test_a_worker_that_cannot_be_renewed_is_replaced(bench: Bench, pool: Callabl
     wanted = measured(LocalEvaluator(other, bench.tokens).evaluate(bench.requests))
     evaluator = pool(2)
     list(evaluator.evaluate(bench.requests[:2]))
-    dead, deaf = evaluator._crew.actors
+    dead, deaf = evaluator._actors.actors
     ray.kill(dead)
     evaluator._spec, evaluator._spec_ref = other, ray.put(other)
-    evaluator._crew.renew(lambda actor: actor.renew.remote(Unreadable() if actor == deaf else evaluator._spec_ref))
+    evaluator._actors.renew(lambda actor: actor.renew.remote(Unreadable() if actor == deaf else evaluator._spec_ref))
     assert measured(evaluator.evaluate(bench.requests)) == wanted
-    assert dead not in evaluator._crew.actors
-    assert deaf not in evaluator._crew.actors
+    assert dead not in evaluator._actors.actors
+    assert deaf not in evaluator._actors.actors
     assert measured(evaluator.evaluate(bench.requests)) == wanted
 
 
@@ -341,7 +341,7 @@ def test_workers_lost_while_they_were_idle_fail_no_allocation(bench: Bench, tmp_
         while pool.alive < 2:
             list(pool.evaluate(bench.requests))
         for request in bench.requests[:6]:
-            for actor in pool._crew.actors:
+            for actor in pool._actors.actors:
                 ray.kill(actor)
             (outcome,) = pool.evaluate([request])
             assert not outcome.failed
@@ -392,7 +392,7 @@ def test_a_task_of_another_sort_that_kills_every_worker_stops_the_run(bench: Ben
     pool = dying(bench, tmp_path / "marks", lambda requests, own: True)
     try:
         with pytest.raises(UserError, match=rf"{MAX_DEATHS} workers died .* on the same task") as caught:
-            list(pool._run([Task("measure", (bench.requests,))]))
+            list(pool._run([ActorCall(method="measure", arguments=(bench.requests,))]))
     finally:
         pool.close()
     assert "resume" in str(caught.value)
@@ -419,7 +419,7 @@ def test_deaths_of_different_tasks_are_not_added_up(bench: Bench, tmp_path: Path
         pool.close()
     assert {outcome.request.key for outcome in outcomes} == {request.key for request in bench.requests}
     assert not any(outcome.failed for outcome in outcomes)
-    assert len(pool.said) >= len(ray_pool._runs(bench.requests, 2)) - 2
+    assert len(pool.said) >= len(cut_runs(bench.requests, 2)) - 2
 
 
 def test_batches_that_are_under_way_at_once_are_all_answered(
@@ -436,7 +436,7 @@ def test_batches_that_are_under_way_at_once_are_all_answered(
 @pytest.mark.parametrize("workers", [1, 2, 4, 7, 13, 40])
 def test_runs_are_neighbours_of_falling_length(bench: Bench, workers: int) -> None:
     """In lexicographic order, each request once, and half of all in the first run of every worker."""
-    runs = ray_pool._runs(bench.requests[::-1], workers)
+    runs = cut_runs(bench.requests[::-1], workers)
     lengths = [len(run) for run in runs]
     assert lengths == sorted(lengths, reverse=True)
     assert lengths[-1] == 1
@@ -478,7 +478,7 @@ def test_a_worker_that_cannot_start_is_no_death(bench: Bench, pool: Callable[...
 def test_close_ends_the_workers(bench: Bench) -> None:
     pool = RayPool(bench.spec, bench.tokens, 2)
     list(pool.evaluate(bench.requests[:2]))
-    pids = ray.get([worker.__ray_call__.remote(lambda _: os.getpid()) for worker in pool._crew.actors])
+    pids = ray.get([worker.__ray_call__.remote(lambda _: os.getpid()) for worker in pool._actors.actors])
     assert all(Path(f"/proc/{pid}").exists() for pid in pids)
     pool.close()
     pool.close()
@@ -522,4 +522,4 @@ def test_room_for_fewer_workers_is_said() -> None:
     ("demand", "room"), [(Demand(), 8), (Demand(2), 4), (Demand(gpus=0.1), 8), (Demand(gpus=0.3), 3), (Demand(9), 0)]
 )
 def test_room_on_a_node(demand: Demand, room: int) -> None:
-    assert demand.room({"CPU": 8.0, "GPU": 1.0, "memory": 1e9}) == room
+    assert demand.count_room({"CPU": 8.0, "GPU": 1.0, "memory": 1e9}) == room
