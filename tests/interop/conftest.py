@@ -19,7 +19,8 @@ import allocator as api
 from allocator.core.journal import Journal
 from allocator.core.plan import Plan
 from allocator.core.protocols import Outcome, Request
-from allocator.interop.contract import VERIFY, Source
+from allocator.interop.contract import Source
+from allocator.interop.verification import VERIFY
 from allocator.model.checkpoint.headers import Checkpoint
 from allocator.model.family.layout import Layout
 from allocator.run.config.load import load_config
@@ -152,7 +153,7 @@ class Executed:
 
     @property
     def source(self) -> Source:
-        return Source(self.plan, self.files, self.layout, None, self.checkpoint)
+        return Source(plan=self.plan, checkpoint=self.files, layout=self.layout, executed=self.checkpoint)
 
 
 @pytest.fixture(scope="session")

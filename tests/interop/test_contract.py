@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 
 import allocator as api
 from allocator.core.errors import UserError
-from allocator.interop.contract import PLANNED, VERIFY, Target, check, write_verify
-from allocator.interop.targets.matrices import matrices
+from allocator.interop.contract import Target, check_target
+from allocator.interop.matrices import list_matrices
 from allocator.interop.targets.registry import TARGETS
+from allocator.interop.verification import PLANNED, VERIFY, write_verify
 
 PATTERNS = ("structured", "unstructured", "n:m")
 
@@ -28,7 +29,7 @@ Verify = Callable[[Path, Path], tuple[int, dict[str, Any]]]
 
 def expresses(target: Target, executed: Any, run: Path | None = None) -> bool:
     try:
-        check(target, replace(executed.source, run=run))
+        check_target(target, replace(executed.source, run=run))
     except UserError:
         return False
     return True
@@ -213,7 +214,7 @@ def test_the_command_is_run_as_it_says(structured: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["structured", "query_heads", "unstructured", "n_m"])
 def test_matrices_add_up_to_the_plan(name: str, request: pytest.FixtureRequest) -> None:
     executed: Any = request.getfixturevalue(name)
-    plan, found = executed.plan, matrices(executed.plan, executed.files, executed.layout)
+    plan, found = executed.plan, list_matrices(executed.plan, executed.files, executed.layout)
     units = {unit.name: (unit, level) for unit, level in zip(plan.space.units, plan.allocation, strict=True)}
     assert [*dict.fromkeys(m.unit for m in found)] == [*units]
     shapes = {name.removesuffix(".weight"): shape for name, shape in executed.files.shapes.items() if len(shape) == 2}
