@@ -91,7 +91,7 @@ def inspect(
 
             _emit([asdict(each) for each in covered])
             return
-        from allocator.report.tables import coverage_table
+        from allocator.report.tables.model import coverage_table
 
         _print(coverage_table([(each.module, each.shape, each.count, each.by) for each in covered]))
         return
@@ -99,14 +99,17 @@ def inspect(
     if json_:
         _emit(summary)
         return
-    from allocator.report.tables import alignment, bounds, space_table, undivided
+    from allocator.report.tables.formats import format_budget
+    from allocator.report.tables.model import format_alignment, format_undivided, space_table
 
     _print(space_table(space))
-    if (line := undivided(space)) is not None:
+    if (line := format_undivided(space)) is not None:
         _print(line)
-    _print(f"{summary['asked']}: {bounds(summary['budget'])}; uniform has {summary['uniform']['params']:,} parameters")
+    _print(
+        f"{summary['asked']}: {format_budget(summary['budget'])}; uniform has {summary['uniform']['params']:,} parameters"
+    )
     if "align" in summary:
-        _print(alignment(summary["align"]))
+        _print(format_alignment(summary["align"]))
 
 
 @app.command()
@@ -127,7 +130,7 @@ def latency(
     if json_:
         _emit(table.model_dump(mode="json", by_alias=True))
         return
-    from allocator.report.tables import latency_table
+    from allocator.report.tables.model import latency_table
 
     _print(latency_table(table))
     _print(f"table  {out}\nnext   allocator search --constraint 'latency_ms <= 0.5x' --set workload.latency={out}")
@@ -158,7 +161,7 @@ def search(
     if json_:
         _emit({**result.summary, "folder": str(result.folder), "checkpoint": str(result.checkpoint)})
         return
-    from allocator.report.tables import prediction_table, result_table
+    from allocator.report.tables.result import prediction_table, result_table
 
     _print(result_table(result.summary))
     if "latency" in result.summary:
@@ -239,7 +242,7 @@ def compare(
     if json_:
         _emit({**found.data, "folder": str(found.folder)})
         return
-    from allocator.report.tables import comparison_table
+    from allocator.report.tables.compare import comparison_table
 
     _print(comparison_table(found.data))
     _print(f"comparison  {found.folder / 'compare.json'}")
@@ -254,9 +257,9 @@ def status(run: Run, json_: Json = False) -> None:
     if json_:
         _emit(found)
         return
-    from allocator.report.tables import status_lines
+    from allocator.report.tables.status import format_status
 
-    _print(status_lines(found))
+    _print(format_status(found))
     if found["state"] in ("stopped", "failed", "lost"):
         _print("next        resume it with --resume, or submit it again")
 
@@ -281,14 +284,14 @@ def front(
     if json_:
         _emit(data)
         return
-    from allocator.report.tables import front_csv, front_table, hypervolume
+    from allocator.report.tables.front import format_front_csv, format_hypervolume, front_table
 
     if csv:
-        print(front_csv(data), end="")
+        print(format_front_csv(data), end="")
         return
     _print(front_table(data))
     if "hypervolume" in data:
-        _print(hypervolume(data["hypervolume"]))
+        _print(format_hypervolume(data["hypervolume"]))
     _print(f"next  allocator plan {run} --index NUMBER --out plan.json")
 
 
@@ -316,7 +319,7 @@ def plan(
     if json_:
         _emit(chosen.to_json())
         return
-    from allocator.report.tables import plan_table
+    from allocator.report.tables.plan import plan_table
 
     _print(plan_table(chosen))
     if out is not None:
@@ -378,7 +381,7 @@ def export(
         if json_:
             _emit({t.name: {"writes": t.writes, "patterns": [*t.patterns]} for t in TARGETS.values()})
             return
-        from allocator.report.tables import targets_table
+        from allocator.report.tables.plan import targets_table
 
         _print(targets_table([(t.name, t.writes, t.patterns) for t in TARGETS.values()]))
         return
@@ -432,9 +435,9 @@ def evaluate(
     if json_:
         _emit(figures)
         return
-    from allocator.report.tables import figures_line
+    from allocator.report.tables.result import format_figures_line
 
-    _print(figures_line(figures))
+    _print(format_figures_line(figures))
 
 
 @app.command()

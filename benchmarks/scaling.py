@@ -198,9 +198,9 @@ class Simulated(RayPool):
     def settle(self, stragglers: float) -> None:
         """Go on with another share of stragglers, and wait until every worker is there."""
         self._waiting = (*self._waiting[:2], stragglers)
-        self._crew.renew(lambda actor: actor.renew.remote(stragglers))
-        while self.alive < self._crew.size:
-            list(self.evaluate([Request((level,), 8, "search") for level in range(2 * self._crew.size)]))
+        self._actors.renew(lambda actor: actor.renew.remote(stragglers))
+        while self.alive < self._actors.size:
+            list(self.evaluate([Request((level,), 8, "search") for level in range(2 * self._actors.size)]))
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[list[float]]:
@@ -210,7 +210,7 @@ class Simulated(RayPool):
 
         def look() -> None:
             while not over.wait(0.02):
-                members = list(self._crew._members)
+                members = list(self._actors._members)
                 shares.append(sum(member.call is not None for member in members) / len(members))
 
         watch = threading.Thread(target=look)

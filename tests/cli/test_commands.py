@@ -101,7 +101,7 @@ def test_inspect(cli: Cli, tiny_model: Path) -> None:
 
 
 def test_inspect_says_what_goes_as_a_whole(cli: Cli, tiny_model: Path, make_model: Callable[..., Path]) -> None:
-    line = "attention goes as a whole or not at all"
+    line = "attention is removed as a whole or not at all"
     assert line in answered(cli("inspect", make_model("olmo2"))).out
     assert line not in answered(cli("inspect", make_model("olmo2"), "--pattern", "unstructured")).out
     assert line not in answered(cli("inspect", tiny_model)).out

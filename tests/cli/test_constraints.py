@@ -49,7 +49,7 @@ def test_latency_prints_and_emits_the_table(cli: Cli, tiny_model: Path, here: Pa
     assert answer.code == 0, answer.err
     assert answer.json == json.loads((here / "t.json").read_text())
     answer = cli("latency", "--model", tiny_model, "--out", here / "t.json", "--repeats", 1, *WORK)
-    assert "what no sub-block takes" in answer.out
+    assert "outside sub-blocks" in answer.out
     assert "--set workload.latency=" in answer.out
 
 

@@ -18,7 +18,7 @@ import pytest
 
 from allocator.core.errors import UserError
 from allocator.core.files import write_json
-from allocator.report.tables import status_lines
+from allocator.report.tables.status import format_status
 from allocator.run import recorder as recording
 from allocator.run.recorder import Recorder
 from allocator.run.reporting import Silent
@@ -183,7 +183,7 @@ def test_a_run_without_a_process(tmp_path: Path, elsewhere: bool, age_s: int, st
     (tmp_path / "journal.jsonl").write_text("")
     found = read_status(tmp_path)
     assert (found["state"], round(found["age_s"])) == (state, age_s)
-    assert ("not running" in status_lines(found)) == (state == "lost")
+    assert ("not running" in format_status(found)) == (state == "lost")
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_a_search_that_is_watched_stopped_and_killed(
     second.send_signal(signal.SIGKILL)
     second.communicate()
     assert read_status(run)["state"] == "lost"
-    assert "not running" in status_lines(read_status(run))
+    assert "not running" in format_status(read_status(run))
 
 
 def until(run: Path, reached: Callable[[Any], bool]) -> Any:

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import allocator as api
-from allocator.commands import api
 from allocator.interop.matrices import round_share_up
 
 
