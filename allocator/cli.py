@@ -105,9 +105,8 @@ def inspect(
     _print(space_table(space))
     if (line := format_undivided(space)) is not None:
         _print(line)
-    _print(
-        f"{summary['asked']}: {format_budget(summary['budget'])}; uniform has {summary['uniform']['params']:,} parameters"
-    )
+    budget = format_budget(summary["budget"])
+    _print(f"{summary['asked']}: {budget}; uniform has {summary['uniform']['params']:,} parameters")
     if "align" in summary:
         _print(format_alignment(summary["align"]))
 

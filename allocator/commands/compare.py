@@ -16,6 +16,7 @@ from allocator.core.costs import from_units
 from allocator.core.errors import UserError, did_you_mean
 from allocator.core.files import fingerprint, read_json, write_json
 from allocator.core.plan import Plan
+from allocator.core.results import COMPARISON_KIND, COMPARISON_SCHEMA
 from allocator.core.signals import Signal, Signals
 from allocator.core.space import Allocation, SearchSpace
 from allocator.evaluation.engine import Execution
@@ -40,8 +41,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from allocator.run.config.options import RunOptions
-
-COMPARISON_SCHEMA = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +219,7 @@ class _Table:
         self._job, self._folder, self._path = job, folder, folder / "compare.json"
         self.data: dict[str, Any] = {
             "schema": COMPARISON_SCHEMA,
-            "kind": "allocator.commands.compare",
+            "kind": COMPARISON_KIND,
             "model": job.model_id,
             "pattern": job.space.pattern,
             "asked": job.config.asked,

@@ -8,8 +8,7 @@ from allocator.commands.dense_model import choose_model, open_plan_model
 from allocator.core.errors import UserError, did_you_mean
 from allocator.core.files import check_apart, check_new_folder, whole_folder
 from allocator.core.plan import Plan
-from allocator.interop.contract import Source
-from allocator.interop.contract import check as check_target
+from allocator.interop.contract import Source, check_target
 from allocator.interop.targets.registry import TARGETS
 from allocator.run.config.run import RunConfig
 
@@ -55,7 +54,7 @@ def export(
     opened, layout = open_plan_model(plan, dense, family_file)
     default = folder / "checkpoint"
     executed = Path(checkpoint) if checkpoint is not None else default if default.is_dir() else None
-    target, handed = TARGETS[to], Source(plan, opened, layout, run, executed)
+    target, handed = TARGETS[to], Source(plan=plan, checkpoint=opened, layout=layout, run=run, executed=executed)
     check_target(target, handed)
     with whole_folder(out) as partial:
         return target.write(handed, partial)

@@ -66,10 +66,10 @@ def submit(
         archive = Path(scratch) / "package.zip"
         package.write(archive)
         job = server.submit(run, COMMAND, archive, package.variables)
-    submitted = SubmittedJob(job=job, run=run, address=server.shown, size_bytes=package.size_bytes)
+    submitted = SubmittedJob(job=job, run=run, address=server.public_address, size_bytes=package.size_bytes)
     if started is not None:
         started(submitted)
     if follow is None:
         return submitted
     status = server.follow(job, follow)
-    return SubmittedJob(job=job, run=run, address=server.shown, size_bytes=package.size_bytes, status=status)
+    return SubmittedJob(job=job, run=run, address=server.public_address, size_bytes=package.size_bytes, status=status)

@@ -10,13 +10,12 @@ from allocator.core.costs import COSTS
 from allocator.core.journal import Journal
 from allocator.core.plan import Plan
 from allocator.core.provenance import collect_versions, make_plan
+from allocator.core.results import RESULT_KIND, RESULT_SCHEMA
 from allocator.core.training_effect import summarise_training
 from allocator.run.execution import Figures
 from allocator.run.job import Job
 from allocator.run.rounds import list_rounds
 from allocator.searchers.decide import Decision
-
-RESULT_SCHEMA = 3
 
 
 def make_run_plan(job: Job, decision: Decision, measured: Mapping[str, Figures]) -> Plan:
@@ -44,7 +43,7 @@ def summarise_run(
     ]
     return {
         "schema": RESULT_SCHEMA,
-        "kind": "allocator.result",
+        "kind": RESULT_KIND,
         "model": dict(plan.model),
         "pattern": space.pattern,
         "asked": job.config.asked,
