@@ -1,9 +1,9 @@
-"""Prune a model with LLM Compressor, as the recipe says that lies beside this script.
+"""Prune a model with LLM Compressor, by the recipe next to this script.
 
     python run.py MODEL TEXT OUT
 
 MODEL is a folder in the Hugging Face format, TEXT a .txt or .jsonl file (key "text") or a folder of them, and OUT is
-written. Needs llmcompressor 0.14.
+the folder to write. Needs llmcompressor 0.14.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def check_order(model):
 
 
 def main():
-    """Prune, and save."""
+    """Prune a model, and save it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="folder of the dense model")
     parser.add_argument("text", help="file or folder to calibrate with")
