@@ -434,9 +434,9 @@ def evaluate(
     if json_:
         _emit(figures)
         return
-    from allocator.report.tables.result import format_figures_line
+    from allocator.report.tables.result import format_figures
 
-    _print(format_figures_line(figures))
+    _print(format_figures(figures))
 
 
 @app.command()

@@ -73,7 +73,7 @@ CELLS = [
 def run_cell(cell: str, work: Path) -> str:
     """Search, and return what is kept of the cell as JSON."""
     # imported here: table and figure need no model
-    from allocator.evaluation.engine import LocalEvaluator
+    from allocator.evaluation.local import LocalEvaluator
     from allocator.pruning.levels.store import StoreBuilder, open_store
     from allocator.run.config.load import load_config
     from allocator.run.prepare import prepare_job

@@ -28,7 +28,7 @@ from allocator.core.space import Allocation, SearchSpace
 from allocator.evaluation.engine import Engine
 from allocator.pruning.calibration import streams
 from allocator.pruning.calibration.build import prune_on_dense_inputs, prune_on_pruned_inputs
-from allocator.pruning.levels.assemble import CompactLevels
+from allocator.pruning.levels.compact import CompactLevels
 from allocator.pruning.levels.execute import save_pruned
 from allocator.run.config.run import RunConfig
 from allocator.run.job import Job

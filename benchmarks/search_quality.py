@@ -165,7 +165,7 @@ class Run:
 def run_cell(store: str, method: str, seed: int, work: Path) -> str:
     """Search, measure incumbents on held-out text, and record the outcomes."""
     # imported here: a replay needs no model
-    from allocator.evaluation.engine import LocalEvaluator
+    from allocator.evaluation.local import LocalEvaluator
     from allocator.pruning.levels.store import StoreBuilder, open_store
     from allocator.run.config.load import load_config
     from allocator.run.prepare import prepare_job

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forked import Command
 from safetensors.numpy import load_file
 
 import allocator
@@ -111,17 +112,7 @@ class Driver:
 
     def __init__(self, arguments: list[object], folder: Path) -> None:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "allocator", *map(str, arguments)],
-            cwd=folder,
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            # as in a terminal; a shell in the background starts what it starts with SIGINT ignored
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
+        self.process = Command(arguments, folder, environment)
 
     @property
     def session(self) -> int:
@@ -146,8 +137,6 @@ class Driver:
             if session == self.session:
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
-        if self.process.stderr is not None:
-            self.process.stderr.close()
 
 
 @pytest.fixture
@@ -195,7 +184,7 @@ def plan_bytes(run: Path) -> bytes:
 
 
 @pytest.mark.usefixtures("cluster")
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", ["structured", pytest.param("unstructured", marks=pytest.mark.slow)])
 def test_same_plan_with_two_workers(run_search: Search, finished: dict[str, Any], tmp_path: Path, pattern: str) -> None:
     result = run_search(tmp_path, pattern=pattern, workers=2)
     assert plan_bytes(result.folder) == plan_bytes(finished[pattern].folder)
@@ -375,7 +364,7 @@ def test_a_search_says_what_training_changed(finished_trained: Any, finished: di
 
 
 @pytest.mark.usefixtures("cluster")
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_same_plan_for_any_number_of_workers_that_train(
     run_search: Search, finished_trained: Any, tmp_path: Path, workers: int
 ) -> None:

@@ -94,7 +94,10 @@ def test_towers_have_one_budget_and_costs_of_their_own_positions(make_other: Cal
     assert space.fixed["prefill_macs"] == 0
 
 
-@pytest.mark.parametrize("architecture", ["ViTForImageClassification", "CLIPModel"])
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize(
+    "architecture", ["ViTForImageClassification", pytest.param("CLIPModel", marks=pytest.mark.slow)]
+)
 def test_workers_measure_other_examples_as_one_process_does(
     make_other: Callable[..., Path], pixels: Path, tmp_path: Path, architecture: str
 ) -> None:

@@ -14,7 +14,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
+from problems import unit_problem
 from safetensors.torch import load_file
+from stores import create_store
 
 from allocator.core.budget import Budget
 from allocator.core.errors import UserError
@@ -22,7 +24,8 @@ from allocator.core.header import JournalHeader
 from allocator.core.journal import Journal
 from allocator.core.protocols import Outcome, Request
 from allocator.core.space import SearchSpace
-from allocator.evaluation.engine import Engine, EngineSpec
+from allocator.evaluation.engine import Engine
+from allocator.evaluation.spec import EngineSpec
 from allocator.model.checkpoint.headers import read_checkpoint
 from allocator.model.data.examples import Examples
 from allocator.model.family.layout import resolve_layout
@@ -36,7 +39,8 @@ from allocator.pruning.calibration.build import prune_on_dense_inputs, prune_on_
 from allocator.pruning.calibration.statistics import Gram
 from allocator.pruning.levels import store
 from allocator.pruning.levels.execute import save_pruned
-from allocator.pruning.levels.store import LevelStore, create_store
+from allocator.pruning.levels.store import LevelStore
+from allocator.pruning.pruners.protocol import PrunerSpec
 from allocator.pruning.pruners.registry import make_pruner
 from allocator.searchers.decide import SearchSettings, decide
 from allocator.searchers.methods.bayesian import GpSettings, TpeSettings
@@ -73,7 +77,9 @@ def case(make_model, tmp_path_factory) -> Case:
     checkpoint = read_checkpoint(make_model("qwen3", num_hidden_layers=3, **shape))
     layout = resolve_layout(find_family("qwen3"), checkpoint)
     space = build_space(layout, checkpoint, "structured", 0.5)
-    spec = EngineSpec(checkpoint, layout, space, None, make_pruner("obs", "structured", 0.01))
+    spec = EngineSpec(
+        checkpoint=checkpoint, layout=layout, space=space, pruner=make_pruner(PrunerSpec(name="obs"), "structured")
+    )
     tokens = torch.from_numpy(np.random.default_rng(1).integers(0, 128, size=(9, 32)))
     compact = dict(prune_on_dense_inputs(spec.calibration(Examples.from_ids(tokens))))
     built = create_store(tmp_path_factory.mktemp("store") / "levels", {}, compact.items())
@@ -244,7 +250,9 @@ def test_a_failed_factorisation_is_said_and_never_the_identity(case, name, patte
     statistics.add(torch.randn(200, 48, generator=torch.Generator().manual_seed(0)))
 
     def levels(damping, report=lambda message: None):
-        return make_pruner(name, pattern, damping).levels(unit, 1, weight, statistics, [1], report)
+        return make_pruner(PrunerSpec(name=name, damping=damping), pattern).levels(
+            unit_problem(unit, weight, statistics, [1]), report
+        )
 
     statistics.gram_ii[3, 3] *= -1.0
     heard: list[str] = []

@@ -19,7 +19,7 @@ from allocator.core.plan import Plan
 from allocator.core.results import COMPARISON_KIND, COMPARISON_SCHEMA
 from allocator.core.signals import Signal, Signals
 from allocator.core.space import Allocation, SearchSpace
-from allocator.evaluation.engine import Execution
+from allocator.evaluation.spec import Evaluator, Execution
 from allocator.evaluation.zeroth_order import zeroth_order
 from allocator.pruning.levels.store import LevelStore
 from allocator.pruning.signals import collect
@@ -231,7 +231,7 @@ class _Table:
         if self._path.exists():
             self.data = read_json(self._path, "comparison")
 
-    def execute(self, entries: Mapping[str, Entry], evaluator: Any, reporter: Reporter) -> None:
+    def execute(self, entries: Mapping[str, Entry], evaluator: Evaluator, reporter: Reporter) -> None:
         """Measure the new lines, each distinct allocation once, and keep each result at once."""
         known = {line["key"]: name for name, line in self.data["allocations"].items()}
         new = {entry.key: entry for entry in entries.values() if entry.key not in known}
@@ -245,7 +245,7 @@ class _Table:
             self._keep(entries, figures)
             reporter.advance(min(start + width, len(waiting)))
 
-    def _run(self, batch: Sequence[Entry], evaluator: Any) -> Iterable[tuple[str, dict[str, float]]]:
+    def _run(self, batch: Sequence[Entry], evaluator: Evaluator) -> Iterable[tuple[str, dict[str, float]]]:
         with tempfile.TemporaryDirectory(prefix=".executing-", dir=self._folder, ignore_cleanup_errors=True) as scratch:
             executions = [
                 Execution(entry.allocation, self._job.recompute, Path(scratch).absolute() / str(index))

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from allocator.commands.dense_model import choose_model, open_dense
 from allocator.core.errors import UserError
-from allocator.evaluation.engine import Engine, EngineSpec
+from allocator.evaluation.engine import Engine
+from allocator.evaluation.spec import EngineSpec
 from allocator.model.checkpoint.headers import Checkpoint, locate, read_checkpoint
 from allocator.model.data.read import read_examples
 from allocator.model.family.layout import resolve_layout
@@ -61,7 +62,7 @@ def evaluate(
     layout = resolve_layout(named, dense, experts="whole" if pattern == "structured" else "inside")
     examples = read_examples(settings.text, dense, {"test": tokens}, length)
     space = build_space(layout, dense, pattern, target=0.5)
-    engine = Engine(EngineSpec(dense, layout, space, store=None), examples)
+    engine = Engine(EngineSpec(checkpoint=dense, layout=layout, space=space), examples)
     return {
         "params": count_params(pruned.folder, space, dense),
         **engine.measure_checkpoint(pruned.folder, "test", tokens),

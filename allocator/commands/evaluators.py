@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from allocator.evaluation.engine import EngineSpec, LocalEvaluator
+from allocator.evaluation.local import LocalEvaluator
+from allocator.evaluation.spec import EngineSpec, Evaluator
 from allocator.model.data.examples import Examples
 from allocator.run.config.run import RunConfig
 from allocator.run.reporting import Reporter
@@ -27,7 +28,7 @@ def connect(config: RunConfig, reporter: Reporter) -> Iterator[None]:
 @contextmanager
 def open_evaluator(
     spec: EngineSpec, tokens: Mapping[str, Examples], config: RunConfig, reporter: Reporter
-) -> Iterator[Any]:
+) -> Iterator[Evaluator]:
     """Yield the evaluator of a configuration, and close it at the end."""
     if config.workers == 0:
         yield LocalEvaluator(spec, tokens, reporter.notify)

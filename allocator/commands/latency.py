@@ -9,8 +9,8 @@ from allocator.core.errors import UserError
 from allocator.core.files import check_file
 from allocator.core.latency import LatencySettings, LatencyTable
 from allocator.core.provenance import collect_versions
-from allocator.evaluation.engine import check_device
 from allocator.evaluation.latency import make_table
+from allocator.evaluation.spec import check_device
 from allocator.model.family.serving_costs import check_timed
 from allocator.run.config.load import build_config
 from allocator.run.config.run import RunConfig

@@ -10,13 +10,14 @@ from allocator.commands.dense_model import choose_model, open_plan_model
 from allocator.core.errors import UserError
 from allocator.core.files import check_apart, check_new_folder, fingerprint
 from allocator.core.plan import Plan
-from allocator.evaluation.engine import EngineSpec
+from allocator.evaluation.spec import EngineSpec
 from allocator.model.checkpoint.headers import Checkpoint
 from allocator.model.data.read import read_examples
 from allocator.model.family.layout import Layout
 from allocator.pruning.calibration.build import prune_on_dense_inputs, prune_on_pruned_inputs
 from allocator.pruning.levels.execute import save_pruned
 from allocator.pruning.levels.store import LevelStore, open_store
+from allocator.pruning.pruners.protocol import LocalPruner, PrunerSpec
 from allocator.pruning.pruners.registry import make_pruner
 from allocator.run.config.load import build_config
 from allocator.run.config.run import RunConfig
@@ -37,6 +38,7 @@ def prune(
     config: RunConfig | Path | str | None = None,
     execution: str | None = None,
     store: Path | str | None = None,
+    pruner: LocalPruner | None = None,
     reporter: Reporter | None = None,
 ) -> int:
     """Execute a plan: write the pruned checkpoint, and return the number of parameters in it.
@@ -52,6 +54,7 @@ def prune(
         execution: ``recompute`` prunes block by block on what pruned predecessors produce. ``assemble`` takes the
             levels that the search saw. None for what the plan says.
         store: A level store of the same model, text and pruner, for ``assemble``. None to prune every level again.
+        pruner: The local pruner of a plan whose run was given one from Python. None for what the plan says.
         reporter: Receives progress.
 
     Raises:
@@ -75,7 +78,7 @@ def prune(
         opened = _open_store(plan, checkpoint, Path(store), execution)
         return save_pruned(plan.allocation, checkpoint, layout, plan.space, opened, out)
     texts = _choose_texts(text, config)
-    levels = _prune_levels(plan, checkpoint, layout, execution, texts, reporter)
+    levels = _prune_levels(plan, checkpoint, layout, execution, texts, pruner, reporter)
     return save_pruned(plan.allocation, checkpoint, layout, plan.space, levels.__getitem__, out)
 
 
@@ -124,6 +127,7 @@ def _prune_levels(
     layout: Layout,
     execution: str,
     texts: Mapping[str, Path | None],
+    pruner: LocalPruner | None,
     reporter: Reporter,
 ) -> dict[str, Any]:
     """Return the compact levels of every unit, pruned as the plan says."""
@@ -139,10 +143,16 @@ def _prune_levels(
             "version if it was the standard library, or put the plan together from its run's level store with "
             "--execution assemble --store FOLDER"
         )
-    damping, bias, experts = settings.get("damping", 0.01), settings.get("bias", False), settings.get("experts")
-    pruner = make_pruner(settings["name"], plan.space.pattern, damping, bias, experts)
+    pruner = pruner or make_pruner(PrunerSpec.from_plan(settings), plan.space.pattern)
     reporter.start_phase("pruning", len(layout.blocks))
-    spec = EngineSpec(checkpoint, layout, plan.space, None, pruner, settings["dtype"], settings["threads"])
+    spec = EngineSpec(
+        checkpoint=checkpoint,
+        layout=layout,
+        space=plan.space,
+        pruner=pruner,
+        dtype=settings["dtype"],
+        threads=settings["threads"],
+    )
     calibration = spec.calibration(examples, reporter.advance, reporter.notify)
     if execution == "recompute":
         return dict(prune_on_pruned_inputs(calibration, plan.allocation, every_level=False))

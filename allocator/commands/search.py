@@ -16,7 +16,7 @@ from allocator.core.files import write_json
 from allocator.core.journal import Journal
 from allocator.core.plan import Plan
 from allocator.core.protocols import Outcome
-from allocator.evaluation.engine import EngineSpec
+from allocator.evaluation.spec import EngineSpec, Evaluator
 from allocator.pruning.levels.store import LevelStore
 from allocator.run.config.load import build_config
 from allocator.run.config.run import RunConfig
@@ -145,7 +145,7 @@ class _Run:
             write_report(folder)
         return SearchResult(folder, plan, summary)
 
-    def _search_round(self, job: Job, evaluator: Any, journal: Journal, store: LevelStore | None) -> Decision:
+    def _search_round(self, job: Job, evaluator: Evaluator, journal: Journal, store: LevelStore | None) -> Decision:
         """Search once, on a level store that is built first if there is none."""
         with self._timed("store"):
             if store is None:
@@ -166,7 +166,7 @@ def _engine_spec(job: Job) -> EngineSpec:
     return job.engine_spec(LevelStore(locate_store(job)))
 
 
-def _decide(job: Job, evaluator: Any, journal: Journal, recorder: Recorder) -> Decision:
+def _decide(job: Job, evaluator: Evaluator, journal: Journal, recorder: Recorder) -> Decision:
     settings, front, batches = job.config.search, FrontWriter(job, journal, recorder), itertools.count(1)
 
     def listen(outcomes: Sequence[Outcome]) -> None:

@@ -137,7 +137,7 @@ class Searcher(Protocol):
         ...
 
 
-class Evaluator(Protocol):
+class AllocationEvaluator(Protocol):
     """Measures allocations; in process, or on a pool of workers."""
 
     def evaluate(self, requests: Sequence[Request]) -> Iterator[Outcome]:

@@ -8,8 +8,8 @@ import torch
 from allocator.core.notify import Progress
 from allocator.core.signals import Signals
 from allocator.core.space import Unit
-from allocator.evaluation.engine import EngineSpec, check_device
 from allocator.evaluation.loss import divergence
+from allocator.evaluation.spec import EngineSpec, check_device
 from allocator.model.data.examples import Examples
 from allocator.model.live.load import load_model
 from allocator.model.live.walk import SEQUENCES_PER_BATCH, BlockWalker

@@ -12,9 +12,10 @@ import ray
 from allocator.core.errors import UserError
 from allocator.core.notify import Notify, Progress, silent
 from allocator.core.protocols import Key, Outcome, Request
-from allocator.evaluation.engine import EngineSpec, Execution, expanded
-from allocator.evaluation.expansion import Portion, num_portions
-from allocator.evaluation.training_states import States
+from allocator.evaluation.engine import combine_chunks
+from allocator.evaluation.expansion import ExpansionChunk, num_chunks
+from allocator.evaluation.spec import EngineSpec, Execution
+from allocator.evaluation.training_states import TrainingStates
 from allocator.model.data.examples import Examples
 from allocator.pool.actor_pool import MAX_DEATHS, ActorPool
 from allocator.pool.calls import ActorCall, WorkerLost
@@ -22,32 +23,32 @@ from allocator.pool.cluster import Demand
 from allocator.pool.durations import PATIENCE_S
 from allocator.pool.runs import cut_runs, estimate_size
 from allocator.pool.worker import Worker
-from allocator.pruning.calibration.problem import UnitProblem
-from allocator.pruning.levels.assemble import CompactLevels
+from allocator.pruning.levels.compact import CompactLevels
 from allocator.pruning.levels.store import StoreBuilder
+from allocator.pruning.pruners.protocol import UnitProblem
 
 _POLL_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class _WorkItem:
-    """Requests that one worker measures, or a portion of an expansion.
+    """Requests that one worker measures, or a chunk of an expansion.
 
     Attributes:
         requests: A run of requests; a single one for an expansion.
-        portion: Index of the portion of an expansion; None for a run.
+        chunk: Index of the chunk of an expansion; None for a run.
         deaths: Workers that died while they worked on it alone.
         patience: Factor on the time after which it is late.
     """
 
     requests: tuple[Request, ...]
-    portion: int | None = None
+    chunk: int | None = None
     deaths: int = 0
     patience: float = 1.0
 
     def to_call(self, blocks: int) -> ActorCall:
-        if self.portion is not None:
-            arguments = (self.requests[0], self.portion)
+        if self.chunk is not None:
+            arguments = (self.requests[0], self.chunk)
             return ActorCall(method="expand", arguments=arguments, size=1.0, patience=self.patience)
         return ActorCall(
             method="measure",
@@ -91,7 +92,7 @@ class RayPool:
         self._spec_ref, self._tokens_ref = ray.put(spec), ray.put(dict(tokens))
         self._work: dict[int, _WorkItem] = {}
         self._open: set[Key] = set()
-        self._portions: dict[Key, dict[int, Portion]] = {}
+        self._chunks: dict[Key, dict[int, ExpansionChunk]] = {}
         self._actors = ActorPool(self._start_actor, workers, notify, patience_s)
 
     @property
@@ -114,8 +115,8 @@ class RayPool:
         self._open.update(request.key for request in requests)
         for request in requests:
             if request.probe == "expansion":
-                self._portions[request.key] = {}
-                for index in range(num_portions(request.tokens, self._lengths[request.split])):
+                self._chunks[request.key] = {}
+                for index in range(num_chunks(request.tokens, self._lengths[request.split])):
                     self._send(_WorkItem((request,), index))
         for run in cut_runs(plain, self._actors.size):
             self._send(_WorkItem(tuple(run)))
@@ -168,21 +169,21 @@ class RayPool:
                 self._open.discard(outcome.request.key)
                 yield outcome
         if self._spec.training is not None:
-            States(self._spec.training.folder).forget(requests)
+            TrainingStates(self._spec.training.folder).forget(requests)
 
     def _collect_outcomes(self, item: _WorkItem, result: Any) -> list[Outcome]:
         """Return the outcomes that a result completes; send the work of a lost worker again."""
         request = item.requests[0]
         if isinstance(result, WorkerLost):
             return self._retry(item, result)
-        if item.portion is None:
+        if item.chunk is None:
             return list(result)
-        portions = self._portions[request.key]
-        portions[item.portion] = result
-        if len(portions) < num_portions(request.tokens, self._lengths[request.split]):
+        chunks = self._chunks[request.key]
+        chunks[item.chunk] = result
+        if len(chunks) < num_chunks(request.tokens, self._lengths[request.split]):
             return []
-        del self._portions[request.key]
-        return [expanded(request, self._spec.loss, [portions[index] for index in sorted(portions)])]
+        del self._chunks[request.key]
+        return [combine_chunks(request, self._spec.loss, [chunks[index] for index in sorted(chunks)])]
 
     def _retry(self, item: _WorkItem, lost: WorkerLost) -> list[Outcome]:
         """Send the work of a lost worker again; return a failure where too many workers were lost."""
@@ -196,10 +197,10 @@ class RayPool:
             self._notify(
                 f"a worker died and is replaced; its task is run again ({item.deaths + 1} of {MAX_DEATHS} times)"
             )
-            self._send(_WorkItem(item.requests, item.portion, item.deaths + 1, 4 * item.patience))
+            self._send(_WorkItem(item.requests, item.chunk, item.deaths + 1, 4 * item.patience))
             return []
-        self._portions.pop(item.requests[0].key, None)
-        for ticket, other in list(self._work.items()):  # the remaining portions are useless
+        self._chunks.pop(item.requests[0].key, None)
+        for ticket, other in list(self._work.items()):  # the remaining chunks are useless
             if other.requests == item.requests:
                 self._actors.drop(ticket)
                 del self._work[ticket]

@@ -13,13 +13,14 @@ from functools import cached_property
 import torch
 
 from allocator.core.protocols import Outcome, Request
-from allocator.evaluation.engine import Engine, EngineSpec, Execution
-from allocator.evaluation.expansion import Portion
+from allocator.evaluation.engine import Engine
+from allocator.evaluation.expansion import ExpansionChunk
+from allocator.evaluation.spec import EngineSpec, Execution
 from allocator.model.data.examples import Examples
 from allocator.pruning.calibration.build import prune_on_dense_inputs
-from allocator.pruning.calibration.problem import UnitProblem
-from allocator.pruning.levels.assemble import CompactLevels
+from allocator.pruning.levels.compact import CompactLevels
 from allocator.pruning.levels.store import StoreBuilder
+from allocator.pruning.pruners.protocol import UnitProblem
 
 
 class Worker:
@@ -64,7 +65,7 @@ class Worker:
         """See :meth:`Engine.measure_batch`."""
         return list(self._engine.measure_batch(requests))
 
-    def expand(self, request: Request, index: int) -> Portion:
+    def expand(self, request: Request, index: int) -> ExpansionChunk:
         """See :meth:`Engine.expand`."""
         return self._engine.expand(request, index)
 

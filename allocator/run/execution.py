@@ -12,8 +12,8 @@ from allocator.core.costs import from_units
 from allocator.core.errors import UserError
 from allocator.core.latency import LatencyTable
 from allocator.core.protocols import BEFORE, Request
-from allocator.evaluation.engine import Execution
 from allocator.evaluation.latency import describe, measure
+from allocator.evaluation.spec import Evaluator, Execution
 from allocator.run.job import Job
 from allocator.run.reporting import Reporter
 from allocator.searchers.decide import Decision
@@ -22,7 +22,7 @@ Figures = dict[str, float]
 """Measured figures of one checkpoint, by name."""
 
 
-def execute_decision(job: Job, decision: Decision, evaluator: Any, reporter: Reporter) -> dict[str, Figures]:
+def execute_decision(job: Job, decision: Decision, evaluator: Evaluator, reporter: Reporter) -> dict[str, Figures]:
     """Execute the dense model, the baselines and the plan, and keep the plan's checkpoint in the run's folder.
 
     Uniform and the plan are executed in both ways: along their own path, and from the level store.
@@ -53,7 +53,7 @@ def execute_decision(job: Job, decision: Decision, evaluator: Any, reporter: Rep
     return {**executed, **_measure_trained(job, decision, evaluator)}
 
 
-def _measure_trained(job: Job, decision: Decision, evaluator: Any) -> dict[str, Figures]:
+def _measure_trained(job: Job, decision: Decision, evaluator: Evaluator) -> dict[str, Figures]:
     """Measure uniform and the plan on the test split after training, if the search trained its candidates.
 
     No trained checkpoint is saved: the plan is executed without training.

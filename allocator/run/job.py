@@ -14,14 +14,14 @@ from allocator.core.files import file_fingerprint, fingerprint
 from allocator.core.header import JournalHeader
 from allocator.core.provenance import collect_versions
 from allocator.core.space import Allocation, SearchSpace
-from allocator.evaluation.engine import EngineSpec
+from allocator.evaluation.spec import EngineSpec
 from allocator.evaluation.training import Training
 from allocator.model.checkpoint.headers import Checkpoint
 from allocator.model.data.examples import Examples
 from allocator.model.family.layout import Layout
 from allocator.model.live.walk import SEQUENCES_PER_BATCH
 from allocator.pruning.levels.store import LevelStore
-from allocator.pruning.pruners.registry import LocalPruner
+from allocator.pruning.pruners.protocol import LocalPruner
 from allocator.run.config.run import RunConfig
 from allocator.run.model import fingerprint_ladders
 from allocator.searchers.coarse_to_fine import Round
@@ -102,13 +102,13 @@ class Job:
     def inputs(self) -> str:
         """The inputs on which units are pruned; see :class:`~allocator.run.config.sections.PrunerSettings`."""
         brief = self.config.search.brief(self.round_number)
-        return self.config.pruner.inputs or ("dense" if brief or self.pruner.need != "gram" else "expected")
+        return self.config.pruner.inputs or ("dense" if brief or self.pruner.refit is None else "expected")
 
     @property
     def recompute(self) -> bool:
         """Whether a plan is pruned again along its own path. If not, its levels come from the store."""
         chosen = self.config.pruner.execution
-        return self.pruner.need == "gram" if chosen is None else chosen == "recompute"
+        return self.pruner.refit is not None if chosen is None else chosen == "recompute"
 
     @property
     def store_key(self) -> dict[str, str]:
@@ -141,17 +141,17 @@ class Job:
         """Return what an engine of this round is made from."""
         checkpoint = replace(self.checkpoint, folder=self.checkpoint.folder.absolute())
         return EngineSpec(
-            checkpoint,
-            self.layout,
-            self.space,
-            store,
-            self.pruner,
-            self.config.dtype,
-            self.config.threads,
-            self.config.loss,
-            self.config.device,
-            self._training,
-            tuple(self.config.domains),
+            checkpoint=checkpoint,
+            layout=self.layout,
+            space=self.space,
+            store=store,
+            pruner=self.pruner,
+            dtype=self.config.dtype,
+            threads=self.config.threads,
+            loss=self.config.loss,
+            device=self.config.device,
+            training=self._training,
+            domains=tuple(self.config.domains),
         )
 
     @property

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from allocator.core.files import fingerprint
+from allocator.evaluation.spec import Evaluator
 from allocator.pruning.calibration.build import prune_on_pruned_inputs
 from allocator.pruning.levels.store import LevelStore, StoreBuilder, check_free, open_store
 from allocator.run.job import Job
@@ -42,7 +42,7 @@ def find_store(job: Job) -> LevelStore | None:
     return store
 
 
-def build_store(job: Job, evaluator: Any, reporter: Reporter) -> None:
+def build_store(job: Job, evaluator: Evaluator, reporter: Reporter) -> None:
     """Build the level store of a job's round, or the units that an unfinished store lacks."""
     reporter.start_phase(f"level store{name_round(job)}", len(job.layout.blocks))
     folder = locate_store(job)

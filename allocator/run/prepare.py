@@ -10,11 +10,12 @@ from allocator.core.errors import UserError
 from allocator.core.notify import Notify, silent
 from allocator.core.plan import Plan
 from allocator.core.space import Allocation, SearchSpace
-from allocator.evaluation.engine import check_device
+from allocator.evaluation.spec import check_device
 from allocator.model.checkpoint.headers import Checkpoint
 from allocator.model.data.examples import Examples
 from allocator.model.data.read import read_examples
-from allocator.pruning.pruners.registry import PRUNERS, LocalPruner, make_pruner
+from allocator.pruning.pruners.protocol import LocalPruner, PrunerSpec
+from allocator.pruning.pruners.registry import make_pruner
 from allocator.run.config.run import RunConfig
 from allocator.run.job import Job
 from allocator.run.model import check_length, fingerprint_ladders, read_model, read_texts
@@ -73,8 +74,8 @@ def _choose_pruner(config: RunConfig, space: SearchSpace) -> LocalPruner:
     """Return the configured local pruner, or the default of the pattern."""
     settings = config.pruner
     experts = settings.experts if any(unit.kind == "experts" for unit in space.units) else None
-    name = settings.name or PRUNERS[config.pattern][0]
-    return make_pruner(name, config.pattern, settings.damping, settings.bias, experts)
+    spec = PrunerSpec(name=settings.name, damping=settings.damping, bias=settings.bias, experts=experts)
+    return make_pruner(spec, config.pattern)
 
 
 def _count_tokens(config: RunConfig) -> dict[str, int]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from allocator.core.errors import UserError
 from allocator.core.files import write_json
+from allocator.evaluation.spec import Evaluator
 from allocator.run.reporting import Reporter
 
 NAME = "status.json"
@@ -69,9 +70,9 @@ class Recorder:
         self._write()
         threading.Thread(target=self._beat, daemon=True).start()
 
-    def attach(self, evaluator: Any) -> None:
+    def attach(self, evaluator: Evaluator | None) -> None:
         """Count the workers of an evaluator. None for no workers."""
-        self._workers = lambda: getattr(evaluator, "alive", 0)
+        self._workers = lambda: 0 if evaluator is None else evaluator.alive
 
     def record_results(self, evaluations: int, members: int, figures: Mapping[str, float]) -> None:
         """Record what is measured so far. Call it before :meth:`advance`.

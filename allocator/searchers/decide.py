@@ -15,7 +15,7 @@ from allocator.core.effort import Effort, Limit
 from allocator.core.errors import UserError
 from allocator.core.front import minimised
 from allocator.core.journal import Journal
-from allocator.core.protocols import Evaluator, Outcome, Request, Searcher
+from allocator.core.protocols import AllocationEvaluator, Outcome, Request, Searcher
 from allocator.core.space import Allocation, SearchSpace
 from allocator.searchers.coarse_to_fine import Round
 from allocator.searchers.loop import Listener, Measurer, search
@@ -272,7 +272,7 @@ def decide(
     settings: SearchSettings,
     seed: int,
     selection_tokens: int,
-    evaluator: Evaluator,
+    evaluator: AllocationEvaluator,
     journal: Journal,
     listen: Listener = lambda outcomes: None,
     phase: Callable[[str], None] = lambda name: None,

@@ -12,7 +12,7 @@ import numpy as np
 from allocator.core.budget import Budget, fits
 from allocator.core.front import figure, knee, minimised, pareto_front
 from allocator.core.journal import Journal
-from allocator.core.protocols import Evaluator, Outcome, Request, Searcher
+from allocator.core.protocols import AllocationEvaluator, Outcome, Request, Searcher
 from allocator.core.space import Allocation, SearchSpace
 from allocator.searchers.decide import Decision, SearchSettings
 from allocator.searchers.hypervolume import box, is_likelihood
@@ -60,7 +60,7 @@ def decide_front(
     settings: SearchSettings,
     seed: int,
     selection_tokens: int,
-    evaluator: Evaluator,
+    evaluator: AllocationEvaluator,
     journal: Journal,
     at_knee: bool = True,
     listen: Listener = lambda outcomes: None,

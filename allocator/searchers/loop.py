@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from allocator.core.effort import Effort, Limit, Trained, candidate_tokens
 from allocator.core.errors import UserError
 from allocator.core.journal import Journal
-from allocator.core.protocols import Evaluator, Fidelity, Key, Outcome, Probe, Request, Searcher
+from allocator.core.protocols import AllocationEvaluator, Fidelity, Key, Outcome, Probe, Request, Searcher
 from allocator.core.space import Allocation
 
 Listener = Callable[[Sequence[Outcome]], None]
@@ -43,7 +43,7 @@ class Measurer:
         failed: Allocations that could not be measured.
     """
 
-    def __init__(self, evaluator: Evaluator, journal: Journal) -> None:
+    def __init__(self, evaluator: AllocationEvaluator, journal: Journal) -> None:
         self._evaluator, self._journal = evaluator, journal
         self._asked: set[Key] = set()
         self._numbers: dict[Key, int] = {}

@@ -15,7 +15,7 @@ from allocator.core.budget import Budget, denser_moves, fits
 from allocator.core.errors import UserError
 from allocator.core.journal import Journal
 from allocator.core.plan import Plan
-from allocator.evaluation.engine import LocalEvaluator
+from allocator.evaluation.local import LocalEvaluator
 from allocator.searchers.rules.measured import MEASURED_RULES
 from allocator.searchers.rules.one_shot import RULES
 

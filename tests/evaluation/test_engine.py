@@ -13,7 +13,9 @@ from allocator.core.errors import UserError
 from allocator.core.protocols import Request
 from allocator.evaluation import engine as engines
 from allocator.evaluation import teacher
-from allocator.evaluation.engine import Engine, Execution, LocalEvaluator
+from allocator.evaluation.engine import Engine
+from allocator.evaluation.local import LocalEvaluator
+from allocator.evaluation.spec import Execution
 from allocator.model.checkpoint.headers import read_checkpoint
 from allocator.model.data.examples import Examples
 from allocator.model.live.load import load_model
@@ -237,13 +239,13 @@ def test_a_batch_measures_what_each_alone_measures(spec, splits, monkeypatch, li
 def _watch_final_states(monkeypatch):
     """Return a list that gets what leaves the last block, as it is judged."""
     judged = []
-    judge = teacher.Teacher.judge
+    score = teacher.Teacher.score
 
-    def watched(self, lesson, student, student_btd):
+    def watched(self, batch, student, student_btd):
         judged.append(student_btd)
-        return judge(self, lesson, student, student_btd)
+        return score(self, batch, student, student_btd)
 
-    monkeypatch.setattr(teacher.Teacher, "judge", watched)
+    monkeypatch.setattr(teacher.Teacher, "score", watched)
     return judged
 
 

@@ -17,7 +17,8 @@ from allocator.core.errors import UserError
 from allocator.core.protocols import Request
 from allocator.evaluation import loss as losses
 from allocator.evaluation import teacher
-from allocator.evaluation.engine import Engine, EngineSpec
+from allocator.evaluation.engine import Engine
+from allocator.evaluation.spec import EngineSpec
 from allocator.model.data.examples import Examples
 from allocator.model.live.load import load_model
 from allocator.pruning.levels.execute import save_pruned

@@ -7,10 +7,12 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from stores import create_store
 from torch.nn import functional
 
 from allocator.core.protocols import FEATURES, Request
-from allocator.evaluation.engine import Engine, EngineSpec
+from allocator.evaluation.engine import Engine
+from allocator.evaluation.spec import EngineSpec
 from allocator.model.checkpoint.headers import read_checkpoint
 from allocator.model.data.examples import Examples
 from allocator.model.family.layout import resolve_layout
@@ -20,7 +22,7 @@ from allocator.model.live.load import load_model
 from allocator.model.live.walk import BlockWalker
 from allocator.pruning.calibration.build import prune_on_dense_inputs
 from allocator.pruning.calibration.problem import Calibration
-from allocator.pruning.levels.store import create_store
+from allocator.pruning.pruners.protocol import PrunerSpec
 from allocator.pruning.pruners.registry import make_pruner
 
 CASES = {
@@ -54,15 +56,25 @@ def made(make_other, tmp_path_factory):
             classes = {"num_labels": 5} if "Classification" in architecture else {}
             checkpoint = read_checkpoint(make_other(architecture, **classes))
             layout = resolve_layout(find_family(checkpoint.config["model_type"]), checkpoint)
-            space, pruner = build_space(layout, checkpoint, "structured", 0.5), make_pruner("obs", "structured", 0.01)
+            space, pruner = build_space(layout, checkpoint, "structured", 0.5), make_pruner(PrunerSpec(), "structured")
             splits = {
                 split: _examples(checkpoint.kind, seed) for seed, split in enumerate(("calibration", "search", "test"))
             }
             walker = BlockWalker(load_model(checkpoint), layout)
-            calibration = Calibration(walker, checkpoint, layout, space, pruner, splits["calibration"].to_tensors())
+            calibration = Calibration(
+                walker=walker,
+                checkpoint=checkpoint,
+                layout=layout,
+                space=space,
+                pruner=pruner,
+                examples=splits["calibration"].to_tensors(),
+            )
             levels = prune_on_dense_inputs(calibration)
             store = create_store(tmp_path_factory.mktemp("store") / "levels", {}, levels)
-            known[architecture] = EngineSpec(checkpoint, layout, space, store, pruner), splits
+            known[architecture] = (
+                EngineSpec(checkpoint=checkpoint, layout=layout, space=space, store=store, pruner=pruner),
+                splits,
+            )
         return known[architecture]
 
     return make

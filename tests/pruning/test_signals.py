@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM
 
 from allocator.core.errors import UserError
 from allocator.core.signals import QUANTILES, SIGNALS, Signals
-from allocator.model.data.examples import Examples
 from allocator.model.live.stream import StreamedWalker
 from allocator.pruning.calibration.problem import Calibration
 from allocator.pruning.signals import collect, hill_exponent
@@ -122,13 +121,13 @@ def test_a_streamed_model_gives_the_same_and_progress_is_told(structured, found)
     steps = []
     walker = StreamedWalker(structured.checkpoint, structured.layout)
     calibration = Calibration(
-        walker,
-        structured.checkpoint,
-        structured.layout,
-        structured.space,
-        structured.pruner,
-        Examples.from_ids(structured.tokens),
-        steps.append,
+        walker=walker,
+        checkpoint=structured.checkpoint,
+        layout=structured.layout,
+        space=structured.space,
+        pruner=structured.pruner,
+        examples=structured.tokens,
+        progress=steps.append,
     )
     again = collect(calibration, list(found.values))
     for name, value in found.values.items():

@@ -171,7 +171,7 @@ def prediction_table(result: Mapping[str, Any]) -> Table:
     return table
 
 
-def format_figures_line(figures: Mapping[str, float]) -> str:
+def format_figures(figures: Mapping[str, float]) -> str:
     """Format the measurements of one checkpoint in one line."""
     measured = [f"{name} {figures[name]:.3f}" for name in ("perplexity", "accuracy") if name in figures]
     if "hidden" in figures:
