@@ -23,4 +23,4 @@ def sequences(path, tokenizer, samples, length):
         tokens += tokenizer(text, add_special_tokens=False)["input_ids"] + end
         if len(tokens) >= samples * length:
             return [tokens[start : start + length] for start in range(0, samples * length, length)]
-    sys.exit(f"{path} holds {len(tokens)} tokens, and {samples} sequences of {length} are asked for")
+    sys.exit(f"{path} holds {len(tokens)} tokens, and {samples} sequences of {length} are needed")

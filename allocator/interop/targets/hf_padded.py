@@ -126,7 +126,10 @@ def _enable_biases(source: Source, compact: Checkpoint) -> dict[str, bool]:
 
 
 def _find_accepted_width(unit: Unit, items: int, checkpoint: Checkpoint, config: Mapping[str, Any]) -> int:
-    """Return the smallest width of at least ``items`` that the stock class accepts; heads must divide Llama's."""
+    """Return the smallest width of at least ``items`` that the stock class accepts.
+
+    Llama's class, for one, accepts only numbers of heads that divide its hidden size.
+    """
     for width in range(items, unit.total, unit.num_groups):
         try:
             stock_config(
@@ -156,10 +159,8 @@ def _find_misfits(source: Source, model: _PaddedModel) -> Iterator[str]:
 
 def _read_padded_tensors(source: Source, model: _PaddedModel, names: list[str]) -> dict[str, torch.Tensor]:
     """Read tensors of the padded model; those that the checkpoint lacks are zeros."""
-    checkpoint, found = (
-        source.checkpoint,
-        read_tensors(model.compact, [name for name in names if name in model.compact.shapes]),
-    )
+    checkpoint = source.checkpoint
+    stored = read_tensors(model.compact, [name for name in names if name in model.compact.shapes])
     units = {unit.name: unit for unit in source.plan.space.units}
     groups = {
         module: units[sub_block.name].num_groups
@@ -167,16 +168,16 @@ def _read_padded_tensors(source: Source, model: _PaddedModel, names: list[str]) 
         for module in sub_block.modules
     }
     runs = {
-        m: [own.rows for own in sub_block.inputs if own.module == m]
+        m: [matrix.rows for matrix in sub_block.inputs if matrix.module == m]
         for sub_block in source.layout.sub_blocks
         for m in sub_block.rows
     }
 
     def tensor(name: str) -> torch.Tensor:
-        if name not in found:
+        if name not in stored:
             return torch.zeros(model.shapes[name], dtype=dtype_of(checkpoint.dtypes[_dense_name(name, checkpoint)]))
         module = name.rpartition(".")[0]
-        return pad(found[name], model.shapes[name], groups.get(module, 1), runs.get(module, [1]))
+        return pad(stored[name], model.shapes[name], groups.get(module, 1), runs.get(module, [1]))
 
     return {name: tensor(name) for name in names}
 

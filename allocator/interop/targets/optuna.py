@@ -98,7 +98,7 @@ def _build_trials(journal: Journal, names: Sequence[str], plan: Plan) -> Iterato
 
     space, begin, planned = journal.space, _BEGIN, (plan.space, plan.allocation)
     complete = {outcome.request.key for outcome in select_comparable(journal)}
-    members = {outcome.request.key: place for place, outcome in enumerate(find_front(journal))}
+    members = {outcome.request.key: index for index, outcome in enumerate(find_front(journal))}
     bounds = [] if journal.header.budget is None else [*journal.header.budget.limits.items()]
     distributions: dict[str, BaseDistribution] = {
         unit.name: optuna.distributions.IntDistribution(0, unit.num_levels - 1) for unit in space.units

@@ -103,8 +103,8 @@ def _format_scores(columns: Sequence[str], perplexity: float | None, accuracy: f
 def _format_caption(columns: Sequence[str]) -> str:
     if "distance" in columns:
         return "Held-out examples. Distance: relative, of hidden states from dense. Removed: share of the units."
-    what, each = ("text", "token") if "perplexity" in columns else ("examples", "answer")
-    return f"Held-out {what}. KL: from dense, nats per {each}. Removed: share of the units."
+    examples, sample = ("text", "token") if "perplexity" in columns else ("examples", "answer")
+    return f"Held-out {examples}. KL: from dense, nats per {sample}. Removed: share of the units."
 
 
 def result_table(result: Mapping[str, Any]) -> Table:

@@ -23,7 +23,7 @@ RECIPE = Path(__file__).parent / "recipe.yaml"
 def check_order(model):
     """Stop where the recipe would prune other modules than it names.
 
-    LLM Compressor gives out the sparsities in the order of `named_modules()`, whatever the order of `targets`.
+    LLM Compressor assigns the sparsities in the order of `named_modules()`, independent of the order of `targets`.
     """
     with torch.device("meta"):
         built = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model, trust_remote_code=False))
