@@ -358,7 +358,7 @@ def test_a_search_says_what_training_changed(finished_trained: Any, finished: di
     assert summary["tokens"]["training"] == 256
     kept = {path.name for path in finished_trained.folder.iterdir()}
     assert kept == {path.name for path in finished["structured"].folder.iterdir()}
-    assert "What training changed" in (finished_trained.folder / "report.html").read_text()
+    assert "Effect of training" in (finished_trained.folder / "report.html").read_text()
     chosen = allocator.open_run(finished_trained.folder).plan(0.5)
     assert chosen.provenance["training"] == plan.provenance["training"]
 

@@ -660,7 +660,7 @@ IMPORTS = [
     ("a.json", '{"model.layers.0.mlp.down": 0.5}', "did you mean 'model.layers.0.mlp.down_proj'?"),
     ("a.json", '{"lm_head": 0.5}', "no prunable matrix 'lm_head'"),
     ("a.csv", "module,sparsity\nmodel.layers.9.mlp.down_proj,0.5\n", "no prunable matrix"),
-    ("a.json", "[0.5, 0.5, 1.5]", "would lose 1.5 of itself, and shares that go are in [0, 1]"),
+    ("a.json", "[0.5, 0.5, 1.5]", "would lose 1.5 of itself; removed shares are in [0, 1]"),
     ("a.json", "[0.5, 0.5, -0.5]", "would lose -0.5 of itself"),
     ("a.txt", "50 50 50", "would lose 50 of itself"),
     ("a.json", "[0.5, 0.5, NaN]", "would lose nan of itself"),

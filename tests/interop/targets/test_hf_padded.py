@@ -179,7 +179,10 @@ def test_a_configuration_with_other_keys_is_refused(
     execute: Callable[..., Any], make_model: Callable[..., Path], tmp_path: Path, kind: str
 ) -> None:
     each = execute(make_model(kind), "structured", levels=(0, 1, 0, 2))
-    with pytest.raises(UserError, match=r"keys of Llama-like models alone, .* has no intermediate_size\. Use --to hf$"):
+    with pytest.raises(
+        UserError,
+        match=r"knows only the configuration keys of Llama-like models, .* has no intermediate_size\. Use --to hf$",
+    ):
         api.export(each.folder, "hf-padded", tmp_path / "out", model=each.model)
     assert not list(tmp_path.iterdir())
 

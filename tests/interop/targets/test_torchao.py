@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from allocator.commands import api
+import allocator as api
 from allocator.interop.matrices import round_share_up
 
 
