@@ -18,9 +18,9 @@ from allocator.interop.contract import Source, Target
 from allocator.interop.verification import write_verify
 from allocator.interop.weights import COMPARE, HEADS, WIDTH, open_executed, state_head_dim, state_sizes
 from allocator.model.checkpoint.headers import Checkpoint
-from allocator.model.checkpoint.stock import stock_config
-from allocator.model.live.load import stock_shapes
-from allocator.model.live.write import dtype_of, read_tensors, write_companions
+from allocator.model.checkpoint.stock import build_stock_config
+from allocator.model.live.load import list_stock_shapes
+from allocator.model.live.write import find_dtype, read_tensors, write_companions
 
 
 class HuggingFacePadded(Target):
@@ -105,7 +105,7 @@ def _padded(source: Source) -> _Padded:
             continue
         widths[kind] = _accepted(unit, widths[kind], checkpoint, config)
         config |= state_sizes(unit, widths[kind], checkpoint.config)
-    stock = stock_shapes(checkpoint, config)
+    stock = list_stock_shapes(checkpoint, config)
     # what the class calls otherwise as it loads lies outside of units, and stays as it is
     shapes = {name: stock.get(name, shape) for name, shape in checkpoint.shapes.items()}
     gained = {name: shape for name, shape in stock.items() if _known(name, checkpoint) in checkpoint.shapes}
@@ -124,7 +124,7 @@ def _accepted(unit: Unit, items: int, checkpoint: Checkpoint, config: Mapping[st
     """Return the fewest items, so many or more, that the stock class takes: Llama's wants heads to divide its width."""
     for width in range(items, unit.total, unit.num_groups):
         try:
-            stock_config(
+            build_stock_config(
                 checkpoint.folder, checkpoint.architecture, {**config, **state_sizes(unit, width, checkpoint.config)}
             )
         except UserError:
@@ -169,7 +169,7 @@ def _tensors(source: Source, model: _Padded, names: list[str]) -> dict[str, torc
 
     def tensor(name: str) -> torch.Tensor:
         if name not in found:
-            return torch.zeros(model.shapes[name], dtype=dtype_of(checkpoint.dtypes[_known(name, checkpoint)]))
+            return torch.zeros(model.shapes[name], dtype=find_dtype(checkpoint.dtypes[_known(name, checkpoint)]))
         module = name.rpartition(".")[0]
         return pad(found[name], model.shapes[name], groups.get(module, 1), runs.get(module, [1]))
 
