@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import allocator
 from allocator.model.checkpoint.headers import read_checkpoint
 from allocator.model.data.read import read_examples
-from allocator.model.family.schema import families_folder, load_family
+from allocator.model.family.schema import find_families_folder, load_family
 from allocator.model.live.load import load_model
 from allocator.run.config.load import load_config
 
@@ -109,7 +109,9 @@ OTHER_CASES = [
 def families_table() -> str:
     """Return the table of families in docs/families.md."""
     lines = ["| family | model types | file |", "|---|---|---|"]
-    homes = {kind: path for path in sorted(families_folder().glob("*.yaml")) for kind in load_family(path).model_types}
+    homes = {
+        kind: path for path in sorted(find_families_folder().glob("*.yaml")) for kind in load_family(path).model_types
+    }
     words = {kind: name for kind, (name, _) in (*FAMILIES.items(), *OTHERS.items())}
     assert homes.keys() == words.keys()
     for path in dict.fromkeys(homes[kind] for kind in words):

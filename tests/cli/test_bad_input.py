@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from allocator.core.files import file_fingerprint
-from allocator.model.family.schema import served_types
+from allocator.model.family.schema import load_shipped_families
 
 Refused = Callable[..., str]
 Args = list[object]
@@ -166,7 +166,7 @@ def test_unknown_architecture(refused: Refused, tiny_model: Path, here: Path) ->
     message = refused("search", "--model", here / "model")
     assert "'mamba'" in message
     known = message.partition("known: ")[2].partition(". ")[0].split(", ")
-    assert known == sorted(served_types())
+    assert known == sorted(load_shipped_families())
     assert "allocator inspect MODEL --suggest" in message
     assert "--set family=FILE" in message
 

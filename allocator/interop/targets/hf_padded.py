@@ -18,9 +18,9 @@ from allocator.interop.contract import Source, Target
 from allocator.interop.verification import write_verify
 from allocator.interop.weights import COMPARE, HEADS, WIDTH, open_executed, state_head_dim, state_sizes
 from allocator.model.checkpoint.headers import Checkpoint
-from allocator.model.checkpoint.stock import stock_config
-from allocator.model.live.load import stock_shapes
-from allocator.model.live.write import dtype_of, read_tensors, write_companions
+from allocator.model.checkpoint.stock import build_stock_config
+from allocator.model.live.load import list_stock_shapes
+from allocator.model.live.write import find_dtype, read_tensors, write_companions
 
 
 class HuggingFacePadded(Target):
@@ -110,7 +110,7 @@ def _plan_padding(source: Source) -> _PaddedModel:
             continue
         widths[kind] = _find_accepted_width(unit, widths[kind], checkpoint, config)
         config |= state_sizes(unit, widths[kind], checkpoint.config)
-    stock = stock_shapes(checkpoint, config)
+    stock = list_stock_shapes(checkpoint, config)
     # tensors that the class renames when it loads are outside units, and keep their shape
     shapes = {name: stock.get(name, shape) for name, shape in checkpoint.shapes.items()}
     gained = {name: shape for name, shape in stock.items() if _dense_name(name, checkpoint) in checkpoint.shapes}
@@ -132,7 +132,7 @@ def _find_accepted_width(unit: Unit, items: int, checkpoint: Checkpoint, config:
     """
     for width in range(items, unit.total, unit.num_groups):
         try:
-            stock_config(
+            build_stock_config(
                 checkpoint.folder, checkpoint.architecture, {**config, **state_sizes(unit, width, checkpoint.config)}
             )
         except UserError:
@@ -175,7 +175,7 @@ def _read_padded_tensors(source: Source, model: _PaddedModel, names: list[str]) 
 
     def tensor(name: str) -> torch.Tensor:
         if name not in stored:
-            return torch.zeros(model.shapes[name], dtype=dtype_of(checkpoint.dtypes[_dense_name(name, checkpoint)]))
+            return torch.zeros(model.shapes[name], dtype=find_dtype(checkpoint.dtypes[_dense_name(name, checkpoint)]))
         module = name.rpartition(".")[0]
         return pad(stored[name], model.shapes[name], groups.get(module, 1), runs.get(module, [1]))
 

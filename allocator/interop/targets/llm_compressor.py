@@ -14,7 +14,7 @@ from allocator.interop.contract import Source, Target, require_linear_layers
 from allocator.interop.matrices import Matrix, round_share_up
 from allocator.interop.verification import write_verify
 from allocator.interop.writing import copy_script, format_command
-from allocator.model.live.load import shaped_model
+from allocator.model.live.load import build_shaped_model
 
 _MODIFIERS = {"sparsegpt": "SparseGPTModifier", "wanda": "WandaPruningModifier"}
 
@@ -83,7 +83,7 @@ TARGET = LlmCompressor()
 def _sort_by_model(source: Source) -> list[Matrix]:
     """Return the pruned matrices in the order of the model's modules."""
     with torch.device("meta"):
-        model = shaped_model(source.checkpoint, source.layout, {}, torch.float32)
+        model = build_shaped_model(source.checkpoint, source.layout, {}, torch.float32)
     order = {name: number for number, (name, _) in enumerate(model.named_modules())}
     return sorted((m for m in source.matrices if m.kept < m.size), key=lambda matrix: order[matrix.module])
 
