@@ -16,7 +16,7 @@ from allocator.core.costs import COSTS, Bound
 from allocator.core.errors import UserError, did_you_mean
 from allocator.model.checkpoint.headers import PACKAGED
 from allocator.model.family.schema import Attention, Experts
-from allocator.searchers.methods.presets import PRESETS, preset
+from allocator.searchers.methods.presets import PRESETS, read_preset
 from allocator.searchers.settings import SearchSettings, choose_method
 
 DomainName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")]
@@ -422,7 +422,7 @@ def _publish(data: dict[str, Any]) -> None:
     """Put the numbers that a method's paper publishes beneath those that are given."""
     search = data.get("search")
     if isinstance(search, dict) and search.get("method") in PRESETS:
-        published = preset(search["method"], data.get("pattern", RunConfig.model_fields["pattern"].default))
+        published = read_preset(search["method"], data.get("pattern", RunConfig.model_fields["pattern"].default))
         search["evolution"] = {**published, **(search.get("evolution") or {})}
 
 
