@@ -32,18 +32,21 @@ from allocator.core.budget import Budget, repair
 from allocator.core.protocols import Request
 from allocator.core.space import Allocation, SearchSpace
 from allocator.evaluation import trie
-from allocator.evaluation.engine import Engine, EngineSpec
+from allocator.evaluation.engine import Engine
 from allocator.evaluation.loss import divergence
+from allocator.evaluation.spec import EngineSpec
 from allocator.model.checkpoint.headers import PACKAGED, locate, read_checkpoint
+from allocator.model.data.examples import Examples
 from allocator.model.family.layout import resolve_layout
 from allocator.model.family.schema import find_family
 from allocator.model.family.space import build_space
 from allocator.model.live.load import load_model
 from allocator.model.live.walk import SEQUENCES_PER_BATCH
 from allocator.pruning.calibration.build import prune_on_dense_inputs
+from allocator.pruning.levels.compact import item_columns
 from allocator.pruning.levels.execute import save_pruned
-from allocator.pruning.levels.store import create_store
-from allocator.pruning.pruners.obs import Obs, item_columns
+from allocator.pruning.levels.store import StoreBuilder
+from allocator.pruning.pruners.obs import Obs
 from allocator.searchers.methods.evolution import exchange
 from benchmarks import store_build
 
@@ -67,7 +70,7 @@ class Case:
         return self.spec.space
 
     def engine(self) -> Engine:
-        return Engine(self.spec, {"search": self.tokens})
+        return Engine(self.spec, {"search": Examples.from_ids(self.tokens)})
 
     def request(self, allocation: Allocation) -> Request:
         return Request(allocation, self.tokens.size)
@@ -88,9 +91,14 @@ def make_case(name: str, folder: Path) -> Case:
     space = build_space(layout, checkpoint, "structured", 0.5)
     vocabulary = checkpoint.config["vocab_size"]
     tokens = np.random.default_rng(0).integers(0, vocabulary, size=(8, length))
-    calibration = EngineSpec(checkpoint, layout, space, pruner=Obs()).calibration(torch.from_numpy(tokens))
-    store = create_store(folder / "levels", {}, prune_on_dense_inputs(calibration))
-    return Case(name, EngineSpec(checkpoint, layout, space, store), tokens[:sequences], repeats)
+    calibration = EngineSpec(checkpoint=checkpoint, layout=layout, space=space, pruner=Obs()).calibration(
+        torch.from_numpy(tokens)
+    )
+    builder = StoreBuilder(folder / "levels", {})
+    store = builder.finish(builder.fill(prune_on_dense_inputs(calibration)))
+    return Case(
+        name, EngineSpec(checkpoint=checkpoint, layout=layout, space=space, store=store), tokens[:sequences], repeats
+    )
 
 
 def random_model(folder: Path) -> Path:
@@ -118,13 +126,13 @@ def floor(case: Case, scratch: Path) -> list[Row]:
     """A candidate, its switch included, against the forward pass of its checkpoint with the same loss."""
     engine, rows = case.engine(), []
     engine.measure(case.request(case.space.dense))
-    lessons = engine._teacher.lessons("search", case.tokens.size, "kl")
+    batches = engine._teacher.batches("search", case.tokens.size, "kl")
 
     def plain(model: torch.nn.Module) -> None:
-        for lesson in lessons:
-            taught = lesson.kept or engine._teacher._taught(lesson)
-            logits_btv = model(lesson.tokens_bt, use_cache=False).logits
-            divergence(taught, logits_btv, lambda logits_nv: logits_nv, lesson.tokens_bt)
+        for batch in batches:
+            targets = batch.kept or engine._teacher._targets(batch)
+            logits_btv = model(batch.tokens_bt, use_cache=False).logits
+            divergence(targets, logits_btv, lambda logits_nv: logits_nv, batch.tokens_bt)
 
     for share in SHARES:
         allocations = [case.random(share, seed) for seed in range(3)]
@@ -232,7 +240,7 @@ def _ours(checkpoint, layout, space, store, job, tokens) -> Callable[[Allocation
     from allocator.pruning.levels.store import open_store
 
     levels = open_store(store, {})
-    engine = Engine(EngineSpec(checkpoint, layout, space, levels), {"search": tokens})
+    engine = Engine(EngineSpec(checkpoint=checkpoint, layout=layout, space=space, store=levels), {"search": tokens})
     engine.measure(Request(space.dense, tokens.size))
     seen: set[tuple[str, int]] = set()
 
@@ -313,13 +321,13 @@ def _bound(case: Case, engine: Engine, allocations: Sequence[Allocation]) -> flo
     The loss has none: it counts as the head's, times its time over the head's.
     """
     walker = engine._walker
-    lessons = engine._teacher.lessons("search", case.tokens.size, "kl")
-    hidden = [torch.randn(*lesson.tokens_bt.shape, case.spec.checkpoint.config["hidden_size"]) for lesson in lessons]
-    pairs = list(zip(lessons, hidden, strict=True))
+    batches = engine._teacher.batches("search", case.tokens.size, "kl")
+    hidden = [torch.randn(*batch.tokens_bt.shape, case.spec.checkpoint.config["hidden_size"]) for batch in batches]
+    pairs = list(zip(batches, hidden, strict=True))
     judging, heading = [], []
     with torch.inference_mode():
         for _ in range(5):
-            judging.append(_seconds(lambda: [engine._teacher.judge(one, walker, x) for one, x in pairs]))
+            judging.append(_seconds(lambda: [engine._teacher.score(one, walker, x) for one, x in pairs]))
             heading.append(
                 _seconds(lambda: [walker.logits(part) for _, x in pairs for part in x.flatten(0, 1).split(256)])
             )

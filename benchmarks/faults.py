@@ -81,10 +81,10 @@ def drive(log: Path, arguments: Sequence[str]) -> None:
     from allocator.pool.worker import Worker
 
     class Watched(Worker):
-        def _note(self, count: int, request: Any = None, portion: int = 0) -> None:
+        def _note(self, count: int, request: Any = None, chunk: int = 0) -> None:
             space = fingerprint(self._spec.space.to_json())[7:15]
             key = None if request is None else f"{space} {request.key}"
-            line = json.dumps({"worker": os.getpid(), "begun": count, "key": key, "portion": portion})
+            line = json.dumps({"worker": os.getpid(), "begun": count, "key": key, "chunk": chunk})
             with log.open("a") as file:
                 file.write(line + "\n")
 
@@ -98,9 +98,9 @@ def drive(log: Path, arguments: Sequence[str]) -> None:
 
         def expand(self, request: Any, index: int) -> Any:
             self._note(1)
-            portion = super().expand(request, index)
+            chunk = super().expand(request, index)
             self._note(0, request, index)
-            return portion
+            return chunk
 
     ray_pool.Worker = Watched
     sys.argv = ["allocator", *arguments]
@@ -319,7 +319,7 @@ class Trial:
         same = plan.exists() and plan.read_bytes() == expected.read_bytes()
         left = sorted({path.name for path in self.run.iterdir()} ^ {path.name for path in reference.iterdir()})
         beside = sorted(path.name for path in self.run.parent.iterdir() if path.name != "run")
-        done = [(line["key"], line["portion"]) for log in self.logs for line in noted(log) if line["key"]]
+        done = [(line["key"], line["chunk"]) for log in self.logs for line in noted(log) if line["key"]]
         recorded = known(self.run)
         used = {each for each in done if each[0] in recorded}
         wrong = [f"ended with {found} and not {right}" for found, right in self.codes if found != right]

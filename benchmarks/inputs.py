@@ -28,10 +28,11 @@ from allocator.core.space import Allocation, SearchSpace
 from allocator.evaluation.engine import Engine
 from allocator.pruning.calibration import streams
 from allocator.pruning.calibration.build import prune_on_dense_inputs, prune_on_pruned_inputs
-from allocator.pruning.levels.assemble import CompactLevels
+from allocator.pruning.levels.compact import CompactLevels
 from allocator.pruning.levels.execute import save_pruned
-from allocator.run.config import RunConfig
-from allocator.run.job import Job, prepare
+from allocator.run.config.run import RunConfig
+from allocator.run.job import Job
+from allocator.run.prepare import prepare_job
 from allocator.searchers.rules.baselines import uniform
 
 RESULTS = Path(__file__).parent / "results"
@@ -66,7 +67,7 @@ def reference(space: SearchSpace) -> Allocation | None:
 
 def pruned(job: Job, inputs: str, allocation: Allocation) -> dict[str, CompactLevels]:
     """Return the compact levels of every unit, made on some inputs."""
-    calibration = job.engine_spec(None).calibration(torch.from_numpy(job.tokens["calibration"]))
+    calibration = job.engine_spec(None).calibration(job.tokens["calibration"])
     if inputs == "dense":
         return dict(prune_on_dense_inputs(calibration))
     if inputs == "expected":
@@ -92,7 +93,7 @@ def rows(pattern: str, target: float, pruner: str, tokens: int, say: Callable[[R
     config = RunConfig.model_validate(
         {"pattern": pattern, "target": target, "workers": 0, "pruner": {"name": pruner}, "tokens": splits}
     )
-    job, found = prepare(config), []
+    job, found = prepare_job(config), []
     engine = Engine(job.engine_spec(None), job.tokens)
     # the same levels serve every allocation, but for those made along one
     shared: dict[str, tuple[Mapping[str, CompactLevels], float]] = {}

@@ -31,14 +31,16 @@ from matplotlib.figure import Figure
 from allocator.core.budget import Budget, repair
 from allocator.core.protocols import Request
 from allocator.core.space import Allocation
-from allocator.evaluation.engine import Engine, EngineSpec
+from allocator.evaluation.engine import Engine
+from allocator.evaluation.spec import EngineSpec
 from allocator.model.checkpoint.headers import read_checkpoint
+from allocator.model.data.examples import Examples
 from allocator.model.family.layout import resolve_layout
 from allocator.model.family.schema import find_family
 from allocator.model.family.space import build_space
 from allocator.pruning.calibration.build import prune_on_dense_inputs, prune_on_pruned_inputs
 from allocator.pruning.levels.execute import save_pruned
-from allocator.pruning.levels.store import create_store, open_store
+from allocator.pruning.levels.store import StoreBuilder, open_store
 from allocator.pruning.pruners.obs import Obs
 from allocator.searchers.rules.baselines import uniform
 
@@ -53,7 +55,9 @@ def spec(folder: Path) -> EngineSpec:
     checkpoint = read_checkpoint(folder / "model")
     layout = resolve_layout(find_family(checkpoint.config["model_type"]), checkpoint)
     space = build_space(layout, checkpoint, "structured", 0.5)
-    return EngineSpec(checkpoint, layout, space, open_store(folder / "levels", {}), Obs())
+    return EngineSpec(
+        checkpoint=checkpoint, layout=layout, space=space, store=open_store(folder / "levels", {}), pruner=Obs()
+    )
 
 
 def write_model(folder: Path, blocks: int) -> None:
@@ -84,19 +88,21 @@ def half(one: EngineSpec) -> Allocation:
 def build_dense(folder: Path) -> None:
     shutil.rmtree(folder / "levels", ignore_errors=True)
     calibration = spec(folder).calibration(torch.from_numpy(tokens("calibration")))
-    create_store(folder / "levels", {}, prune_on_dense_inputs(calibration))
+    builder = StoreBuilder(folder / "levels", {})
+    builder.finish(builder.fill(prune_on_dense_inputs(calibration)))
 
 
 def build_path(folder: Path) -> None:
     shutil.rmtree(folder / "levels-path", ignore_errors=True)
     one = spec(folder)
     calibration = one.calibration(torch.from_numpy(tokens("calibration")))
-    create_store(folder / "levels-path", {}, prune_on_pruned_inputs(calibration, half(one), every_level=True))
+    builder = StoreBuilder(folder / "levels-path", {})
+    builder.finish(builder.fill(prune_on_pruned_inputs(calibration, half(one), every_level=True)))
 
 
 def search(folder: Path) -> None:
     one, ids = spec(folder), tokens("search")
-    engine, rng = Engine(one, {"search": ids}), np.random.default_rng(0)
+    engine, rng = Engine(one, {"search": Examples.from_ids(ids)}), np.random.default_rng(0)
     limit = Budget(params=one.space.limit_for(0.5))
     for _ in range(CANDIDATES):
         levels = rng.integers([unit.num_levels for unit in one.space.units]).tolist()

@@ -32,7 +32,6 @@ from typing import Any
 
 import numpy as np
 import ray
-import torch
 from ray.cluster_utils import Cluster
 
 from allocator.core.budget import Budget
@@ -41,15 +40,17 @@ from allocator.core.header import JournalHeader
 from allocator.core.journal import Journal
 from allocator.core.protocols import Outcome, Request, Searcher
 from allocator.core.space import SearchSpace, Unit
-from allocator.evaluation.engine import EngineSpec, LocalEvaluator
+from allocator.evaluation.local import LocalEvaluator
+from allocator.evaluation.spec import EngineSpec
 from allocator.model.live.load import load_model
 from allocator.model.live.walk import BlockWalker
 from allocator.pool.dispatch import RayPool
 from allocator.pruning.calibration.build import prune_on_dense_inputs
 from allocator.pruning.calibration.problem import Calibration
-from allocator.pruning.levels.store import create_store
-from allocator.run.config import load_config
-from allocator.run.job import Job, prepare
+from allocator.pruning.levels.store import StoreBuilder
+from allocator.run.config.load import load_config
+from allocator.run.job import Job
+from allocator.run.prepare import prepare_job
 from allocator.searchers.loop import Measurer, search
 from allocator.searchers.methods.evolution import EvolutionSettings, ExchangeEvolution, exchange
 from allocator.searchers.methods.steady import SteadyEvolution, SteadySettings
@@ -81,11 +82,21 @@ def offspring(job: Job, count: int, tokens: int, seed: int) -> list[Request]:
 @contextlib.contextmanager
 def prepared() -> Iterator[tuple[Job, EngineSpec]]:
     """Yield the packaged model's job at half of its units, and what an engine on a level store of it is made from."""
-    job = prepare(load_config(None, {"workers": 0}, ["tokens.calibration=4096", "search.rounds=1"]))
-    walker, text = BlockWalker(load_model(job.checkpoint), job.layout), torch.from_numpy(job.tokens["calibration"])
-    levels = prune_on_dense_inputs(Calibration(walker, job.checkpoint, job.layout, job.space, job.pruner, text))
+    job = prepare_job(load_config(None, {"workers": 0}, ["tokens.calibration=4096", "search.rounds=1"]))
+    walker, text = BlockWalker(load_model(job.checkpoint), job.layout), job.tokens["calibration"].to_tensors()
+    levels = prune_on_dense_inputs(
+        Calibration(
+            walker=walker,
+            checkpoint=job.checkpoint,
+            layout=job.layout,
+            space=job.space,
+            pruner=job.pruner,
+            examples=text,
+        )
+    )
     with tempfile.TemporaryDirectory() as scratch:
-        yield job, job.engine_spec(create_store(Path(scratch) / "levels", job.store_key, levels))
+        builder = StoreBuilder(Path(scratch) / "levels", job.store_key)
+        yield job, job.engine_spec(builder.finish(builder.fill(levels)))
 
 
 def measure_real() -> dict[str, Any]:
@@ -195,7 +206,7 @@ class Simulated(RayPool):
 
     def __init__(self, space: SearchSpace, workers: int, mean_s: float) -> None:
         self._waiting = (mean_s, SPREAD, 0.0)
-        spec = EngineSpec(None, None, space)  # type: ignore[arg-type]
+        spec = EngineSpec(checkpoint=None, layout=None, space=space)  # type: ignore[arg-type]
         # as long to a mean time as the default is to an evaluation of ten seconds
         super().__init__(spec, {"search": np.zeros((8, TOKENS // 8))}, workers, patience_s=max(mean_s, 0.05))
 
@@ -205,9 +216,9 @@ class Simulated(RayPool):
     def fit_to_budget(self, stragglers: float) -> None:
         """Go on with another share of stragglers, and wait until every worker is there."""
         self._waiting = (*self._waiting[:2], stragglers)
-        self._crew.renew(lambda actor: actor.renew.remote(stragglers))
-        while self.alive < self._crew.size:
-            list(self.evaluate([Request((level,), 8, "search") for level in range(2 * self._crew.size)]))
+        self._actors.renew(lambda actor: actor.renew.remote(stragglers))
+        while self.alive < self._actors.size:
+            list(self.evaluate([Request((level,), 8, "search") for level in range(2 * self._actors.size)]))
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[list[float]]:
@@ -217,7 +228,7 @@ class Simulated(RayPool):
 
         def look() -> None:
             while not over.wait(0.02):
-                members = list(self._crew._members)
+                members = list(self._actors._members)
                 shares.append(sum(member.call is not None for member in members) / len(members))
 
         watch = threading.Thread(target=look)

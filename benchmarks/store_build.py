@@ -11,18 +11,20 @@ from statistics import median
 import torch
 
 from allocator.core.space import SearchSpace
-from allocator.evaluation.engine import EngineSpec
+from allocator.evaluation.spec import EngineSpec
 from allocator.model.family.space import build_space
 from allocator.model.live.stream import StreamedWalker
 from allocator.model.live.write import read_tensors
 from allocator.pruning.calibration.build import prune_on_dense_inputs
 from allocator.pruning.calibration.factorise import factorise
-from allocator.pruning.calibration.problem import Calibration, UnitProblem
+from allocator.pruning.calibration.problem import Calibration
 from allocator.pruning.calibration.statistics import Gram
-from allocator.pruning.levels.store import create_store
+from allocator.pruning.levels.compact import item_columns
+from allocator.pruning.levels.store import StoreBuilder
 from allocator.pruning.pruners import removal
-from allocator.pruning.pruners.obs import Obs, item_columns
-from allocator.pruning.pruners.registry import LocalPruner, make_pruner
+from allocator.pruning.pruners.obs import Obs
+from allocator.pruning.pruners.protocol import LocalPruner, PrunerSpec, UnitProblem
+from allocator.pruning.pruners.registry import make_pruner
 
 EIGHT = [step / 9 for step in range(1, 9)]
 NINE = [0.5 + 0.075 * step for step in range(-4, 5)]
@@ -54,7 +56,12 @@ def _space(spec: EngineSpec, pattern: str, sparsities: list[float]) -> SearchSpa
 
 def _calibration(spec: EngineSpec, space: SearchSpace, pruner: LocalPruner, tokens_nt: torch.Tensor) -> Calibration:
     return Calibration(
-        StreamedWalker(spec.checkpoint, spec.layout), spec.checkpoint, spec.layout, space, pruner, tokens_nt
+        walker=StreamedWalker(spec.checkpoint, spec.layout),
+        checkpoint=spec.checkpoint,
+        layout=spec.layout,
+        space=space,
+        pruner=pruner,
+        shown=tokens_nt,
     )
 
 
@@ -63,8 +70,8 @@ def _passes(spec: EngineSpec, tokens_nt: torch.Tensor, blocks: Collection[int], 
     obs, problems = Obs(), []
 
     def keep(given: list[UnitProblem]) -> list[dict[str, torch.Tensor]]:
-        kept = [[level for level in one.wanted if one.task.unit.kept[level]] for one in given]
-        problems.extend(replace(one, wanted=tuple(levels)) for one, levels in zip(given, kept, strict=True))
+        kept = [[level for level in one.levels if one.task.unit.kept[level]] for one in given]
+        problems.extend(replace(one, levels=tuple(levels)) for one, levels in zip(given, kept, strict=True))
         return [{} for _ in given]
 
     list(prune_on_dense_inputs(_calibration(spec, _space(spec, "structured", EIGHT), obs, tokens_nt), blocks, keep))
@@ -75,15 +82,15 @@ def _passes(spec: EngineSpec, tokens_nt: torch.Tensor, blocks: Collection[int], 
         for _ in range(repeats):
             seconds = [0.0, 0.0]
             for problem in chosen:
-                task, start = problem.task, time.process_time()
-                deep = obs.levels(task.unit, task.width, problem.weight_oi, problem.statistics, problem.wanted)
+                start = time.process_time()
+                deep = obs.levels(problem)
                 middle = time.process_time()
-                separate = {level: _solve(problem, level, obs.damping) for level in problem.wanted}
+                separate = {level: _solve(problem, level, obs.refit.damping) for level in problem.levels}
                 seconds = [seconds[0] + middle - start, seconds[1] + time.process_time() - middle]
-                worst = max(worst, *(_difference(problem, deep, level, separate[level]) for level in problem.wanted))
+                worst = max(worst, *(_difference(problem, deep, level, separate[level]) for level in problem.levels))
             deep_s.append(seconds[0])
             separate_s.append(seconds[1])
-        levels = max(len(problem.wanted) for problem in chosen)
+        levels = max(len(problem.levels) for problem in chosen)
         ratio = median(b / a for a, b in zip(deep_s, separate_s, strict=True))
         what = {"channels": "MLPs", "kv_groups": "attention"}[kind]
         note = f"{len(chosen)} units: {median(deep_s):.2f} s against {median(separate_s):.2f} s, statistics not counted"
@@ -160,9 +167,10 @@ def _sizes(spec: EngineSpec, tokens_nt: torch.Tensor, blocks: Collection[int], s
     for name, target in BYTES.items():
         pattern = "structured" if name == "obs" else "unstructured"
         space = _space(spec, pattern, NINE)
-        calibration = _calibration(spec, space, make_pruner(name, pattern, 0.01), tokens_nt)
+        calibration = _calibration(spec, space, make_pruner(PrunerSpec(name=name), pattern), tokens_nt)
         start = time.process_time()
-        store = create_store(scratch / f"sizes-{name}", {}, prune_on_dense_inputs(calibration, blocks))
+        builder = StoreBuilder(scratch / f"sizes-{name}", {})
+        store = builder.finish(builder.fill(prune_on_dense_inputs(calibration, blocks)))
         seconds = time.process_time() - start
         own = sum(path.stat().st_size for path in store.folder.glob("*.safetensors"))
         needed, shaped = _dense_bytes(spec, space, blocks)

@@ -19,12 +19,12 @@ ALLOWED = {
     "pruning": {"core", "model", "pruning"},
     "evaluation": {"core", "model", "pruning", "evaluation"},
     "pool": {"core", "model", "pruning", "evaluation", "pool"},
-    "interop": {"core", "model", "pruning", "report", "interop"},
+    "interop": {"core", "model", "pruning", "interop"},
     "run": {*LOWER, "run"},
     "commands": {*LOWER, "pool", "interop", "report", "run", "commands"},
     "cli": {"core", "model", "interop", "pool", "run", "report", "commands"},
     "__main__": {"cli"},
-    "__init__": {"core", "commands"},
+    "__init__": {"core", "commands", "run"},
 }
 """What a package, or a file at the root, imports of ours."""
 

@@ -14,7 +14,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
+from problems import unit_problem
 from safetensors.torch import load_file
+from stores import create_store
 
 from allocator.core.budget import Budget
 from allocator.core.errors import UserError
@@ -22,12 +24,14 @@ from allocator.core.header import JournalHeader
 from allocator.core.journal import Journal
 from allocator.core.protocols import Outcome, Request
 from allocator.core.space import SearchSpace
-from allocator.evaluation.engine import Engine, EngineSpec
+from allocator.evaluation.engine import Engine
+from allocator.evaluation.spec import EngineSpec
 from allocator.model.checkpoint.headers import read_checkpoint
+from allocator.model.data.examples import Examples
 from allocator.model.family.layout import resolve_layout
 from allocator.model.family.schema import find_family
 from allocator.model.family.space import build_space
-from allocator.model.live import write as checkpoint
+from allocator.model.live import write
 from allocator.model.live.load import load_model
 from allocator.model.live.walk import SEQUENCES_PER_BATCH
 from allocator.pruning.calibration import problem
@@ -35,7 +39,8 @@ from allocator.pruning.calibration.build import prune_on_dense_inputs, prune_on_
 from allocator.pruning.calibration.statistics import Gram
 from allocator.pruning.levels import store
 from allocator.pruning.levels.execute import save_pruned
-from allocator.pruning.levels.store import LevelStore, create_store
+from allocator.pruning.levels.store import LevelStore
+from allocator.pruning.pruners.protocol import PrunerSpec
 from allocator.pruning.pruners.registry import make_pruner
 from allocator.searchers.methods.bayesian import GpSettings, TpeSettings
 from allocator.searchers.methods.evolution import EvolutionSettings
@@ -64,7 +69,7 @@ class Case:
         return tuple(1 if unit.part == "attention" else 4 for unit in self.space.units)
 
     def calibration(self):
-        return self.spec.calibration(self.tokens)
+        return self.spec.calibration(Examples.from_ids(self.tokens))
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +78,11 @@ def case(make_model, tmp_path_factory) -> Case:
     checkpoint = read_checkpoint(make_model("qwen3", num_hidden_layers=3, **shape))
     layout = resolve_layout(find_family("qwen3"), checkpoint)
     space = build_space(layout, checkpoint, "structured", 0.5)
-    spec = EngineSpec(checkpoint, layout, space, None, make_pruner("obs", "structured", 0.01))
+    spec = EngineSpec(
+        checkpoint=checkpoint, layout=layout, space=space, pruner=make_pruner(PrunerSpec(name="obs"), "structured")
+    )
     tokens = torch.from_numpy(np.random.default_rng(1).integers(0, 128, size=(9, 32)))
-    compact = dict(prune_on_dense_inputs(spec.calibration(tokens)))
+    compact = dict(prune_on_dense_inputs(spec.calibration(Examples.from_ids(tokens))))
     built = create_store(tmp_path_factory.mktemp("store") / "levels", {}, compact.items())
     return Case(replace(spec, store=built), tokens, compact)
 
@@ -247,11 +254,13 @@ def test_a_failed_factorisation_is_said_and_never_the_identity(case, name, patte
     unit = build_space(layout, checkpoint, pattern, 0.5).units[-1]
     assert "mlp" in unit.name
     output = f"{layout.sub_blocks[-1].output}.weight"
-    weight, statistics = checkpoint.read_tensors(checkpoint, [output])[output], Gram(48)
+    weight, statistics = write.read_tensors(checkpoint, [output])[output], Gram(48)
     statistics.add(torch.randn(200, 48, generator=torch.Generator().manual_seed(0)))
 
     def levels(damping, report=lambda message: None):
-        return make_pruner(name, pattern, damping).levels(unit, 1, weight, statistics, [1], report)
+        return make_pruner(PrunerSpec(name=name, damping=damping), pattern).levels(
+            unit_problem(unit, weight, statistics, [1]), report
+        )
 
     statistics.gram_ii[3, 3] *= -1.0
     heard: list[str] = []
@@ -272,7 +281,7 @@ def test_a_failed_factorisation_is_said_and_never_the_identity(case, name, patte
 @pytest.fixture
 def engine(case) -> Engine:
     tokens = np.random.default_rng(2).integers(0, 128, size=(8, 128))
-    return Engine(replace(case.spec, store=LevelStore(case.spec.store.folder)), {"search": tokens})
+    return Engine(replace(case.spec, store=LevelStore(case.spec.store.folder)), {"search": Examples.from_ids(tokens)})
 
 
 @pytest.mark.parametrize("loss", ["kl", "topk_kl", "nll", "hidden"])
@@ -291,7 +300,7 @@ def test_logits_of_a_whole_batch_are_never_held(case, engine, loss):
 def test_levels_are_read_once(case, engine, monkeypatch):
     """Hundreds of megabytes that are read from disk again for every candidate."""
     opened = []
-    for module in (store, checkpoint):
+    for module in (store, write):
         original = module.safe_open
         monkeypatch.setattr(
             module, "safe_open", lambda path, *a, _open=original, **k: opened.append(path) or _open(path, *a, **k)

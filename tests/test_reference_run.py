@@ -10,10 +10,11 @@ import pytest
 from allocator.core.budget import denser_moves
 from allocator.core.files import read_json
 from allocator.core.journal import Journal
+from allocator.core.outcomes import build_front
 from allocator.core.plan import Plan
 from allocator.core.protocols import Outcome, Request
-from allocator.report import curves
-from allocator.run.config import load_config
+from allocator.report.marks import restore_allocations
+from allocator.run.config.load import load_config
 from allocator.searchers.coarse_to_fine import Round
 from allocator.searchers.study import Study, run_study
 
@@ -51,12 +52,12 @@ def test_replaying_the_journal_gives_the_plan(journal: Journal, plan: Plan) -> N
     )
     decision = run_study(study, NoModel(), journal)
     assert decision.searched == plan.allocation
-    recorded = curves.allocations(plan.space, read_json(REFERENCE / "result.json", "result")["units"])
+    recorded = restore_allocations(plan.space, read_json(REFERENCE / "result.json", "result")["units"])
     assert recorded == {"uniform": decision.uniform, "two_rate": decision.two_rate, "searched": decision.searched}
 
 
 def test_front_is_the_journal_s(journal: Journal) -> None:
-    assert read_json(REFERENCE / "front.json", "front") == curves.front(journal)
+    assert read_json(REFERENCE / "front.json", "front") == build_front(journal)
 
 
 def test_plan_is_within_its_budget_and_full(plan: Plan) -> None:

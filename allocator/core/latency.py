@@ -7,17 +7,14 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from allocator.core.errors import UserError
 from allocator.core.files import read_json, write_json
+from allocator.core.strict import StrictModel
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class LatencySettings(_Strict):
+class LatencySettings(StrictModel):
     """The workload and conditions of the measurements.
 
     Attributes:
@@ -37,7 +34,7 @@ class LatencySettings(_Strict):
     repeats: int = Field(ge=1)
 
 
-class Timing(_Strict):
+class Timing(StrictModel):
     """Median times at one shape.
 
     Attributes:
@@ -53,7 +50,7 @@ class Timing(_Strict):
     spread: float = Field(ge=0)
 
 
-class LatencyTable(_Strict):
+class LatencyTable(StrictModel):
     """Times of one model's sub-blocks on one device.
 
     Attributes:

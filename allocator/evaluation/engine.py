@@ -5,40 +5,30 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from allocator.core.effort import EXPANSION_POSITIONS
 from allocator.core.errors import UserError
-from allocator.core.notify import Notify, Progress, silent
+from allocator.core.notify import Notify, silent
 from allocator.core.protocols import BEFORE, FEATURES, Outcome, Probe, Request
-from allocator.core.space import Allocation, SearchSpace
 from allocator.evaluation import trie
-from allocator.evaluation.expansion import LESSONS_PER_PORTION, Expander, Portion, merged, num_portions
+from allocator.evaluation.expansion import BATCHES_PER_CHUNK, Expander, ExpansionChunk, merge_chunks, num_chunks
 from allocator.evaluation.loss import Loss, feature_error
-from allocator.evaluation.teacher import Lesson, Sums, Teacher
-from allocator.evaluation.training import Trainer, Training
-from allocator.evaluation.training_states import States
+from allocator.evaluation.spec import DTYPES, EngineSpec, Execution, check_device
+from allocator.evaluation.teacher import LossSums, Teacher, TeacherBatch
+from allocator.evaluation.training import Trainer
 from allocator.model.checkpoint.headers import Checkpoint, read_checkpoint
-from allocator.model.data.examples import Examples, as_tensors
-from allocator.model.family.layout import Layout
+from allocator.model.data.examples import Examples
 from allocator.model.live.load import load_model
-from allocator.model.live.stream import StreamedWalker
 from allocator.model.live.walk import BlockWalker
-from allocator.pruning.calibration.build import prune_on_dense_inputs, prune_on_pruned_inputs
-from allocator.pruning.calibration.problem import Calibration, UnitProblem
-from allocator.pruning.levels.assemble import Assembler, CompactLevels, LevelSwitch
+from allocator.pruning.calibration.build import prune_on_pruned_inputs
+from allocator.pruning.levels.assemble import Assembler, LevelSwitch
 from allocator.pruning.levels.execute import save_pruned
-from allocator.pruning.levels.store import LevelStore, StoreBuilder
-from allocator.pruning.pruners.registry import LocalPruner
 from allocator.pruning.signals import cosines
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _CHECKED = 16
 """Tokens on which a model, taken apart into blocks, is compared with itself."""
@@ -47,73 +37,15 @@ BOUNDARY_BYTES = 256 << 20
 """Memory for hidden states between blocks from which several allocations of a batch go on."""
 
 
-@dataclass(frozen=True, slots=True)
-class EngineSpec:
-    """What an engine is made from, on any machine that sees the folders.
-
-    Attributes:
-        checkpoint: The dense model.
-        layout: Where its units are.
-        space: Their ladders.
-        store: The level store; None for an engine that only measures checkpoints.
-        pruner: The local pruner, for allocations that are recomputed.
-        dtype: Key of :data:`DTYPES`.
-        threads: CPU threads of one evaluation. Part of the numerics.
-        loss: What allocations are measured by; checkpoints always by ``kl``, or ``hidden`` where there are no logits.
-        device: ``cpu`` or ``cuda``.
-        training: How candidates are trained, where that is asked for.
-        domains: Names of the texts of which the sequences of every split are, in turn; their losses are measured
-            apart, as ``<loss>.<domain>``. Empty where there is one text.
-    """
-
-    checkpoint: Checkpoint
-    layout: Layout
-    space: SearchSpace
-    store: LevelStore | None = None
-    pruner: LocalPruner | None = None
-    dtype: str = "float32"
-    threads: int = 1
-    loss: Loss = "kl"
-    device: str = "cpu"
-    training: Training | None = None
-    domains: tuple[str, ...] = ()
-
-    def calibration(
-        self, tokens: np.ndarray | Examples, progress: Progress = lambda done: None, notify: Notify = silent
-    ) -> Calibration:
-        """Return what pruning works on: the model, block by block from disk, and token ids [sequences, length]."""
-        assert self.pruner is not None
-        torch.set_num_threads(self.threads)
-        walker = StreamedWalker(self.checkpoint, self.layout, DTYPES[self.dtype])
-        return Calibration(
-            walker, self.checkpoint, self.layout, self.space, self.pruner, as_tensors(tokens), progress, notify
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Execution:
-    """An allocation to save as a checkpoint, and how to make its weights.
-
-    Attributes:
-        allocation: One level per unit.
-        recompute: Prune block by block on what pruned predecessors produce, in place of the store's levels.
-        out: The checkpoint's folder, which does not exist yet; every worker must reach it.
-    """
-
-    allocation: Allocation
-    recompute: bool
-    out: Path
-
-
 class Engine:
     """Measures allocations on token sequences. One model, one device, no state between measurements."""
 
-    def __init__(self, spec: EngineSpec, tokens: Mapping[str, np.ndarray | Examples]) -> None:
+    def __init__(self, spec: EngineSpec, tokens: Mapping[str, Examples]) -> None:
         """Load the model.
 
         Args:
             spec: What to load.
-            tokens: Token ids [sequences, length] of each split, or other examples; a fidelity is a prefix of them.
+            tokens: Examples of each split; a fidelity is a prefix of them.
 
         Raises:
             UserError: The device is not there.
@@ -122,10 +54,10 @@ class Engine:
         torch.set_num_threads(spec.threads)
         self._spec = spec
         self._arrays = tokens
-        self._tokens = {split: as_tensors(shown) for split, shown in tokens.items()}
+        self._tokens = {split: examples.to_tensors() for split, examples in tokens.items()}
         self._walker = self._load(spec.checkpoint)
-        some = next(iter(self._tokens.values()))[:1]
-        self._walker.check((some if isinstance(some, Examples) else some[:, :_CHECKED]).to(spec.device))
+        example = next(iter(self._tokens.values()))[:1]
+        self._walker.check(example.first_tokens(_CHECKED).to(spec.device))
         self._switchboard: LevelSwitch | None = None
         if spec.store is not None:
             assembler = Assembler(spec.checkpoint, spec.layout, spec.space, spec.store, self._walker.model)
@@ -133,8 +65,8 @@ class Engine:
             self._expander = Expander(self._walker, spec.layout, spec.space, assembler, self._switchboard)
         self._trainer: Trainer | None = None
         if spec.store is not None and spec.training is not None:
-            text = self._tokens["training"]
-            assert isinstance(text, torch.Tensor), "causal language models alone are trained"
+            assert spec.layout.kind.generates, "causal language models alone are trained"
+            text = self._tokens["training"].inputs["input_ids"]
             self._trainer = Trainer(
                 spec.checkpoint,
                 spec.layout,
@@ -145,7 +77,7 @@ class Engine:
                 DTYPES[spec.dtype],
                 spec.device,
             )
-        on_device = {split: ids.to(spec.device) for split, ids in self._tokens.items()}
+        on_device = {split: examples.to(spec.device) for split, examples in self._tokens.items()}
         self._teacher = Teacher(self._walker, on_device, lambda: self._switch(spec.space.dense))
 
     def measure(self, request: Request) -> Outcome:
@@ -157,28 +89,28 @@ class Engine:
         groups: dict[tuple[str, int, Probe], list[Request]] = {}
         for request in requests:
             if request.probe == "expansion":
-                count = num_portions(request.tokens, self._tokens[request.split].shape[1])
-                yield expanded(request, self._spec.loss, [self.expand(request, index) for index in range(count)])
+                count = num_chunks(request.tokens, self._tokens[request.split].length)
+                yield combine_chunks(request, self._spec.loss, [self.expand(request, index) for index in range(count)])
             else:
                 groups.setdefault((request.split, request.tokens, request.probe), []).append(request)
         for group in groups.values():
             for outcome in self._measure_group(group):
                 yield self._after_training(outcome) if outcome.request.training else outcome
 
-    def expand(self, request: Request, index: int) -> Portion:
-        """Return what one portion of the text says of an expansion; :func:`expanded` puts them together."""
+    def expand(self, request: Request, index: int) -> ExpansionChunk:
+        """Return what one chunk of the text says of an expansion; :func:`combine_chunks` puts them together."""
         assert not request.training, "an expansion is of what was not trained"
         start_s = time.perf_counter()
-        lessons = self._teacher.lessons(request.split, request.tokens, self._spec.loss)
-        edges = [0, *accumulate(lesson.shown.numel() for lesson in lessons)]
-        own = slice(index * LESSONS_PER_PORTION, (index + 1) * LESSONS_PER_PORTION)
-        start, end = edges[own.start], edges[min(own.stop, len(lessons))]
+        batches = self._teacher.batches(request.split, request.tokens, self._spec.loss)
+        edges = [0, *accumulate(batch.examples.num_tokens for batch in batches)]
+        own = slice(index * BATCHES_PER_CHUNK, (index + 1) * BATCHES_PER_CHUNK)
+        start, end = edges[own.start], edges[min(own.stop, len(batches))]
         every = -(-request.tokens // EXPANSION_POSITIONS)
         # evenly spaced; not the first, on which attention may be sunk
         some = range((every // 2 - start) % every, end - start, every)
         self._switch(request.allocation, wide=True)
-        portion = self._expander.expand(request.allocation, self._teacher, lessons[own], some)
-        return replace(portion, wall_s=time.perf_counter() - start_s)
+        chunk = self._expander.expand(request.allocation, self._teacher, batches[own], some)
+        return replace(chunk, wall_s=time.perf_counter() - start_s)
 
     def measure_checkpoint(self, folder: Path, split: str, tokens: int) -> dict[str, float]:
         """Load a saved checkpoint and measure its distance from the dense model, and what the text says of it.
@@ -188,11 +120,11 @@ class Engine:
             with the ``perplexity`` of text, and the ``accuracy`` of what classifies.
         """
         walker, kind = self._load(read_checkpoint(folder)), self._walker.kind
-        lessons = self._teacher.lessons(split, tokens, "kl" if kind.logits else "hidden")
-        measured, _ = self._judge(walker, lessons)
+        batches = self._teacher.batches(split, tokens, "kl" if kind.logits else "hidden")
+        measured, _ = self._score(walker, batches)
         if kind.generates:
             return {**measured, "perplexity": math.exp(measured["nll"])}
-        return {**measured, **(_accuracy(walker, lessons) if kind.answers == "classes" else {})}
+        return {**measured, **(_accuracy(walker, batches) if kind.answers == "classes" else {})}
 
     def execute(self, execution: Execution, tokens: int, notify: Notify = silent) -> dict[str, float]:
         """Save a checkpoint, reload it, count its parameters and measure it on the test split.
@@ -223,9 +155,9 @@ class Engine:
         start_s = time.perf_counter()
         walker = self._walker
         split, tokens = requests[0].split, requests[0].tokens
-        lessons = self._teacher.lessons(split, tokens, self._spec.loss)
+        batches = self._teacher.batches(split, tokens, self._spec.loss)
         features = {n: self._teacher.features(split, tokens, n) for n in {r.blocks for r in requests} - {0}}
-        embedded = [walker.embed(lesson.shown) for lesson in lessons]
+        embedded = [walker.embed(batch.examples) for batch in batches]
         limit = BOUNDARY_BYTES // sum(batch_btd.nbytes for batch_btd in embedded)
         kept: dict[int, list[torch.Tensor]] = {}
         turned: list[float] = []
@@ -235,11 +167,11 @@ class Engine:
             entering = kept[step.start] if step.start else embedded
             kept = {boundary: kept[boundary] for boundary in step.keep if boundary <= step.start}
             kept.update({boundary: [] for boundary in step.keep if boundary > step.start})
-            sums: list[Sums] = []
+            sums: list[LossSums] = []
             errors: list[torch.Tensor] = []
             # the path before agrees with this one up to where this one starts
             turned = [*turned[: step.start], *[0.0] * (len(walker.blocks) - step.start)]
-            for number, (lesson, hidden_btd) in enumerate(zip(lessons, entering, strict=True)):
+            for number, (batch, hidden_btd) in enumerate(zip(batches, entering, strict=True)):
                 for index in range(step.start, request.blocks or len(walker.blocks)):
                     entering_btd, hidden_btd = hidden_btd, walker.run(index, hidden_btd)
                     if request.probe == "influence":
@@ -251,12 +183,12 @@ class Engine:
                     teacher_btd = features[request.blocks][number]
                     errors.append(feature_error(walker.parts(teacher_btd), walker.parts(hidden_btd)))
                 else:
-                    sums.append(self._teacher.judge(lesson, walker, hidden_btd))
+                    sums.append(self._teacher.score(batch, walker, hidden_btd))
             if request.blocks:
                 name, (measured, parts) = FEATURES, _mean_error(errors)
             else:
                 name = self._spec.loss
-                measured, parts = self._means(sums, lessons)
+                measured, parts = self._means(sums, batches)
             if request.probe == "influence":
                 each = [walker.residual(i, embedded[0]).shape[1] for i in range(len(turned))]  # positions of an example
                 examples = sum(len(state) for state in embedded)
@@ -273,21 +205,25 @@ class Engine:
         assert self._trainer is not None, "the run says how to train"
         request, loss = before.request, self._spec.loss
         # a whole split is a search's last word on an allocation: nothing will go on from it
-        keep = request.tokens < self._tokens[request.split].numel()
-        walker = BlockWalker(self._trainer.trained(request, keep), self._spec.layout)
-        measured, parts = self._judge(walker, self._teacher.lessons(request.split, request.tokens, loss))
+        keep = request.tokens < self._tokens[request.split].num_tokens
+        walker = BlockWalker(self._trainer.train(request, keep), self._spec.layout)
+        measured, parts = self._score(walker, self._teacher.batches(request.split, request.tokens, loss))
         measured[f"{loss}{BEFORE}"] = before.loss
         return Outcome(request, measured, before.wall_s + time.perf_counter() - start_s, loss, parts)
 
-    def _judge(self, walker: BlockWalker, lessons: Sequence[Lesson]) -> tuple[dict[str, float], tuple[float, ...]]:
+    def _score(
+        self, walker: BlockWalker, batches: Sequence[TeacherBatch]
+    ) -> tuple[dict[str, float], tuple[float, ...]]:
         """Measure a whole model."""
-        sums = [self._teacher.judge(lesson, walker, walker.run_all(walker.embed(lesson.shown))) for lesson in lessons]
-        return self._means(sums, lessons)
+        sums = [self._teacher.score(batch, walker, walker.run_all(walker.embed(batch.examples))) for batch in batches]
+        return self._means(sums, batches)
 
-    def _means(self, sums: Sequence[Sums], lessons: Sequence[Lesson]) -> tuple[dict[str, float], tuple[float, ...]]:
+    def _means(
+        self, sums: Sequence[LossSums], batches: Sequence[TeacherBatch]
+    ) -> tuple[dict[str, float], tuple[float, ...]]:
         """Return measurements by name, also those of every domain, and the loss of each sequence."""
-        loss, domains = lessons[0].loss, self._spec.domains
-        measured, parts = _means(sums, loss, sum(lesson.positions for lesson in lessons))
+        loss, domains = batches[0].loss, self._spec.domains
+        measured, parts = _means(sums, loss, sum(batch.positions for batch in batches))
         of_each = ((name, parts[place :: len(domains)]) for place, name in enumerate(domains))
         return {**measured, **{f"{loss}.{name}": sum(own) / len(own) for name, own in of_each if own}}, parts
 
@@ -304,28 +240,18 @@ class Engine:
                 self._switchboard.set(unit.name, level, wide)
 
 
-def check_device(device: str) -> None:
-    """Check that a device is there.
-
-    Raises:
-        UserError: It is not.
-    """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device: this machine has no CUDA device that torch can use. Use --set device=cpu")
-
-
-def expanded(request: Request, loss: Loss, portions: Sequence[Portion]) -> Outcome:
-    """Return the outcome of an expansion from all portions of the text, in order."""
-    expansion = merged(portions)
+def combine_chunks(request: Request, loss: Loss, chunks: Sequence[ExpansionChunk]) -> Outcome:
+    """Return the outcome of an expansion from all chunks of the text, in order."""
+    expansion = merge_chunks(chunks)
     if not all(math.isfinite(value) for row in (*expansion.slope, *expansion.size) for value in row):
         raise UserError("evaluation: the gradient of the loss is not finite. Use --set dtype=float32")
-    sums = [each for portion in portions for each in portion.sums]
-    measured, parts = _means(sums, loss, sum(portion.positions for portion in portions))
-    return Outcome(request, measured, sum(portion.wall_s for portion in portions), loss, parts, expansion)
+    sums = [each for chunk in chunks for each in chunk.sums]
+    measured, parts = _means(sums, loss, sum(chunk.positions for chunk in chunks))
+    return Outcome(request, measured, sum(chunk.wall_s for chunk in chunks), loss, parts, expansion)
 
 
-def _means(sums: Sequence[Sums], loss: Loss, positions: int) -> tuple[dict[str, float], tuple[float, ...]]:
-    """Return measurements by name, and the loss of each sequence, from the sums over each lesson."""
+def _means(sums: Sequence[LossSums], loss: Loss, positions: int) -> tuple[dict[str, float], tuple[float, ...]]:
+    """Return measurements by name, and the loss of each sequence, from the sums over each batch."""
     total, size, nll = (torch.cat(column).cpu() for column in zip(*sums, strict=True))
     measured: dict[str, float] = {loss: float(total.sum() / size.sum())}
     if positions:
@@ -334,18 +260,18 @@ def _means(sums: Sequence[Sums], loss: Loss, positions: int) -> tuple[dict[str, 
     return measured, tuple((total / size).tolist())
 
 
-def _accuracy(walker: BlockWalker, lessons: Sequence[Lesson]) -> dict[str, float]:
+def _accuracy(walker: BlockWalker, batches: Sequence[TeacherBatch]) -> dict[str, float]:
     """Return the share of examples whose most probable class is their label; nothing where they have none."""
     right = known = 0
-    for lesson in lessons:
-        read, head = walker.logit_inputs(walker.run_all(walker.embed(lesson.shown)), lesson.shown)
-        right += int((head(read).argmax(-1) == lesson.wanted_bp).sum())
-        known += lesson.positions
+    for batch in batches:
+        read, head = walker.logit_inputs(walker.run_all(walker.embed(batch.examples)), batch.examples)
+        right += int((head(read).argmax(-1) == batch.labels_bp).sum())
+        known += batch.positions
     return {"accuracy": right / known} if known else {}
 
 
 def _mean_error(errors: Sequence[torch.Tensor]) -> tuple[dict[str, float], tuple[float, ...]]:
-    """Return the error of features, and that of each sequence, from those of each lesson."""
+    """Return the error of features, and that of each sequence, from those of each batch."""
     parts = torch.cat(list(errors)).cpu()
     measured = {FEATURES: float(parts.mean())}
     _check_finite(measured)
@@ -357,40 +283,3 @@ def _check_finite(measured: Mapping[str, float]) -> None:
         raise UserError(
             f"evaluation: the loss is not finite ({measured}). Check the weights, or use --set dtype=float32"
         )
-
-
-class LocalEvaluator:
-    """Measures in this process."""
-
-    def __init__(self, spec: EngineSpec, tokens: Mapping[str, np.ndarray | Examples], notify: Notify = silent) -> None:
-        """Take what an engine is made from; ``notify`` hears what a user should know."""
-        self._spec, self._tokens, self._notify = spec, tokens, notify
-
-    def renew(self, spec: EngineSpec) -> None:
-        """Go on with another engine, on the same tokens."""
-        self._spec = spec
-        vars(self).pop("_engine", None)
-
-    @cached_property
-    def _engine(self) -> Engine:
-        return Engine(self._spec, self._tokens)
-
-    def build(self, builder: StoreBuilder, blocks: Sequence[int], progress: Progress) -> None:
-        """Prune some blocks on dense inputs, and write their units."""
-        calibration = self._spec.calibration(self._tokens["calibration"], progress, self._notify)
-        builder.fill(prune_on_dense_inputs(calibration, blocks))
-
-    def solve(self, problems: Sequence[UnitProblem]) -> list[CompactLevels]:
-        """Solve problems of the local pruner, in order."""
-        assert self._spec.pruner is not None
-        return [problem.solve(self._spec.pruner, self._notify) for problem in problems]
-
-    def evaluate(self, requests: Sequence[Request]) -> Iterator[Outcome]:
-        """Yield outcomes as they are measured."""
-        yield from self._engine.measure_batch(requests)
-        if self._spec.training is not None:
-            States(self._spec.training.folder).forget(requests)
-
-    def execute(self, executions: Sequence[Execution], tokens: int) -> list[dict[str, float]]:
-        """Save and measure checkpoints, in order."""
-        return [self._engine.execute(execution, tokens, self._notify) for execution in executions]

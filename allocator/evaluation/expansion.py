@@ -12,7 +12,7 @@ output, and the mixture is run at every level on the tokens that reach it.
 Second-order Taylor saliency goes back to Optimal Brain Damage (LeCun et al., 1989); here it is of whole levels, with
 whatever refit they have, around an allocation that is pruned already.
 
-Shapes: B sequences, T tokens, D hidden size, n positions of all lessons, o outputs and i inputs of a matrix.
+Shapes: B sequences, T tokens, D hidden size, n positions of all batches, o outputs and i inputs of a matrix.
 ``delta_no`` is the gradient in a matrix's outputs.
 """
 
@@ -25,12 +25,12 @@ import torch
 
 from allocator.core.protocols import Expansion
 from allocator.core.space import Allocation, SearchSpace
-from allocator.evaluation.teacher import Lesson, Sums, Teacher
+from allocator.evaluation.teacher import LossSums, Teacher, TeacherBatch
 from allocator.model.family.layout import Layout
 from allocator.model.live.walk import SEQUENCES_PER_BATCH, BlockWalker
 from allocator.pruning.levels.assemble import Assembler, LevelSwitch
 
-LESSONS_PER_PORTION = 2
+BATCHES_PER_CHUNK = 2
 """Batches of sequences that are expanded together; others may be expanded elsewhere. Part of the numerics."""
 
 _DIGITS = 7
@@ -39,12 +39,12 @@ _DIGITS = 7
 _Rows = tuple[tuple[float, ...], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Portion:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpansionChunk:
     """What a part of the text says of an expansion.
 
     Attributes:
-        sums: Of each of its lessons.
+        sums: Of each of its batches.
         positions: Tokens of these that follow another.
         slope: First-order change of the sum of the loss, for each level of each unit.
         size: Squared change of the output, summed over some positions, likewise.
@@ -52,7 +52,7 @@ class Portion:
         wall_s: Time it took.
     """
 
-    sums: list[Sums]
+    sums: list[LossSums]
     positions: int
     slope: _Rows
     size: _Rows
@@ -60,17 +60,17 @@ class Portion:
     wall_s: float = 0.0
 
 
-def num_portions(tokens: int, length: int) -> int:
-    """Return into how many portions an expansion on so many tokens, in sequences of a length, is cut."""
-    return -(-tokens // (length * SEQUENCES_PER_BATCH * LESSONS_PER_PORTION))
+def num_chunks(tokens: int, length: int) -> int:
+    """Return into how many chunks an expansion on so many tokens, in sequences of a length, is cut."""
+    return -(-tokens // (length * SEQUENCES_PER_BATCH * BATCHES_PER_CHUNK))
 
 
-def merged(portions: Sequence[Portion]) -> Expansion:
-    """Return the expansion of the mean loss of all portions."""
-    scale = 1.0 / sum(float(size_b.sum()) for portion in portions for _, size_b, _ in portion.sums)
-    each = 1.0 / sum(portion.sized for portion in portions)
-    slope = _sum([portion.slope for portion in portions], scale)
-    return Expansion(slope, _sum([portion.size for portion in portions], each))
+def merge_chunks(chunks: Sequence[ExpansionChunk]) -> Expansion:
+    """Return the expansion of the mean loss of all chunks."""
+    scale = 1.0 / sum(float(size_b.sum()) for chunk in chunks for _, size_b, _ in chunk.sums)
+    each = 1.0 / sum(chunk.sized for chunk in chunks)
+    slope = _sum([chunk.slope for chunk in chunks], scale)
+    return Expansion(slope, _sum([chunk.size for chunk in chunks], each))
 
 
 def _sum(tables: Sequence[_Rows], scale: float) -> _Rows:
@@ -99,26 +99,30 @@ class Expander:
         outputs = {sub_block.name: sub_block.output for sub_block in layout.sub_blocks}
         self._modules = [outputs.get(unit.name, unit.name) for unit in space.units]
 
-    def expand(self, allocation: Allocation, teacher: Teacher, lessons: Sequence[Lesson], some: range) -> Portion:
-        """Return what some lessons say of the expansion around an allocation.
+    def expand(
+        self, allocation: Allocation, teacher: Teacher, batches: Sequence[TeacherBatch], some: range
+    ) -> ExpansionChunk:
+        """Return what some batches say of the expansion around an allocation.
 
         Hidden states between all blocks are held, and what is needed within one block at a time. Only ``some`` of the
-        lessons' positions tell the size of changes.
+        batches' positions tell the size of changes.
         """
         walker, space = self._walker, self._space
-        count = sum(lesson.shown.numel() for lesson in lessons)  # what examples count as: not what every block reads
+        count = sum(
+            batch.examples.num_tokens for batch in batches
+        )  # what examples count as: not what every block reads
         between: list[list[torch.Tensor]] = []
-        sums: list[Sums] = []
+        sums: list[LossSums] = []
         gradients: list[torch.Tensor] = []
-        for lesson in lessons:
-            states = [walker.embed(lesson.shown)]
+        for batch in batches:
+            states = [walker.embed(batch.examples)]
             for index in range(len(walker.blocks)):
                 states.append(walker.run(index, states[-1]))
             leaving_btd = states.pop()
             between.append(states)
-            total_b, size_b, nll_b = teacher.judge(lesson, walker, leaving_btd)
+            total_b, size_b, nll_b = teacher.score(batch, walker, leaving_btd)
             sums.append((total_b.cpu(), size_b.cpu(), nll_b.cpu()))  # for a process that may have no such device
-            gradients.append(teacher.gradient(lesson, walker, leaving_btd))
+            gradients.append(teacher.gradient(batch, walker, leaving_btd))
         slope: list[tuple[float, ...]] = [()] * len(space.units)
         size: list[tuple[float, ...]] = [()] * len(space.units)
         for index in reversed(range(len(walker.blocks))):
@@ -146,8 +150,8 @@ class Expander:
                     own = [position for position in some if position < len(input_ni)]
                 expand = self._mixture if module in self._routers else self._unit
                 slope[place], size[place] = expand(place, allocation[place], input_ni, delta_no.float(), own)
-        positions = sum(lesson.positions for lesson in lessons)
-        return Portion(sums, positions, tuple(slope), tuple(size), len(some))
+        positions = sum(batch.positions for batch in batches)
+        return ExpansionChunk(sums=sums, positions=positions, slope=tuple(slope), size=tuple(size), sized=len(some))
 
     def _unit(
         self, place: int, own: int, input_ni: torch.Tensor, delta_no: torch.Tensor, some: Sequence[int]

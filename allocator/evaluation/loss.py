@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional
 
 from allocator.model.checkpoint.kinds import Kind
-from allocator.model.data.examples import Shown, inputs_of, labels_of
+from allocator.model.data.examples import Examples
 from allocator.model.live.walk import Head
 
 Loss = Literal["kl", "topk_kl", "nll", "hidden"]
@@ -56,7 +56,7 @@ class Targets:
 
 
 @torch.no_grad()
-def targets(loss: Loss, teacher_btd: torch.Tensor, head: Head) -> Iterator[Targets]:
+def make_targets(loss: Loss, teacher_btd: torch.Tensor, head: Head) -> Iterator[Targets]:
     """Yield the teacher's targets for ``kl`` or ``topk_kl``, chunk by chunk, from what its head reads."""
     for teacher_nd in _chunks(teacher_btd):
         log_nv = functional.log_softmax(head(teacher_nd), dim=-1, dtype=torch.float32)
@@ -69,58 +69,59 @@ def targets(loss: Loss, teacher_btd: torch.Tensor, head: Head) -> Iterator[Targe
 
 @torch.no_grad()
 def divergence(
-    taught: Iterable[Targets] | None, student_btd: torch.Tensor, head: Head, tokens_bt: torch.Tensor
+    targets: Iterable[Targets] | None, student_btd: torch.Tensor, head: Head, tokens_bt: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return sums over each sequence, [B]: KL(teacher ‖ student), and the student's negative log-likelihood.
 
     The likelihood covers the T - 1 positions that have a next token. Both in nats, summed in float64. Without
     targets the divergence is 0.
     """
-    return summed(taught, student_btd, head, following(tokens_bt))
+    return sum_divergences(targets, student_btd, head, shift_tokens(tokens_bt))
 
 
-def following(tokens_bt: torch.Tensor) -> torch.Tensor:
+def shift_tokens(tokens_bt: torch.Tensor) -> torch.Tensor:
     """Return the token that follows each, -100 after the last."""
     return functional.pad(tokens_bt[:, 1:], (0, 1), value=-100)
 
 
-def wanted(kind: Kind, shown: Shown) -> torch.Tensor:
+def find_labels(kind: Kind, examples: Examples) -> torch.Tensor:
     """Return what the text or the labels want at every position that has logits, [B, P]; -100 where nothing."""
-    tokens_bt = inputs_of(shown).get("input_ids")
+    tokens_bt = examples.inputs.get("input_ids")
     if kind.answers == "next":
         assert tokens_bt is not None
-        return following(tokens_bt)
+        return shift_tokens(tokens_bt)
     if kind.answers == "tokens":  # the text itself, without a mask, says nothing of how well it is guessed
         assert tokens_bt is not None
         return torch.full_like(tokens_bt, -100)
-    labels_b = labels_of(shown)
+    labels_b = examples.labels
     if kind.answers == "classes" and labels_b is not None:
         return labels_b[:, None]
-    first = next(iter(inputs_of(shown).values()))
+    first = next(iter(examples.inputs.values()))
     return torch.full((len(first), 1), -100, device=first.device)
 
 
-def summed(
-    taught: Iterable[Targets] | None, student_bpd: torch.Tensor, head: Head, wanted_bp: torch.Tensor
+def sum_divergences(
+    targets: Iterable[Targets] | None, student_bpd: torch.Tensor, head: Head, labels_bp: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what :func:`divergence` does; the likelihood is that of what is wanted at P positions, -100 nothing."""
     kl_n, nll_n = (
-        torch.cat(chunks).double() for chunks in zip(*divergences(taught, student_bpd, head, wanted_bp), strict=True)
+        torch.cat(chunks).double()
+        for chunks in zip(*chunk_divergences(targets, student_bpd, head, labels_bp), strict=True)
     )
-    return kl_n.view(wanted_bp.shape).sum(-1), nll_n.view(wanted_bp.shape).sum(-1)
+    return kl_n.view(labels_bp.shape).sum(-1), nll_n.view(labels_bp.shape).sum(-1)
 
 
-def divergences(
-    taught: Iterable[Targets] | None, student_bpd: torch.Tensor, head: Head, wanted_bp: torch.Tensor
+def chunk_divergences(
+    targets: Iterable[Targets] | None, student_bpd: torch.Tensor, head: Head, labels_bp: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield what :func:`summed` sums, [n], chunk by chunk."""
+    """Yield what :func:`sum_divergences` sums, [n], chunk by chunk."""
     students = _chunks(student_bpd)
-    targets_n = [None] * len(students) if taught is None else taught
-    for target, student_nd, wanted_n in zip(
-        targets_n, students, wanted_bp.flatten().split(_CHUNK_POSITIONS), strict=True
+    targets_n = [None] * len(students) if targets is None else targets
+    for target, student_nd, labels_n in zip(
+        targets_n, students, labels_bp.flatten().split(_CHUNK_POSITIONS), strict=True
     ):
         log_nv = functional.log_softmax(head(student_nd), dim=-1, dtype=torch.float32)
-        nll_n = functional.nll_loss(log_nv, wanted_n, ignore_index=-100, reduction="none")
+        nll_n = functional.nll_loss(log_nv, labels_n, ignore_index=-100, reduction="none")
         if target is None:
             yield torch.zeros_like(nll_n), nll_n
         else:

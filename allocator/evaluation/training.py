@@ -24,7 +24,7 @@ from torch.nn import functional
 from allocator.core.errors import UserError
 from allocator.core.protocols import Request
 from allocator.core.space import Allocation, SearchSpace
-from allocator.evaluation.training_states import States
+from allocator.evaluation.training_states import TrainingStates
 from allocator.model.checkpoint.headers import Checkpoint
 from allocator.model.family.layout import Layout
 from allocator.model.live.load import load_model
@@ -51,7 +51,7 @@ class Training:
     folder: Path
 
 
-class Trainee:
+class Candidate:
     """A model in training.
 
     Attributes:
@@ -148,9 +148,9 @@ class Trainer:
         self._checkpoint, self._layout, self._space, self._store = checkpoint, layout, space, store
         self._training, self._tokens_nt = training, tokens_nt
         self._dtype, self._device = dtype, device
-        self._states = States(training.folder)
+        self._states = TrainingStates(training.folder)
 
-    def trainee(self, allocation: Allocation) -> Trainee:
+    def make_candidate(self, allocation: Allocation) -> Candidate:
         """Return an allocation, assembled from the level store, before any training."""
         model = load_model(self._checkpoint).to(self._device)
         assembler = Assembler(self._checkpoint, self._layout, self._space, self._store, model)
@@ -164,16 +164,16 @@ class Trainer:
                 removed[f"{unit.name}.weight"] = ~kept_oi
         for parameter in model.parameters():  # of its own: what was switched in may be a part of something larger
             parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
-        return Trainee(model, removed, self._training)
+        return Candidate(model, removed, self._training)
 
-    def trained(self, request: Request, keep: bool) -> nn.Module:
+    def train(self, request: Request, keep: bool) -> nn.Module:
         """Return the model of a request after its training; ``keep`` its state where a longer one may go on from it."""
-        trainee = self.trainee(request.allocation)
+        candidate = self.make_candidate(request.allocation)
         if (found := self._states.load(request)) is not None:
-            trainee.resume(*found)
-        trainee.train(self._tokens_nt, request.training, self._dtype)
+            candidate.resume(*found)
+        candidate.train(self._tokens_nt, request.training, self._dtype)
         if keep:
-            self._states.save(request, trainee.state())
-        for parameter in trainee.model.parameters():  # and not the buffers, which keep a precision of their own
+            self._states.save(request, candidate.state())
+        for parameter in candidate.model.parameters():  # and not the buffers, which keep a precision of their own
             parameter.data = parameter.data.to(self._dtype)
-        return trainee.model.requires_grad_(False)
+        return candidate.model.requires_grad_(False)

@@ -23,7 +23,7 @@ from allocator.core.space import Allocation
 _SUFFIX = ".safetensors"
 
 
-class States:
+class TrainingStates:
     """States by request. Writes are atomic, and equal whoever writes."""
 
     def __init__(self, folder: Path) -> None:

@@ -8,8 +8,8 @@ import torch
 from allocator.core.notify import Progress
 from allocator.core.signals import Signals
 from allocator.core.space import Unit
-from allocator.evaluation.engine import EngineSpec, check_device
 from allocator.evaluation.loss import divergence
+from allocator.evaluation.spec import EngineSpec, check_device
 from allocator.model.data.examples import Examples
 from allocator.model.live.load import load_model
 from allocator.model.live.walk import SEQUENCES_PER_BATCH, BlockWalker
@@ -22,7 +22,7 @@ _DIRECTIONS = 4
 
 
 @torch.inference_mode()
-def zeroth_order(spec: EngineSpec, tokens: np.ndarray | Examples, progress: Progress = lambda done: None) -> Signals:
+def zeroth_order(spec: EngineSpec, examples: Examples, progress: Progress = lambda done: None) -> Signals:
     """Return ``gradient``: |L(θ + εz) - L(θ - εz)| / 2ε for each unit, z normal in the unit's weights and 0 elsewhere.
 
     ECoFLaP (Sung et al., ICLR 2024, after MeZO): L is the negative log-likelihood in nats per token, ε = 1e-3. The
@@ -32,15 +32,16 @@ def zeroth_order(spec: EngineSpec, tokens: np.ndarray | Examples, progress: Prog
 
     Args:
         spec: The model and its units.
-        tokens: Calibration token ids [sequences, length].
+        examples: Calibration text.
         progress: Hears how many blocks are done.
     """
-    assert isinstance(tokens, np.ndarray), "causal language models alone"
+    assert spec.layout.kind.generates, "causal language models alone"
     check_device(spec.device)
     torch.set_num_threads(spec.threads)
     walker = BlockWalker(load_model(spec.checkpoint, torch.float32).to(spec.device), spec.layout)
-    tokens_bt = torch.from_numpy(np.array(tokens[:SEQUENCES_PER_BATCH], dtype=np.int64)).to(spec.device)
-    hidden_btd = walker.embed(tokens_bt)
+    batch = examples[:SEQUENCES_PER_BATCH].to_tensors().to(spec.device)
+    tokens_bt = batch.inputs["input_ids"]
+    hidden_btd = walker.embed(batch)
     sizes = np.zeros(len(spec.space.units))
     for block in range(len(walker.blocks)):
         for index, unit in enumerate(spec.space.units):

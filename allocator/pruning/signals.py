@@ -15,7 +15,7 @@ from allocator.core.signals import QUANTILES, Signal, Signals
 from allocator.model.family.sub_blocks import SubBlock
 from allocator.model.live.memory import give_back
 from allocator.pruning.calibration.problem import Calibration
-from allocator.pruning.calibration.statistics import Moments, Statistics, collected
+from allocator.pruning.calibration.statistics import Moments, Statistics, collect_statistics
 
 _OUTLIER = 5.0
 """M of OWL: a score above so many times the mean is an outlier."""
@@ -40,7 +40,7 @@ def collect(calibration: Calibration, wanted: Collection[Signal]) -> Signals:
         sub_blocks = [sub_block for sub_block in calibration.layout.sub_blocks if sub_block.block == index]
         modules = [module for sub_block in sub_blocks for module in sub_block.modules]
         with walker.loaded(index):
-            with collected(walker.model, modules, "moments") as moments:
+            with collect_statistics(walker.model, modules, "moments") as moments:
                 leaving = [walker.run(index, batch) for batch in hidden]
             weights = {module: walker.model.get_parameter(f"{module}.weight").detach().float() for module in modules}
             own = [module for module in modules if module in units]

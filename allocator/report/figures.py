@@ -13,9 +13,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from allocator.core.costs import COSTS
+from allocator.core.outcomes import LOSSES, Figures
 from allocator.core.space import Cost
-from allocator.report.curves import LOSSES, Figures
-from allocator.report.tables import LABELS
+from allocator.report.tables.result import LABELS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -94,9 +94,9 @@ def convergence_figure(curve: Sequence[tuple[float, float]], marks: Mapping[str,
     The frame is for the search: a baseline far above it is named in the legend and not drawn.
 
     Args:
-        curve: From :func:`allocator.report.curves.convergence`, at least one point.
+        curve: From :func:`allocator.core.spending.trace_convergence`, at least one point.
         marks: As for :func:`front_figure`.
-        loss: Key of :data:`allocator.report.curves.LOSSES`.
+        loss: Key of :data:`allocator.core.outcomes.LOSSES`.
     """
     figure, axes = _figure()
     spent, best = [x for x, _ in curve], [y for _, y in curve]

@@ -18,7 +18,8 @@ from allocator.core.errors import UserError
 from allocator.model.checkpoint.headers import PACKAGED, list_model_files
 from allocator.model.data.text import text_files
 from allocator.model.family.schema import families_folder
-from allocator.run.config import RunConfig, checked, read_keys
+from allocator.run.config.load import read_keys, validate
+from allocator.run.config.run import RunConfig
 
 RUN_FILE = "run.yaml"
 
@@ -76,7 +77,7 @@ def pack(keys: Mapping[str, Any], file: Path | None = None, *, installed: bool =
         UserError: A key is wrong, a file is missing, a place is not shared, the run is there and is another search, or
             all of it is too large to send.
     """
-    config = checked(keys, file)
+    config = validate(keys, file)
     if config.address is not None:
         raise UserError("address: a job runs on the cluster that it is submitted to. Leave it out of the run file")
     for name, place in (("runs_dir", config.runs_dir), ("store", config.store)):
@@ -118,7 +119,7 @@ def _check_same(config: RunConfig) -> None:
     stored = config.folder / "run.yaml"
     if not stored.is_file():
         return
-    theirs, own = (each.identity() for each in (checked(read_keys(stored, {}), stored), config))
+    theirs, own = (each.identity() for each in (validate(read_keys(stored, {}), stored), config))
     for key, value in own.items():
         if theirs.get(key) != value:
             raise UserError(

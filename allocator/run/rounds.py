@@ -9,12 +9,13 @@ from typing import Any
 from allocator.core.header import JournalHeader
 from allocator.core.space import SearchSpace
 from allocator.model.family.space import build_space
-from allocator.run.job import Job, serving
+from allocator.run.job import Job
+from allocator.run.model import with_serving_costs
 from allocator.searchers.coarse_to_fine import Round, fill_budget, refine_ladders, translate
 from allocator.searchers.study import Decision
 
 
-def next_job(job: Job, decision: Decision) -> Job:
+def prepare_next_round(job: Job, decision: Decision) -> Job:
     """Return the job of the round that follows a decision."""
     config, baselines = job.config, (decision.uniform, decision.two_rate)
     space = build_space(
@@ -26,21 +27,21 @@ def next_job(job: Job, decision: Decision) -> Job:
         config.ladder.align,
         bias=config.pruner.bias,
     )
-    space = serving(config, job.checkpoint, job.layout, space)
+    space = with_serving_costs(config, job.checkpoint, job.layout, space)
     chosen, uniform, two_rate = (translate(a, job.space, space) for a in (decision.searched, *baselines))
     return _in_round(
-        job, space, Round(fill_budget(space, chosen, job.budget), uniform, two_rate, history(job, decision))
+        job, space, Round(fill_budget(space, chosen, job.budget), uniform, two_rate, list_rounds(job, decision))
     )
 
 
-def job_of_round(job: Job, header: JournalHeader) -> Job:
+def restore_round(job: Job, header: JournalHeader) -> Job:
     """Return the job of the round that a journal was begun for; ``job`` is that of the first round."""
     if header.round is None:
         return job
     return _in_round(job, header.space, Round.from_json(header.round))
 
 
-def history(job: Job, decision: Decision) -> tuple[Mapping[str, Any], ...]:
+def list_rounds(job: Job, decision: Decision) -> tuple[Mapping[str, Any], ...]:
     """Return what each round spent and reached, up to that of a job."""
     own = {
         "evaluations": decision.spent.evaluations,

@@ -15,7 +15,7 @@ from allocator.core.budget import Budget, denser_moves, fits
 from allocator.core.errors import UserError
 from allocator.core.journal import Journal
 from allocator.core.plan import Plan
-from allocator.evaluation.engine import LocalEvaluator
+from allocator.evaluation.local import LocalEvaluator
 from allocator.searchers.rules.measured import MEASURED_RULES
 from allocator.searchers.rules.one_shot import RULES
 
@@ -79,7 +79,7 @@ def test_a_plan_above_the_budget_is_marked(cli: Cli, compare_args: list[object],
     assert "plan finished *" in out
     assert "*: above the budget of" in out
     data = cli(*arguments, "--resume", "--json").json
-    assert not data["measured"]["plan finished"]["within_budget"]
+    assert not data.measured["plan finished"]["within_budget"]
     assert data["measured"]["uniform"]["within_budget"]
 
 
@@ -88,7 +88,7 @@ def test_a_plan_with_other_ladders(cli: Cli, compare_args: list[object], finishe
     expected = json.loads((finished / "result.json").read_text())["measured"]["searched"]
     ladder = ["--set", "ladder.sparsities=[0.25,0.5,0.75,1.0]"]
     data = cli(*compare_args, *ladder, "--plan", finished / "plan.json", "--json").json
-    found = data["measured"]["plan finished"]
+    found = data.measured["plan finished"]
     assert (found["params"], found["kl"]) == (expected["params"], expected["kl"])
 
 
@@ -158,7 +158,7 @@ def test_a_closed_rule_needs_no_level_store(cli: Cli, compare_args: list[object]
 
 
 def test_the_default_name_is_not_that_of_a_search(tiny_model: Path) -> None:
-    config = comparison.comparison_config(None, {"model": str(tiny_model)}, (), resume=False)
+    config = comparison.build_comparison_config(tiny_model, None, {}, resume=False)
     assert config.run_name.endswith("-structured-0.5-seed0-compare")
 
 
@@ -198,10 +198,10 @@ def test_from_python(tiny_model: Path, text_folder: Path, tmp_path: Path, sets: 
 
     where = {"runs_dir": tmp_path, "name": "own", "text": text_folder, "workers": 0, "settings": sets[1::2]}
     data = allocator.compare(tiny_model, rules=["cfsp"], plans=[finished / "plan.json"], **where)
-    assert set(data["measured"]) == {"dense", "uniform", "cfsp", "plan finished"}
+    assert set(data.measured) == {"dense", "uniform", "cfsp", "plan finished"}
     with pytest.raises(UserError, match="exists already"):
         allocator.compare(tiny_model, rules=["cfsp"], **where)
     shutil.copy(finished / "plan.json", tmp_path / "mine.json")
     more = allocator.compare(tiny_model, plans=[tmp_path / "mine.json"], resume=True, **where)
-    assert more["measured"]["plan mine"] == more["measured"]["plan finished"]
+    assert more.measured["plan mine"] == more.measured["plan finished"]
     assert Plan.load(tmp_path / "mine.json").allocation == tuple(more["allocations"]["plan mine"]["levels"])

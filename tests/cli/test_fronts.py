@@ -15,12 +15,11 @@ from typing import Any
 import pytest
 
 import allocator
-from allocator.commands.api import plan_from_run
 from allocator.core.budget import Budget
 from allocator.core.journal import Journal
+from allocator.core.outcomes import find_front, select_comparable
 from allocator.core.plan import Plan
-from allocator.report import curves
-from allocator.run.config import load_config
+from allocator.run.config.load import load_config
 from allocator.searchers.methods.sweep import make_budgets
 from allocator.searchers.rules.baselines import uniform
 
@@ -83,7 +82,7 @@ def test_the_front_is_non_dominated_complete_and_selected(swept: Path) -> None:
     assert not any(_beats(*pair, names) for pair in itertools.permutations(front["points"], 2))
     journal = Journal.read(swept / "journal.jsonl")
     space = journal.space
-    for outcome in curves.comparable(journal):
+    for outcome in select_comparable(journal):
         allocation = outcome.request.allocation
         figures = {"kl": outcome.loss, **{cost: space.cost(allocation, cost) for cost in OBJECTIVES}}
         same = [point for point in front["points"] if all(point[name] == figures[name] for name in names)]
@@ -114,7 +113,7 @@ def test_the_hypervolume_is_kept_against_a_stated_point(swept: Path) -> None:
 def test_the_plan_is_a_member_and_is_executed_beside_baselines_of_its_costs(swept: Path) -> None:
     plan, result = Plan.load(swept / "plan.json"), json.loads((swept / "result.json").read_text())
     journal = Journal.read(swept / "journal.jsonl")
-    assert plan.allocation in {outcome.request.allocation for outcome in curves.members(journal)}
+    assert plan.allocation in {outcome.request.allocation for outcome in find_front(journal)}
     assert {cost: plan.budget.limits[cost] for cost in OBJECTIVES} == {
         cost: plan.space.cost(plan.allocation, cost) for cost in OBJECTIVES
     }
@@ -232,5 +231,5 @@ def test_no_member_is_above_a_bound_though_all_is_measured_in_full(
     points = json.loads((run / "front.json").read_text())["points"]
     assert points
     assert all(point["kv_bytes"] <= limit for point in points)
-    chosen = plan_from_run(run, knee=True)
+    chosen = allocator.open_run(run).plan(knee=True)
     assert chosen.space.cost(chosen.allocation, "kv_bytes") <= limit

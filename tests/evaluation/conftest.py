@@ -6,10 +6,12 @@ import dataclasses
 
 import numpy as np
 import pytest
-import torch
+from stores import create_store
 
-from allocator.evaluation.engine import Engine, EngineSpec
+from allocator.evaluation.engine import Engine
+from allocator.evaluation.spec import EngineSpec
 from allocator.model.checkpoint.headers import read_checkpoint
+from allocator.model.data.examples import Examples
 from allocator.model.family.layout import resolve_layout
 from allocator.model.family.schema import find_family
 from allocator.model.family.space import build_space
@@ -17,18 +19,18 @@ from allocator.model.live.load import load_model
 from allocator.model.live.walk import BlockWalker
 from allocator.pruning.calibration.build import prune_on_dense_inputs
 from allocator.pruning.calibration.problem import Calibration
-from allocator.pruning.levels.store import create_store
-from allocator.pruning.pruners.registry import PRUNERS, make_pruner
+from allocator.pruning.pruners.protocol import PrunerSpec
+from allocator.pruning.pruners.registry import make_pruner
 
 LENGTH = 32
 
 
-def _token_ids(seed: int, sequences: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 128, size=(sequences, LENGTH))
+def _token_ids(seed: int, sequences: int) -> Examples:
+    return Examples.from_ids(np.random.default_rng(seed).integers(0, 128, size=(sequences, LENGTH)))
 
 
 @pytest.fixture(scope="session")
-def splits() -> dict[str, np.ndarray]:
+def splits() -> dict[str, Examples]:
     """Random token ids by split, 32 to a sequence."""
     counts = {"calibration": 9, "search": 11, "selection": 6, "test": 7}
     return {split: _token_ids(seed, count) for seed, (split, count) in enumerate(counts.items())}
@@ -42,13 +44,20 @@ def make_spec(tmp_path_factory, splits):
         checkpoint = read_checkpoint(folder)
         layout = resolve_layout(find_family(checkpoint.config["model_type"]), checkpoint, attention)
         space = build_space(layout, checkpoint, pattern, 0.5, bias=bias)
-        pruner = make_pruner(PRUNERS[pattern][0], pattern, 0.01, bias)
+        pruner = make_pruner(PrunerSpec(bias=bias), pattern)
         walker = BlockWalker(load_model(checkpoint), layout)
         levels = prune_on_dense_inputs(
-            Calibration(walker, checkpoint, layout, space, pruner, torch.from_numpy(splits["calibration"]))
+            Calibration(
+                walker=walker,
+                checkpoint=checkpoint,
+                layout=layout,
+                space=space,
+                pruner=pruner,
+                examples=splits["calibration"].to_tensors(),
+            )
         )
         store = create_store(tmp_path_factory.mktemp("store") / "levels", {}, levels)
-        return EngineSpec(checkpoint, layout, space, store, pruner)
+        return EngineSpec(checkpoint=checkpoint, layout=layout, space=space, store=store, pruner=pruner)
 
     return make
 

@@ -13,8 +13,11 @@ from allocator.core.errors import UserError
 from allocator.core.protocols import Request
 from allocator.evaluation import engine as engines
 from allocator.evaluation import teacher
-from allocator.evaluation.engine import Engine, Execution, LocalEvaluator
+from allocator.evaluation.engine import Engine
+from allocator.evaluation.local import LocalEvaluator
+from allocator.evaluation.spec import Execution
 from allocator.model.checkpoint.headers import read_checkpoint
+from allocator.model.data.examples import Examples
 from allocator.model.live.load import load_model
 from allocator.pruning.levels.execute import save_pruned
 
@@ -71,7 +74,7 @@ def test_measurements_are_means_in_nats_per_token(structured, splits, tmp_path):
     spec, allocation = structured, _random(structured.space, 1)
     outcome = Engine(spec, splits).measure(Request(allocation, 5 * 32))
     save_pruned(allocation, spec.checkpoint, spec.layout, spec.space, spec.store, tmp_path / "out")
-    tokens = torch.from_numpy(splits["search"][:5])
+    tokens = splits["search"][:5].to_tensors().inputs["input_ids"]
     with torch.inference_mode():
         dense = load_model(spec.checkpoint)(tokens).logits.double().log_softmax(-1)
         pruned = load_model(read_checkpoint(tmp_path / "out"))(tokens).logits.double().log_softmax(-1)
@@ -92,7 +95,7 @@ def test_what_leaves_some_blocks_is_compared_with_what_leaves_the_dense_ones(str
     outcomes = Engine(spec, splits).measure_batch([Request(allocation, 5 * 32, blocks=blocks), whole])
     outcome = next(each for each in outcomes if each.request.blocks)
     save_pruned(allocation, spec.checkpoint, spec.layout, space, spec.store, tmp_path / "out")
-    tokens = torch.from_numpy(splits["search"][:5])
+    tokens = splits["search"][:5].to_tensors().inputs["input_ids"]
     with torch.inference_mode():
         dense, pruned = (
             load_model(checkpoint)(tokens, output_hidden_states=True).hidden_states[blocks].double()
@@ -128,9 +131,9 @@ def test_a_fidelity_is_a_prefix(structured, splits):
 
 def test_tokens_beyond_the_fidelity_do_not_matter(structured, splits):
     request = Request(_random(structured.space, 2), 3 * 32)
-    changed = splits["search"].copy()
+    changed = splits["search"].inputs["input_ids"].copy()
     changed[3:] = 0
-    other = Engine(structured, {**splits, "search": changed}).measure(request).measured
+    other = Engine(structured, {**splits, "search": Examples.from_ids(changed)}).measure(request).measured
     assert other == Engine(structured, splits).measure(request).measured
 
 
@@ -236,13 +239,13 @@ def test_a_batch_measures_what_each_alone_measures(spec, splits, monkeypatch, li
 def _watch_final_states(monkeypatch):
     """Return a list that gets what leaves the last block, as it is judged."""
     judged = []
-    judge = teacher.Teacher.judge
+    score = teacher.Teacher.score
 
-    def watched(self, lesson, student, student_btd):
+    def watched(self, batch, student, student_btd):
         judged.append(student_btd)
-        return judge(self, lesson, student, student_btd)
+        return score(self, batch, student, student_btd)
 
-    monkeypatch.setattr(teacher.Teacher, "judge", watched)
+    monkeypatch.setattr(teacher.Teacher, "score", watched)
     return judged
 
 
@@ -289,7 +292,7 @@ def test_losses_agree_with_a_float64_reference(structured, splits, tmp_path, los
     spec, allocation = dataclasses.replace(structured, loss=loss), _random(structured.space, 1)
     outcome = Engine(spec, splits).measure(Request(allocation, 5 * 32))
     save_pruned(allocation, spec.checkpoint, spec.layout, spec.space, spec.store, tmp_path / "out")
-    tokens = torch.from_numpy(splits["search"][:5])
+    tokens = splits["search"][:5].to_tensors().inputs["input_ids"]
     with torch.inference_mode():
         dense = load_model(spec.checkpoint)(tokens, output_hidden_states=True)
         pruned = load_model(read_checkpoint(tmp_path / "out"))(tokens, output_hidden_states=True)
@@ -331,7 +334,7 @@ def test_influence_of_blocks_is_that_of_the_saved_model_and_the_same_in_any_batc
             lambda m, args, output: doors.append((args[0], output[0] if isinstance(output, tuple) else output))
         )
     with torch.no_grad():
-        model(torch.from_numpy(splits["search"][:4]))
+        model(splits["search"][:4].to_tensors().inputs["input_ids"])
     measured = together[asked[1].key]
     for block, (entering, leaving) in enumerate(doors):
         a, b = entering.double(), leaving.double()

@@ -17,7 +17,9 @@ from allocator.core.errors import UserError
 from allocator.core.protocols import Request
 from allocator.evaluation import loss as losses
 from allocator.evaluation import teacher
-from allocator.evaluation.engine import Engine, EngineSpec
+from allocator.evaluation.engine import Engine
+from allocator.evaluation.spec import EngineSpec
+from allocator.model.data.examples import Examples
 from allocator.model.live.load import load_model
 from allocator.pruning.levels.execute import save_pruned
 
@@ -57,7 +59,7 @@ def made(make_model, make_spec):
 @pytest.fixture(scope="module")
 def texts(splits):
     ids = np.random.default_rng(11).integers(0, 128, size=(SEQUENCES, 32))
-    return {**splits, "search": ids, "other": ids[::-1]}
+    return {**splits, "search": Examples.from_ids(ids), "other": Examples.from_ids(ids[::-1])}
 
 
 @pytest.fixture(params=CASES)
@@ -230,7 +232,7 @@ def _check_slopes(spec, texts, tmp_path, loss):
     reference = Reference(spec, tmp_path)
     for allocation in _allocations(spec.space):
         outcome = _expand(dataclasses.replace(spec, loss=loss), texts, allocation)
-        value, slopes = reference.slopes(allocation, loss, texts["search"])
+        value, slopes = reference.slopes(allocation, loss, texts["search"].inputs["input_ids"])
         assert outcome.loss == pytest.approx(value, rel=1e-4, abs=1e-7)
         if allocation == spec.space.dense and loss != "nll":
             # there the gradient is zero, and what is found is rounding
@@ -256,7 +258,7 @@ def test_sizes_are_mean_squared_changes_of_outputs_on_evenly_spaced_positions(sp
     for allocation in _allocations(spec.space):
         for sequences in (SEQUENCES, 5):
             outcome = _expand(spec, texts, allocation, sequences * 32)
-            sizes = reference.sizes(allocation, texts["search"][:sequences])
+            sizes = reference.sizes(allocation, texts["search"][:sequences].inputs["input_ids"])
             _close(outcome.expansion.size, sizes, 1e-4)
 
 
@@ -264,7 +266,7 @@ def test_sizes_are_mean_squared_changes_of_outputs_on_evenly_spaced_positions(sp
 def test_the_loss_changes_by_the_slope_along_a_small_step(made, texts, tmp_path, name, loss):
     """By central differences of the loss of whole models in float64, which know of no gradient."""
     spec, step = dataclasses.replace(made(name), loss=loss), 1e-4
-    reference, ids = Reference(spec, tmp_path), texts["search"][:5]
+    reference, ids = Reference(spec, tmp_path), texts["search"][:5].inputs["input_ids"]
     allocation = _allocations(spec.space)[2]
     slopes = _expand(spec, texts, allocation, 5 * 32).expansion.slope
     expected = []

@@ -7,12 +7,14 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from stores import create_store
 from torch.nn import functional
 
 from allocator.core.protocols import FEATURES, Request
-from allocator.evaluation.engine import Engine, EngineSpec
+from allocator.evaluation.engine import Engine
+from allocator.evaluation.spec import EngineSpec
 from allocator.model.checkpoint.headers import read_checkpoint
-from allocator.model.data.examples import Examples, as_tensors, inputs_of, labels_of
+from allocator.model.data.examples import Examples
 from allocator.model.family.layout import resolve_layout
 from allocator.model.family.schema import find_family
 from allocator.model.family.space import build_space
@@ -20,7 +22,7 @@ from allocator.model.live.load import load_model
 from allocator.model.live.walk import BlockWalker
 from allocator.pruning.calibration.build import prune_on_dense_inputs
 from allocator.pruning.calibration.problem import Calibration
-from allocator.pruning.levels.store import create_store
+from allocator.pruning.pruners.protocol import PrunerSpec
 from allocator.pruning.pruners.registry import make_pruner
 
 CASES = {
@@ -32,10 +34,10 @@ PAIRS = [(architecture, loss) for architecture, losses in CASES.items() for loss
 COUNT, LENGTH = 18, 16
 
 
-def _shown(kind, seed: int) -> np.ndarray | Examples:
+def _examples(kind, seed: int) -> Examples:
     rng = np.random.default_rng(seed)
     if kind.reads == "text":
-        return rng.integers(3, 128, (COUNT, LENGTH))
+        return Examples.from_ids(rng.integers(3, 128, (COUNT, LENGTH)))
     arrays = {"pixel_values": rng.normal(size=(COUNT, 3, 16, 16)).astype(np.float32)}
     if kind.reads == "pairs":
         arrays["input_ids"] = rng.integers(3, 128, (COUNT, 12))
@@ -46,7 +48,7 @@ def _shown(kind, seed: int) -> np.ndarray | Examples:
 
 @pytest.fixture(scope="module")
 def made(make_other, tmp_path_factory):
-    """Makes, once for each architecture, what an engine is made from, and what it is shown."""
+    """Makes, once for each architecture, what an engine is made from, and its examples."""
     known = {}
 
     def make(architecture):
@@ -54,15 +56,25 @@ def made(make_other, tmp_path_factory):
             classes = {"num_labels": 5} if "Classification" in architecture else {}
             checkpoint = read_checkpoint(make_other(architecture, **classes))
             layout = resolve_layout(find_family(checkpoint.config["model_type"]), checkpoint)
-            space, pruner = build_space(layout, checkpoint, "structured", 0.5), make_pruner("obs", "structured", 0.01)
+            space, pruner = build_space(layout, checkpoint, "structured", 0.5), make_pruner(PrunerSpec(), "structured")
             splits = {
-                split: _shown(checkpoint.kind, seed) for seed, split in enumerate(("calibration", "search", "test"))
+                split: _examples(checkpoint.kind, seed) for seed, split in enumerate(("calibration", "search", "test"))
             }
             walker = BlockWalker(load_model(checkpoint), layout)
-            calibration = Calibration(walker, checkpoint, layout, space, pruner, as_tensors(splits["calibration"]))
+            calibration = Calibration(
+                walker=walker,
+                checkpoint=checkpoint,
+                layout=layout,
+                space=space,
+                pruner=pruner,
+                examples=splits["calibration"].to_tensors(),
+            )
             levels = prune_on_dense_inputs(calibration)
             store = create_store(tmp_path_factory.mktemp("store") / "levels", {}, levels)
-            known[architecture] = EngineSpec(checkpoint, layout, space, store, pruner), splits
+            known[architecture] = (
+                EngineSpec(checkpoint=checkpoint, layout=layout, space=space, store=store, pruner=pruner),
+                splits,
+            )
         return known[architecture]
 
     return make
@@ -93,33 +105,33 @@ class Reference:
                 own.append((matrix, bias if kept else torch.zeros_like(bias)))
             self.levels.append(own)
 
-    def said(self, allocation, shown):
+    def said(self, allocation, examples):
         """Return logits and states of the model at an allocation."""
         for place, level in enumerate(allocation):
             module, (weight, bias) = self.model.get_submodule(self.modules[place]), self.levels[place][level]
             module.weight, module.bias = (torch.nn.Parameter(each.clone()) for each in (weight, bias))
-        inputs = {n: a.double() if a.is_floating_point() else a for n, a in inputs_of(shown).items()}
+        inputs = {n: a.double() if a.is_floating_point() else a for n, a in examples.inputs.items()}
         if self.kind.reads == "pairs":
             outputs = self.model(**inputs)
             return None, torch.stack([outputs.text_embeds, outputs.image_embeds], 1)
         states = self.model.base_model(**inputs).last_hidden_state
         return self.model(**inputs).logits, states
 
-    def loss(self, name, allocation, shown):
+    def loss(self, name, allocation, examples):
         """Return the mean loss, written out."""
         with torch.no_grad():
-            logits, states = self.said(self.spec.space.dense, shown)
-        own, found = self.said(allocation, shown)
+            logits, states = self.said(self.spec.space.dense, examples)
+        own, found = self.said(allocation, examples)
         if name == "hidden":
             return (found - states).square().sum() / states.square().sum()
         if name == "nll":
-            return functional.cross_entropy(own, labels_of(shown))
+            return functional.cross_entropy(own, examples.labels)
         log_p, log_q = logits.log_softmax(-1), own.log_softmax(-1)  # all classes are among the most probable ones
         return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
-    def slopes(self, name, allocation, shown):
+    def slopes(self, name, allocation, examples):
         """Return the first-order changes of the loss."""
-        value = self.loss(name, allocation, shown)
+        value = self.loss(name, allocation, examples)
         modules = [self.model.get_submodule(module) for module in self.modules]
         found = torch.autograd.grad(value, [p for module in modules for p in (module.weight, module.bias)])
         slopes = []
@@ -135,11 +147,11 @@ class Reference:
 @pytest.mark.parametrize(("architecture", "loss"), PAIRS)
 def test_measurements_and_slopes_are_those_of_the_whole_model(made, architecture, loss):
     spec, splits = made(architecture)
-    reference, shown = Reference(spec), as_tensors(splits["search"])
+    reference, examples = Reference(spec), splits["search"].to_tensors()
     engine = Engine(dataclasses.replace(spec, loss=loss), splits)
     for allocation in (spec.space.dense, _mixed(spec.space), spec.space.sparsest):
         request = Request(allocation, COUNT * LENGTH, "search")
-        expected = float(reference.loss(loss, allocation, shown).detach())
+        expected = float(reference.loss(loss, allocation, examples).detach())
         outcome = engine.measure(request)
         assert outcome.loss == pytest.approx(expected, rel=1e-4, abs=1e-6)
         assert len(outcome.sequence_losses) == COUNT
@@ -148,7 +160,7 @@ def test_measurements_and_slopes_are_those_of_the_whole_model(made, architecture
             continue
         expansion = engine.measure(dataclasses.replace(request, probe="expansion"))
         assert expansion.loss == pytest.approx(expected, rel=1e-4)
-        slopes = reference.slopes(loss, allocation, shown)
+        slopes = reference.slopes(loss, allocation, examples)
         most = max(abs(value) for row in slopes for value in row)
         for own, row in zip(expansion.expansion.slope, slopes, strict=True):
             assert own == pytest.approx(row, rel=1e-3, abs=1e-3 * most)
@@ -166,8 +178,8 @@ def test_prefixes_are_shared_and_features_are_of_every_tower(made, architecture)
         alone = Engine(dataclasses.replace(spec, loss=loss), splits).measure(request)
         assert alone.measured == together[request].measured
     influence = [together[asked[-1]].measured[f"influence.{block}"] for block in range(len(spec.layout.blocks))]
-    walker, shown = BlockWalker(load_model(spec.checkpoint), spec.layout), as_tensors(splits["search"])
-    state = walker.embed(shown)
+    walker, examples = BlockWalker(load_model(spec.checkpoint), spec.layout), splits["search"].to_tensors()
+    state = walker.embed(examples)
     for block, found in enumerate(influence):
         entering, state = state, walker.run(block, state)
         ends = [walker.residual(block, each).double() for each in (entering, state)]
@@ -187,8 +199,8 @@ def test_accuracy_is_the_share_of_labels_that_are_most_probable(made, tmp_path):
     found = Engine(dataclasses.replace(spec, store=None), splits).measure_checkpoint(
         tmp_path / "out", "test", COUNT * LENGTH
     )
-    shown = as_tensors(splits["test"])
+    examples = splits["test"].to_tensors()
     with torch.no_grad():
-        logits = load_model(read_checkpoint(tmp_path / "out"))(**inputs_of(shown)).logits
-    assert found["accuracy"] == pytest.approx(float((logits.argmax(-1) == labels_of(shown)).double().mean()))
-    assert found["nll"] == pytest.approx(float(functional.cross_entropy(logits, labels_of(shown))), rel=1e-5)
+        logits = load_model(read_checkpoint(tmp_path / "out"))(**examples.inputs).logits
+    assert found["accuracy"] == pytest.approx(float((logits.argmax(-1) == examples.labels).double().mean()))
+    assert found["nll"] == pytest.approx(float(functional.cross_entropy(logits, examples.labels)), rel=1e-5)

@@ -10,9 +10,11 @@ from safetensors.torch import load_file
 
 from allocator.core.errors import UserError
 from allocator.core.protocols import Request
-from allocator.evaluation.engine import Engine, LocalEvaluator
-from allocator.evaluation.training import Trainee, Trainer, Training
+from allocator.evaluation.engine import Engine
+from allocator.evaluation.local import LocalEvaluator
+from allocator.evaluation.training import Candidate, Trainer, Training
 from allocator.model.checkpoint.headers import read_checkpoint
+from allocator.model.data.examples import Examples
 from allocator.model.live.load import load_model
 from allocator.pruning.levels.assemble import Assembler
 from allocator.pruning.levels.execute import save_pruned
@@ -24,7 +26,7 @@ LENGTH, STEPS = 32, 16
 def texts(splits):
     """The splits, and a text to train on in which a token tells the next one."""
     tokens = np.random.default_rng(9).integers(0, 128, (STEPS, 1)) + 7 * np.arange(LENGTH)
-    return {**splits, "training": tokens % 128}
+    return {**splits, "training": Examples.from_ids(tokens % 128)}
 
 
 @pytest.fixture(scope="session")
@@ -51,13 +53,13 @@ def _some(space, seed=1):
 
 
 def _trainer(spec, texts, dtype=torch.float32):
-    tokens = torch.from_numpy(texts["training"])
+    tokens = torch.from_numpy(texts["training"].inputs["input_ids"])
     return Trainer(spec.checkpoint, spec.layout, spec.space, spec.store, spec.training, tokens, dtype, spec.device)
 
 
-def _train(trainee, texts, until):
-    trainee.train(torch.from_numpy(texts["training"]), until, torch.float32)
-    return trainee
+def _train(candidate, texts, until):
+    candidate.train(torch.from_numpy(texts["training"]), until, torch.float32)
+    return candidate
 
 
 def _weights(model):
@@ -75,13 +77,13 @@ def test_no_removed_weight_comes_back(trained_spec, texts, pattern):
         f"{u.name}.weight": pruned.unit(u.name, level)[f"{u.name}.weight"]
         for u, level in zip(space.units, allocation, strict=True)
     }
-    first = _train(_trainer(spec, texts).trainee(allocation), texts, 4 * LENGTH)
-    second = _trainer(spec, texts).trainee(allocation)
+    first = _train(_trainer(spec, texts).make_candidate(allocation), texts, 4 * LENGTH)
+    second = _trainer(spec, texts).make_candidate(allocation)
     second.resume(4 * LENGTH, first.state())
     _train(second, texts, STEPS * LENGTH)
     removed = 0
-    for trainee in (first, second):
-        state = trainee.state()
+    for candidate in (first, second):
+        state = candidate.state()
         for unit, (name, weight) in zip(space.units, before.items(), strict=True):
             gone = weight == 0
             assert int(gone.sum()) == unit.total - unit.kept[-1]
@@ -95,7 +97,7 @@ def test_no_removed_weight_comes_back(trained_spec, texts, pattern):
 def test_a_structured_candidate_holds_nothing_that_was_removed(trained_spec, texts):
     spec = trained_spec("structured")
     allocation = _some(spec.space)
-    model = _train(_trainer(spec, texts).trainee(allocation), texts, 2 * LENGTH).model
+    model = _train(_trainer(spec, texts).make_candidate(allocation), texts, 2 * LENGTH).model
     assert sum(parameter.numel() for parameter in model.parameters()) == spec.space.cost(allocation)
 
 
@@ -109,7 +111,7 @@ def test_training_is_that_of_a_plain_loop_on_the_checkpoint(trained_spec, texts,
     zeros = {name: p.detach() == 0 for name, p in model.named_parameters()} if pattern == "unstructured" else {}
     means = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in model.named_parameters()}
     for step in range(1, 4):
-        tokens = torch.from_numpy(texts["training"][2 * step - 2 : 2 * step])
+        tokens = torch.from_numpy(texts["training"].inputs["input_ids"][2 * step - 2 : 2 * step])
         model.zero_grad()
         model(tokens, labels=tokens, use_cache=False).loss.backward()
         with torch.no_grad():
@@ -120,7 +122,7 @@ def test_training_is_that_of_a_plain_loop_on_the_checkpoint(trained_spec, texts,
                 second.mul_(0.999).add_(0.001 * grad**2)
                 p.mul_(1 - 1e-3 * 0.01)
                 p.sub_(1e-3 * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8))
-    found = _weights(_train(_trainer(spec, texts).trainee(allocation), texts, 3 * 2 * LENGTH).model)
+    found = _weights(_train(_trainer(spec, texts).make_candidate(allocation), texts, 3 * 2 * LENGTH).model)
     expected = _weights(model)
     assert found.keys() == expected.keys()
     dense = _weights(load_model(read_checkpoint(tmp_path / "out")))
@@ -131,13 +133,13 @@ def test_training_is_that_of_a_plain_loop_on_the_checkpoint(trained_spec, texts,
 
 @pytest.mark.parametrize("pattern", ["structured", "unstructured", "two_four"])
 def test_training_that_goes_on_is_training_from_the_start(trained_spec, texts, pattern, monkeypatch):
-    resumed, resume = [], Trainee.resume
-    monkeypatch.setattr(Trainee, "resume", lambda self, *state: resumed.append(state[0]) or resume(self, *state))
+    resumed, resume = [], Candidate.resume
+    monkeypatch.setattr(Candidate, "resume", lambda self, *state: resumed.append(state[0]) or resume(self, *state))
     spec = trained_spec(pattern, batch=2)
     allocation = _some(spec.space)
     going_on, anew = _trainer(spec, texts), dataclasses.replace(spec.training, folder=spec.training.folder / "none")
     for steps in (1, 3):
-        going_on.trained(Request(allocation, 32 * steps, training=steps * 2 * LENGTH), keep=True)
+        going_on.train(Request(allocation, 32 * steps, training=steps * 2 * LENGTH), keep=True)
     assert len(list(spec.training.folder.iterdir())) == 2
     last = Request(allocation, 352, training=8 * 2 * LENGTH)
     found = _weights(going_on.trained(last, keep=False))
@@ -161,7 +163,7 @@ def test_a_state_cut_short_is_as_none(trained_spec, texts):
 
 def test_masters_are_float32_whatever_evaluations_compute_in(trained_spec, texts):
     spec = trained_spec("structured", dtype="bfloat16")
-    model = _trainer(spec, texts, torch.bfloat16).trained(Request(_some(spec.space), 32, training=64), keep=True)
+    model = _trainer(spec, texts, torch.bfloat16).train(Request(_some(spec.space), 32, training=64), keep=True)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     (state,) = spec.training.folder.iterdir()
     assert {tensor.dtype for tensor in load_file(state).values()} == {torch.float32}
@@ -257,10 +259,10 @@ def test_an_expert_without_tokens_goes_on_as_if_never_interrupted(make_model, tm
     training = Training(learning_rate=1e-2, batch_sequences=1, folder=tmp_path)
     tokens = torch.randint(0, 128, (6, 4), generator=torch.Generator().manual_seed(0))
 
-    def trainee():
-        return Trainee(load_model(checkpoint), {}, training)
+    def candidate():
+        return Candidate(load_model(checkpoint), {}, training)
 
-    straight, first, second = trainee(), trainee(), trainee()
+    straight, first, second = candidate(), candidate(), candidate()
     straight.train(tokens, 24, torch.float32)
     first.train(tokens, 12, torch.float32)
     second.resume(12, first.state())

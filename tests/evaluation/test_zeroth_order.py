@@ -20,7 +20,7 @@ def own(request):
 def test_slopes_are_those_of_automatic_differentiation(own, splits):
     found = zeroth_order(own, splits["calibration"])["gradient"]
     model = AutoModelForCausalLM.from_pretrained(own.checkpoint.folder, dtype=torch.float64)
-    tokens = torch.from_numpy(splits["calibration"][:4])
+    tokens = splits["calibration"][:4].to_tensors().inputs["input_ids"]
     model(tokens, labels=tokens).loss.backward()
     modules = {sub_block.name: sub_block.modules for sub_block in own.layout.sub_blocks}
     for index, unit in enumerate(own.space.units):

@@ -20,7 +20,8 @@ from allocator.model.live.load import load_model
 from allocator.model.live.walk import BlockWalker
 from allocator.pruning.calibration.build import prune_on_dense_inputs
 from allocator.pruning.calibration.problem import Calibration
-from allocator.pruning.pruners.registry import LocalPruner, make_pruner
+from allocator.pruning.pruners.protocol import LocalPruner, PrunerSpec
+from allocator.pruning.pruners.registry import make_pruner
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,14 @@ class Case:
     def calibration(self, checkpoint: Checkpoint | None = None) -> Calibration:
         """Return a freshly loaded dense model with the calibration text."""
         checkpoint = checkpoint or self.checkpoint
-        return Calibration(self.walker(), checkpoint, self.layout, self.space, self.pruner, self.tokens)
+        return Calibration(
+            walker=self.walker(),
+            checkpoint=checkpoint,
+            layout=self.layout,
+            space=self.space,
+            pruner=self.pruner,
+            examples=self.tokens,
+        )
 
 
 def _tokens(seed: int, sequences: int, length: int) -> torch.Tensor:
@@ -70,9 +78,15 @@ def make_case():
         layout = resolve_layout(family, checkpoint, attention, experts)
         space = build_space(layout, checkpoint, pattern, 0.5, bias=bias)
         whole = "reconstruction" if experts == "whole" else None
-        pruner, tokens = make_pruner(name, pattern, 0.01, bias, whole), _tokens(1, 9, 32)
+        pruner, tokens = make_pruner(PrunerSpec(name=name, bias=bias, experts=whole), pattern), _tokens(1, 9, 32)
         walker = BlockWalker(load_model(checkpoint), layout)
-        compact = dict(prune_on_dense_inputs(Calibration(walker, checkpoint, layout, space, pruner, tokens)))
+        compact = dict(
+            prune_on_dense_inputs(
+                Calibration(
+                    walker=walker, checkpoint=checkpoint, layout=layout, space=space, pruner=pruner, examples=tokens
+                )
+            )
+        )
         return Case(checkpoint, layout, space, pruner, tokens, compact)
 
     return make

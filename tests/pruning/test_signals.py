@@ -121,13 +121,13 @@ def test_a_streamed_model_gives_the_same_and_progress_is_told(structured, found)
     steps = []
     walker = StreamedWalker(structured.checkpoint, structured.layout)
     calibration = Calibration(
-        walker,
-        structured.checkpoint,
-        structured.layout,
-        structured.space,
-        structured.pruner,
-        structured.tokens,
-        steps.append,
+        walker=walker,
+        checkpoint=structured.checkpoint,
+        layout=structured.layout,
+        space=structured.space,
+        pruner=structured.pruner,
+        examples=structured.tokens,
+        progress=steps.append,
     )
     again = collect(calibration, list(found.values))
     for name, value in found.values.items():

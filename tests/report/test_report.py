@@ -23,11 +23,20 @@ from allocator.core.budget import Budget
 from allocator.core.errors import UserError
 from allocator.core.header import JournalHeader
 from allocator.core.journal import Journal
+from allocator.core.outcomes import LOSSES, build_front, read_front, select_comparable
 from allocator.core.plan import Plan
 from allocator.core.protocols import Outcome, Request
 from allocator.core.space import Allocation, SearchSpace, Unit
-from allocator.report import curves, figures, tables
+from allocator.core.spending import sum_spending, trace_convergence
+from allocator.core.training_effect import summarise_training
+from allocator.report import figures
+from allocator.report.marks import collect_candidates, collect_marks, collect_starts, restore_allocations
 from allocator.report.page import write_report
+from allocator.report.tables.formats import format_change, format_figure
+from allocator.report.tables.front import format_hypervolume, front_table
+from allocator.report.tables.model import format_ladder, space_table
+from allocator.report.tables.plan import plan_table
+from allocator.report.tables.result import list_results, result_table
 
 LOW, HIGH = 100, 1000
 UNIFORM, TWO_RATE, SEARCHED = (1, 2, 1, 2), (0, 3, 0, 3), (0, 4, 0, 2)
@@ -163,7 +172,7 @@ def shown(table: Table, width: int = 80) -> str:
 
 
 def test_result_table_against_hand(finished: Path) -> None:
-    text = shown(tables.result_table(json.loads((finished / "result.json").read_text())))
+    text = shown(result_table(json.loads((finished / "result.json").read_text())))
     lines = {line[:22].strip(): line[22:].split() for line in text.splitlines()}
     assert lines["dense"] == ["980", "0.00%", "7.50", "0.0000", "—"]
     assert lines["uniform"] == ["540", "50.00%", "8.30", "0.8000", "—"]
@@ -177,10 +186,10 @@ def test_result_table_against_hand(finished: Path) -> None:
 def test_result_table_tolerates_missing_rows() -> None:
     result = result_of(structured(), NAMED)
     result["measured"] = {"searched": {"params": 1_234_567, "kl": 0.5}, "by_hand": {"kl": 0.4}}
-    rows = tables.result_rows(result)
+    rows = list_results(result)
     assert [row.key for row in rows] == ["searched", "by_hand"]
     assert all(row.versus_uniform is None for row in rows)
-    assert "1,234,567" in shown(tables.result_table(result))
+    assert "1,234,567" in shown(result_table(result))
 
 
 @pytest.mark.parametrize(
@@ -188,11 +197,11 @@ def test_result_table_tolerates_missing_rows() -> None:
     [(None, "—"), (0.0, "0.0%"), (1e-9, "0.0%"), (0.5, "+50.0%"), (-0.4296, "\N{MINUS SIGN}43.0%")],
 )
 def test_change(value: float | None, text: str) -> None:
-    assert tables.change(value) == text
+    assert format_change(value) == text
 
 
 def test_space_table_fits_80_columns_and_adds_up() -> None:
-    text = shown(tables.space_table(structured()))
+    text = shown(space_table(structured()))
     assert max(map(len, text.splitlines())) <= 80
     assert re.search(r"layers\.1\.attn +kv_groups +4 +4 2 1 0 +40\n", text)
     assert re.search(r"embeddings, norms, head +fixed +100\n", text)
@@ -209,13 +218,13 @@ def test_space_table_fits_80_columns_and_adds_up() -> None:
     ],
 )
 def test_ladder(kind: str, kept: tuple[int, ...], text: str) -> None:
-    assert tables.ladder(Unit("u", kind, "mlp", 0, kept[0], kept, kept, kept)) == text
+    assert format_ladder(Unit("u", kind, "mlp", 0, kept[0], kept, kept, kept)) == text
 
 
 def test_front_table_shortens_a_long_front() -> None:
     points = [{"params": 1000 - i, "sparsity": i / 1000, "kl": i / 10, "allocation": []} for i in range(200)]
     front = {"tokens": HIGH, "loss": "kl", "objectives": ["kl", "params"], "points": points}
-    text = shown(tables.front_table(front))
+    text = shown(front_table(front))
     assert "200 points" in text
     assert "1,000" in text
     assert "801" in text, "both ends are shown"
@@ -227,18 +236,18 @@ def test_a_front_names_the_loss_of_its_run(tmp_path: Path, space: SearchSpace, l
     header = JournalHeader(tokens=(HIGH,), budget=Budget(params=9999), space=space, loss=loss)
     request = Request(space.dense, HIGH)
     journal = Journal(tmp_path, header, {0: [Outcome(request, {loss: 0.25, "nll": 1.0}, 0.5, loss)]}, None)
-    front = curves.front(journal)
+    front = build_front(journal)
     assert [point[loss] for point in front["points"]] == [0.25]
-    assert re.search(rf"removed +.? *{heading}\b", shown(tables.front_table(front)))
+    assert re.search(rf"removed +.? *{heading}\b", shown(front_table(front)))
     drawn = [
-        figures.front_figure(front, cloud=curves.cloud(journal)),
-        figures.convergence_figure(curves.convergence(journal), {}, journal.loss),
+        figures.front_figure(front, cloud=collect_candidates(journal)),
+        figures.convergence_figure(trace_convergence(journal), {}, journal.loss),
     ]
-    assert all(curves.LOSSES[loss] in figure.axes[0].get_ylabel() for figure in drawn)
+    assert all(LOSSES[loss] in figure.axes[0].get_ylabel() for figure in drawn)
 
 
 def test_plan_table(finished: Path) -> None:
-    text = shown(tables.plan_table(Plan.load(finished / "plan.json")))
+    text = shown(plan_table(Plan.load(finished / "plan.json")))
     assert re.search(r"layers\.0\.mlp +channels +0 +4 +100\.0%", text)
     assert re.search(r"whole model +parameters +380 +980 +68\.18%", text)
 
@@ -250,7 +259,7 @@ def test_convergence_against_hand(tmp_path: Path) -> None:
     dense, other, searched = 1000.0, 1000 * 280 / 900, 1000 * 300 / 900
     spent = [uniform, uniform + two_rate]
     spent += [spent[-1] + low + dense + other, spent[-1] + low + dense + other + searched]
-    curve = curves.convergence(journal)
+    curve = trace_convergence(journal)
     assert [x for x, _ in curve] == pytest.approx(spent)
     assert [y for _, y in curve] == [0.8, 0.6, 0.6, 0.4], "neither the low fidelity nor the dense model counts"
 
@@ -270,29 +279,29 @@ def test_convergence_is_monotone(drawn: list[tuple[Allocation, float, int, str]]
     space = structured()
     header = JournalHeader(tokens=(LOW, HIGH), budget=Budget(params=LIMIT), space=space)
     journal = Journal(Path("unused"), header, {batch: [outcome(*item)] for batch, item in enumerate(drawn)}, None)
-    curve = curves.convergence(journal)
+    curve = trace_convergence(journal)
     assert all(a[0] < b[0] and a[1] >= b[1] for a, b in pairwise(curve))
-    eligible = [o.loss for o in curves.comparable(journal) if space.cost(o.request.allocation) <= LIMIT]
+    eligible = [o.loss for o in select_comparable(journal) if space.cost(o.request.allocation) <= LIMIT]
     assert len(curve) == len(eligible)
     assert not eligible or curve[-1][1] == min(eligible)
 
 
 def test_front_marks_and_spending(tmp_path: Path) -> None:
     journal = write_journal(tmp_path, OUTCOMES, structured())
-    front = curves.front(journal)
+    front = build_front(journal)
     assert [(point["params"], point["kl"]) for point in front["points"]] == [(980, 0.0), (380, 0.4), (360, 0.7)]
-    named = curves.allocations(journal.space, result_of(structured(), NAMED)["units"])
+    named = restore_allocations(journal.space, result_of(structured(), NAMED)["units"])
     assert named == NAMED
-    assert curves.marks(journal, named)["uniform"] == {"params": 540, "macs": 460, "kl": 0.8, "nll": 1.8}
-    assert [(point["params"], point["kl"]) for point in curves.cloud(journal)] == [
+    assert collect_marks(journal, named)["uniform"] == {"params": 540, "macs": 460, "kl": 0.8, "nll": 1.8}
+    assert [(point["params"], point["kl"]) for point in collect_candidates(journal)] == [
         (540, 0.8),
         (380, 0.6),
         (980, 0.0),
         (360, 0.7),
         (380, 0.4),
     ]
-    assert curves.starts(journal) == [], "a search of one budget begins with no front of uniform allocations"
-    spending = {(line.split, line.tokens): line for line in curves.spending(journal)}
+    assert collect_starts(journal) == [], "a search of one budget begins with no front of uniform allocations"
+    spending = {(line.split, line.tokens): line for line in sum_spending(journal)}
     assert spending["search", HIGH].evaluations == 5
     assert spending["selection", 2 * HIGH].candidate_tokens == pytest.approx(2000 * 300 / 900)
     assert spending["search", LOW].wall_s == 0.5
@@ -312,19 +321,19 @@ def test_what_training_changed(tmp_path: Path) -> None:
     space = structured()
     header = JournalHeader(tokens=(HIGH,), budget=Budget(params=LIMIT), space=space)
     journal = Journal(tmp_path, replace(header, training={"tokens": [64]}), batches, None)
-    (line,) = curves.training(journal)
+    (line,) = summarise_training(journal)
     assert (line["split"], line["tokens"], line["training"], line["evaluations"]) == ("search", HIGH, 64, 6)
     assert (line["before"], line["after"]) == pytest.approx((1.6, 0.4))
     # Ranks 1..6 against 4 5 6 1 2 3: 1 - 6 Σd² / (n (n² - 1)) = 1 - 6 · 54 / 210.
     assert line["rank_correlation"] == pytest.approx(1 - 6 * 54 / 210)
     assert line["rank_correlation_in_batch"] == pytest.approx(1.0)
-    assert len(curves.comparable(journal)) == 6, "what was not trained is not compared with what was"
-    marks = curves.marks(journal, {"uniform": UNIFORM, "searched": (0, 3, 0, 3)})
+    assert len(select_comparable(journal)) == 6, "what was not trained is not compared with what was"
+    marks = collect_marks(journal, {"uniform": UNIFORM, "searched": (0, 3, 0, 3)})
     assert {name: (mark["params"], mark["kl"]) for name, mark in marks.items()} == {
         "searched": (100 + 40 + 40 + 200, 0.5)
     }
-    assert [(line.training, line.evaluations) for line in curves.spending(journal)] == [(0, 1), (64, 6)]
-    assert curves.training(Journal(tmp_path, header, {0: [outcome(UNIFORM, 0.9)]}, None)) == []
+    assert [(line.training, line.evaluations) for line in sum_spending(journal)] == [(0, 1), (64, 6)]
+    assert summarise_training(Journal(tmp_path, header, {0: [outcome(UNIFORM, 0.9)]}, None)) == []
 
 
 def test_result_table_of_a_search_that_trains(finished: Path) -> None:
@@ -333,7 +342,7 @@ def test_result_table_of_a_search_that_trains(finished: Path) -> None:
     result["search"]["training"] = [{**line, "training": 0 + 2048, "rank_correlation": None}, line]
     result["measured"]["uniform_trained"] = {**result["measured"]["uniform"], "kl": 0.4}
     result["measured"]["searched_trained"] = {**result["measured"]["searched"], "kl": 0.3}
-    text = shown(tables.result_table(result))
+    text = shown(result_table(result))
     lines = {line[:22].strip(): line[22:].split() for line in text.splitlines()}
     assert lines["searched, trained"][-1] == "\N{MINUS SIGN}25.0%", "0.3 against 0.4"
     assert "trained on 8,192 tokens" in text
@@ -445,7 +454,7 @@ def test_sparsity_figure_takes_bars_or_a_heat_map() -> None:
 
 def test_front_figure_steps_where_the_budget_buys_more(tmp_path: Path) -> None:
     journal = write_journal(tmp_path, OUTCOMES, structured())
-    figure = figures.front_figure(curves.front(journal), cloud=curves.cloud(journal))
+    figure = figures.front_figure(build_front(journal), cloud=collect_candidates(journal))
     step = next(line for line in figure.axes[0].lines if line.get_label() == "front")
     assert step.get_drawstyle() == "steps-post"
     assert np.asarray(step.get_xdata()).tolist()[:3] == [360, 380, 980]
@@ -463,7 +472,7 @@ def front_run(finished: Path) -> Path:
         "value": 0.25,
         "curve": [[1, 511, 0.0], [2, 844, 0.125], [7, 3000, 0.25]],
     }
-    (finished / "front.json").write_text(json.dumps({**curves.front(journal), "hypervolume": kept}))
+    (finished / "front.json").write_text(json.dumps({**build_front(journal), "hypervolume": kept}))
     return finished
 
 
@@ -486,10 +495,10 @@ def test_page_of_a_front(front_run: Path) -> None:
 
 
 def test_front_figure_has_a_panel_for_each_cost(front_run: Path) -> None:
-    journal, front = Journal.read(front_run / "journal.jsonl"), curves.read_front(front_run / "front.json")
-    marks, starts = curves.marks(journal, NAMED), curves.starts(journal)
+    journal, front = Journal.read(front_run / "journal.jsonl"), read_front(front_run / "front.json")
+    marks, starts = collect_marks(journal, NAMED), collect_starts(journal)
     assert [(start["params"], start["kl"]) for start in starts] == [(540, 0.8)], "the first batch"
-    figure = figures.front_figure(front, marks, curves.cloud(journal), starts, {"params": 500})
+    figure = figures.front_figure(front, marks, collect_candidates(journal), starts, {"params": 500})
     assert [axes.get_xlabel() for axes in figure.axes] == [
         "parameters of the whole model",
         "multiply-accumulates of matrices per token",
@@ -510,8 +519,8 @@ def test_front_figure_has_a_panel_for_each_cost(front_run: Path) -> None:
 
 
 def test_hypervolume_figure_and_line(front_run: Path) -> None:
-    kept = curves.read_front(front_run / "front.json")["hypervolume"]
-    assert tables.hypervolume(kept) == (
+    kept = read_front(front_run / "front.json")["hypervolume"]
+    assert format_hypervolume(kept) == (
         "hypervolume 0.2500 after 7 evaluations; reference point: kl 0.8000, params 980, macs 900"
     )
     axes = figures.hypervolume_figure(kept["curve"]).axes[0]
@@ -525,4 +534,4 @@ def test_hypervolume_figure_and_line(front_run: Path) -> None:
     [("params", 1_234_567, "1,234,567"), ("latency_ms", 12.34567, "12.346"), ("nll", 2.0, "2.0000")],
 )
 def test_figures_are_shown_in_their_units(name: str, value: float, text: str) -> None:
-    assert tables.figure(name, value) == text
+    assert format_figure(name, value) == text

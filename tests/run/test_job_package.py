@@ -14,7 +14,7 @@ import yaml
 
 from allocator.core.errors import UserError
 from allocator.run import job_package as parcel
-from allocator.run.config import checked
+from allocator.run.config.load import validate
 from allocator.run.job_package import COMMAND, JobPackage, pack
 
 ROOT = Path(__file__).parents[2]
@@ -108,7 +108,7 @@ def test_paths_are_those_of_the_job(here: Path) -> None:
         "name": "model-structured-0.5-seed3",
     }
     assert {"inputs/domains.two/other.txt", "inputs/workload.latency/latency.json"} <= sent.files.keys()
-    assert checked(read).identity() == sent.config.identity()
+    assert validate(read).identity() == sent.config.identity()
     assert given["model"] == "./model", "what is given is not changed"
 
 

@@ -2,7 +2,7 @@ import pytest
 
 from allocator.core.effort import Limit
 from allocator.core.errors import UserError
-from allocator.run.config import load_config
+from allocator.run.config.load import load_config
 from allocator.searchers.methods.bayesian import GpSettings, TpeSettings
 from allocator.searchers.methods.evolution import EvolutionSettings
 from allocator.searchers.methods.guided import GuidedSettings

@@ -18,10 +18,12 @@ from allocator.core.costs import known_costs
 from allocator.core.errors import UserError
 from allocator.core.files import write_json
 from allocator.core.journal import Journal
+from allocator.core.outcomes import read_front
 from allocator.core.space import SearchSpace
-from allocator.interop.contract import Source, command
-from allocator.interop.targets.searches import SearchTarget, run_of
-from allocator.report import curves
+from allocator.core.spending import trace_convergence
+from allocator.interop.contract import Source
+from allocator.interop.searches import SearchTarget, require_run
+from allocator.interop.writing import format_command
 
 STORE, ARTIFACTS = "mlflow.db", "artifacts"
 
@@ -57,19 +59,22 @@ class MLflow(SearchTarget):
     def write(self, source: Source, folder: Path) -> list[str]:
         """Write it."""
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        run = run_of(source)
-        front = curves.read_front(run / "front.json")
+        run = require_run(source)
+        front = read_front(run / "front.json")
         # MLflow keeps connections to every store by its path, so that this one has a path of its own
         with tempfile.TemporaryDirectory(dir=folder.absolute()) as scratch:
             _log(source, Journal.read(run / "journal.jsonl"), front, Path(scratch))
             _settle(Path(scratch))
             for name in (STORE, ARTIFACTS):
                 shutil.move(Path(scratch) / name, folder / name)
-        show = command("mlflow", "ui", "--backend-store-uri", f"sqlite:///{STORE}")
+        show = format_command("mlflow", "ui", "--backend-store-uri", f"sqlite:///{STORE}")
         return [
             f"1 search and {len(front['points'])} members of its front; a run keeps no dates, so that all have one",
             f"next: in the folder, {show}",
         ]
+
+
+TARGET = MLflow()
 
 
 def _log(source: Source, journal: Journal, front: Mapping[str, Any], scratch: Path) -> None:
@@ -90,7 +95,7 @@ def _log(source: Source, journal: Journal, front: Mapping[str, Any], scratch: Pa
         client.set_terminated(run, end_time=_BEGIN_MS)
         return run
 
-    folder = run_of(source)
+    folder = require_run(source)
     search = log(folder.absolute().name, {}, _parameters(journal, front), [*_course(journal, front, source)])
     for name in ("plan.json", "front.json"):
         client.log_artifact(search, str(folder / name))
@@ -124,7 +129,7 @@ def _course(journal: Journal, front: Mapping[str, Any], source: Source) -> Itera
             yield "hypervolume", volume, evaluations
             yield "candidate_tokens", tokens, evaluations
     else:
-        for spent, best in curves.convergence(journal):
+        for spent, best in trace_convergence(journal):
             yield f"best_{journal.loss}", best, round(spent)
     for name, figures in source.plan.measured.items():
         yield from ((f"{name}.{key}", value, 0) for key, value in figures.items())

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 from allocator.core.costs import costs_of, from_units
 from allocator.core.front import figure
 from allocator.core.journal import Journal
+from allocator.core.outcomes import find_front, list_objectives, select_comparable
 from allocator.core.plan import Plan
 from allocator.core.protocols import Outcome
 from allocator.core.space import SearchSpace
-from allocator.interop.contract import Source, command, write_lines
-from allocator.interop.targets.searches import SearchTarget, rounds, run_of
-from allocator.report import curves
+from allocator.interop.contract import Source
+from allocator.interop.searches import SearchTarget, iterate_rounds, require_run
+from allocator.interop.writing import format_command, write_lines
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -49,7 +50,7 @@ class Optuna(SearchTarget):
         logs = _Logs()
         storage = optuna.storages.JournalStorage(logs)  # type: ignore[arg-type]
         lines = []
-        for name, journal in rounds(run_of(source)):
+        for name, journal in iterate_rounds(require_run(source)):
             names = _objectives(journal)
             study = optuna.create_study(storage=storage, study_name=name, directions=["minimize"] * len(names))
             _name_metrics(study, names)
@@ -59,7 +60,10 @@ class Optuna(SearchTarget):
             lines.append(f"study {name!r}: {_counts(trials)}")
         write_lines(folder / FILE, (json.dumps({**log, "worker_id": "allocator"}) for log in logs.kept))
         dates = "a run keeps no dates: trials come one after the other from 1970 on"
-        return [*lines, dates, f"next: {command('optuna-dashboard', FILE)}"]
+        return [*lines, dates, f"next: {format_command('optuna-dashboard', FILE)}"]
+
+
+TARGET = Optuna()
 
 
 class _Logs:
@@ -84,7 +88,7 @@ def _name_metrics(study: Study, names: list[str]) -> None:
 
 
 def _objectives(journal: Journal) -> list[str]:
-    return curves.objectives(journal) if journal.header.objectives else [journal.loss]
+    return list_objectives(journal) if journal.header.objectives else [journal.loss]
 
 
 def _trials(journal: Journal, names: Sequence[str], plan: Plan) -> Iterator[FrozenTrial]:
@@ -93,8 +97,8 @@ def _trials(journal: Journal, names: Sequence[str], plan: Plan) -> Iterator[Froz
     from optuna.trial import TrialState
 
     space, begin, planned = journal.space, _BEGIN, (plan.space, plan.allocation)
-    complete = {outcome.request.key for outcome in curves.comparable(journal)}
-    members = {outcome.request.key: place for place, outcome in enumerate(curves.members(journal))}
+    complete = {outcome.request.key for outcome in select_comparable(journal)}
+    members = {outcome.request.key: place for place, outcome in enumerate(find_front(journal))}
     bounds = [] if journal.header.budget is None else [*journal.header.budget.limits.items()]
     distributions: dict[str, BaseDistribution] = {
         unit.name: optuna.distributions.IntDistribution(0, unit.num_levels - 1) for unit in space.units

@@ -1,4 +1,4 @@
-"""What a model is shown: token ids, or examples that are more than that, with labels where a model classifies."""
+"""The input of a model: token ids, or other arrays, with labels for a model that classifies."""
 
 from __future__ import annotations
 
@@ -15,77 +15,78 @@ from allocator.core.files import fingerprint
 LABELS = "labels"
 """Name of the array that no model reads: the class of every example."""
 
+_IDS = "input_ids"
+
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """Examples that are not token ids alone: arrays by the names under which a model takes them.
+    """N inputs of a model: arrays by the names of the model's arguments.
 
-    It is cut, moved and counted as an array of token ids [N, length] is, so that both go the same way.
+    Plain text has one array, ``input_ids`` of shape [N, length].
 
     Attributes:
-        arrays: With N rows each: of numpy, or tensors.
-        length: How many tokens an example counts as.
+        arrays: Arrays with N rows each. Numpy arrays after reading, tensors where a model runs.
+        length: Tokens that one example counts as. Every split and fidelity is counted in tokens.
     """
 
     arrays: Mapping[str, Any]
     length: int
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Examples, and the tokens that each counts as."""
-        return len(next(iter(self.arrays.values()))), self.length
+    @classmethod
+    def from_ids(cls, ids_nt: Any) -> Examples:
+        """Wrap token ids, [sequences, length]."""
+        return cls({_IDS: ids_nt}, ids_nt.shape[1])
 
     @property
-    def size(self) -> int:
-        """Tokens that all count as."""
-        return self.shape[0] * self.length
+    def num_tokens(self) -> int:
+        """Tokens that all examples count as."""
+        return len(self) * self.length
 
-    def numel(self) -> int:
-        """Return :attr:`size`, as tensors do."""
-        return self.size
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What a model is called with, by argument."""
+        return {name: array for name, array in self.arrays.items() if name != LABELS}
+
+    @property
+    def labels(self) -> Any | None:
+        """The class of every example, [N]; None if they have no labels."""
+        return self.arrays.get(LABELS)
+
+    @property
+    def is_plain_text(self) -> bool:
+        """Whether token ids are the only array."""
+        return {*self.arrays} == {_IDS}
+
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        return len(next(iter(self.arrays.values())))
 
     def __getitem__(self, rows: slice) -> Examples:
         """Return some of the examples."""
         return Examples({name: array[rows] for name, array in self.arrays.items()}, self.length)
 
+    def first_tokens(self, count: int) -> Examples:
+        """Return plain text cut to its first ``count`` tokens, and other examples as they are."""
+        return Examples.from_ids(self.arrays[_IDS][:, :count]) if self.is_plain_text else self
+
     def split(self, size: int) -> list[Examples]:
-        """Return batches of so many examples."""
-        return [self[start : start + size] for start in range(0, self.shape[0], size)]
+        """Return batches of at most ``size`` examples."""
+        return [self[start : start + size] for start in range(0, len(self), size)]
 
     def to(self, device: str | torch.device) -> Examples:
-        """Return them on a device."""
-        return Examples({name: array.to(device) for name, array in self.arrays.items()}, self.length)
+        """Return the examples, which are tensors, on a device."""
+        return Examples({name: tensor.to(device) for name, tensor in self.arrays.items()}, self.length)
 
+    def to_tensors(self) -> Examples:
+        """Return a copy as tensors."""
+        return Examples({name: torch.from_numpy(np.array(array)) for name, array in self.arrays.items()}, self.length)
 
-Shown = torch.Tensor | Examples
-"""Token ids [sequences, length], or other examples."""
-
-
-def as_tensors(shown: np.ndarray | Examples) -> Shown:
-    """Return a copy of what is in arrays of numpy, as tensors."""
-    if isinstance(shown, Examples):
-        return Examples({name: torch.from_numpy(np.array(a)) for name, a in shown.arrays.items()}, shown.length)
-    return torch.from_numpy(np.array(shown, dtype=np.int64))
-
-
-def inputs_of(shown: Shown) -> dict[str, torch.Tensor]:
-    """Return what a model is called with, by name."""
-    if isinstance(shown, Examples):
-        return {name: array for name, array in shown.arrays.items() if name != LABELS}
-    return {"input_ids": shown}
-
-
-def labels_of(shown: Shown) -> torch.Tensor | None:
-    """Return the class of every example, [N], where they have one."""
-    return shown.arrays.get(LABELS) if isinstance(shown, Examples) else None
-
-
-def fingerprint_examples(shown: np.ndarray | Examples) -> str:
-    """Return the hash of what is shown, in arrays of numpy."""
-    if not isinstance(shown, Examples):
-        return fingerprint(shown.tolist())
-    arrays = {
-        name: [list(array.shape), str(array.dtype), hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()]
-        for name, array in sorted(shown.arrays.items())
-    }
-    return fingerprint({"arrays": arrays, "length": shown.length})
+    def fingerprint(self) -> str:
+        """Return the hash of all numpy arrays. Of plain text it is the hash of the ids as lists."""
+        if self.is_plain_text:
+            return fingerprint(self.arrays[_IDS].tolist())
+        arrays = {
+            name: [list(a.shape), str(a.dtype), hashlib.sha256(np.ascontiguousarray(a).tobytes()).hexdigest()]
+            for name, a in sorted(self.arrays.items())
+        }
+        return fingerprint({"arrays": arrays, "length": self.length})

@@ -39,7 +39,7 @@ def read_examples(
     wanted: Mapping[str, int],
     length: int,
     notify: Notify = silent,
-) -> dict[str, np.ndarray | Examples]:
+) -> dict[str, Examples]:
     """Read what a model of its kind is shown.
 
     Args:
@@ -61,10 +61,10 @@ def read_examples(
     if kind.reads == "text" and path is not None and path.suffix in (".npz", *_IMAGES):
         raise UserError(f"text: {checkpoint.architecture} reads text, and {path} is none. Give text, or another model")
     if kind.reads == "text" and kind.answers != "classes":
-        return {**read_tokens(path, checkpoint, dict(wanted), length)}
+        return read_tokens(path, checkpoint, wanted, length)
     counts = {split: tokens // length for split, tokens in wanted.items()}
     if kind.reads == "text":
-        return {**_read_labelled(path, checkpoint, counts, length, notify)}
+        return _read_labelled(path, checkpoint, counts, length, notify)
     if path is None or not path.exists():
         what = "a folder of images" if kind.reads == "images" else 'a .jsonl file whose lines have "image" and "text"'
         found = "none is named" if path is None else f"{path} does not exist"
@@ -72,15 +72,15 @@ def read_examples(
             f"text: {checkpoint.architecture} reads {kind.words}, and {found}. Name {what}, or an .npz file"
         )
     if path.suffix == ".npz":
-        return {**_read_arrays(path, checkpoint, counts, length)}
+        return _read_arrays(path, checkpoint, counts, length)
     if kind.reads == "images":
-        return {**_read_images(path, checkpoint, counts, length)}
-    return {**_read_pairs(path, checkpoint, counts, length)}
+        return _read_images(path, checkpoint, counts, length)
+    return _read_pairs(path, checkpoint, counts, length)
 
 
 def read_tokens(
-    text: Path | None, checkpoint: Checkpoint, wanted: dict[str, int], length: int
-) -> dict[str, np.ndarray]:
+    text: Path | None, checkpoint: Checkpoint, wanted: Mapping[str, int], length: int
+) -> dict[str, Examples]:
     """Read text, split it, and pack each split into sequences.
 
     Args:
@@ -96,7 +96,7 @@ def read_tokens(
     documents = read_documents(text)
     encode, separator = load_tokenizer(checkpoint.folder)
     first = None if checkpoint.kind.generates else raw_tokenizer(checkpoint.folder).cls_token_id
-    tokens = {}
+    examples = {}
     for split, count in wanted.items():
         source = "calibration" if split == "training" else split
         own = [document for document in documents if split_of(document.name) == source]
@@ -104,8 +104,9 @@ def read_tokens(
             packed = pack(own, encode, count // length, length - (first is not None), separator)
         except ValueError as error:
             raise UserError(f"{split} split: {error}") from None
-        tokens[split] = packed if first is None else np.pad(packed, ((0, 0), (1, 0)), constant_values=first)
-    return tokens
+        ids = packed if first is None else np.pad(packed, ((0, 0), (1, 0)), constant_values=first)
+        examples[split] = Examples.from_ids(ids)
+    return examples
 
 
 def _read_labelled(

@@ -21,7 +21,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from allocator.core.errors import UserError
-from allocator.model.data.examples import Shown, inputs_of
+from allocator.model.data.examples import Examples
 from allocator.model.family.layout import Layout
 
 SEQUENCES_PER_BATCH = 4
@@ -64,7 +64,7 @@ class BlockWalker:
         return next(self.model.parameters()).dtype
 
     @torch.no_grad()
-    def embed(self, shown: Shown) -> torch.Tensor:
+    def embed(self, examples: Examples) -> torch.Tensor:
         """Return what enters the first block, and note the arguments that the model passes to each block.
 
         Of several towers, it is what enters the first block of each.
@@ -79,7 +79,7 @@ class BlockWalker:
         with _replaced({block: _identity for block in self.blocks}):
             handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in self.blocks]
             try:
-                self._backbone(**inputs_of(shown), **self._settings)
+                self._backbone(**examples.inputs, **self._settings)
             finally:
                 for handle in handles:
                     handle.remove()
@@ -211,18 +211,18 @@ class BlockWalker:
             return None
 
     @torch.no_grad()
-    def check(self, shown: Shown) -> None:
+    def check(self, examples: Examples) -> None:
         """Check that block by block the model computes what it computes as a whole.
 
         Raises:
             UserError: It does not, so that blocks or tail of its family are not all there is.
         """
-        hidden = self.run_all(self.embed(shown))
+        hidden = self.run_all(self.embed(examples))
         if self.kind.generates:
             walked = self.logits(hidden).float()
-            whole = self.model(**inputs_of(shown), **self._settings).logits.float()
+            whole = self.model(**examples.inputs, **self._settings).logits.float()
         else:
-            walked, whole = self.final_states(hidden, shown).float(), self._final_states(inputs_of(shown)).float()
+            walked, whole = self.final_states(hidden, examples).float(), self._final_states(examples.inputs).float()
         # what is not finite is named where it is measured
         if whole.isfinite().all() and not torch.allclose(walked, whole, rtol=0, atol=0.05 * float(whole.abs().max())):
             raise UserError(
@@ -232,7 +232,7 @@ class BlockWalker:
                 else f"family: the blocks are not what {type(self.model).__name__} computes between embedding and end"
             )
 
-    def logit_inputs(self, hidden: torch.Tensor, shown: Shown) -> tuple[torch.Tensor, Head]:
+    def logit_inputs(self, hidden: torch.Tensor, examples: Examples) -> tuple[torch.Tensor, Head]:
         """Return what logits are made of, position by position [B, P, ...], and what makes them of it.
 
         For causal language models that is the output of the last block, whose logits need not be held at once; for
@@ -241,10 +241,10 @@ class BlockWalker:
         if self.kind.generates:
             return hidden, self.logits
         with self._ending(hidden):
-            logits = self.model(**inputs_of(shown)).logits
+            logits = self.model(**examples.inputs).logits
         return (logits if logits.dim() == 3 else logits[:, None]), _as_it_is
 
-    def final_states(self, hidden: torch.Tensor, shown: Shown) -> torch.Tensor:
+    def final_states(self, hidden: torch.Tensor, examples: Examples) -> torch.Tensor:
         """Return the states that a model gives for the output of the last block: what its head reads, [B, P, D].
 
         Of two towers, the embeddings of both. Gradients are as in :meth:`run`.
@@ -252,7 +252,7 @@ class BlockWalker:
         if self.kind.generates:
             return self.states(hidden)
         with self._ending(hidden):
-            return self._final_states(inputs_of(shown))
+            return self._final_states(examples.inputs)
 
     def _final_states(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         outputs = self._backbone(**inputs, **self._settings)

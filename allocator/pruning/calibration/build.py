@@ -16,10 +16,11 @@ import torch
 
 from allocator.core.space import Allocation
 from allocator.model.live.memory import give_back
-from allocator.pruning.calibration.problem import Calibration, Solve, UnitProblem, routers, stages
-from allocator.pruning.calibration.statistics import collected
+from allocator.pruning.calibration.problem import Calibration, Solve, find_routers, plan_stages
+from allocator.pruning.calibration.statistics import collect_statistics
 from allocator.pruning.calibration.streams import DenseAndPruned
-from allocator.pruning.levels.assemble import CompactLevels
+from allocator.pruning.levels.compact import CompactLevels
+from allocator.pruning.pruners.protocol import UnitProblem
 
 Known = Callable[[str], CompactLevels | None]
 """Compact levels of a unit that was pruned before, or None."""
@@ -39,18 +40,26 @@ def prune_on_dense_inputs(
     walker, solve = calibration.walker, solve or _one_by_one(calibration)
     chosen = set(range(len(walker.blocks)) if blocks is None else blocks)
     hidden = calibration.embedded() if chosen else []
-    for index, block in enumerate(stages(calibration.layout, calibration.space)):
+    for index, block in enumerate(plan_stages(calibration.layout, calibration.space)):
         if index > max(chosen, default=-1):
             break
         tasks = [task for stage in block for task in stage.tasks] if index in chosen else []
         with walker.loaded(index):
             modules = [task.module for task in tasks]
-            with collected(walker.model, modules, calibration.pruner.need, routers(tasks)) as statistics:
+            with collect_statistics(walker.model, modules, calibration.pruner.need, find_routers(tasks)) as statistics:
                 hidden = [walker.run(index, batch) for batch in hidden]
         problems = []
         for task in tasks:
             weight, every = calibration.dense_weight(task), tuple(range(1, task.unit.num_levels))
-            problems.append(UnitProblem(task, weight, statistics[task.module], every, weight.dtype))
+            problems.append(
+                UnitProblem(
+                    task=task,
+                    weight_oi=weight,
+                    statistics=statistics[task.module],
+                    levels=every,
+                    dtype=weight.dtype,
+                )
+            )
         for task, found in zip(tasks, solve(problems), strict=True):
             yield task.unit.name, found
         calibration.progress(index + 1)
@@ -78,7 +87,7 @@ def prune_on_pruned_inputs(
     levels = None if along is None else {u.name: level for u, level in zip(space.units, along, strict=True)}
     pruned = dense = calibration.embedded()
     told = False
-    for index, block in enumerate(stages(calibration.layout, space)):
+    for index, block in enumerate(plan_stages(calibration.layout, space)):
         with calibration.walker.loaded(index):
             streams = DenseAndPruned(calibration, index, dense, pruned, levels)
             if not streams.adds_up and not told:  # other blocks are made alike

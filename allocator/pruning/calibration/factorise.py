@@ -35,7 +35,7 @@ class Factor:
         return torch.cholesky_inverse(self.cholesky_ii)
 
 
-def damped(gram_ii: torch.Tensor, damping: float) -> torch.Tensor:
+def damp(gram_ii: torch.Tensor, damping: float) -> torch.Tensor:
     """Return H + λ·mean(diag H)·I. Inputs that are always zero get a unit diagonal, as in SparseGPT."""
     diagonal = gram_ii.diagonal()
     added = torch.full_like(diagonal, damping * float(diagonal.mean()))
@@ -56,7 +56,7 @@ def factorise(gram_ii: torch.Tensor, damping: float, name: str, notify: Notify) 
         UserError: It fails even with the greatest damping.
     """
     for step in range(_STEPS):
-        matrix = damped(gram_ii, damping)
+        matrix = damp(gram_ii, damping)
         cholesky, failed = torch.linalg.cholesky_ex(matrix)
         if not failed and torch.isfinite(cholesky).all():
             return Factor(matrix, cholesky, damping)

@@ -10,29 +10,15 @@ import torch
 
 from allocator.core.errors import UserError
 from allocator.core.notify import Notify, Progress, silent
-from allocator.core.space import SearchSpace, Unit
+from allocator.core.space import SearchSpace
 from allocator.model.checkpoint.headers import Checkpoint
-from allocator.model.data.examples import Shown
+from allocator.model.data.examples import Examples
 from allocator.model.family.layout import Layout
 from allocator.model.family.sub_blocks import SubBlock
 from allocator.model.live.walk import SEQUENCES_PER_BATCH, BlockWalker
 from allocator.model.live.write import read_tensors
-from allocator.pruning.calibration.statistics import Statistics
-from allocator.pruning.levels.assemble import CompactLevels
-from allocator.pruning.pruners.registry import LocalPruner
-
-
-@dataclass(frozen=True, slots=True)
-class UnitTask:
-    """One unit to prune: the matrix whose inputs matter, and its columns per item.
-
-    Of whole experts that is the router, and ``experts`` is the name of what it chooses from.
-    """
-
-    unit: Unit
-    module: str
-    width: int
-    experts: str | None = None
+from allocator.pruning.levels.compact import CompactLevels
+from allocator.pruning.pruners.protocol import LocalPruner, UnitProblem, UnitTask
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,31 +52,7 @@ class PruneStage:
         return self.sub_blocks[0].routed or self.sub_blocks[0].output
 
 
-@dataclass(frozen=True, slots=True)
-class UnitProblem:
-    """What a local pruner is given for one unit.
-
-    Attributes:
-        task: The unit.
-        weight_oi: What its matrix should behave like.
-        statistics: Of the inputs of that matrix.
-        wanted: Levels to make.
-        dtype: Data type in which levels are kept: the checkpoint's.
-    """
-
-    task: UnitTask
-    weight_oi: torch.Tensor
-    statistics: Statistics
-    wanted: tuple[int, ...]
-    dtype: torch.dtype
-
-    def solve(self, pruner: LocalPruner, notify: Notify = silent) -> CompactLevels:
-        """Return the unit's compact levels."""
-        found = pruner.levels(self.task.unit, self.task.width, self.weight_oi, self.statistics, self.wanted, notify)
-        return stored(found, self.dtype)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Calibration:
     """A model to prune, and the text that shows how it is used.
 
@@ -100,7 +62,7 @@ class Calibration:
         layout: Where its units are.
         space: Their ladders.
         pruner: The local pruner.
-        shown: Token ids [sequences, length], or other examples.
+        examples: The calibration text, or other examples, as tensors.
         progress: Hears how many blocks are done.
         notify: Hears what a user should know.
     """
@@ -110,13 +72,13 @@ class Calibration:
     layout: Layout
     space: SearchSpace
     pruner: LocalPruner
-    shown: Shown
+    examples: Examples
     progress: Progress = lambda done: None
     notify: Notify = silent
 
     def embedded(self) -> list[torch.Tensor]:
         """Return what enters the first block, batch by batch."""
-        return [self.walker.embed(batch) for batch in self.shown.split(SEQUENCES_PER_BATCH)]
+        return [self.walker.embed(batch) for batch in self.examples.split(SEQUENCES_PER_BATCH)]
 
     def dense_weight(self, task: UnitTask) -> torch.Tensor:
         """Return the dense weight of a task's matrix, in the checkpoint's data type.
@@ -137,17 +99,12 @@ Solve = Callable[[Sequence[UnitProblem]], list[CompactLevels]]
 """Solves problems that do not depend on each other, wherever it likes."""
 
 
-def stored(compact: CompactLevels, dtype: torch.dtype) -> CompactLevels:
-    """Return compact levels with their values in the checkpoint's data type."""
-    return {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in compact.items()}
-
-
-def routers(tasks: Iterable[UnitTask]) -> dict[str, str]:
+def find_routers(tasks: Iterable[UnitTask]) -> dict[str, str]:
     """Return routers whose experts are units, each with the name of its experts."""
     return {task.module: task.experts for task in tasks if task.experts is not None}
 
 
-def stages(layout: Layout, space: SearchSpace) -> list[list[PruneStage]]:
+def plan_stages(layout: Layout, space: SearchSpace) -> list[list[PruneStage]]:
     """Return the stages of every block, in the order of the forward pass."""
     units = {unit.name: unit for unit in space.units}
     by_block: list[list[PruneStage]] = [[] for _ in layout.blocks]

@@ -116,7 +116,7 @@ KINDS: Mapping[Need, Callable[[int, torch.device], Statistics]] = {
 }
 
 
-def start(
+def start_statistics(
     model: nn.Module, modules: Sequence[str], need: Need, mixtures: Mapping[str, str] = MappingProxyType({})
 ) -> dict[str, Statistics]:
     """Return empty statistics of the inputs of named linear modules, on their devices.
@@ -138,15 +138,17 @@ def start(
 
 
 @contextmanager
-def collected(
+def collect_statistics(
     model: nn.Module, modules: Sequence[str], need: Need, mixtures: Mapping[str, str] = MappingProxyType({})
 ) -> Iterator[dict[str, Statistics]]:
-    """Collect statistics of the inputs of named linear modules while the body runs the model. See :func:`start`.
+    """Collect statistics of the inputs of named linear modules while the body runs the model.
+
+    The arguments are those of :func:`start_statistics`.
 
     Raises:
         UserError: At the end, if an input was NaN or infinite; names the module.
     """
-    gathered = start(model, modules, need, mixtures)
+    gathered = start_statistics(model, modules, need, mixtures)
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def add(module: nn.Module, args: tuple[Any, ...]) -> None:

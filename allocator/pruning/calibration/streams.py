@@ -23,10 +23,12 @@ from allocator.core.notify import Notify
 from allocator.core.space import Unit
 from allocator.model.family.sub_blocks import SubBlock
 from allocator.pruning.calibration.factorise import factorise
-from allocator.pruning.calibration.problem import Calibration, PruneStage, UnitProblem, UnitTask, routers, stages
-from allocator.pruning.calibration.statistics import Gram, Statistics, start
-from allocator.pruning.levels.assemble import Assembler, CompactLevels, LevelSwitch
-from allocator.pruning.pruners.obs import centred, item_columns
+from allocator.pruning.calibration.problem import Calibration, PruneStage, find_routers, plan_stages
+from allocator.pruning.calibration.statistics import Gram, Statistics, start_statistics
+from allocator.pruning.levels.assemble import Assembler, LevelSwitch
+from allocator.pruning.levels.compact import CompactLevels, item_columns
+from allocator.pruning.pruners.obs import centre_gram
+from allocator.pruning.pruners.protocol import Refit, UnitProblem, UnitTask
 
 _ADDS_UP = 1e-2
 """Relative error up to which a block's output is its input plus what its sub-blocks add."""
@@ -71,7 +73,7 @@ class DenseAndPruned:
             calibration.checkpoint, layout, calibration.space, self.compact.__getitem__, self._walker.model
         )
         self._switchboard = LevelSwitch(self._walker.model, layout, assembler)
-        every = [stage for stage in stages(layout, calibration.space)[index] if stage.writes]
+        every = [stage for stage in plan_stages(layout, calibration.space)[index] if stage.writes]
         names = [name for stage in every for name in dict.fromkeys((_around(stage), stage.adds))]
         # what sub-blocks add, by the module that gives it, batch by batch: all of the dense block, and those settled
         self._given: list[dict[str, torch.Tensor]] = []
@@ -90,14 +92,14 @@ class DenseAndPruned:
         pruner, modules = self._calibration.pruner, [task.module for task in wanted]
         if not modules:
             return []
-        gathered = start(self._walker.model, modules, pruner.need, routers(wanted))
+        gathered = start_statistics(self._walker.model, modules, pruner.need, find_routers(wanted))
         for dense, given, pruned, added in zip(self._dense, self._given, self._pruned, self._added, strict=True):
             entering = self._entering(modules, pruned, added)
             if self._projects(stage):
                 self._entered.append(entering[stage.adds])
             for module, entered in entering.items():  # no token of a batch may have been sent to an expert
                 gathered[module].add(entered.flatten(0, -2))
-            if pruner.need != "gram" or stage.routed:
+            if pruner.refit is None or stage.routed:
                 continue
             whole = given
             if not stage.writes:
@@ -176,16 +178,10 @@ class DenseAndPruned:
         statistics.check(task.module)
         weight = dense_weight = self._calibration.dense_weight(task)
         if isinstance(statistics, Gram) and statistics.answer_io is not None:
-            settings = self._calibration.pruner.settings()
-            weight = nearest(
-                dense_weight,
-                statistics,
-                float(settings["damping"]),
-                bool(settings.get("bias")),
-                task.unit.name,
-                self._calibration.notify,
-            )
-        return UnitProblem(task, weight, statistics, levels, dense_weight.dtype)
+            refit = self._calibration.pruner.refit
+            assert refit is not None
+            weight = nearest(dense_weight, statistics, refit, task.unit.name, self._calibration.notify)
+        return UnitProblem(task=task, weight_oi=weight, statistics=statistics, levels=levels, dtype=dense_weight.dtype)
 
     def _projected(self, sub_block: SubBlock, pruned: bool) -> list[torch.Tensor]:
         """Return what a sub-block's output projection makes of what entered it, batch by batch."""
@@ -254,16 +250,13 @@ def _passed_over(stage: PruneStage, heard: Mapping[str, Any]) -> tuple[str, tupl
     return (_around(stage), rest) if torch.equal(first, own) else (stage.adds, None)
 
 
-def nearest(
-    weight_oi: torch.Tensor, statistics: Gram, damping: float, intercept: bool, name: str, notify: Notify
-) -> torch.Tensor:
+def nearest(weight_oi: torch.Tensor, statistics: Gram, refit: Refit, name: str, notify: Notify) -> torch.Tensor:
     """Return the weight that comes nearest to what is aimed at on the inputs at hand.
 
     Args:
         weight_oi: The dense weight, near which it stays where the inputs say little.
         statistics: Of the inputs, and of the outputs that are aimed at.
-        damping: λ as a share of the mean of the diagonal of X̃ᵀX̃.
-        intercept: Whether the pruner will fit a bias too, so that only what varies is to be met.
+        refit: The pruner's damping, and whether it will fit a bias too, so that only what varies is to be met.
         name: The unit, for what is reported.
         notify: Hears of more damping.
 
@@ -273,10 +266,10 @@ def nearest(
     assert statistics.answer_io is not None
     assert statistics.target_o is not None
     gram_ii, answer_io = statistics.gram_ii.double(), statistics.answer_io.double()
-    if intercept:
+    if refit.intercept:
         mean_i = statistics.sum_i.double() / statistics.count
-        gram_ii = centred(gram_ii, mean_i, statistics.count)
+        gram_ii = centre_gram(gram_ii, mean_i, statistics.count)
         answer_io = (answer_io - torch.outer(mean_i, statistics.target_o.double())) * (gram_ii.diagonal() > 0)[:, None]
-    factor = factorise(gram_ii, damping, name, notify)
+    factor = factorise(gram_ii, refit.damping, name, notify)
     right_io = answer_io + (factor.gram_ii - gram_ii) @ weight_oi.to(gram_ii).T
     return torch.cholesky_solve(right_io, factor.cholesky_ii).T

@@ -16,11 +16,8 @@ from allocator.model.family.layout import Layout
 from allocator.model.family.sub_blocks import Rows, SubBlock
 from allocator.model.live.modeling_pruned import choose, counted, recount, regroup, remove
 from allocator.model.live.write import Replacements, read_tensors
+from allocator.pruning.levels.compact import CompactLevels, item_columns
 from allocator.pruning.levels.masks import sparse_weight
-from allocator.pruning.pruners.obs import item_columns
-
-CompactLevels = Mapping[str, torch.Tensor]
-"""What a local pruner returns for one unit, and a level store keeps."""
 
 OUTPUT_BYTES = 1 << 30
 """Memory for output projections that are kept ready; beyond it those not used for longest are read again."""

@@ -12,7 +12,8 @@ from allocator.core.space import Allocation, SearchSpace
 from allocator.model.checkpoint.headers import Checkpoint
 from allocator.model.family.layout import Layout
 from allocator.model.live.write import count_params, read_tensors, write_checkpoint
-from allocator.pruning.levels.assemble import Assembler, CompactLevels
+from allocator.pruning.levels.assemble import Assembler
+from allocator.pruning.levels.compact import CompactLevels
 
 
 def save_pruned(

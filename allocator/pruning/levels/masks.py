@@ -10,15 +10,15 @@ from collections.abc import Mapping
 import torch
 
 
-def packed(kept_oi: torch.Tensor) -> torch.Tensor:
+def pack_mask(kept_oi: torch.Tensor) -> torch.Tensor:
     """Return a mask as bytes, eight positions to each in row-major order, the lowest bit first."""
     flat = kept_oi.flatten().to(torch.uint8)
     bits = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
     return (bits << _places(bits)).sum(1, dtype=torch.uint8)
 
 
-def unpacked(mask: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Return the mask of a shape from what :func:`packed` made."""
+def unpack_mask(mask: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Return the mask of a shape from what :func:`pack_mask` made."""
     bits = (mask[:, None] >> _places(mask)) & 1
     return bits.flatten()[: shape.numel()].view(shape).bool()
 
@@ -27,7 +27,7 @@ def kept_mask(compact: Mapping[str, torch.Tensor], level: int, shape: torch.Size
     """Return which weights of a matrix a level beyond the dense one keeps, whatever their values."""
     if "removed_at" in compact:
         return compact["removed_at"].to(device) > level
-    return unpacked(compact[f"mask.{level}"].to(device), shape)
+    return unpack_mask(compact[f"mask.{level}"].to(device), shape)
 
 
 def sparse_weight(compact: Mapping[str, torch.Tensor], level: int, dense_oi: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from allocator.core.errors import UserError
 from allocator.core.files import check_name, check_place, file_fingerprint, fingerprint, read_json, write_json
 from allocator.core.space import SearchSpace
-from allocator.pruning.levels.assemble import CompactLevels
+from allocator.pruning.levels.compact import CompactLevels
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -99,10 +99,13 @@ class StoreBuilder:
         """Return the blocks of which a unit is not there."""
         return sorted({unit.block for unit in space.units if unit.name not in self})
 
-    def fill(self, made: Iterable[tuple[str, CompactLevels]]) -> None:
-        """Write units as they are made."""
+    def fill(self, made: Iterable[tuple[str, CompactLevels]]) -> list[str]:
+        """Write units as they are made, and return their names."""
+        names = []
         for unit, levels in made:
             self.write(unit, levels)
+            names.append(unit)
+        return names
 
     def finish(self, units: Iterable[str]) -> LevelStore:
         """Let the store appear under its name.
@@ -132,15 +135,6 @@ class StoreBuilder:
 
     def _path(self, unit: str) -> Path:
         return self._partial / f"{unit}.safetensors"
-
-
-def create_store(folder: Path, key: Mapping[str, Any], levels: Iterable[tuple[str, CompactLevels]]) -> LevelStore:
-    """Write a store unit by unit, and return it. See :class:`StoreBuilder`."""
-    builder, names = StoreBuilder(folder, key), []
-    for unit, tensors in levels:
-        builder.write(unit, tensors)
-        names.append(unit)
-    return builder.finish(names)
 
 
 def open_store(folder: Path, key: Mapping[str, Any]) -> LevelStore | None:

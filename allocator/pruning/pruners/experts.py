@@ -6,14 +6,10 @@ Shapes: n tokens, e experts, i input features, k experts that a token is sent to
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 
 from allocator.pruning.calibration.routing import Routing, gates
-
-Criterion = Literal["reconstruction", "routing"]
-"""How experts are chosen: see :func:`by_reconstruction` and :func:`by_routing`."""
+from allocator.pruning.pruners.protocol import Criterion
 
 
 def expert_order(routing: Routing, criterion: Criterion, num_groups: int, least: int) -> torch.Tensor:

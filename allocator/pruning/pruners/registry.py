@@ -1,94 +1,44 @@
-"""The local pruners by name, and what they have in common."""
+"""The local pruners by name, and how one is made from a configuration or a plan."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
-
-import torch
+from collections.abc import Mapping
 
 from allocator.core.errors import UserError
-from allocator.core.notify import Notify, silent
-from allocator.core.space import Unit
-from allocator.pruning.calibration.statistics import Need, Statistics
-from allocator.pruning.pruners.experts import Criterion
 from allocator.pruning.pruners.magnitude_wanda import Magnitude, Wanda
 from allocator.pruning.pruners.obs import Obs
+from allocator.pruning.pruners.protocol import LocalPruner, PrunerSpec, PrunerType
 from allocator.pruning.pruners.sparsegpt import SparseGpt
 
-PRUNERS: Mapping[str, tuple[str, ...]] = {
-    "structured": ("obs",),
-    "unstructured": ("sparsegpt", "wanda", "magnitude"),
-    "n:m": ("sparsegpt", "wanda", "magnitude"),
+PRUNERS: Mapping[str, PrunerType] = {
+    "obs": Obs,
+    "sparsegpt": SparseGpt,
+    "wanda": Wanda,
+    "magnitude": Magnitude,
 }
-"""Names of the pruners that serve each pattern, the default first."""
+"""The local pruners by name. The default of a pattern is the first that serves it."""
 
 
-class LocalPruner(Protocol):
-    """Prunes one unit at every level, from its weight and statistics of its inputs.
-
-    What it returns is compact, in one of three forms:
-
-    - structured: ``order`` [items], the items from the last removed to the first, so that a level keeps a prefix
-      (of every group's part of the order, where the unit has groups); ``output.<level>`` [out, kept columns], the
-      refitted output projection, its columns in that order, but for whole experts; perhaps ``bias.<level>`` [out];
-    - nested masks: ``removed_at`` [out, in], uint8, the first level that removes each weight;
-    - masks with values: ``mask.<level>``, uint8, the kept positions packed eight to a byte in row-major order,
-      the lowest bit first, and ``values.<level>``, the kept values in that order.
-    """
-
-    name: str
-    need: Need
-
-    def settings(self) -> Mapping[str, Any]:
-        """Return what the result depends on, for manifests and plans."""
-        ...
-
-    def levels(
-        self,
-        unit: Unit,
-        width: int,
-        weight_oi: torch.Tensor,
-        statistics: Statistics,
-        wanted: Sequence[int],
-        notify: Notify = silent,
-    ) -> dict[str, torch.Tensor]:
-        """Return compact tensors from which levels are assembled; floating ones in any precision.
-
-        Args:
-            unit: The unit with its ladder.
-            width: Columns of the output projection per item; 1 for a matrix.
-            weight_oi: The unit's matrix, or its output projection: what the level should behave like.
-            statistics: Of the inputs of that matrix, as :attr:`need` asks.
-            wanted: Levels that will be assembled.
-            notify: Hears of damping beyond the setting.
-        """
-        ...
+def pruners_for(pattern: str) -> tuple[str, ...]:
+    """Return the names of the pruners that serve a pattern, the default first."""
+    return tuple(name for name, pruner in PRUNERS.items() if pattern in pruner.patterns)
 
 
-def make_pruner(
-    name: str, pattern: str, damping: float, bias: bool = False, experts: Criterion | None = None
-) -> LocalPruner:
-    """Return the pruner of a name.
+def make_pruner(spec: PrunerSpec, pattern: str) -> LocalPruner:
+    """Return the local pruner of a specification.
 
     Args:
-        name: One of :data:`PRUNERS`.
-        pattern: What it removes.
-        damping: See :class:`~allocator.pruning.pruners.obs.Obs`.
-        bias: Likewise.
-        experts: Likewise.
+        spec: Its name and settings.
+        pattern: The pattern that it prunes to.
 
     Raises:
-        UserError: There is none of that name for the pattern, or it cannot fit a bias.
+        UserError: No pruner of that name serves the pattern, or it cannot fit a bias.
     """
-    if name not in PRUNERS[pattern]:
-        raise UserError(
-            f"pruner.name: {name!r} does not serve {pattern} pruning; these do: {', '.join(PRUNERS[pattern])}"
-        )
-    if bias and pattern != "structured":
+    names = pruners_for(pattern)
+    name = names[0] if spec.name is None else spec.name
+    if name not in names:
+        raise UserError(f"pruner.name: {name!r} does not serve {pattern} pruning; these do: {', '.join(names)}")
+    pruner = PRUNERS[name].from_spec(spec)
+    if spec.bias and not (pruner.refit and pruner.refit.intercept):
         raise UserError(f"pruner.bias: {name} fits no bias; structured pruning does. Leave it out")
-    if name == "obs":
-        return Obs(damping, bias, experts)
-    if name == "sparsegpt":
-        return SparseGpt(damping)
-    return Wanda() if name == "wanda" else Magnitude()
+    return pruner

@@ -1,4 +1,4 @@
-"""Reading examples that are more than text, and refusing what a model cannot be shown."""
+"""Reading examples that are more than text, and refusing what a model cannot read."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 from allocator.core.errors import UserError
+from allocator.core.files import fingerprint
 from allocator.model.checkpoint.headers import read_checkpoint
-from allocator.model.data.examples import Examples, as_tensors, fingerprint_examples
+from allocator.model.data.examples import Examples
 from allocator.model.data.read import read_examples
 from allocator.model.data.text import split_of
 
@@ -56,14 +57,14 @@ def seeing(make_other, tmp_path):
 
 
 def test_images_are_split_by_name_and_prepared(seeing, images):
-    shown = read_examples(images, seeing(), COUNTS, 32)
-    assert {split: each.shape for split, each in shown.items()} == {
+    examples = read_examples(images, seeing(), COUNTS, 32)
+    assert {split: (len(each), each.length) for split, each in examples.items()} == {
         "calibration": (6, 32),
         "search": (1, 32),
         "test": (2, 32),
     }
     colours = {(number, 2 * number, 255 - number): f"{KINDS[number % 3]}/{number}.png" for number in range(120)}
-    for split, each in shown.items():
+    for split, each in examples.items():
         assert {*each.arrays} == {"pixel_values"}
         for image in each.arrays["pixel_values"]:
             assert image.shape == (3, 16, 16)
@@ -75,9 +76,9 @@ def test_images_are_split_by_name_and_prepared(seeing, images):
 def test_folders_are_labels_for_a_model_that_classifies(seeing, images):
     names = {name: number for number, name in enumerate(KINDS)}
     checkpoint = seeing("ViTForImageClassification", label2id=names, id2label={v: k for k, v in names.items()})
-    shown = read_examples(images, checkpoint, COUNTS, 32)["calibration"]
-    numbers = np.round((shown.arrays["pixel_values"][:, 0, 0, 0] * 0.5 + 0.5) * 255)
-    assert shown.arrays["labels"].tolist() == (numbers % 3).astype(int).tolist()
+    examples = read_examples(images, checkpoint, COUNTS, 32)["calibration"]
+    numbers = np.round((examples.arrays["pixel_values"][:, 0, 0, 0] * 0.5 + 0.5) * 255)
+    assert examples.arrays["labels"].tolist() == (numbers % 3).astype(int).tolist()
 
 
 def test_pairs_are_images_with_padded_texts(seeing, images, tmp_path):
@@ -87,8 +88,8 @@ def test_pairs_are_images_with_padded_texts(seeing, images, tmp_path):
     paths = sorted(images.rglob("*.png"))
     lines = [json.dumps({"image": str(p.relative_to(images)), "text": f"{p.parent.name} of {p.stem}"}) for p in paths]
     (images / "pairs.jsonl").write_text("\n".join(lines) + "\n")
-    shown = read_examples(images / "pairs.jsonl", checkpoint, COUNTS, 32)
-    assert {name: array.shape for name, array in shown["calibration"].arrays.items()} == {
+    examples = read_examples(images / "pairs.jsonl", checkpoint, COUNTS, 32)
+    assert {name: array.shape for name, array in examples["calibration"].arrays.items()} == {
         "input_ids": (6, 12),
         "pixel_values": (6, 3, 16, 16),
     }
@@ -102,9 +103,9 @@ def test_pairs_are_images_with_padded_texts(seeing, images, tmp_path):
 
 def test_short_documents_are_left_out_with_a_word(make_other, labelled):
     checkpoint, heard = read_checkpoint(make_other("BertForSequenceClassification", num_labels=3)), []
-    shown = read_examples(labelled, checkpoint, {"calibration": 320, "test": 64}, 32, heard.append)["calibration"]
-    assert shown.arrays["input_ids"].shape == (10, 32)
-    assert {*shown.arrays["labels"].tolist()} <= {0, 1, 2}
+    examples = read_examples(labelled, checkpoint, {"calibration": 320, "test": 64}, 32, heard.append)["calibration"]
+    assert examples.arrays["input_ids"].shape == (10, 32)
+    assert {*examples.arrays["labels"].tolist()} <= {0, 1, 2}
     (message,) = heard
     assert "80 of 400 documents are shorter than 32 tokens" in message
     assert "tokens.sequence_length" in message
@@ -114,9 +115,9 @@ def test_text_for_encoders_begins_with_the_token_that_classifies(make_other, tex
     folder = tmp_path / "model"
     shutil.copytree(make_other("BertModel"), folder)
     config = json.loads((folder / "tokenizer_config.json").read_text())
-    plain = read_examples(text_folder, read_checkpoint(folder), {"test": 64}, 32)["test"]
+    plain = read_examples(text_folder, read_checkpoint(folder), {"test": 64}, 32)["test"].inputs["input_ids"]
     (folder / "tokenizer_config.json").write_text(json.dumps({**config, "cls_token": "<|end|>"}))
-    begun = read_examples(text_folder, read_checkpoint(folder), {"test": 64}, 32)["test"]
+    begun = read_examples(text_folder, read_checkpoint(folder), {"test": 64}, 32)["test"].inputs["input_ids"]
     assert begun.shape == (2, 32)
     assert {*begun[:, 0]} == {0}
     assert begun[0, 1:].tolist() == plain[0, :-1].tolist()
@@ -166,12 +167,23 @@ def test_a_damaged_image_is_named(seeing, tmp_path):
 
 def test_examples_are_cut_and_counted_as_token_ids_are():
     arrays = {"pixel_values": np.arange(20.0).reshape(5, 4), "labels": np.arange(5)}
-    shown, tokens = Examples(arrays, 8), np.zeros((5, 8), np.int64)
-    assert (shown.shape, shown.size) == (tokens.shape, tokens.size)
-    tensors = as_tensors(shown)
+    examples, tokens = Examples(arrays, 8), np.zeros((5, 8), np.int64)
+    assert (len(examples), examples.length, examples.num_tokens) == (*tokens.shape, tokens.size)
+    tensors = examples.to_tensors()
     assert isinstance(tensors, Examples)
-    assert tensors.numel() == as_tensors(tokens).numel()
-    assert [each.shape for each in tensors.split(2)] == [each.shape for each in torch.zeros(5, 8).split(2)]
+    assert tensors.num_tokens == Examples.from_ids(tokens).to_tensors().num_tokens
+    assert [(len(each), each.length) for each in tensors.split(2)] == [
+        each.shape for each in torch.zeros(5, 8).split(2)
+    ]
     assert tensors[1:3].arrays["labels"].tolist() == [1, 2]
-    assert fingerprint_examples(shown) == fingerprint_examples(Examples({k: v.copy() for k, v in arrays.items()}, 8))
-    assert fingerprint_examples(shown) != fingerprint_examples(Examples({**arrays, "labels": np.arange(5)[::-1]}, 8))
+    assert examples.fingerprint() == Examples({k: v.copy() for k, v in arrays.items()}, 8).fingerprint()
+    assert examples.fingerprint() != Examples({**arrays, "labels": np.arange(5)[::-1]}, 8).fingerprint()
+
+
+def test_plain_text_has_the_hash_of_its_ids_and_is_cut_to_its_first_tokens():
+    ids = np.arange(40).reshape(5, 8)
+    text = Examples.from_ids(ids)
+    assert text.fingerprint() == fingerprint(ids.tolist())
+    assert text.first_tokens(3).inputs["input_ids"].tolist() == ids[:, :3].tolist()
+    pixels = Examples({"pixel_values": np.zeros((5, 3, 4, 4))}, 8)
+    assert pixels.first_tokens(3) is pixels

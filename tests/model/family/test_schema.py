@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from problems import unit_problem
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -11,6 +12,7 @@ from torch import nn
 from allocator.core.errors import UserError
 from allocator.core.space import SearchSpace
 from allocator.model.checkpoint.headers import Checkpoint, read_checkpoint
+from allocator.model.data.examples import Examples
 from allocator.model.family.draft import Covered, coverage, draft
 from allocator.model.family.layout import resolve_layout
 from allocator.model.family.schema import families_folder, find_family, load_family, served_types
@@ -19,11 +21,11 @@ from allocator.model.live.load import load_model
 from allocator.model.live.stream import StreamedWalker
 from allocator.model.live.walk import BlockWalker
 from allocator.model.live.write import read_tensors
-from allocator.pruning.calibration.problem import stored
 from allocator.pruning.calibration.statistics import KINDS
 from allocator.pruning.levels.assemble import Assembler, LevelSwitch
 from allocator.pruning.levels.execute import save_pruned
-from allocator.pruning.pruners.registry import PRUNERS, make_pruner
+from allocator.pruning.pruners.protocol import PrunerSpec
+from allocator.pruning.pruners.registry import make_pruner, pruners_for
 
 OLD_FALCON = {"new_decoder_architecture": False, "num_ln_in_parallel_attn": None}
 MODELS = {
@@ -82,8 +84,7 @@ def _levels(checkpoint, layout, space, pruner):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             statistics.add(torch.randn(200, weight.shape[1]))
-        found = pruner.levels(unit, width, weight, statistics, range(1, unit.num_levels))
-        compact[unit.name] = stored(found, weight.dtype)
+        compact[unit.name] = unit_problem(unit, weight, statistics, width=width).solve(pruner)
     return compact
 
 
@@ -104,7 +105,7 @@ def _saved(folder):
 
 def test_structured_costs_are_what_torch_counts(model, tmp_path):
     checkpoint, layout, space = _resolve(model)
-    compact = _levels(checkpoint, layout, space, make_pruner("obs", "structured", 0.01))
+    compact = _levels(checkpoint, layout, space, make_pruner(PrunerSpec(name="obs"), "structured"))
     for number, allocation in enumerate(_allocations(space)):
         out = tmp_path / str(number)
         assert save_pruned(allocation, checkpoint, layout, space, compact.__getitem__, out) == space.cost(allocation)
@@ -117,7 +118,7 @@ def test_structured_costs_are_what_torch_counts(model, tmp_path):
 
 def test_unstructured_costs_are_the_nonzeros_on_disk(model, tmp_path):
     checkpoint, layout, space = _resolve(model, "unstructured", 0.6)
-    compact = _levels(checkpoint, layout, space, make_pruner("magnitude", "unstructured", 0.01))
+    compact = _levels(checkpoint, layout, space, make_pruner(PrunerSpec(name="magnitude"), "unstructured"))
     matrices = {f"{unit.name}.weight" for unit in space.units}
     for number, allocation in enumerate(_allocations(space)):
         out = tmp_path / str(number)
@@ -131,7 +132,7 @@ def test_unstructured_costs_are_the_nonzeros_on_disk(model, tmp_path):
 def test_what_is_switched_in_is_what_is_saved(model, tmp_path, pattern):
     """In place, in the checkpoint, and for structured units in dense shapes: the same logits."""
     checkpoint, layout, space = _resolve(model, pattern)
-    compact = _levels(checkpoint, layout, space, make_pruner(PRUNERS[pattern][0], pattern, 0.01))
+    compact = _levels(checkpoint, layout, space, make_pruner(PrunerSpec(), pattern))
     live = load_model(checkpoint)
     switchboard = LevelSwitch(live, layout, Assembler(checkpoint, layout, space, compact.__getitem__, live))
     tokens = torch.arange(24).view(2, 12)
@@ -153,7 +154,7 @@ def test_a_walk_is_the_model(model):
     tokens = torch.arange(48).view(2, 24)
     expected = live(tokens).logits
     for walker in (BlockWalker(live, layout), StreamedWalker(checkpoint, layout)):
-        hidden = walker.embed(tokens)
+        hidden = walker.embed(Examples.from_ids(tokens))
         for index in range(len(layout.blocks)):
             with walker.loaded(index):
                 hidden = walker.run(index, hidden)
@@ -161,10 +162,10 @@ def test_a_walk_is_the_model(model):
         torch.testing.assert_close(walker.logits(hidden[0]), expected[0], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", PRUNERS["n:m"])
+@pytest.mark.parametrize("name", pruners_for("n:m"))
 def test_costs_of_n_m_are_the_nonzeros_on_disk(tiny_model_bf16, tmp_path, name):
     checkpoint, layout, space = _resolve(tiny_model_bf16, "n:m", patterns=["3:4", "2:4", "0:4"])
-    compact = _levels(checkpoint, layout, space, make_pruner(name, "n:m", 0.01))
+    compact = _levels(checkpoint, layout, space, make_pruner(PrunerSpec(name=name), "n:m"))
     for number, allocation in enumerate(_allocations(space)):
         out = tmp_path / str(number)
         assert save_pruned(allocation, checkpoint, layout, space, compact.__getitem__, out) == space.cost(allocation)
@@ -406,4 +407,4 @@ def test_a_family_that_leaves_out_what_follows_the_blocks_is_refused(tiny_model)
     with pytest.raises(
         UserError, match=r"the tail \('lm_head',\) are not what LlamaForCausalLM computes. Name in 'tail'"
     ):
-        BlockWalker(load_model(checkpoint), layout).check(torch.arange(16)[None])
+        BlockWalker(load_model(checkpoint), layout).check(Examples.from_ids(torch.arange(16)[None]))

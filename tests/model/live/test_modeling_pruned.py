@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from problems import unit_problem
 from safetensors import safe_open
 
 from allocator.core.errors import UserError
@@ -19,10 +20,10 @@ from allocator.model.family.space import build_space
 from allocator.model.live.load import load_model, shaped_model
 from allocator.model.live.modeling_pruned import counted, recount, remove
 from allocator.model.live.write import read_tensors
-from allocator.pruning.calibration.problem import stored
 from allocator.pruning.calibration.statistics import KINDS
 from allocator.pruning.levels.assemble import Assembler, LevelSwitch
 from allocator.pruning.levels.execute import save_pruned
+from allocator.pruning.pruners.protocol import PrunerSpec
 from allocator.pruning.pruners.registry import make_pruner
 
 BERT = {
@@ -281,7 +282,7 @@ def test_a_decoder_in_the_layout_of_bert_is_switched_saved_and_reloaded(make_mod
     )
     layout = resolve_layout(family, checkpoint)
     space = build_space(layout, checkpoint, pattern, 0.5)
-    pruner = make_pruner("obs" if pattern == "structured" else "magnitude", pattern, 0.01)
+    pruner = make_pruner(PrunerSpec(name="obs" if pattern == "structured" else "magnitude"), pattern)
     sub_blocks, compact = {sub_block.name: sub_block for sub_block in layout.sub_blocks}, {}
     for unit in space.units:
         sub_block = sub_blocks.get(unit.name) if pattern == "structured" else None
@@ -289,8 +290,7 @@ def test_a_decoder_in_the_layout_of_bert_is_switched_saved_and_reloaded(make_mod
         weight = read_tensors(checkpoint, [f"{module}.weight"])[f"{module}.weight"]
         statistics = KINDS[pruner.need](weight.shape[1], weight.device)
         statistics.add(torch.randn(200, weight.shape[1], generator=torch.Generator().manual_seed(0)))
-        found = pruner.levels(unit, width, weight, statistics, range(1, unit.num_levels))
-        compact[unit.name] = stored(found, weight.dtype)
+        compact[unit.name] = unit_problem(unit, weight, statistics, width=width).solve(pruner)
     live, probe = load_model(checkpoint), torch.arange(24).view(2, 12)
     dense = live(probe, use_cache=False).logits
     board = LevelSwitch(live, layout, Assembler(checkpoint, layout, space, compact.__getitem__, live))

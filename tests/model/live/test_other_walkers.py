@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from allocator.model.checkpoint.headers import read_checkpoint
-from allocator.model.data.examples import Examples, as_tensors, inputs_of
+from allocator.model.data.examples import Examples
 from allocator.model.data.read import read_examples
 from allocator.model.family.layout import resolve_layout
 from allocator.model.family.schema import find_family
@@ -31,10 +31,10 @@ def walked(make_other: Callable[..., Path], pixels: Path) -> Callable[[str], Any
         checkpoint = read_checkpoint(make_other(architecture, **classes))
         layout = resolve_layout(find_family(checkpoint.config["model_type"]), checkpoint)
         if checkpoint.kind.reads == "text":
-            shown = torch.from_numpy(np.random.default_rng(0).integers(3, 128, (3, 20)))
+            examples = Examples.from_ids(torch.from_numpy(np.random.default_rng(0).integers(3, 128, (3, 20))))
         else:
-            shown = as_tensors(read_examples(pixels, checkpoint, {"test": 96}, 32)["test"])
-        return checkpoint, layout, BlockWalker(load_model(checkpoint), layout), shown
+            examples = read_examples(pixels, checkpoint, {"test": 96}, 32)["test"].to_tensors()
+        return checkpoint, layout, BlockWalker(load_model(checkpoint), layout), examples
 
     return make
 
@@ -47,35 +47,35 @@ def said(walker: BlockWalker, outputs: Any) -> torch.Tensor:
     return outputs.last_hidden_state
 
 
-def read(walker: BlockWalker, state: torch.Tensor, shown: Any) -> torch.Tensor:
+def read(walker: BlockWalker, state: torch.Tensor, examples: Examples) -> torch.Tensor:
     """Return what a walker says, in the shape in which the model does."""
     if not walker.kind.logits:
-        return walker.final_states(state, shown)
-    logits, head = walker.logit_inputs(state, shown)
+        return walker.final_states(state, examples)
+    logits, head = walker.logit_inputs(state, examples)
     return head(logits)[:, 0] if walker.kind.answers == "classes" else head(logits)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_block_by_block_is_the_whole_model(walked, architecture):
-    checkpoint, layout, walker, shown = walked(architecture)
+    checkpoint, layout, walker, examples = walked(architecture)
     with torch.no_grad():
-        expected = said(walker, walker.model(**inputs_of(shown)))
-    walker.check(shown)
-    assert torch.equal(read(walker, walker.run_all(walker.embed(shown)), shown), expected)
+        expected = said(walker, walker.model(**examples.inputs))
+    walker.check(examples)
+    assert torch.equal(read(walker, walker.run_all(walker.embed(examples)), examples), expected)
 
     streamed = StreamedWalker(checkpoint, layout)
-    state = streamed.embed(shown)
+    state = streamed.embed(examples)
     for index in range(len(streamed.blocks)):
         with streamed.loaded(index):
             state = streamed.run(index, state)
-    assert torch.equal(read(streamed, state, shown), expected)
+    assert torch.equal(read(streamed, state, examples), expected)
 
 
 def test_towers_share_one_state_of_which_a_block_replaces_its_own_part(walked):
-    _, layout, walker, shown = walked("CLIPModel")
+    _, layout, walker, examples = walked("CLIPModel")
     assert layout.towers == (2, 2)
     assert [name.partition(".")[0] for name in layout.blocks] == ["text_model"] * 2 + ["vision_model"] * 2
-    state = walker.embed(shown)
+    state = walker.embed(examples)
     text, image = walker.parts(state)
     assert (text.shape, image.shape) == ((3, 12, 32), (3, 5, 24))
     assert state.shape == (3, 12 * 32 + 5 * 24)
@@ -90,12 +90,12 @@ def test_towers_share_one_state_of_which_a_block_replaces_its_own_part(walked):
 @pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "ModernBertModel"])
 def test_gradients_go_back_through_every_tower(walked, architecture):
     """Against differences in float64; ModernBERT turns queries and keys in float32, too coarsely for that."""
-    _, _, walker, shown = walked(architecture)
+    _, _, walker, examples = walked(architecture)
     walker.model.double()
-    doubled = shown
-    if isinstance(shown, Examples):
-        arrays = {n: a.double() if a.is_floating_point() else a for n, a in shown.arrays.items()}
-        doubled = Examples(arrays, shown.length)
+    doubled = examples
+    if isinstance(examples, Examples):
+        arrays = {n: a.double() if a.is_floating_point() else a for n, a in examples.arrays.items()}
+        doubled = Examples(arrays, examples.length)
     state = walker.embed(doubled)
     leaf = state.clone().requires_grad_()
     value = read(walker, walker.run_all(leaf), doubled).square().sum()
@@ -130,4 +130,4 @@ def test_one_family_file_serves_models_with_and_without_a_head(make_other, archi
     assert layout.blocks[0] == first
     assert layout.tail == ()
     walker = BlockWalker(load_model(checkpoint), layout)
-    walker.check(torch.arange(20)[None])
+    walker.check(Examples.from_ids(torch.arange(20)[None]))

@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from allocator.core.errors import UserError
 from allocator.model.checkpoint.headers import read_checkpoint
+from allocator.model.data.examples import Examples
 from allocator.model.family.layout import resolve_layout
 from allocator.model.family.schema import find_family
 from allocator.model.family.space import build_space
@@ -74,7 +75,10 @@ def test_hidden_states_and_logits_are_those_of_a_loaded_model(make_model, name, 
     loaded, streamed = BlockWalker(load_model(checkpoint, dtype), layout), StreamedWalker(checkpoint, layout, dtype)
     assert streamed.dtype == loaded.dtype == dtype
     for shape in ((2, 16), (1, 33)):
-        expected, found = loaded.embed(_tokens(*shape)), streamed.embed(_tokens(*shape))
+        expected, found = (
+            loaded.embed(Examples.from_ids(_tokens(*shape))),
+            streamed.embed(Examples.from_ids(_tokens(*shape))),
+        )
         assert torch.equal(found, expected)
         for index in range(len(layout.blocks)):
             expected = loaded.run(index, expected)
@@ -106,7 +110,7 @@ def test_a_block_is_dropped_after_an_error(streamed):
 
 @torch.inference_mode()
 def test_a_block_may_be_held_again(streamed):
-    hidden = streamed.embed(_tokens(1, 16))
+    hidden = streamed.embed(Examples.from_ids(_tokens(1, 16)))
     found = []
     for _ in range(2):
         with streamed.loaded(1):
@@ -188,7 +192,7 @@ def test_a_tensor_of_a_block_that_is_no_parameter_is_named(edited, name):
 def test_frequencies_that_old_checkpoints_hold_are_left_to_the_model(edited, streamed):
     name = "model.layers.1.self_attn.rotary_emb.inv_freq"
     old = StreamedWalker(*edited(lambda tensors: tensors.update({name: torch.ones(4)})))
-    hidden = [walker.embed(_tokens(1, 16)) for walker in (old, streamed)]
+    hidden = [walker.embed(Examples.from_ids(_tokens(1, 16))) for walker in (old, streamed)]
     with old.loaded(1), streamed.loaded(1):
         assert torch.equal(old.run(1, hidden[0]), streamed.run(1, hidden[1]))
 

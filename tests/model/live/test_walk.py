@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from allocator.model.checkpoint.headers import read_checkpoint
+from allocator.model.data.examples import Examples
 from allocator.model.family.layout import resolve_layout
 from allocator.model.family.schema import find_family
 from allocator.model.live.load import load_model
@@ -26,14 +27,14 @@ def test_block_by_block_is_the_stock_forward(walker):
     for shape in ((2, 16), (1, 33)):
         tokens = _tokens(*shape)
         stock = walker.model(tokens, use_cache=False).logits
-        walked = walker.logits(walker.run_all(walker.embed(tokens)))
+        walked = walker.logits(walker.run_all(walker.embed(Examples.from_ids(tokens))))
         assert torch.equal(walked, stock)
 
 
 @torch.inference_mode()
 def test_hidden_states_between_blocks_are_the_stock_ones(walker):
     tokens = _tokens(2, 16)
-    hidden = walker.embed(tokens)
+    hidden = walker.embed(Examples.from_ids(tokens))
     stock = walker.model(tokens, use_cache=False, output_hidden_states=True).hidden_states
     for index in range(len(walker.blocks)):
         assert torch.equal(hidden, stock[index])
@@ -43,7 +44,7 @@ def test_hidden_states_between_blocks_are_the_stock_ones(walker):
 @torch.inference_mode()
 def test_shapes_may_be_mixed(walker):
     tokens = [_tokens(3, 16), _tokens(1, 16), _tokens(2, 24)]
-    embedded = [walker.embed(batch) for batch in tokens]
+    embedded = [walker.embed(Examples.from_ids(batch)) for batch in tokens]
     for batch, hidden in zip(tokens, embedded, strict=True):
         assert torch.equal(walker.logits(walker.run_all(hidden)), walker.model(batch, use_cache=False).logits)
 
@@ -52,7 +53,7 @@ def test_shapes_may_be_mixed(walker):
 def test_embedding_leaves_the_model_whole(walker):
     tokens = _tokens(1, 16)
     before = walker.model(tokens, use_cache=False).logits
-    walker.embed(tokens)
+    walker.embed(Examples.from_ids(tokens))
     assert torch.equal(walker.model(tokens, use_cache=False).logits, before)
     assert all("forward" not in vars(block) for block in walker.blocks)
     assert not any(block._forward_pre_hooks for block in walker.blocks)
@@ -90,7 +91,7 @@ def test_what_is_heard_is_that_of_a_stock_forward_with_hooks(walker):
     walker.model(tokens, use_cache=False)
     for handle in handles:
         handle.remove()
-    hidden = walker.run(0, walker.embed(tokens))
+    hidden = walker.run(0, walker.embed(Examples.from_ids(tokens)))
     for modules in (PROJECTIONS, PROJECTIONS[::-1], PROJECTIONS[4:5], PROJECTIONS[:2] * 2):
         for entering, expected in ((True, inputs), (False, outputs)):
             found = walker.capture_outputs(1, hidden, modules, entering=entering)
@@ -102,7 +103,7 @@ def test_what_is_heard_is_that_of_a_stock_forward_with_hooks(walker):
 @pytest.mark.parametrize("entering", [True, False])
 def test_the_pass_stops_after_the_last_module_of_interest(walker, entering):
     """And before it runs, where what enters it is all that is asked for."""
-    hidden = walker.run(0, walker.embed(_tokens(1, 16)))
+    hidden = walker.run(0, walker.embed(Examples.from_ids(_tokens(1, 16))))
     run = []
     for module in walker.blocks[1].modules():
         module.register_forward_hook(lambda owner, args, output: run.append(owner))
@@ -116,7 +117,7 @@ def test_the_pass_stops_after_the_last_module_of_interest(walker, entering):
 
 
 def test_modules_that_were_removed_are_left_out(walker):
-    hidden = walker.run(0, walker.embed(_tokens(1, 16)))
+    hidden = walker.run(0, walker.embed(Examples.from_ids(_tokens(1, 16))))
     remove(walker.model, "model.layers.1.self_attn", "attention")
     called = _calls(walker.model)
     for entering in (True, False):
@@ -130,7 +131,7 @@ def test_modules_that_were_removed_are_left_out(walker):
 
 @torch.inference_mode()
 def test_a_module_whose_answer_is_given_is_not_run(walker):
-    hidden = walker.run(0, walker.embed(_tokens(2, 16)))
+    hidden = walker.run(0, walker.embed(Examples.from_ids(_tokens(2, 16))))
     attention, mlp = PROJECTIONS[3], PROJECTIONS[6]
     given = {name: torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1)) for name in (attention, mlp)}
     torch.testing.assert_close(walker.run(1, hidden, instead=given), hidden + given[attention] + given[mlp])
@@ -152,7 +153,7 @@ def test_a_module_whose_answer_is_given_is_not_run(walker):
 
 @torch.inference_mode()
 def test_a_stand_in_runs_in_the_place_of_a_block(walker):
-    hidden = walker.run(0, walker.embed(_tokens(2, 16)))
+    hidden = walker.run(0, walker.embed(Examples.from_ids(_tokens(2, 16))))
     whole, expected = copy.deepcopy(walker.blocks[1]), walker.run(1, hidden)
     heard = walker.capture_outputs(1, hidden, PROJECTIONS)
     for parameter in walker.blocks[1].parameters():
@@ -166,7 +167,7 @@ def test_a_stand_in_runs_in_the_place_of_a_block(walker):
 
 
 def test_gradients_are_followed_where_what_enters_asks_for_them(walker):
-    hidden = walker.embed(_tokens(2, 16))
+    hidden = walker.embed(Examples.from_ids(_tokens(2, 16)))
     module = PROJECTIONS[6]
     plain = [hidden, walker.run(1, hidden), walker.run_all(hidden), walker.logits(hidden), walker.states(hidden)]
     assert not any(tensor.requires_grad or tensor.is_inference() for tensor in plain)
@@ -182,7 +183,7 @@ def test_gradients_are_followed_where_what_enters_asks_for_them(walker):
 def test_nothing_follows_gradients_of_weights_that_ask_for_them(walker):
     """As those of a model in training do, when it is measured in between."""
     walker.model.requires_grad_(True)
-    hidden = walker.embed(_tokens(2, 16))
+    hidden = walker.embed(Examples.from_ids(_tokens(2, 16)))
     heard = walker.capture_outputs(1, hidden, PROJECTIONS)
     found = [hidden, walker.run(1, hidden), walker.run_all(hidden), walker.logits(hidden), walker.states(hidden)]
     assert not any(tensor.requires_grad for tensor in (*found, *heard.values()))
@@ -194,7 +195,7 @@ def test_gradients_block_by_block_are_those_of_the_whole_model(walker):
     handle = walker.blocks[0].register_forward_pre_hook(lambda module, args: heard.append(args[0].requires_grad_()))
     walker.model(tokens, use_cache=False).logits.square().sum().backward()
     handle.remove()
-    states = [walker.embed(tokens)]
+    states = [walker.embed(Examples.from_ids(tokens))]
     for index in range(len(walker.blocks)):
         states.append(walker.run(index, states[-1]))
     leaf = states.pop().requires_grad_()

@@ -3,19 +3,22 @@ from dataclasses import replace
 
 import pytest
 import torch
+from problems import unit_problem
 from safetensors.torch import load_file, save_file
 
 from allocator.model.checkpoint.headers import read_checkpoint
+from allocator.model.data.examples import Examples
 from allocator.model.family.layout import resolve_layout
 from allocator.model.family.schema import find_family
 from allocator.model.family.space import build_space
 from allocator.model.live.load import load_model
 from allocator.model.live.walk import BlockWalker
 from allocator.pruning.calibration.build import prune_on_dense_inputs, prune_on_pruned_inputs
-from allocator.pruning.calibration.problem import Calibration, stages
-from allocator.pruning.calibration.statistics import Gram, collected
+from allocator.pruning.calibration.problem import Calibration, plan_stages
+from allocator.pruning.calibration.statistics import Gram, collect_statistics
 from allocator.pruning.calibration.streams import nearest
 from allocator.pruning.levels.assemble import Assembler, LevelSwitch
+from allocator.pruning.pruners.protocol import PrunerSpec, Refit
 from allocator.pruning.pruners.registry import make_pruner
 
 
@@ -40,12 +43,12 @@ def _same(one, other):
 def test_the_store_is_built_from_dense_inputs(structured):
     case, walker = structured, structured.walker()
     modules = [sub_block.output for sub_block in case.layout.sub_blocks]
-    with collected(walker.model, modules, "gram") as grams, torch.inference_mode():
+    with collect_statistics(walker.model, modules, "gram") as grams, torch.inference_mode():
         for batch in case.tokens.split(4):
             walker.model(batch, use_cache=False)
     for sub_block, unit in zip(case.layout.sub_blocks, case.space.units, strict=True):
         weight = walker.model.get_submodule(sub_block.output).weight
-        levels = case.pruner.levels(unit, sub_block.width, weight, grams[sub_block.output], range(1, unit.num_levels))
+        levels = case.pruner.levels(unit_problem(unit, weight, grams[sub_block.output], width=sub_block.width))
         assert levels.keys() == case.compact[unit.name].keys()
         for key in levels:
             found = case.compact[unit.name][key]
@@ -154,7 +157,7 @@ def test_along_nothing_the_model_stays_dense(structured, tokens):
 def test_along_everything_no_block_is_left(structured, tokens):
     calibration = structured.calibration()
     list(prune_on_pruned_inputs(calibration, structured.space.sparsest, every_level=False))
-    hidden = calibration.walker.embed(tokens(2, 1, 16))
+    hidden = calibration.walker.embed(Examples.from_ids(tokens(2, 1, 16)))
     assert torch.equal(calibration.walker.run_all(hidden), hidden)
 
 
@@ -174,7 +177,7 @@ def test_matrices_are_pruned_stage_by_stage(unstructured):
 
 def test_sparsegpt_aims_at_the_dense_outputs_along_a_path(unstructured):
     """Near the dense model's hidden states: nearer than levels made on dense inputs."""
-    case = replace(unstructured, pruner=make_pruner("sparsegpt", "unstructured", 0.01))
+    case = replace(unstructured, pruner=make_pruner(PrunerSpec(name="sparsegpt"), "unstructured"))
     allocation = tuple(5 for _ in case.space.units)
     distances = {}
     with torch.inference_mode():
@@ -190,8 +193,9 @@ def test_sparsegpt_aims_at_the_dense_outputs_along_a_path(unstructured):
             switchboard = LevelSwitch(walker.model, case.layout, assembler)
             for unit, level in zip(case.space.units, allocation, strict=True):
                 switchboard.set(unit.name, level)
-            expected = whole.run_all(whole.embed(case.tokens))
-            distances[name] = float((walker.run_all(walker.embed(case.tokens)) - expected).norm() / expected.norm())
+            examples = Examples.from_ids(case.tokens)
+            expected = whole.run_all(whole.embed(examples))
+            distances[name] = float((walker.run_all(walker.embed(examples)) - expected).norm() / expected.norm())
     assert distances["path"] < 0.95 * distances["dense"]
 
 
@@ -271,8 +275,10 @@ def test_odd_models_and_texts_are_pruned_without_a_word(tiny_model, tmp_path, to
     layout = resolve_layout(find_family("llama"), checkpoint)
     space = build_space(layout, checkpoint, pattern, 0.5)
     text = torch.full((2, 16), 7) if odd == "one token again and again" else tokens(3, 5, 16)
-    walker, own = BlockWalker(load_model(checkpoint), layout), make_pruner(pruner, pattern, 0.01)
-    calibration = Calibration(walker, checkpoint, layout, space, own, text, notify=heard.append)
+    walker, own = BlockWalker(load_model(checkpoint), layout), make_pruner(PrunerSpec(name=pruner), pattern)
+    calibration = Calibration(
+        walker=walker, checkpoint=checkpoint, layout=layout, space=space, pruner=own, examples=text, notify=heard.append
+    )
     along = tuple(1 for _ in space.units) if mode == "path" else None
     found = dict(
         prune_on_dense_inputs(calibration) if mode == "dense" else prune_on_pruned_inputs(calibration, along, True)
@@ -284,7 +290,7 @@ def test_odd_models_and_texts_are_pruned_without_a_word(tiny_model, tmp_path, to
 
 def test_stages(structured, unstructured):
     names = [
-        [[task.module.split("layers.1.")[1] for task in stage.tasks] for stage in stages(c.layout, c.space)[1]]
+        [[task.module.split("layers.1.")[1] for task in stage.tasks] for stage in plan_stages(c.layout, c.space)[1]]
         for c in (structured, unstructured)
     ]
     assert names[0] == [["self_attn.o_proj"], ["mlp.down_proj"]]
@@ -331,7 +337,7 @@ def test_the_nearest_weight_is_least_squares_with_or_without_an_intercept(interc
     for rows in range(0, 400, 100):
         statistics.add(x[rows : rows + 100])
         statistics.aim(x[rows : rows + 100], target[rows : rows + 100])
-    found = nearest(dense, statistics, 0.01, intercept, "unit", print)
+    found = nearest(dense, statistics, Refit(0.01, intercept), "unit", print)
     inputs, aims = x.double(), target.double()
     if intercept:
         inputs, aims = inputs - inputs.mean(0), aims - aims.mean(0)
@@ -343,7 +349,7 @@ def test_the_nearest_weight_is_least_squares_with_or_without_an_intercept(interc
 
 def test_a_bias_gives_back_the_mean_of_what_was_lost_before(structured):
     """With the first block's sub-blocks gone, what they added on average comes back at the next projection."""
-    case = replace(structured, pruner=make_pruner("obs", "structured", 0.01, bias=True))
+    case = replace(structured, pruner=make_pruner(PrunerSpec(name="obs", bias=True), "structured"))
     walker, whole = case.walker(), case.walker().model
     with torch.no_grad():
         for model in (walker.model, whole):

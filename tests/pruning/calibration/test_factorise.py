@@ -3,13 +3,13 @@ import torch
 
 from allocator.core.errors import UserError
 from allocator.core.notify import silent
-from allocator.pruning.calibration.factorise import damped, factorise
+from allocator.pruning.calibration.factorise import damp, factorise
 
 
 def test_damping_is_a_share_of_the_mean_diagonal_and_dead_inputs_get_a_unit():
     gram = torch.tensor([[4.0, 1.0, 0.0], [1.0, 2.0, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
     expected = gram + torch.diag(torch.tensor([0.2, 0.2, 1.0], dtype=torch.float64))
-    assert torch.equal(damped(gram, 0.1), expected)
+    assert torch.equal(damp(gram, 0.1), expected)
 
 
 def test_the_factor_is_that_of_the_damped_matrix():

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from allocator.core.errors import UserError
-from allocator.pruning.calibration.statistics import Gram, Norms, collected
+from allocator.pruning.calibration.statistics import Gram, Norms, collect_statistics
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -26,7 +26,7 @@ def model():
 
 def test_inputs_of_named_modules_are_collected(model):
     x = torch.randn(2, 5, 4)
-    with collected(model, ["0", "2"], "gram") as statistics:
+    with collect_statistics(model, ["0", "2"], "gram") as statistics:
         model(x)
         model(x)
     assert sorted(statistics) == ["0", "2"]
@@ -41,12 +41,12 @@ def test_inputs_of_named_modules_are_collected(model):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_activations_that_are_not_finite_name_the_module(model, need, value):
     model[0].bias[1] = value
-    with pytest.raises(UserError, match="the inputs of 2 are not all finite"), collected(model, ["2"], need):
+    with pytest.raises(UserError, match="the inputs of 2 are not all finite"), collect_statistics(model, ["2"], need):
         model(torch.randn(1, 5, 4))
 
 
 def test_hooks_are_removed_after_an_error(model):
     with pytest.raises(RuntimeError, match="stop"):
-        with collected(model, ["0"], "gram"):
+        with collect_statistics(model, ["0"], "gram"):
             raise RuntimeError("stop")
     assert not model[0]._forward_pre_hooks

@@ -6,8 +6,8 @@ from allocator.model.checkpoint.headers import read_checkpoint
 from allocator.model.live.load import load_model
 from allocator.pruning.levels import assemble
 from allocator.pruning.levels.assemble import Assembler, LevelSwitch
+from allocator.pruning.levels.compact import item_columns
 from allocator.pruning.levels.execute import save_pruned
-from allocator.pruning.pruners.obs import item_columns
 
 CASES = ["structured", "structured_qwen2", "structured_bf16", "structured_opt"]
 CASES += ["unstructured", "sparsegpt", "unstructured_opt", "n_m"]

@@ -7,6 +7,7 @@ from allocator.core.errors import UserError
 from allocator.model.checkpoint.headers import read_checkpoint
 from allocator.model.live.load import load_model
 from allocator.pruning.levels.execute import save_pruned
+from allocator.pruning.pruners.protocol import PrunerSpec
 from allocator.pruning.pruners.registry import PRUNERS, make_pruner
 
 
@@ -112,8 +113,8 @@ def test_values_that_were_updated_to_zero_do_not_upset_the_count(n_m, tmp_path):
 
 
 def test_pruners_are_found_by_name_and_pattern():
-    for pattern, names in PRUNERS.items():
-        for name in names:
-            assert make_pruner(name, pattern, 0.01).name == name
+    for name, pruner in PRUNERS.items():
+        for pattern in pruner.patterns:
+            assert make_pruner(PrunerSpec(name=name), pattern).name == name
     with pytest.raises(UserError, match="'wanda' does not serve structured pruning; these do: obs"):
-        make_pruner("wanda", "structured", 0.01)
+        make_pruner(PrunerSpec(name="wanda"), "structured")

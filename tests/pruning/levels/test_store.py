@@ -4,10 +4,11 @@ import sys
 
 import pytest
 import torch
+from stores import create_store
 
 from allocator.core.errors import UserError
 from allocator.pruning.levels import store as stores
-from allocator.pruning.levels.store import MANIFEST, StoreBuilder, create_store, open_store
+from allocator.pruning.levels.store import MANIFEST, StoreBuilder, open_store
 
 KEY = {"model": "sha256:a", "calibration": "sha256:b", "pruner": "sha256:c", "space": "sha256:d"}
 LEVELS = {

@@ -11,9 +11,10 @@ from allocator.model.live.load import load_model
 from allocator.pruning.calibration.build import prune_on_pruned_inputs
 from allocator.pruning.levels.assemble import Assembler, LevelSwitch
 from allocator.pruning.levels.execute import save_pruned
+from allocator.pruning.pruners.protocol import PrunerSpec
 from allocator.pruning.pruners.registry import make_pruner
-from allocator.run.config import load_config
-from allocator.run.job import read_model
+from allocator.run.config.load import load_config
+from allocator.run.model import read_model
 
 MODELS = {
     "llama": ("llama", {}, "kv_groups"),
@@ -152,11 +153,11 @@ def test_pruning_along_an_allocation(case, tokens, tmp_path):
 
 
 def test_only_structured_pruning_fits_biases(tiny_model):
-    assert make_pruner("obs", "structured", 0.01, bias=True).settings() == {"damping": 0.01, "bias": True}
+    assert make_pruner(PrunerSpec(name="obs", bias=True), "structured").settings() == {"damping": 0.01, "bias": True}
     with pytest.raises(UserError, match=r"pruner\.bias: wanda fits no bias"):
-        make_pruner("wanda", "unstructured", 0.01, bias=True)
+        make_pruner(PrunerSpec(name="wanda", bias=True), "unstructured")
     flags = {"model": str(tiny_model)}
     plain, with_bias = (
-        read_model(load_config(flags=flags, assignments=[f"pruner.bias={bias}"]))[2] for bias in ("false", "true")
+        read_model(load_config(keys=flags, assignments=[f"pruner.bias={bias}"]))[2] for bias in ("false", "true")
     )
     assert with_bias.units[0].params[1] == plain.units[0].params[1] + 32

@@ -7,13 +7,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from problems import unit_problem
 
 from allocator.core.space import Unit
-from allocator.pruning.calibration.problem import stored
 from allocator.pruning.calibration.statistics import KINDS
+from allocator.pruning.levels.compact import cast_values, item_columns
 from allocator.pruning.levels.masks import sparse_weight
-from allocator.pruning.pruners.obs import item_columns
-from allocator.pruning.pruners.registry import PRUNERS, make_pruner
+from allocator.pruning.pruners.protocol import PrunerSpec
+from allocator.pruning.pruners.registry import PRUNERS, make_pruner, pruners_for
 
 ROWS = 10
 
@@ -60,8 +61,8 @@ def cases(which=lambda unit: True):
     """Every pruner with every pattern it serves and every unit that ``which`` picks."""
     found = [
         pytest.param(pattern, name, shape, id=f"{name} {pattern} {label}")
-        for pattern, names in PRUNERS.items()
-        for name in names
+        for name, pruner in PRUNERS.items()
+        for pattern in pruner.patterns
         for label, shape in SHAPES[pattern].items()
         if which(shape.unit)
     ]
@@ -82,18 +83,17 @@ def _weight(columns, seed=1):
 
 
 def _levels(pattern, name, shape, weight_oi=None, inputs_ni=None, wanted=None):
-    pruner = make_pruner(name, pattern, 0.01)
+    pruner = make_pruner(PrunerSpec(name=name), pattern)
     statistics = KINDS[pruner.need](shape.columns, torch.device("cpu"))
     statistics.add(_inputs(shape.columns) if inputs_ni is None else inputs_ni)
     weight_oi = _weight(shape.columns) if weight_oi is None else weight_oi
-    wanted = range(1, shape.unit.num_levels) if wanted is None else wanted
-    return pruner.levels(shape.unit, shape.width, weight_oi, statistics, wanted)
+    return pruner.levels(unit_problem(shape.unit, weight_oi, statistics, wanted, shape.width))
 
 
 def _assembled(shape, compact, level, weight_oi=None):
     """The matrix at a level, in the dense shape, and what of it is kept."""
     weight_oi = _weight(shape.columns) if weight_oi is None else weight_oi
-    compact = stored(compact, weight_oi.dtype)
+    compact = cast_values(compact, weight_oi.dtype)
     if shape.unit.kind == "matrix":
         found_oi = sparse_weight(compact, level, weight_oi)
         return found_oi, found_oi != 0
@@ -223,14 +223,14 @@ def _matrices(draw):
     return Unit("up_proj", "matrix", "mlp", 0, rows * columns, kept, kept, kept, group), weight_oi, inputs_ni
 
 
-@pytest.mark.parametrize("name", PRUNERS["n:m"])
+@pytest.mark.parametrize("name", pruners_for("n:m"))
 @given(problem=_matrices())
 def test_counts_are_exact_however_scores_tie(name, problem):
     unit, weight_oi, inputs_ni = problem
-    pruner = make_pruner(name, "n:m", 0.01)
+    pruner = make_pruner(PrunerSpec(name=name), "n:m")
     statistics = KINDS[pruner.need](weight_oi.shape[1], torch.device("cpu"))
     statistics.add(inputs_ni)
-    compact = pruner.levels(unit, 1, weight_oi, statistics, range(1, unit.num_levels))
+    compact = pruner.levels(unit_problem(unit, weight_oi, statistics))
     if "removed_at" not in compact:
         ones = {key: torch.ones_like(t) if key.startswith("values") else t for key, t in compact.items()}
         assert all(torch.isfinite(tensor).all() for tensor in compact.values())

@@ -232,14 +232,14 @@ def test_inputs_of_an_expert_are_the_tokens_that_it_gets(make_case, folder):
     caught = {}
 
     class Spy:
-        name, need = "obs", "gram"
+        name, need, refit = "obs", "gram", case.pruner.refit
 
         def settings(self):
             return case.pruner.settings()
 
-        def levels(self, unit, width, weight, statistics, wanted, notify=None):
-            caught[unit.name] = statistics
-            return case.pruner.levels(unit, width, weight, statistics, wanted)
+        def levels(self, problem, notify=None):
+            caught[problem.unit.name] = problem.statistics
+            return case.pruner.levels(problem)
 
     # the second level of everything but of the first attention: up to the first mixture nothing else is pruned
     attention = next(

@@ -3,10 +3,12 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from problems import unit_problem
 
 from allocator.core.space import Unit
 from allocator.pruning.calibration.statistics import Norms, Nothing
-from allocator.pruning.pruners.magnitude_wanda import NEVER, Magnitude, Wanda
+from allocator.pruning.levels.compact import NEVER
+from allocator.pruning.pruners.magnitude_wanda import Magnitude, Wanda
 
 ROWS, COLUMNS = 6, 10
 KEPT = tuple(ROWS * count for count in (10, 8, 7, 3, 0))
@@ -25,8 +27,7 @@ def _levels(pruner, weight, x=None, unit=UNIT):
         statistics = Norms(COLUMNS)
         for batch in torch.from_numpy(x).float().split(16):
             statistics.add(batch)
-    wanted = range(1, unit.num_levels)
-    return pruner.levels(unit, 1, torch.from_numpy(weight).float(), statistics, wanted)["removed_at"]
+    return pruner.levels(unit_problem(unit, torch.from_numpy(weight).float(), statistics))["removed_at"]
 
 
 def test_magnitude_removes_the_smallest_of_the_matrix(problem):
@@ -87,7 +88,7 @@ def test_weights_that_every_level_keeps_are_marked(problem):
     weight, _ = problem
     kept = (60, 54)
     unit = Unit("q_proj", "matrix", "attention", 0, 60, kept, kept, kept)
-    removed_at = Magnitude().levels(unit, 1, torch.from_numpy(weight), Nothing(COLUMNS), [1])["removed_at"]
+    removed_at = Magnitude().levels(unit_problem(unit, torch.from_numpy(weight), Nothing(COLUMNS), [1]))["removed_at"]
     assert sorted(removed_at.unique().tolist()) == [1, NEVER]
 
 

@@ -1,11 +1,13 @@
 import numpy as np
 import pytest
 import torch
+from problems import unit_problem
 
 from allocator.core.space import Unit
-from allocator.pruning.calibration.factorise import damped
+from allocator.pruning.calibration.factorise import damp
 from allocator.pruning.calibration.statistics import Gram
-from allocator.pruning.pruners.obs import Obs, item_columns, refits
+from allocator.pruning.levels.compact import item_columns
+from allocator.pruning.pruners.obs import Obs, refit_columns
 from allocator.pruning.pruners.removal import obs_order
 
 
@@ -43,14 +45,14 @@ def _brute_force_order(rows, weight, width):
 @pytest.mark.parametrize(("items", "width"), [(8, 1), (5, 3), (2, 4), (1, 2)])
 def test_order_is_that_of_brute_force(seed, items, width):
     x, weight = _problem(seed, 40, items * width, 6)
-    gram = damped(torch.from_numpy(x.T @ x), 0.01)
+    gram = damp(torch.from_numpy(x.T @ x), 0.01)
     order = obs_order(torch.from_numpy(weight), gram.inverse(), width)
     assert order.tolist() == _brute_force_order(_stacked(x, 0.01), weight, width)
 
 
 def test_order_with_fewer_tokens_than_inputs_is_that_of_brute_force():
     x, weight = _problem(3, 5, 9, 4)
-    order = obs_order(torch.from_numpy(weight), damped(torch.from_numpy(x.T @ x), 0.01).inverse(), 1)
+    order = obs_order(torch.from_numpy(weight), damp(torch.from_numpy(x.T @ x), 0.01).inverse(), 1)
     assert order.tolist() == _brute_force_order(_stacked(x, 0.01), weight, 1)
 
 
@@ -60,15 +62,15 @@ def test_refit_is_least_squares(damping, kept):
     x, weight = _problem(1, 50, 10, 6)
     expected, _ = _least_squares(_stacked(x, damping), weight, kept)
     columns = torch.tensor([*kept, *sorted({*range(10)} - {*kept})])
-    gram = damped(torch.from_numpy(x.T @ x), damping)
-    (found,) = refits(torch.from_numpy(weight), gram, columns, [len(kept)])
+    gram = damp(torch.from_numpy(x.T @ x), damping)
+    (found,) = refit_columns(torch.from_numpy(weight), gram, columns, [len(kept)])
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6, atol=1e-12)
 
 
 def test_refit_of_everything_is_the_dense_weight():
     x, weight = _problem(2, 50, 10, 6)
-    gram = damped(torch.from_numpy(x.T @ x), 0.01)
-    (found,) = refits(torch.from_numpy(weight), gram, torch.arange(10), [10])
+    gram = damp(torch.from_numpy(x.T @ x), 0.01)
+    (found,) = refit_columns(torch.from_numpy(weight), gram, torch.arange(10), [10])
     np.testing.assert_allclose(found.numpy(), weight, rtol=1e-9)
 
 
@@ -84,7 +86,9 @@ def test_levels_are_refits_of_prefixes_to_the_precision_of_the_data_type(width, 
     statistics = Gram(8 * width)
     for batch in inputs.split(64):
         statistics.add(batch)
-    levels = Obs(0.01).levels(_unit("channels", 8, (8, 6, 3, 1, 0)), width, stored, statistics, [1, 2, 3, 4])
+    levels = Obs(0.01).levels(
+        unit_problem(_unit("channels", 8, (8, 6, 3, 1, 0)), stored, statistics, [1, 2, 3, 4], width)
+    )
     assert sorted(levels) == ["order", "output.1", "output.2", "output.3"]
     order = levels["order"].tolist()
     assert sorted(order) == list(range(8))
@@ -102,11 +106,11 @@ def test_only_wanted_levels_are_refitted():
     statistics = Gram(8)
     statistics.add(torch.from_numpy(x))
     weight, unit = torch.from_numpy(weight).float(), _unit("channels", 8, (8, 6, 3, 1, 0))
-    every = Obs(0.01).levels(unit, 1, weight, statistics, [1, 2, 3, 4])
-    one = Obs(0.01).levels(unit, 1, weight, statistics, [2])
+    every = Obs(0.01).levels(unit_problem(unit, weight, statistics, [1, 2, 3, 4]))
+    one = Obs(0.01).levels(unit_problem(unit, weight, statistics, [2]))
     assert sorted(one) == ["order", "output.2"]
     assert torch.equal(one["output.2"], every["output.2"])
-    assert sorted(Obs(0.01).levels(unit, 1, weight, statistics, [4])) == ["order"]
+    assert sorted(Obs(0.01).levels(unit_problem(unit, weight, statistics, [4]))) == ["order"]
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3])
@@ -117,7 +121,7 @@ def test_dead_inputs_are_removed_first(scale):
     statistics = Gram(8)
     statistics.add(torch.from_numpy(x))
     levels = Obs(0.01).levels(
-        _unit("channels", 8, (8, 6, 4, 1)), 1, torch.from_numpy(weight).float(), statistics, [1, 2, 3]
+        unit_problem(_unit("channels", 8, (8, 6, 4, 1)), torch.from_numpy(weight).float(), statistics, [1, 2, 3])
     )
     order = levels["order"].tolist()
     assert set(order[6:]) == {2, 6}
@@ -130,7 +134,7 @@ def test_dead_inputs_are_removed_first(scale):
 
 
 def test_inputs_that_are_all_dead_still_give_an_order():
-    levels = Obs(0.01).levels(_unit("channels", 4, (4, 2, 0)), 1, torch.randn(3, 4), Gram(4), [1, 2])
+    levels = Obs(0.01).levels(unit_problem(_unit("channels", 4, (4, 2, 0)), torch.randn(3, 4), Gram(4), [1, 2]))
     assert sorted(levels["order"].tolist()) == [0, 1, 2, 3]
     assert torch.isfinite(levels["output.1"]).all()
 
@@ -144,8 +148,8 @@ def test_refits_of_nested_levels_are_each_least_squares(damping):
     x, weight = _problem(6, 60, 40, 7)
     columns = np.random.default_rng(6).permutation(40)
     counts = [40, 39, 31, 20, 9, 2, 1]
-    gram = damped(torch.from_numpy(x.T @ x), damping)
-    found = refits(torch.from_numpy(weight), gram, torch.from_numpy(columns), counts)
+    gram = damp(torch.from_numpy(x.T @ x), damping)
+    found = refit_columns(torch.from_numpy(weight), gram, torch.from_numpy(columns), counts)
     for count, kept in zip(counts, found, strict=True):
         expected, _ = _least_squares(_stacked(x, damping), weight, columns[:count])
         np.testing.assert_allclose(kept.numpy(), expected, rtol=1e-6, atol=1e-9)
@@ -169,7 +173,7 @@ def test_query_heads_keep_equally_many_of_every_group_with_least_squares_columns
     x, weight = _problem(7, 200, total * width, 10)
     unit = _heads(groups, per_group, [groups * k for k in range(per_group, -1, -1)])
     stored = torch.from_numpy(weight).float()
-    levels = Obs(0.01).levels(unit, width, stored, _gathered(x), range(1, unit.num_levels))
+    levels = Obs(0.01).levels(unit_problem(unit, stored, _gathered(x), width=width))
     order = levels["order"].view(groups, per_group)
     assert sorted(levels) == sorted(["order", *(f"output.{k}" for k in range(1, per_group))])
     rows = _stacked(x.astype(np.float32).astype(float), 0.01)
@@ -197,7 +201,7 @@ def test_bias_and_columns_are_one_least_squares_fit(groups):
     x = (x + np.random.default_rng(8).normal(size=8) * 3).astype(np.float32).astype(float)
     stored = torch.from_numpy(weight).float()
     unit = _unit("channels", 8, (8, 6, 2, 0)) if groups is None else _heads(groups, 8 // groups, (8, 6, 2, 0))
-    levels = Obs(0.01, bias=True).levels(unit, 1, stored, _gathered(x), [1, 2, 3])
+    levels = Obs(0.01, bias=True).levels(unit_problem(unit, stored, _gathered(x), [1, 2, 3]))
     assert sorted(levels) == ["bias.1", "bias.2", "order", "output.1", "output.2"]
     for level, count in ((1, 6), (2, 2)):
         parts = groups or 1
@@ -213,7 +217,7 @@ def test_with_bias_the_order_is_that_of_brute_force_on_centred_inputs():
     x, weight = _problem(9, 200, 8, 6)
     x += np.random.default_rng(9).normal(size=8) * 3
     levels = Obs(0.01, bias=True).levels(
-        _unit("channels", 8, (8, 4)), 1, torch.from_numpy(weight).float(), _gathered(x), [1]
+        unit_problem(_unit("channels", 8, (8, 4)), torch.from_numpy(weight).float(), _gathered(x), [1])
     )
     assert levels["order"].tolist() == _brute_force_order(_stacked(x - x.mean(0), 0.01), weight, 1)
 
@@ -224,7 +228,9 @@ def test_with_bias_inputs_that_do_not_vary_go_first_and_cost_nothing(constant):
     x[:, [1, 5]] = np.float32(constant)
     weight[:, 1] *= 10
     stored = torch.from_numpy(weight).float()
-    levels = Obs(0.01, bias=True).levels(_unit("channels", 8, (8, 7, 6, 3)), 1, stored, _gathered(x), [1, 2, 3])
+    levels = Obs(0.01, bias=True).levels(
+        unit_problem(_unit("channels", 8, (8, 7, 6, 3)), stored, _gathered(x), [1, 2, 3])
+    )
     order = levels["order"].tolist()
     assert set(order[6:]) == {1, 5}
     for level, count in ((1, 7), (2, 6)):

@@ -15,8 +15,8 @@ from allocator.model.live.load import load_model
 from allocator.pruning.calibration.build import prune_on_pruned_inputs
 from allocator.pruning.levels.assemble import Assembler, LevelSwitch
 from allocator.pruning.levels.execute import save_pruned
-from allocator.run.config import load_config
-from allocator.run.job import read_model
+from allocator.run.config.load import load_config
+from allocator.run.model import read_model
 
 SHAPE = {"hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}
 MODELS = {
@@ -150,13 +150,13 @@ def test_a_model_with_one_query_head_per_group_is_referred_to_groups(make_model)
 def test_the_configuration_selects_it(make_model):
     folder = make_model("llama", **SHAPE)
     flags = {"model": str(folder)}
-    assert read_model(load_config(flags=flags))[2].units[0].kind == "kv_groups"
+    assert read_model(load_config(keys=flags))[2].units[0].kind == "kv_groups"
     heads = ["ladder.attention=query_heads"]
-    assert {unit.kind for unit in read_model(load_config(flags=flags, assignments=heads))[2].units} == {
+    assert {unit.kind for unit in read_model(load_config(keys=flags, assignments=heads))[2].units} == {
         "query_heads",
         "channels",
     }
     with pytest.raises(UserError, match=r"ladder\.attention: query_heads serves structured pruning"):
-        read_model(load_config(flags={**flags, "pattern": "unstructured"}, assignments=heads))
+        read_model(load_config(keys={**flags, "pattern": "unstructured"}, assignments=heads))
     with pytest.raises(UserError, match=r"ladder\.attention"):
-        load_config(flags=flags, assignments=["ladder.attention=heads"])
+        load_config(keys=flags, assignments=["ladder.attention=heads"])

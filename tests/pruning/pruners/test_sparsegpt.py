@@ -3,13 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from problems import unit_problem
 
 from allocator.core.notify import silent
 from allocator.core.space import Unit
-from allocator.pruning.calibration.factorise import damped
+from allocator.pruning.calibration.factorise import damp
 from allocator.pruning.calibration.statistics import KINDS, Gram
 from allocator.pruning.levels.masks import sparse_weight
 from allocator.pruning.pruners import sparsegpt
+from allocator.pruning.pruners.protocol import PrunerSpec
 from allocator.pruning.pruners.registry import make_pruner
 from allocator.pruning.pruners.sparsegpt import SparseGpt, inverse_factor
 
@@ -36,7 +38,7 @@ def _gram(x):
 def _prune(unit, weight, statistics, wanted=None, damping=0.01):
     weight = torch.from_numpy(weight).float()
     wanted = range(1, unit.num_levels) if wanted is None else wanted
-    compact = SparseGpt(damping).levels(unit, 1, weight, statistics, wanted)
+    compact = SparseGpt(damping).levels(unit_problem(unit, weight, statistics, wanted))
     return {level: sparse_weight(compact, level, weight).double().numpy() for level in wanted}
 
 
@@ -75,7 +77,7 @@ def test_levels_are_those_of_sequential_updates(monkeypatch, block, seed, group,
     monkeypatch.setattr(sparsegpt, "BLOCK", block)
     x, weight = _problem(seed, 90, 24, 6)
     unit, statistics = _unit(6, 24, kept, group), _gram(x)
-    hessian = damped(statistics.gram_ii.double(), 0.01).numpy()
+    hessian = damp(statistics.gram_ii.double(), 0.01).numpy()
     for level, found in _prune(unit, weight, statistics).items():
         expected, gone = _reference(np.float32(weight).astype(float), hessian, 144 - kept[level - 1], block, group)
         np.testing.assert_array_equal(found == 0.0, gone)
@@ -87,7 +89,7 @@ def test_blocks_of_full_size(group, kept):
     x, weight = _problem(7, 400, 300, 2)
     unit, statistics = _unit(2, 300, (kept,), group), _gram(x)
     expected, gone = _reference(
-        np.float32(weight).astype(float), damped(statistics.gram_ii.double(), 0.01).numpy(), 600 - kept, 128, group
+        np.float32(weight).astype(float), damp(statistics.gram_ii.double(), 0.01).numpy(), 600 - kept, 128, group
     )
     found = _prune(unit, weight, statistics)[1]
     np.testing.assert_array_equal(found == 0.0, gone)
@@ -100,7 +102,7 @@ def test_the_factor_is_that_of_the_inverse():
     upper = inverse_factor(gram, 0.01, "unit", silent)
     assert torch.equal(upper, upper.triu())
     assert (upper.diagonal() > 0).all()
-    torch.testing.assert_close(upper.T @ upper, damped(gram, 0.01).inverse(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(upper.T @ upper, damp(gram, 0.01).inverse(), rtol=1e-9, atol=0)
 
 
 def test_the_last_column_cannot_be_made_up_for_and_the_others_are_least_squares():
@@ -119,10 +121,10 @@ def test_it_errs_less_than_wanda(group):
     unit, dense = _unit(32, 64, (1024,), group), torch.from_numpy(weight).float()
     errors = {}
     for name in ("magnitude", "wanda", "sparsegpt"):
-        pruner = make_pruner(name, "n:m", 0.01)
+        pruner = make_pruner(PrunerSpec(name=name), "n:m")
         statistics = KINDS[pruner.need](64, torch.device("cpu"))
         statistics.add(torch.from_numpy(x).float())
-        found = sparse_weight(pruner.levels(unit, 1, dense, statistics, [1]), 1, dense).double().numpy()
+        found = sparse_weight(pruner.levels(unit_problem(unit, dense, statistics, [1])), 1, dense).double().numpy()
         errors[name] = np.linalg.norm(x @ (found - weight).T)
     assert errors["sparsegpt"] < 0.95 * errors["wanda"]
     assert errors["wanda"] < errors["magnitude"]
@@ -145,7 +147,7 @@ def test_dead_inputs_go_first_and_keep_their_weights_where_kept(group):
 def test_more_damping_is_reported():
     statistics, heard = Gram(2), []
     statistics.gram_ii = torch.tensor([[1.0, 3.0], [3.0, 1.0]])
-    SparseGpt(0.01).levels(_unit(2, 2, (2,)), 1, torch.ones(2, 2), statistics, [1], heard.append)
+    SparseGpt(0.01).levels(unit_problem(_unit(2, 2, (2,)), torch.ones(2, 2), statistics, [1]), heard.append)
     assert len(heard) == 3
     assert heard[0].startswith("layers.0.mlp.up_proj: the Hessian is not positive definite with damping 0.01")
 

@@ -1,0 +1,180 @@
+"""From a configuration to a job: every input is read and checked before any work starts or any file is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from allocator.core.budget import Budget, budget_for
+from allocator.core.costs import COSTS, check_known
+from allocator.core.errors import UserError
+from allocator.core.notify import Notify, silent
+from allocator.core.plan import Plan
+from allocator.core.space import Allocation, SearchSpace
+from allocator.evaluation.spec import check_device
+from allocator.model.checkpoint.headers import Checkpoint
+from allocator.model.data.examples import Examples
+from allocator.model.data.read import read_examples
+from allocator.pruning.pruners.protocol import LocalPruner, PrunerSpec
+from allocator.pruning.pruners.registry import make_pruner
+from allocator.run.config.run import RunConfig
+from allocator.run.job import Job
+from allocator.run.model import check_length, fingerprint_ladders, read_model, read_texts
+from allocator.searchers.rules.baselines import uniform
+
+
+def prepare_job(config: RunConfig, notify: Notify = silent) -> Job:
+    """Read and check every input of a configuration.
+
+    Args:
+        config: The configuration. The job's own has a loss that fits the model.
+        notify: Called with what a user should know of the examples.
+
+    Raises:
+        UserError: An input is missing, damaged, too short or out of reach.
+    """
+    if config.workers == 0:
+        check_device(config.device)
+    checkpoint, layout, space = read_model(config)
+    config = with_default_loss(config, checkpoint)
+    _check_objectives(config, space)
+    budget = budget_for(space, config.target, config.bounds)
+    pruner = _choose_pruner(config, space)
+    wanted, length = _count_tokens(config), config.tokens.sequence_length
+    check_length(checkpoint, length, "tokens.sequence_length")
+    along = _choose_path(config, checkpoint, space, budget)
+    if config.domains:
+        tokens = read_texts(config.domains, checkpoint, wanted, length)
+    else:
+        tokens = read_examples(config.text, checkpoint, wanted, length, notify)
+    _check_labels(config, checkpoint, tokens)
+    return Job(
+        config=config,
+        checkpoint=checkpoint,
+        layout=layout,
+        space=space,
+        budget=budget,
+        pruner=pruner,
+        tokens=tokens,
+        along=along,
+    )
+
+
+def _check_objectives(config: RunConfig, space: SearchSpace) -> None:
+    """Raise if an objective is a cost that the space does not know or that no level changes."""
+    for cost in (name for name in config.objectives if name in COSTS):
+        check_known(space, cost)
+        if space.cost(space.sparsest, cost) == space.cost(space.dense, cost):
+            raise UserError(
+                f"objectives: no level of {config.pattern} pruning changes {cost}. Leave it out, "
+                "or use --pattern structured"
+            )
+
+
+def _choose_pruner(config: RunConfig, space: SearchSpace) -> LocalPruner:
+    """Return the configured local pruner, or the default of the pattern."""
+    settings = config.pruner
+    experts = settings.experts if any(unit.kind == "experts" for unit in space.units) else None
+    spec = PrunerSpec(name=settings.name, damping=settings.damping, bias=settings.bias, experts=experts)
+    return make_pruner(spec, config.pattern)
+
+
+def _count_tokens(config: RunConfig) -> dict[str, int]:
+    """Return the tokens of every split.
+
+    Raises:
+        UserError: A number is not a multiple of the sequence length, or less than one sequence of every domain.
+    """
+    search, length = config.search, config.tokens.sequence_length
+    wanted = {
+        "calibration": config.tokens.calibration,
+        "search": search.fidelities[-1],
+        "selection": config.tokens.selection,
+        "test": config.tokens.test,
+        **({"training": search.training} if search.training else {}),
+    }
+    for name, count in [*wanted.items(), *(("search", count) for count in search.fidelities)]:
+        if count % length:
+            raise UserError(
+                f"tokens: {name} asks for {count} tokens, which is not a multiple of the sequence length {length}. "
+                f"Ask for {-(-count // length) * length}, or set tokens.sequence_length"
+            )
+        if count < len(config.domains) * length:
+            raise UserError(
+                f"domains: {name} asks for {count} tokens, and one sequence of {length} of each of "
+                f"{len(config.domains)} domains takes {len(config.domains) * length}. Ask for as many, or set "
+                "tokens.sequence_length"
+            )
+    step = config.training.batch_sequences * length
+    for count in search.evolution.training:
+        if count % step:
+            raise UserError(
+                f"search.evolution.training: {count} tokens are not whole batches of {config.training.batch_sequences} "
+                f"sequences of {length}. Ask for {-(-count // step) * step}, or set training.batch_sequences"
+            )
+    return wanted
+
+
+def with_default_loss(config: RunConfig, checkpoint: Checkpoint) -> RunConfig:
+    """Return a configuration with the model's default loss, if the configuration names no loss.
+
+    Raises:
+        UserError: The configuration has a setting that this kind of model does not serve.
+    """
+    kind = checkpoint.kind
+    if kind.generates:
+        return config
+    if config.loss not in kind.losses:
+        if "loss" in config.model_fields_set:
+            raise UserError(
+                f"loss: {checkpoint.architecture} cannot be measured by {config.loss}. Use {' or '.join(kind.losses)}"
+            )
+        config = config.model_copy(update={"loss": kind.losses[0]})
+        config.search.check_objectives(config.loss, config.objectives)
+    if "nll" in config.objectives and kind.answers != "classes":
+        raise UserError(
+            f"objectives: nll is of text that follows, or of labels, and {checkpoint.architecture} has neither"
+        )
+    if config.search.training:
+        raise UserError(
+            f"search.evolution.training: {checkpoint.architecture} is not a causal language model, which alone are "
+            f"trained. "
+            "Use another method"
+        )
+    if config.workload.latency is not None:
+        raise UserError(
+            f"workload.latency: {checkpoint.architecture} does not generate, and has no table. Leave it out"
+        )
+    if config.domains and kind.reads != "text":
+        raise UserError(
+            f"domains: {checkpoint.architecture} reads {kind.words}, and domains are texts. Use text in place"
+        )
+    if config.domains and kind.answers == "classes":
+        raise UserError(f"domains: {checkpoint.architecture} classifies, and domains have no labels. Use text in place")
+    return config
+
+
+def _check_labels(config: RunConfig, checkpoint: Checkpoint, tokens: Mapping[str, Examples]) -> None:
+    """Raise if a run minimises the likelihood of labels and the examples have none."""
+    asked = "loss" if config.loss == "nll" else "objectives" if "nll" in config.objectives else ""
+    if asked and checkpoint.kind.answers == "classes" and any(batch.labels is None for batch in tokens.values()):
+        raise UserError(f"{asked}: nll is of labels, and the examples have none. Give some, or use another")
+
+
+def _choose_path(config: RunConfig, checkpoint: Checkpoint, space: SearchSpace, budget: Budget) -> Allocation | None:
+    """Return the allocation along which units are pruned; None for dense or expected inputs."""
+    if config.pruner.inputs != "path":
+        if config.pruner.along is not None:
+            found = config.pruner.inputs or "the default"
+            raise UserError(f"pruner.along: it serves pruner.inputs=path, found {found}. Set that, or leave it out")
+        return None
+    if config.pruner.along is None:
+        return uniform(space, budget)
+    plan = Plan.load(config.pruner.along)
+    if plan.model["fingerprint"] != checkpoint.fingerprint or fingerprint_ladders(plan.space) != fingerprint_ladders(
+        space
+    ):
+        raise UserError(
+            f"pruner.along: {config.pruner.along} is a plan for another model or other ladders. "
+            "Name a plan of this model with this pattern and these ladders, or leave it out for uniform"
+        )
+    return plan.allocation
