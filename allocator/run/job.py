@@ -101,8 +101,8 @@ class Job:
     @property
     def inputs(self) -> str:
         """The inputs on which units are pruned; see :class:`~allocator.run.config.sections.PrunerSettings`."""
-        last = self.config.search.is_last_round(self.round_number)
-        return self.config.pruner.inputs or ("expected" if last and self.pruner.refit is not None else "dense")
+        is_last = self.config.search.is_last_round(self.round_number)
+        return self.config.pruner.inputs or ("expected" if is_last and self.pruner.refit is not None else "dense")
 
     @property
     def recompute(self) -> bool:

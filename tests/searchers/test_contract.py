@@ -26,17 +26,17 @@ NEAR = TrustRegionSettings(rounds=3, radius=2)
 FAR = GuidedSettings(generations=4, proposals=64, entrants=6, survivors=2)
 SEARCHERS = {
     "evolution": SearchSettings(
-        "evolution", evolution=EvolutionSettings(generations=5, offspring=6, tokens=(64, 128), survivors=(2, 1))
+        method="evolution", evolution=EvolutionSettings(generations=5, offspring=6, tokens=(64, 128), survivors=(2, 1))
     ),
     "evolution, one stage": SearchSettings(
-        "evolution", evolution=EvolutionSettings(generations=5, offspring=6, tokens=(128,), survivors=(1,))
+        method="evolution", evolution=EvolutionSettings(generations=5, offspring=6, tokens=(128,), survivors=(1,))
     ),
     "evolution with training": SearchSettings(
-        "evolution",
+        method="evolution",
         evolution=EvolutionSettings(generations=5, offspring=6, tokens=(64, 128), survivors=(2, 1), training=(0, 256)),
     ),
     "evolution within kinds": SearchSettings(
-        "evolution",
+        method="evolution",
         evolution=EvolutionSettings(generations=5, offspring=6, tokens=(64, 128), survivors=(2, 1), within_kind=True),
     ),
     "auto": SearchSettings(method="auto", tokens=(64, 128), trust_region=NEAR, guided=FAR),

@@ -10,7 +10,8 @@ from allocator.core.errors import UserError
 from allocator.core.header import JournalHeader
 from allocator.core.journal import Journal
 from allocator.core.protocols import Request
-from allocator.run.config import RunConfig, load_config
+from allocator.run.config.load import load_config
+from allocator.run.config.run import RunConfig
 from allocator.searchers.generator import GeneratorSearcher
 from allocator.searchers.registry import METHODS, find_sections
 from allocator.searchers.settings import SearchSettings

@@ -7,7 +7,7 @@ from allocator.searchers.methods.bayesian import GpSettings, TpeSettings
 from allocator.searchers.methods.evolution import EvolutionSettings
 from allocator.searchers.methods.guided import GuidedSettings
 from allocator.searchers.methods.nsga import NsgaSettings
-from allocator.searchers.methods.presets import PRESETS, preset
+from allocator.searchers.methods.presets import PRESETS, read_preset
 from allocator.searchers.methods.thompson import ThompsonSettings
 from allocator.searchers.methods.trust_region import TrustRegionSettings
 from allocator.searchers.registry import METHODS
@@ -133,16 +133,16 @@ def test_presets_hold_published_numbers_and_no_others():
     for name, patterns in PRESETS.items():
         for pattern in patterns:
             settings = EvolutionSettings(
-                **{k: tuple(v) if isinstance(v, list) else v for k, v in preset(name, pattern).items()}
+                **{k: tuple(v) if isinstance(v, list) else v for k, v in read_preset(name, pattern).items()}
             )
             assert SearchSettings(method=name, evolution=settings).fidelities == settings.tokens
-    assert preset("evopress", "unstructured")["offspring"] == 64
-    assert preset("darwinlm", "structured")["tokens"] == [1024, 2048, 4096, 8192]
-    assert preset("tyr", "structured")["max_exchanges"] == 4
+    assert read_preset("evopress", "unstructured")["offspring"] == 64
+    assert read_preset("darwinlm", "structured")["tokens"] == [1024, 2048, 4096, 8192]
+    assert read_preset("tyr", "structured")["max_exchanges"] == 4
     with pytest.raises(UserError, match=r"darwinlm publishes numbers for structured .* none for n:m\. Use evolution"):
-        preset("darwinlm", "n:m")
+        read_preset("darwinlm", "n:m")
     with pytest.raises(UserError, match=r"tyr publishes .* none for unstructured\. Use evopress, evolution"):
-        preset("tyr", "unstructured")
+        read_preset("tyr", "unstructured")
 
 
 @pytest.mark.parametrize(

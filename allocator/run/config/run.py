@@ -23,7 +23,7 @@ from allocator.run.config.sections import (
     WorkerSettings,
     WorkloadSettings,
 )
-from allocator.searchers.methods.presets import PRESETS, preset
+from allocator.searchers.methods.presets import PRESETS, read_preset
 from allocator.searchers.settings import SearchSettings, choose_method
 
 DomainName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")]
@@ -205,7 +205,7 @@ def _fill_search(data: dict[str, Any]) -> Any:
     search, ladder = dict(search), data.get("ladder") or {}
     method, objectives = search.get("method", "auto"), _list_names(data.get("objectives"))
     if method in PRESETS:
-        published = preset(method, data.get("pattern", RunConfig.model_fields["pattern"].default))
+        published = read_preset(method, data.get("pattern", RunConfig.model_fields["pattern"].default))
         search["evolution"] = {**published, **(search.get("evolution") or {})}
     if method == "auto" and objectives:
         search["method"] = choose_method(objectives)

@@ -1,11 +1,11 @@
-"""One profile, every budget: a whole front from a chain of searches that go on from each other.
+"""One profile for every budget: a whole front from a chain of searches, each of which continues the one before.
 
-What a unit loses hardly depends on how much the others have lost. So one model of the loss serves every budget: its
-curvatures are measured once, every outcome at one budget teaches it for all, and the best allocation of a budget,
-settled into the next one, is a better start than any rule. What is left for each budget is one expansion of the loss
-where it is, knapsacks, and a race of their answers; between budgets, what the model draws there is measured as it is.
-Budgets go from the loosest to the tightest and, in a further pass, back again. Budgets on several costs at once form a
-grid. There are as many expansions as budgets, and they cost most: they are on the last fidelity but one.
+The loss of a unit hardly depends on how sparse the others are. So one model of the loss serves every budget: its
+curvatures are measured once, and it learns from the outcomes of all budgets. The best allocation of a budget, fitted to
+the next one, is a better start than any rule. What is left for each budget is one expansion of the loss, knapsacks, and
+a race of their answers. Between budgets, the model's best allocations are measured directly. Budgets are searched from
+the loosest to the tightest and, in a further pass, back again. Budgets on several costs form a grid. There are as many
+expansions as budgets, and they cost most of the effort, so they are on the last fidelity but one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from allocator.core.budget import Budget, fits, spans
+from allocator.core.budget import Budget, find_ranges, fits
 from allocator.core.errors import UserError
 from allocator.core.protocols import Searcher
 from allocator.core.space import Cost, SearchSpace
@@ -33,10 +33,10 @@ class SweepSettings:
     """Settings of a sweep of budgets.
 
     Attributes:
-        points: Budgets on one cost; of grids over more, about as many.
-        passes: How often all budgets are searched, from the loosest to the tightest and back in turn.
-        entrants: Allocations that are raced at each.
-        survivors: How many of these may be measured on all tokens.
+        points: Number of budgets; approximate for a grid over several costs.
+        passes: How often all budgets are searched, alternately from the loosest to the tightest and back.
+        entrants: Allocations that race at each budget.
+        survivors: Most entrants of a race that are measured on all tokens.
     """
 
     points: int = 18
@@ -73,15 +73,15 @@ class SweepMethod(MethodSettings):
 def make_budgets(space: SearchSpace, within: Budget, objectives: Sequence[Cost], points: int) -> list[Budget]:
     """Return budgets that span the front of some costs, evenly, from the loosest to the tightest.
 
-    Where the dense model is not within ``within``, the loosest is that itself, and there is one more.
+    If the dense model is not within ``within``, the loosest budget is ``within`` itself, and there is one more.
 
     Args:
         space: The search space.
-        within: What all of them keep.
+        within: Limits that all budgets keep.
         objectives: The costs.
-        points: How many there are; on several costs, about.
+        points: Number of budgets; approximate for several costs.
     """
-    ranges, steps = spans(space, within, objectives), _steps(objectives, points)
+    ranges, steps = find_ranges(space, within, objectives), _steps(objectives, points)
     found = []
     for down in sorted(itertools.product(range(steps), repeat=len(objectives)), key=lambda each: (sum(each), each)):
         limits = {
@@ -89,7 +89,7 @@ def make_budgets(space: SearchSpace, within: Budget, objectives: Sequence[Cost],
             for step, (cost, (low, high)) in zip(down, ranges.items(), strict=True)
         }
         budget = Budget(**{**within.limits, **limits})
-        if not fits(space, space.dense, budget):  # else there is nothing to search
+        if not fits(space, space.dense, budget):  # otherwise there is nothing to search
             found.append(budget)
     return found or [within]
 
@@ -103,7 +103,7 @@ def make_nearby_budgets(
     for signs in itertools.product((1, -1), repeat=len(objectives)):
         limits = {
             cost: min(budget.limits.get(cost, high) + sign * (high - low) // steps, high)
-            for sign, (cost, (low, high)) in zip(signs, spans(space, within, objectives).items(), strict=True)
+            for sign, (cost, (low, high)) in zip(signs, find_ranges(space, within, objectives).items(), strict=True)
         }
         near = Budget(**{**within.limits, **limits})
         if fits(space, space.sparsest, near) and not fits(space, space.dense, near):

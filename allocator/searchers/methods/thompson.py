@@ -1,11 +1,11 @@
 """Thompson sampling of an additive model of the loss, each sample of it minimised exactly.
 
-Thompson (1933): draw a model from the posterior, measure what it thinks best, learn. The model is
-:mod:`allocator.searchers.surrogates.additive`, a table over units and levels; the best allocation of a table within the
-budget is a knapsack's. So exploration is over whole allocations, never over moves: what the posterior is sure of, every
-draw agrees on, and what it is not, draws try in many ways at once. The model holds only nearby, so draws are minimised
-within a trust region around the best allocation so far, as TuRBO's are (Eriksson et al., NeurIPS 2019). Its size is not
-adapted: the draws of a batch take one level, two and so on in turn, and more when none of them is new.
+Thompson (1933): draw a model from the posterior, measure its best allocation, learn. The model is
+:mod:`allocator.searchers.surrogates.additive`, a table over units and levels. A knapsack finds the best allocation of a
+table within the budget. So the search explores whole allocations, not moves: all draws agree where the posterior is
+certain, and differ where it is not. The model holds only nearby, so draws are minimised within a trust region around
+the best allocation so far, as in TuRBO (Eriksson et al., NeurIPS 2019). The size of the region is not adapted: the
+draws of a batch take one level, two levels and so on in turn, and more when none of them is new.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from allocator.searchers.solvers.space_arrays import SpaceArrays
 from allocator.searchers.surrogates.additive import POWERS, AdditiveModel
 
 MAX_TRIALS = 2000
-"""The posterior factorises a matrix of trials squared."""
+"""Most trials: the posterior factorises a square matrix of this size."""
 
 _ROUNDS = 4
-"""How often draws that gave nothing new are drawn again, before trust regions widen."""
+"""Rounds of draws without a new allocation, after which trust regions widen."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,11 +35,11 @@ class ThompsonSettings(MethodSettings):
     """Settings of Thompson sampling.
 
     Attributes:
-        trials: Allocations measured in all, at most 2,000.
+        trials: Measured allocations in total, at most 2,000.
         patience: Batches without a better allocation after which the search ends.
         batch: Draws that are measured side by side.
         tokens: Tokens of every measurement.
-        radius: Levels that a unit may move from the best allocation so far, at most; draws take 1 to this in turn.
+        radius: Most levels that a unit moves from the best allocation so far. Draws take 1 to this in turn.
     """
 
     trials: int = 200
@@ -86,11 +86,11 @@ class Thompson:
         self._end = ""
 
     def ask(self) -> Sequence[Request]:
-        """Return the starts, then what draws of the model think best."""
+        """Return the starts, then the best allocations of draws of the model."""
         return [Request(allocation, self._settings.tokens) for allocation in self._candidates]
 
     def tell(self, outcomes: Sequence[Outcome]) -> None:
-        """Teach the model, and draw the next batch from it."""
+        """Learn from the outcomes, and draw the next batch."""
         before = min(self._scored.values(), default=np.inf)
         self._scored.update({outcome.request.allocation: outcome.loss for outcome in outcomes})
         best = self.finalists()[0]
@@ -110,15 +110,15 @@ class Thompson:
             self._end = "the model's draws agree on allocations that were measured"
 
     def ended(self) -> str:
-        """Return why nothing more is asked."""
+        """Return why the search ended."""
         return self._end
 
     def finalists(self) -> Sequence[Allocation]:
-        """Return what was measured, best first."""
+        """Return the measured allocations, best first."""
         return sorted(self._scored, key=lambda allocation: (self._scored[allocation], allocation))
 
     def _propose(self, model: AdditiveModel, best: Allocation) -> list[Allocation]:
-        """Return new allocations that draws think best, each once, from the smallest trust regions that have any."""
+        """Return the new best allocations of draws, each once, from the smallest trust regions that have any."""
         size = min(self._settings.batch, self._settings.trials - len(self._scored))
         rng = np.random.default_rng([self._seed, len(self._scored)])
         widest = max(self._settings.radius, *self._space.sparsest)

@@ -1,7 +1,7 @@
-"""Rules that measure the model as they go: procedures of a few steps, run as searchers.
+"""Rules that measure the model in several steps, run as searchers.
 
-A procedure is a generator: it yields the batches that it wants measured, is sent their outcomes, and returns its
-allocation. All it knows is what it was told, so that a replay of the outcomes continues it.
+A procedure is a generator: it yields batches of requests, is sent their outcomes, and returns its allocation. It
+depends only on the outcomes, so a replay of them continues it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from allocator.core.budget import Budget, fits
 from allocator.core.protocols import Outcome, Request
 from allocator.core.space import Allocation, SearchSpace
 from allocator.searchers.generator import GeneratorSearcher, Script
-from allocator.searchers.rules.apportion import apportioned, on_budget, refilled, to_levels
+from allocator.searchers.rules.apportion import apportion, meet_budget, refill, round_to_levels
 from allocator.searchers.rules.baselines import two_rate
 from allocator.searchers.rules.one_shot import EVERY, ITEMS
 from allocator.searchers.solvers.knapsack import knapsack
@@ -29,8 +29,8 @@ class RuleTokens:
     """Tokens of the search split on which a procedure measures.
 
     Attributes:
-        few: For the many measurements by which it finds its way.
-        all: For those between which it chooses its answer.
+        few: For the many measurements that guide the procedure.
+        all: For the measurements among which it chooses its answer.
     """
 
     few: int
@@ -38,7 +38,7 @@ class RuleTokens:
 
 
 def sweep_two_rate(space: SearchSpace, budget: Budget, target: float, tokens: RuleTokens) -> Procedure:
-    """Measure every two-rate allocation, and take the best. See ``baselines.two_rate``."""
+    """Measure every two-rate allocation and return the best. See ``baselines.two_rate``."""
     outcomes = yield [Request(allocation, tokens.all) for allocation in two_rate(space, budget)]
     return _best(outcomes).request.allocation
 
@@ -59,7 +59,7 @@ def atp(space: SearchSpace, budget: Budget, target: float, tokens: RuleTokens) -
     candidates: dict[Allocation, None] = {}
     for step in range(1, _SLOPES + 1):
         line = steepest * step / _SLOPES * depth
-        candidates[apportioned(space, budget, partial(np.add, line), -1.0, 2.0)] = None
+        candidates[apportion(space, budget, partial(np.add, line), -1.0, 2.0)] = None
     outcomes = yield [Request(allocation, tokens.all) for allocation in candidates]
     return _best(outcomes).request.allocation
 
@@ -67,10 +67,10 @@ def atp(space: SearchSpace, budget: Budget, target: float, tokens: RuleTokens) -
 def finercut(space: SearchSpace, budget: Budget, target: float, tokens: RuleTokens) -> Procedure:
     """Drop the attention or the feed-forward network whose removal changes the output least, until the budget holds.
 
-    All that are left are scored again after each removal (Zhang et al., "FinerCut: finer-grained interpretable layer
-    pruning", 2024). The change is the run's loss; the source takes distances between logits. It removes a number of
-    sub-blocks; here the last one dropped takes back what the budget leaves. To drop a unit is to put it at its last
-    level.
+    After each removal, all remaining sub-blocks are scored again (Zhang et al., "FinerCut: finer-grained interpretable
+    layer pruning", 2024). The change is the run's loss; the source takes distances between logits. The source removes a
+    number of sub-blocks; here the last dropped sub-block takes back what the budget leaves. A dropped unit is at its
+    last level.
     """
     parts: dict[tuple[int, str], list[int]] = {}
     for index, unit in enumerate(space.units):
@@ -78,11 +78,11 @@ def finercut(space: SearchSpace, budget: Budget, target: float, tokens: RuleToke
             parts.setdefault((unit.block, unit.part), []).append(index)
     allocation, last = space.dense, list[int]()
     while not fits(space, allocation, budget):
-        candidates = {_dropped(space, allocation, inside): key for key, inside in parts.items()}
+        candidates = {_drop(space, allocation, inside): key for key, inside in parts.items()}
         outcomes = yield [Request(candidate, tokens.few) for candidate in candidates]
         allocation = _best(outcomes).request.allocation
         last = parts.pop(candidates[allocation])
-    return refilled(space, allocation, budget, last)
+    return refill(space, allocation, budget, last)
 
 
 _STEP = 0.05
@@ -90,7 +90,7 @@ _AMPLITUDE = 0.03
 
 
 def adapt_pruner(space: SearchSpace, budget: Budget, target: float, tokens: RuleTokens) -> Procedure:
-    """Prune in small steps, each a little less where a block of the model as pruned so far does more.
+    """Prune in small steps, each smaller for blocks with more influence in the model as pruned so far.
 
     s_l ← s_l + Δ - A·Î_l with Δ about 0.05 and A = 0.03; Î is the block's influence, 1 - cosine of its input and
     output, less the mean over blocks and scaled to max |Î| = 1 (Pan et al., "Adapt-Pruner", 2025). After each step the
@@ -108,8 +108,8 @@ def adapt_pruner(space: SearchSpace, budget: Budget, target: float, tokens: Rule
         scale = float(np.abs(centred).max()) or 1.0
         base = sparsities - _AMPLITUDE * centred[blocks] / scale
         due = Budget(**{cost: whole[cost] - (whole[cost] - budget.limits[cost]) * step // steps for cost in whole})
-        sparsities = on_budget(space, due, partial(np.add, base), -1.0, 2.0)
-        allocation = to_levels(space, due, sparsities)
+        sparsities = meet_budget(space, due, partial(np.add, base), -1.0, 2.0)
+        allocation = round_to_levels(space, due, sparsities)
     return allocation
 
 
@@ -117,8 +117,8 @@ def rd(space: SearchSpace, budget: Budget, target: float, tokens: RuleTokens) ->
     """Minimise Σ δ_u(s_u) within the budget, δ being the distortion with one unit alone pruned, for every level.
 
     Xu et al., "Efficient joint optimization of layer-adaptive weight pruning", ICCV 2023: distortions of the output are
-    taken to add up. Theirs is the squared distance of outputs, ours the run's loss; their dynamic program counts single
-    weights, ours is exact too.
+    assumed to add up. The source takes the squared distance of outputs, and a dynamic program that counts single
+    weights. Here the distortion is the run's loss, and the knapsack is exact too.
     """
     single = [
         tuple(level if other == index else 0 for other in range(len(space.units)))
@@ -137,8 +137,8 @@ class MeasuredRule:
     """A rule that measures the model as it goes.
 
     Attributes:
-        run: From space, budget, target and tokens to its procedure.
-        patterns: Those that it serves.
+        run: Function of space, budget, target and tokens that returns the procedure.
+        patterns: Patterns that it serves.
     """
 
     run: Callable[[SearchSpace, Budget, float, RuleTokens], Procedure]
@@ -152,7 +152,7 @@ MEASURED_RULES: Mapping[str, MeasuredRule] = {
     "adapt_pruner": MeasuredRule(adapt_pruner, EVERY),
     "rd": MeasuredRule(rd, EVERY),
 }
-"""By name: rules that are searchers."""
+"""Rules that measure, by name."""
 
 
 def make_rule_searcher(procedure: Procedure, start: Sequence[Allocation], tokens: RuleTokens) -> GeneratorSearcher:
@@ -183,7 +183,7 @@ def _run(
     return "the rule has come to its answer"
 
 
-def _dropped(space: SearchSpace, allocation: Allocation, inside: Sequence[int]) -> Allocation:
+def _drop(space: SearchSpace, allocation: Allocation, inside: Sequence[int]) -> Allocation:
     levels = list(allocation)
     for index in inside:
         levels[index] = space.units[index].num_levels - 1

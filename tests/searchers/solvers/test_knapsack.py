@@ -71,9 +71,9 @@ def test_one_limit_is_solved_exactly(spaces, data):
 def test_any_table_is_solved_exactly_before_the_fill(spaces, data):
     space = data.draw(spaces)
     table = _table(data, space, falling=False, forbidden=False)
-    values, costs = module._padded(space, table, ("params",))
+    values, costs = module._pad(space, table, ("params",))
     room = data.draw(st.integers(space.cost(space.sparsest), space.cost(space.dense))) - space.fixed["params"]
-    found = lagrange.optimum(values, costs, np.array([room]))
+    found = lagrange.find_optimum(values, costs, np.array([room]))
     fitting = [a for a in _everything(space, table) if space.cost(a) - space.fixed["params"] <= room]
     assert tuple(found) in fitting
     assert _value(table, found) == pytest.approx(min(_value(table, a) for a in fitting), rel=1e-9, abs=1e-9)
@@ -120,10 +120,10 @@ def test_two_limits_are_solved_exactly(spaces, data):
     found = knapsack_multi(space, limits, table)
     assert found in fitting
     assert _full(space, found, limits, table)
-    values, costs = module._padded(space, table, tuple(limits))
+    values, costs = module._pad(space, table, tuple(limits))
     rooms = np.array([limit - space.fixed[cost] for cost, limit in limits.items()])
     best = min(_value(table, a) for a in fitting)
-    assert _value(table, lagrange.optimum(values, costs, rooms)) == pytest.approx(best, rel=1e-5, abs=1e-5)
+    assert _value(table, lagrange.find_optimum(values, costs, rooms)) == pytest.approx(best, rel=1e-5, abs=1e-5)
 
 
 @given(data=st.data())
