@@ -69,11 +69,11 @@ OTHERS = {
 HEADS = ("BertForMaskedLM", "BertForSequenceClassification", "ViTForImageClassification", "ModernBertForMaskedLM")
 """What else is made of these."""
 
-QUICK = ("BertModel", "ViTModel", "CLIPModel")
+QUICK = ("BertModel", "ViTModel")
 """Architectures that go the whole way with masks too."""
 
 PATTERNS = ("structured", "unstructured", "n:m")
-ALSO = [("structured", name) for name in (*HEADS, "DistilBertForMaskedLM", "Dinov2Model", "SiglipModel")]
+ALSO = [("structured", name) for name in (*HEADS, "DistilBertForMaskedLM", "Dinov2Model", "CLIPModel", "SiglipModel")]
 ALIKE = ("mistral", "qwen2", "gemma", "gemma3_text", "olmo3", "qwen2_moe", "deepseek_v2")
 """Types whose names and computations another type of their file has too."""
 
