@@ -79,7 +79,7 @@ def bench(tiny_model: Path, text_folder: Path, tmp_path_factory: pytest.TempPath
             layout=job.layout,
             space=job.space,
             pruner=job.pruner,
-            shown=calibration,
+            examples=calibration,
         )
     )
     store = create_store(tmp_path_factory.mktemp("pool") / "levels", job.store_key, levels)
