@@ -81,10 +81,15 @@ def offspring(job: Job, count: int, tokens: int, seed: int) -> list[Request]:
 def prepared() -> Iterator[tuple[Job, EngineSpec]]:
     """Yield the packaged model's job at half of its units, and what an engine on a level store of it is made from."""
     job = prepare(load_config(None, {"workers": 0}, ["tokens.calibration=4096", "search.rounds=1"]))
-    walker, text = BlockWalker(load_model(job.checkpoint), job.layout), torch.from_numpy(job.tokens["calibration"])
+    walker, text = BlockWalker(load_model(job.checkpoint), job.layout), job.tokens["calibration"].to_tensors()
     levels = prune_on_dense_inputs(
         Calibration(
-            walker=walker, checkpoint=job.checkpoint, layout=job.layout, space=job.space, pruner=job.pruner, shown=text
+            walker=walker,
+            checkpoint=job.checkpoint,
+            layout=job.layout,
+            space=job.space,
+            pruner=job.pruner,
+            examples=text,
         )
     )
     with tempfile.TemporaryDirectory() as scratch:

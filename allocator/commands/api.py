@@ -449,7 +449,7 @@ def prune(
         dtype=settings["dtype"],
         threads=settings["threads"],
     )
-    calibration = spec.calibration(shown, reporter.step, reporter.say)
+    calibration = spec.calibration(examples, reporter.step, reporter.say)
     if execution == "recompute":
         made = prune_on_pruned_inputs(calibration, plan.allocation, every_level=False)
     elif settings["inputs"] == "dense":
@@ -579,7 +579,7 @@ def evaluate(
     layout = resolve_layout(named, files, experts="whole" if pattern == "structured" else "inside")
     examples = read_examples(None if text is None else Path(text), files, {"test": tokens}, length)
     space = build_space(layout, files, pattern, target=0.5)
-    engine = Engine(EngineSpec(checkpoint=files, layout=layout, space=space), shown)
+    engine = Engine(EngineSpec(checkpoint=files, layout=layout, space=space), examples)
     return {
         "params": count_params(pruned.folder, space, files),
         **engine.measure_checkpoint(pruned.folder, "test", tokens),

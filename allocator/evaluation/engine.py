@@ -22,7 +22,7 @@ from allocator.evaluation.spec import DTYPES, EngineSpec, Execution, check_devic
 from allocator.evaluation.teacher import LossSums, Teacher, TeacherBatch
 from allocator.evaluation.training import Trainer
 from allocator.model.checkpoint.headers import Checkpoint, read_checkpoint
-from allocator.model.data.examples import Examples, as_tensors
+from allocator.model.data.examples import Examples
 from allocator.model.live.load import load_model
 from allocator.model.live.walk import BlockWalker
 from allocator.pruning.calibration.build import prune_on_pruned_inputs
@@ -89,7 +89,7 @@ class Engine:
         groups: dict[tuple[str, int, Probe], list[Request]] = {}
         for request in requests:
             if request.probe == "expansion":
-                count = num_chunks(request.tokens, self._tokens[request.split].shape[1])
+                count = num_chunks(request.tokens, self._tokens[request.split].length)
                 yield combine_chunks(request, self._spec.loss, [self.expand(request, index) for index in range(count)])
             else:
                 groups.setdefault((request.split, request.tokens, request.probe), []).append(request)
@@ -102,7 +102,7 @@ class Engine:
         assert not request.training, "an expansion is of what was not trained"
         start_s = time.perf_counter()
         batches = self._teacher.batches(request.split, request.tokens, self._spec.loss)
-        edges = [0, *accumulate(batch.shown.numel() for batch in batches)]
+        edges = [0, *accumulate(batch.examples.num_tokens for batch in batches)]
         own = slice(index * BATCHES_PER_CHUNK, (index + 1) * BATCHES_PER_CHUNK)
         start, end = edges[own.start], edges[min(own.stop, len(batches))]
         every = -(-request.tokens // EXPANSION_POSITIONS)
@@ -157,7 +157,7 @@ class Engine:
         split, tokens = requests[0].split, requests[0].tokens
         batches = self._teacher.batches(split, tokens, self._spec.loss)
         features = {n: self._teacher.features(split, tokens, n) for n in {r.blocks for r in requests} - {0}}
-        embedded = [walker.embed(batch.shown) for batch in batches]
+        embedded = [walker.embed(batch.examples) for batch in batches]
         limit = BOUNDARY_BYTES // sum(batch_btd.nbytes for batch_btd in embedded)
         kept: dict[int, list[torch.Tensor]] = {}
         turned: list[float] = []
@@ -205,7 +205,7 @@ class Engine:
         assert self._trainer is not None, "the run says how to train"
         request, loss = before.request, self._spec.loss
         # a whole split is a search's last word on an allocation: nothing will go on from it
-        keep = request.tokens < self._tokens[request.split].numel()
+        keep = request.tokens < self._tokens[request.split].num_tokens
         walker = BlockWalker(self._trainer.train(request, keep), self._spec.layout)
         measured, parts = self._score(walker, self._teacher.batches(request.split, request.tokens, loss))
         measured[f"{loss}{BEFORE}"] = before.loss
@@ -215,7 +215,7 @@ class Engine:
         self, walker: BlockWalker, batches: Sequence[TeacherBatch]
     ) -> tuple[dict[str, float], tuple[float, ...]]:
         """Measure a whole model."""
-        sums = [self._teacher.score(batch, walker, walker.run_all(walker.embed(batch.shown))) for batch in batches]
+        sums = [self._teacher.score(batch, walker, walker.run_all(walker.embed(batch.examples))) for batch in batches]
         return self._means(sums, batches)
 
     def _means(
@@ -264,7 +264,7 @@ def _accuracy(walker: BlockWalker, batches: Sequence[TeacherBatch]) -> dict[str,
     """Return the share of examples whose most probable class is their label; nothing where they have none."""
     right = known = 0
     for batch in batches:
-        read, head = walker.logit_inputs(walker.run_all(walker.embed(batch.shown)), batch.shown)
+        read, head = walker.logit_inputs(walker.run_all(walker.embed(batch.examples)), batch.examples)
         right += int((head(read).argmax(-1) == batch.labels_bp).sum())
         known += batch.positions
     return {"accuracy": right / known} if known else {}

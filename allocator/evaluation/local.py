@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 
-import numpy as np
-
 from allocator.core.notify import Notify, Progress, silent
 from allocator.core.protocols import Outcome, Request
 from allocator.evaluation.engine import Engine
@@ -24,12 +22,12 @@ class LocalEvaluator:
 
     alive = 0
 
-    def __init__(self, spec: EngineSpec, tokens: Mapping[str, np.ndarray | Examples], notify: Notify = silent) -> None:
+    def __init__(self, spec: EngineSpec, tokens: Mapping[str, Examples], notify: Notify = silent) -> None:
         """Keep what an engine is made from; the engine itself is made when it is first used.
 
         Args:
             spec: What the engine is made from.
-            tokens: Token ids [sequences, length] of each split, or other examples.
+            tokens: Examples of each split.
             notify: Called with a message for the user.
         """
         self._spec, self._tokens, self._notify = spec, tokens, notify

@@ -84,7 +84,7 @@ def shift_tokens(tokens_bt: torch.Tensor) -> torch.Tensor:
     return functional.pad(tokens_bt[:, 1:], (0, 1), value=-100)
 
 
-def find_labels(kind: Kind, shown: Shown) -> torch.Tensor:
+def find_labels(kind: Kind, examples: Examples) -> torch.Tensor:
     """Return what the text or the labels want at every position that has logits, [B, P]; -100 where nothing."""
     tokens_bt = examples.inputs.get("input_ids")
     if kind.answers == "next":

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
 
 from allocator.core.errors import UserError
@@ -17,7 +16,7 @@ from allocator.core.space import Allocation, SearchSpace
 from allocator.evaluation.loss import Loss
 from allocator.evaluation.training import Training
 from allocator.model.checkpoint.headers import Checkpoint
-from allocator.model.data.examples import Examples, as_tensors
+from allocator.model.data.examples import Examples
 from allocator.model.family.layout import Layout
 from allocator.model.live.stream import StreamedWalker
 from allocator.pruning.calibration.problem import Calibration
@@ -62,12 +61,12 @@ class EngineSpec:
     domains: tuple[str, ...] = ()
 
     def calibration(
-        self, tokens: np.ndarray | Examples, progress: Progress = ignore_progress, notify: Notify = silent
+        self, examples: Examples, progress: Progress = ignore_progress, notify: Notify = silent
     ) -> Calibration:
         """Return what pruning works on.
 
         Args:
-            tokens: Token ids [sequences, length], or other examples.
+            examples: The calibration text, or other examples.
             progress: Called with the number of blocks that are done.
             notify: Called with a message for the user.
 
@@ -83,7 +82,7 @@ class EngineSpec:
             layout=self.layout,
             space=self.space,
             pruner=self.pruner,
-            shown=as_tensors(tokens),
+            examples=examples.to_tensors(),
             progress=progress,
             notify=notify,
         )

@@ -16,7 +16,7 @@ from allocator.evaluation.loss import (
     make_targets,
     sum_divergences,
 )
-from allocator.model.data.examples import Shown
+from allocator.model.data.examples import Examples
 from allocator.model.live.walk import SEQUENCES_PER_BATCH, BlockWalker
 
 KEPT_BYTES = 256 << 20
@@ -32,14 +32,14 @@ class TeacherBatch:
 
     Attributes:
         loss: What the student is judged by.
-        shown: Token ids [B, T], or other examples.
+        examples: The batch itself.
         labels_bp: What the text or the labels want at every position that has logits; -100 where they want nothing.
         hidden_btd: What leaves the last block, where it is needed again.
         kept: The distributions, if there was room for them.
     """
 
     loss: Loss
-    shown: Shown
+    examples: Examples
     labels_bp: torch.Tensor
     hidden_btd: torch.Tensor | None
     kept: tuple[Targets, ...] | None
@@ -87,12 +87,12 @@ class Teacher:
         total = nll = student_btd.new_zeros(len(student_btd), dtype=torch.float64)
         if batch.loss != "hidden" or batch.positions:
             total, nll = sum_divergences(
-                self._targets(batch), *student.logit_inputs(student_btd, batch.shown), batch.labels_bp
+                self._targets(batch), *student.logit_inputs(student_btd, batch.examples), batch.labels_bp
             )
         if batch.loss == "hidden":
             assert batch.hidden_btd is not None
             given, own = (
-                w.final_states(h, batch.shown) for w, h in ((self._walker, batch.hidden_btd), (student, student_btd))
+                w.final_states(h, batch.examples) for w, h in ((self._walker, batch.hidden_btd), (student, student_btd))
             )
             return (*displacement(given, own), nll)
         if batch.loss == "nll":
@@ -104,12 +104,12 @@ class Teacher:
         leaf_btd = student_btd.detach().requires_grad_()
         if batch.loss == "hidden":
             assert batch.hidden_btd is not None
-            given = self._walker.final_states(batch.hidden_btd, batch.shown)
-            distance_b, _ = displacement(given, student.final_states(leaf_btd, batch.shown))
+            given = self._walker.final_states(batch.hidden_btd, batch.examples)
+            distance_b, _ = displacement(given, student.final_states(leaf_btd, batch.examples))
             distance_b.sum().backward()
             assert leaf_btd.grad is not None
             return leaf_btd.grad
-        read, head = student.logit_inputs(leaf_btd, batch.shown)
+        read, head = student.logit_inputs(leaf_btd, batch.examples)
         inner = read.detach().requires_grad_()
         # chunk by chunk, so that logits of one chunk alone are held
         for kl_n, nll_n in chunk_divergences(self._targets(batch), inner, head, batch.labels_bp):
@@ -120,7 +120,7 @@ class Teacher:
     def _targets(self, batch: TeacherBatch) -> Iterable[Targets] | None:
         if batch.kept is None and batch.loss in ("kl", "topk_kl"):
             assert batch.hidden_btd is not None
-            return make_targets(batch.loss, *self._walker.logit_inputs(batch.hidden_btd, batch.shown))
+            return make_targets(batch.loss, *self._walker.logit_inputs(batch.hidden_btd, batch.examples))
         return batch.kept
 
     def _batch_ranges(self, split: str, tokens: int) -> list[tuple[int, int]]:
@@ -131,16 +131,20 @@ class Teacher:
         count = tokens // length
         return [(start, min(SEQUENCES_PER_BATCH, count - start)) for start in range(0, count, SEQUENCES_PER_BATCH)]
 
-    def _compute(self, shown: Shown, loss: Loss) -> TeacherBatch:
-        labels_bp = find_labels(self._walker.kind, shown)
+    def _compute(self, examples: Examples, loss: Loss) -> TeacherBatch:
+        labels_bp = find_labels(self._walker.kind, examples)
         if loss == "nll":
-            return TeacherBatch(loss=loss, shown=shown, labels_bp=labels_bp, hidden_btd=None, kept=None)
-        hidden_btd = self._walker.run_all(self._walker.embed(shown))
+            return TeacherBatch(loss=loss, examples=examples, labels_bp=labels_bp, hidden_btd=None, kept=None)
+        hidden_btd = self._walker.run_all(self._walker.embed(examples))
         if loss == "hidden":
-            return TeacherBatch(loss=loss, shown=shown, labels_bp=labels_bp, hidden_btd=hidden_btd, kept=None)
-        kept = self._keep(make_targets(loss, *self._walker.logit_inputs(hidden_btd, shown)), labels_bp.numel())
+            return TeacherBatch(loss=loss, examples=examples, labels_bp=labels_bp, hidden_btd=hidden_btd, kept=None)
+        kept = self._keep(make_targets(loss, *self._walker.logit_inputs(hidden_btd, examples)), labels_bp.numel())
         return TeacherBatch(
-            loss=loss, shown=shown, labels_bp=labels_bp, hidden_btd=hidden_btd if kept is None else None, kept=kept
+            loss=loss,
+            examples=examples,
+            labels_bp=labels_bp,
+            hidden_btd=hidden_btd if kept is None else None,
+            kept=kept,
         )
 
     def _keep(self, targets: Iterator[Targets], positions: int) -> tuple[Targets, ...] | None:

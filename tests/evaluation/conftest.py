@@ -6,7 +6,6 @@ import dataclasses
 
 import numpy as np
 import pytest
-import torch
 from stores import create_store
 
 from allocator.evaluation.engine import Engine
@@ -54,7 +53,7 @@ def make_spec(tmp_path_factory, splits):
                 layout=layout,
                 space=space,
                 pruner=pruner,
-                shown=torch.from_numpy(splits["calibration"]),
+                examples=splits["calibration"].to_tensors(),
             )
         )
         store = create_store(tmp_path_factory.mktemp("store") / "levels", {}, levels)

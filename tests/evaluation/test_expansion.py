@@ -19,6 +19,7 @@ from allocator.evaluation import loss as losses
 from allocator.evaluation import teacher
 from allocator.evaluation.engine import Engine
 from allocator.evaluation.spec import EngineSpec
+from allocator.model.data.examples import Examples
 from allocator.model.live.load import load_model
 from allocator.pruning.levels.execute import save_pruned
 

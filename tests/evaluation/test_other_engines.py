@@ -67,7 +67,7 @@ def made(make_other, tmp_path_factory):
                 layout=layout,
                 space=space,
                 pruner=pruner,
-                shown=as_tensors(splits["calibration"]),
+                examples=splits["calibration"].to_tensors(),
             )
             levels = prune_on_dense_inputs(calibration)
             store = create_store(tmp_path_factory.mktemp("store") / "levels", {}, levels)

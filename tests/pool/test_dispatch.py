@@ -70,7 +70,7 @@ def bench(tiny_model: Path, text_folder: Path, tmp_path_factory: pytest.TempPath
     config = load_config(None, {"model": str(tiny_model), "text": text_folder, "workers": 0}, SETTINGS)
     job = prepare(config)
     walker = BlockWalker(load_model(job.checkpoint), job.layout)
-    calibration = torch.from_numpy(job.tokens["calibration"])
+    calibration = job.tokens["calibration"].to_tensors()
     levels = prune_on_dense_inputs(
         Calibration(
             walker=walker,
@@ -78,7 +78,7 @@ def bench(tiny_model: Path, text_folder: Path, tmp_path_factory: pytest.TempPath
             layout=job.layout,
             space=job.space,
             pruner=job.pruner,
-            shown=calibration,
+            examples=calibration,
         )
     )
     store = create_store(tmp_path_factory.mktemp("pool") / "levels", job.store_key, levels)

@@ -49,7 +49,7 @@ class Case:
             layout=self.layout,
             space=self.space,
             pruner=self.pruner,
-            shown=self.tokens,
+            examples=Examples.from_ids(self.tokens),
         )
 
 
@@ -84,7 +84,12 @@ def make_case():
         compact = dict(
             prune_on_dense_inputs(
                 Calibration(
-                    walker=walker, checkpoint=checkpoint, layout=layout, space=space, pruner=pruner, shown=tokens
+                    walker=walker,
+                    checkpoint=checkpoint,
+                    layout=layout,
+                    space=space,
+                    pruner=pruner,
+                    examples=Examples.from_ids(tokens),
                 )
             )
         )

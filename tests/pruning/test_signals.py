@@ -127,7 +127,7 @@ def test_a_streamed_model_gives_the_same_and_progress_is_told(structured, found)
         layout=structured.layout,
         space=structured.space,
         pruner=structured.pruner,
-        shown=structured.tokens,
+        examples=Examples.from_ids(structured.tokens),
         progress=steps.append,
     )
     again = collect(calibration, list(found.values))
