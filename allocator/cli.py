@@ -1,21 +1,25 @@
-"""The command line: one verb per step of the way from a model to a smaller one."""
+"""The command line: each command parses its flags, calls the verb of its name, and prints what comes back."""
 
 from __future__ import annotations
 
 import errno
+import inspect as signatures
 import json
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
 from allocator.core.errors import UserError
+from allocator.run.config.options import RunOptions, list_flags
 
 if TYPE_CHECKING:
+    from allocator.commands.submit import SubmittedJob
     from allocator.run.config.run import RunConfig
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -30,144 +34,125 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Model = Annotated[str | None, typer.Option(help="Hugging Face folder or hub id. [default: the packaged model]")]
-Text = Annotated[Path | None, typer.Option(help=".txt or .jsonl file or folder. [default: Python's library]")]
-Pattern = Annotated[str | None, typer.Option(help="structured, unstructured or n:m. [default: structured]")]
-Target = Annotated[float | None, typer.Option(help="Share of the units' parameters to remove. [default: 0.5]")]
-Constraints = Annotated[
-    list[str] | None,
-    typer.Option("--constraint", metavar="BOUND", help="Such as 'latency_ms <= 12' or 'kv_bytes <= 0.5x'."),
-]
-Objectives = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--objective", metavar="NAME", help="Shall be small beside the loss: a cost, nll, or kl.DOMAIN. Finds a front."
-    ),
-]
-Workers = Annotated[int | None, typer.Option(help="Ray workers; 0 for none. [default: one per core, at most 4]")]
-RunsDir = Annotated[Path | None, typer.Option(help="Folder of runs. [default: runs]")]
-Address = Annotated[str | None, typer.Option(help="Running Ray cluster. [default: a local one]")]
-Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other key of a run file.")]
-Family = Annotated[Path | None, typer.Option(help="Family file, if the search named one.")]
+ModelArgument = Annotated[str | None, typer.Argument(help="Folder or hub id. [default: the packaged model]")]
+RunFile = Annotated[Path | None, typer.Argument(help="Run file in YAML.")]
 Run = Annotated[Path, typer.Argument(help="Folder of a run.")]
+_COMPARE = tuple(name for name in RunOptions.__annotations__ if name not in ("objectives", "method", "budget", "seed"))
+
+
+def _take(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add run options as flags to a command, which takes them as ``**options``."""
+    flags = list_flags()
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        declared = signatures.signature(command, eval_str=True).parameters.values()
+        parameters = [p for p in declared if p.kind is not p.VAR_KEYWORD]
+        for name in names:
+            kind, flag = flags[name]
+            words = f"{flag.help} [default: {flag.default}]" if flag.default else flag.help
+            spelling = flag.name or f"--{name.replace('_', '-')}"
+            option = typer.Option(spelling, metavar=flag.metavar or None, help=words)
+            value = (
+                list[str] | None if kind == Sequence[str] | None else Path | None if Path in get_args(kind) else kind
+            )
+            keyword = signatures.Parameter.KEYWORD_ONLY
+            parameters.append(signatures.Parameter(name, keyword, default=None, annotation=Annotated[value, option]))
+
+        @wraps(command)
+        def run(**values: Any) -> None:
+            # a flag that may be repeated and is not given is an empty list
+            command(**{name: None if name in names and value == [] else value for name, value in values.items()})
+
+        run.__signature__ = signatures.Signature(parameters)  # type: ignore[attr-defined]
+        return run
+
+    return decorate
 
 
 @app.command()
+@_take("pattern", "target", "constraints", "family", "settings")
 def inspect(
-    model: Annotated[str | None, typer.Argument(help="Folder or hub id. [default: the packaged model]")] = None,
-    pattern: Pattern = None,
-    target: Target = None,
-    constraint: Constraints = None,
-    explain: Annotated[
-        bool, typer.Option("--explain", help="Show which unit covers each matrix, and which none.")
-    ] = False,
-    suggest: Annotated[
-        bool, typer.Option("--suggest", help="Draft a family file for a model that none serves.")
-    ] = False,
-    set_: Sets = None,
+    model: ModelArgument = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Show which unit covers each matrix.")] = False,
+    suggest: Annotated[bool, typer.Option("--suggest", help="Draft a family file for the model.")] = False,
     json_: Json = False,
+    **options: Any,
 ) -> None:
     """Show a model's units, ladders and exact costs, from its headers alone."""
-    from dataclasses import asdict
+    from allocator.commands import inspect as verbs
 
-    from allocator.commands import api
-    from allocator.run.config.load import load_config
-
-    flags = {"model": model, "pattern": pattern, "target": target, "constraints": constraint or None}
-    config = load_config(None, flags, set_ or ())
     if suggest:
-        print(api.suggest(config), end="")
+        print(verbs.suggest_family(model), end="")
         return
     if explain:
-        found = api.explain(config)
+        covered = verbs.explain(model, **options)
         if json_:
-            _emit([asdict(each) for each in found])
-            return
-        from allocator.report.tables import coverage_table
+            from dataclasses import asdict
 
-        _print(coverage_table([(each.module, each.shape, each.count, each.by) for each in found]))
+            _emit([asdict(each) for each in covered])
+            return
+        from allocator.report.tables.model import coverage_table
+
+        _print(coverage_table([(each.module, each.shape, each.count, each.by) for each in covered]))
         return
-    space, summary = api.inspect(config)
+    space, summary = verbs.inspect(model, **options)
     if json_:
         _emit(summary)
         return
-    from allocator.report.tables import alignment, bounds, space_table, undivided
+    from allocator.report.tables.formats import format_budget
+    from allocator.report.tables.model import format_alignment, format_undivided, space_table
 
     _print(space_table(space))
-    if (line := undivided(space)) is not None:
+    if (line := format_undivided(space)) is not None:
         _print(line)
-    _print(f"{summary['asked']}: {bounds(summary['budget'])}; uniform has {summary['uniform']['params']:,} parameters")
+    budget = format_budget(summary["budget"])
+    _print(f"{summary['asked']}: {budget}; uniform has {summary['uniform']['params']:,} parameters")
     if "align" in summary:
-        _print(alignment(summary["align"]))
+        _print(format_alignment(summary["align"]))
 
 
 @app.command()
+@_take("family", "settings")
 def latency(
     out: Annotated[Path, typer.Option(help="The table's file.")],
     model: Model = None,
     repeats: Annotated[int, typer.Option(min=1, help="Measurements of each figure.")] = 20,
-    set_: Sets = None,
     json_: Json = False,
+    **options: Any,
 ) -> None:
     """Measure a table of latencies on this device: every sub-block at every shape, for one workload."""
-    from allocator.commands import api
-    from allocator.run.config.load import load_config
+    from allocator.commands.latency import measure_latency
     from allocator.run.reporting import Live
 
-    config = load_config(None, {"model": model}, set_ or ())
     with Live() as live:
-        table = api.latency(config, out, repeats, live)
+        table = measure_latency(out, model, repeats=repeats, reporter=live, **options)
     if json_:
         _emit(table.model_dump(mode="json", by_alias=True))
         return
-    from allocator.report.tables import latency_table
+    from allocator.report.tables.model import latency_table
 
     _print(latency_table(table))
     _print(f"table  {out}\nnext   allocator search --constraint 'latency_ms <= 0.5x' --set workload.latency={out}")
 
 
 @app.command()
+@_take(*RunOptions.__annotations__)
 def search(
-    file: Annotated[Path | None, typer.Argument(help="Run file in YAML.")] = None,
+    file: RunFile = None,
     model: Model = None,
-    target: Target = None,
-    constraint: Constraints = None,
-    objective: Objectives = None,
-    pattern: Pattern = None,
-    workers: Workers = None,
-    method: Annotated[str | None, typer.Option(help="How to search. [default: auto]")] = None,
-    budget: Annotated[str | None, typer.Option(help="'300 evaluations', '2e6 tokens' or '20 minutes'.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the search. [default: 0]")] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the run.")] = None,
-    runs_dir: RunsDir = None,
-    text: Text = None,
-    address: Address = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run of this name.")] = False,
     resume_or_begin: Annotated[
         bool, typer.Option("--resume-or-begin", help="Continue the run of this name; if there is none, begin it.")
     ] = False,
-    set_: Sets = None,
     json_: Json = False,
+    **options: Any,
 ) -> None:
     """Run the whole line: level store, search, plan, pruned checkpoint, measured figures."""
     from allocator.commands.search import run_search
-    from allocator.run.config.load import load_config
-    from allocator.run.config.options import search_assignments
+    from allocator.run.config.load import build_config
     from allocator.run.reporting import Live
 
-    flags: dict[str, Any] = {
-        "model": model,
-        "target": target,
-        "constraints": constraint or None,
-        "objectives": objective or None,
-        "pattern": pattern,
-        "workers": workers,
-        "seed": seed,
-        "name": name,
-        "runs_dir": runs_dir,
-        "text": text,
-        "address": address,
-    }
-    config = load_config(file, flags, [*search_assignments(method, budget), *(set_ or ())], resume)
+    config = build_config(model, file, options, resume)
     resume = resume or (resume_or_begin and config.folder.exists())
     # Ray tells of workers' deaths on standard output, which is for the answer alone
     with _stoppable(config, "search"), redirect_stdout(sys.stderr), Live() as live:
@@ -175,7 +160,7 @@ def search(
     if json_:
         _emit({**result.summary, "folder": str(result.folder), "checkpoint": str(result.checkpoint)})
         return
-    from allocator.report.tables import prediction_table, result_table
+    from allocator.report.tables.result import prediction_table, result_table
 
     _print(result_table(result.summary))
     if "latency" in result.summary:
@@ -191,101 +176,75 @@ def search(
 
 
 @app.command()
+@_take("name", "runs_dir", "settings")
 def submit(
     file: Annotated[Path, typer.Argument(help="Run file in YAML.")],
     address: Annotated[
         str | None,
         typer.Option(help="The cluster's dashboard. [default: RAY_API_SERVER_ADDRESS, or http://127.0.0.1:8265]"),
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the run.")] = None,
-    runs_dir: Annotated[Path | None, typer.Option(help="Folder of runs that all nodes share, absolute.")] = None,
     follow: Annotated[bool, typer.Option("--follow", help="Show the job's log, and wait for its end.")] = False,
     installed: Annotated[bool, typer.Option("--installed", help="The cluster has this package; send none.")] = False,
-    set_: Sets = None,
     json_: Json = False,
+    **options: Any,
 ) -> None:
     """Search as a job of a Ray cluster; a run that exists is resumed. Files named by relative paths are sent."""
-    import tempfile
+    from allocator.commands.submit import submit
 
-    from allocator.run.config.load import read_keys
-    from allocator.run.job_package import COMMAND, pack
+    log, stop = sys.stderr if json_ else sys.stdout, ""
 
-    parcel = pack(read_keys(file, {"name": name, "runs_dir": runs_dir}, set_ or ()), file, installed=installed)
-    from allocator.pool.jobs import JobServer
+    def show(job: SubmittedJob) -> None:
+        nonlocal stop
+        stop = f"ray job stop --address {job.address} {job.job}"
+        if not json_:
+            _print(
+                f"job   {job.job}, {job.size_bytes / 2**20:.1f} MiB sent\nrun   {job.run}\n"
+                f"next  allocator status {job.run}\n"
+                f"      ray job logs --follow --address {job.address} {job.job}\n      {stop}"
+            )
 
-    server, run = JobServer(address), parcel.config.folder
-    server.check_idle(run)
-    with tempfile.TemporaryDirectory() as scratch:
-        package = Path(scratch) / "package.zip"
-        parcel.write(package)
-        job = server.submit(run, COMMAND, package, parcel.variables)
-    of_it = f"--address {server.shown} {job}"
-    if not json_:
-        _print(
-            f"job   {job}, {parcel.size_bytes / 2**20:.1f} MiB sent\nrun   {run}\n"
-            f"next  allocator status {run}\n      ray job logs --follow {of_it}\n      ray job stop {of_it}"
-        )
-    ended = None
-    if follow:
-        log = sys.stderr if json_ else sys.stdout
-        try:
-            ended = server.follow(job, lambda lines: print(lines, end="", file=log, flush=True))
-        except KeyboardInterrupt:
-            print(f"\n{job} goes on; stop it with:\n  ray job stop {of_it}", file=sys.stderr)
-            raise typer.Exit(130) from None
+    lines = (lambda text: print(text, end="", file=log, flush=True)) if follow else None
+    try:
+        job = submit(file, address=address, installed=installed, follow=lines, started=show, **options)
+    except KeyboardInterrupt:
+        if stop:
+            print(f"\nthe job goes on; stop it with:\n  {stop}", file=sys.stderr)
+        raise typer.Exit(130) from None
     if json_:
-        _emit({"job": job, "run": str(run), **({"ended": ended} if ended else {})})
-    if ended not in (None, "SUCCEEDED"):
-        print(f"error: {job} has {ended.lower()}. Submit it again to continue", file=sys.stderr)
+        _emit({"job": job.job, "run": str(job.run), **({"ended": job.status} if job.status else {})})
+    if job.status not in (None, "SUCCEEDED"):
+        print(f"error: {job.job} has {job.status.lower()}. Submit it again to continue", file=sys.stderr)
         raise typer.Exit(1)
 
 
 @app.command()
+@_take(*_COMPARE)
 def compare(
-    file: Annotated[Path | None, typer.Argument(help="Run file in YAML.")] = None,
+    file: RunFile = None,
     rule: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="A rule; repeat. [default: all that serve the pattern]")
     ] = None,
     plan: Annotated[list[Path] | None, typer.Option(help="plan.json of this model; repeat.")] = None,
     model: Model = None,
-    target: Target = None,
-    constraint: Constraints = None,
-    pattern: Pattern = None,
-    workers: Workers = None,
-    name: Annotated[str | None, typer.Option(help="Name of the comparison.")] = None,
-    runs_dir: RunsDir = None,
-    text: Text = None,
-    address: Address = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the comparison of this name.")] = False,
-    set_: Sets = None,
     json_: Json = False,
+    **options: Any,
 ) -> None:
     """Put the field's allocation rules, and plans, side by side at one budget, on held-out text."""
-    from allocator.commands.compare import comparison_config, run_comparison
+    from allocator.commands.compare import build_comparison_config, run_comparison
     from allocator.run.reporting import Live
 
-    flags: dict[str, Any] = {
-        "model": model,
-        "target": target,
-        "constraints": constraint or None,
-        "pattern": pattern,
-        "workers": workers,
-        "name": name,
-        "runs_dir": runs_dir,
-        "text": text,
-        "address": address,
-    }
-    config = comparison_config(file, flags, set_ or (), resume)
+    config = build_comparison_config(model, file, options, resume)
     asked = [*(f" --rule {name}" for name in rule or ()), *(f" --plan {path}" for path in plan or ())]
     with _stoppable(config, "compare", "".join(asked)), redirect_stdout(sys.stderr), Live() as live:
-        data = run_comparison(config, rule or (), plan or (), resume, live)
+        found = run_comparison(config, rule or (), plan or (), resume, live)
     if json_:
-        _emit({**data, "folder": str(config.folder)})
+        _emit({**found.data, "folder": str(found.folder)})
         return
-    from allocator.report.tables import comparison_table
+    from allocator.report.tables.compare import comparison_table
 
-    _print(comparison_table(data))
-    _print(f"comparison  {config.folder / 'compare.json'}")
+    _print(comparison_table(found.data))
+    _print(f"comparison  {found.folder / 'compare.json'}")
 
 
 @app.command()
@@ -297,9 +256,9 @@ def status(run: Run, json_: Json = False) -> None:
     if json_:
         _emit(found)
         return
-    from allocator.report.tables import status_lines
+    from allocator.report.tables.status import format_status
 
-    _print(status_lines(found))
+    _print(format_status(found))
     if found["state"] in ("stopped", "failed", "lost"):
         _print("next        resume it with --resume, or submit it again")
 
@@ -321,19 +280,17 @@ def front(
 
         check_file(plot, "--plot")
         write_atomic(plot, to_svg(front_figure(data), "front"))
-    if json_ or csv:
-        if json_:
-            _emit(data)
-        else:
-            from allocator.report.tables import front_csv
-
-            print(front_csv(data), end="")
+    if json_:
+        _emit(data)
         return
-    from allocator.report.tables import front_table, hypervolume
+    from allocator.report.tables.front import format_front_csv, format_hypervolume, front_table
 
+    if csv:
+        print(format_front_csv(data), end="")
+        return
     _print(front_table(data))
     if "hypervolume" in data:
-        _print(hypervolume(data["hypervolume"]))
+        _print(format_hypervolume(data["hypervolume"]))
     _print(f"next  allocator plan {run} --index NUMBER --out plan.json")
 
 
@@ -351,17 +308,17 @@ def plan(
     json_: Json = False,
 ) -> None:
     """Show the plan of a run, or choose another point of what it measured."""
-    from allocator.commands import api
+    from allocator.commands.open_run import Run as OpenedRun
     from allocator.core.files import check_file
 
-    chosen = api.plan_from_run(run, target, where=where or (), best=best, knee=knee, index=index)
+    chosen = OpenedRun(run).plan(target, where=where or (), best=best, knee=knee, index=index)
     if out is not None:
         check_file(out, "--out")
         chosen.save(out)
     if json_:
         _emit(chosen.to_json())
         return
-    from allocator.report.tables import plan_table
+    from allocator.report.tables.plan import plan_table
 
     _print(plan_table(chosen))
     if out is not None:
@@ -369,6 +326,7 @@ def plan(
 
 
 @app.command()
+@_take("family")
 def prune(
     plan: Annotated[Path, typer.Argument(help="plan.json")],
     out: Annotated[Path, typer.Option(help="Folder of the pruned checkpoint; must not exist.")],
@@ -380,29 +338,19 @@ def prune(
     text: Annotated[
         list[Path] | None, typer.Option(help="Text that the plan was made with; repeat, in order, for domains.")
     ] = None,
-    family: Family = None,
     json_: Json = False,
+    **options: Any,
 ) -> None:
     """Execute a plan: write a pruned checkpoint that loads without this package."""
-    from allocator.commands import api
+    from allocator.commands.prune import find_store_of, prune
     from allocator.core.plan import Plan
-    from allocator.model.checkpoint.headers import PACKAGED
     from allocator.run.reporting import Live
 
-    loaded, beside = Plan.load(plan), plan.parent / "levels"
-    assembled = (execution or loaded.pruner["execution"]) == "assemble"
-    if assembled and store is None and (beside / "manifest.json").exists():
-        store = beside
+    loaded = Plan.load(plan)
+    store = store or find_store_of(loaded, plan, execution)
     with Live() as live:
-        counted = api.prune(
-            loaded,
-            out,
-            model=model or PACKAGED,
-            execution=execution,
-            store=store,
-            text=text,
-            family=family,
-            reporter=live,
+        counted = prune(
+            loaded, out, model=model, text=text or None, execution=execution, store=store, reporter=live, **options
         )
     if json_:
         _emit({"checkpoint": str(out), "params": counted})
@@ -411,6 +359,7 @@ def prune(
 
 
 @app.command()
+@_take("family")
 def export(
     source: Annotated[Path | None, typer.Argument(help="plan.json, or the folder of a run.")] = None,
     to: Annotated[str | None, typer.Option(help="What for; --list tells.")] = None,
@@ -420,25 +369,24 @@ def export(
     checkpoint: Annotated[
         Path | None, typer.Option(help="The executed plan, where weights are asked for. [default: beside the plan]")
     ] = None,
-    family: Family = None,
     json_: Json = False,
+    **options: Any,
 ) -> None:
     """Hand a plan to another tool, with a command that compares what it made with the plan."""
-    from allocator.commands import api
+    from allocator.commands.export import export
     from allocator.interop.targets.registry import TARGETS
-    from allocator.model.checkpoint.headers import PACKAGED
 
     if list_:
         if json_:
             _emit({t.name: {"writes": t.writes, "patterns": [*t.patterns]} for t in TARGETS.values()})
             return
-        from allocator.report.tables import targets_table
+        from allocator.report.tables.plan import targets_table
 
         _print(targets_table([(t.name, t.writes, t.patterns) for t in TARGETS.values()]))
         return
     if source is None or to is None or out is None:
         raise UserError("export: name a plan, --to TARGET and --out FOLDER; 'allocator export --list' has the targets")
-    lines = api.export(source, to, out, model=model or PACKAGED, checkpoint=checkpoint, family=family)
+    lines = export(source, to, out, model=model, checkpoint=checkpoint, **options)
     if json_:
         _emit({"folder": str(out), "target": to, "notes": lines})
         return
@@ -446,31 +394,22 @@ def export(
 
 
 @app.command("import")
+@_take("pattern", "text", "family", "settings")
 def import_(
     file: Annotated[Path, typer.Argument(help="Shares by module or by block, or levels.")],
     out: Annotated[Path, typer.Option(help="The plan's file.")],
     model: Model = None,
-    pattern: Pattern = None,
-    text: Text = None,
     level_zero: Annotated[float | None, typer.Option(help="Sparsity of level 0. [default: metadata.pth's]")] = None,
     level_step: Annotated[int | None, typer.Option(help="Weights of a level. [default: metadata.pth's]")] = None,
-    set_: Sets = None,
     json_: Json = False,
+    **options: Any,
 ) -> None:
     """Make a plan of an allocation that another tool chose: ratios, OWL's list, or levels of EvoPress."""
-    from allocator.commands import api
+    from allocator.commands.import_plan import import_plan
     from allocator.core.files import check_file
 
     check_file(out, "--out")
-    made, lines = api.import_plan(
-        file,
-        model=model,
-        pattern=pattern,
-        text=text,
-        level_zero=level_zero,
-        level_step=level_step,
-        settings=set_ or (),
-    )
+    made, lines = import_plan(file, model=model, level_zero=level_zero, level_step=level_step, **options)
     made.save(out)
     if json_:
         _emit({"plan": str(out), "notes": lines})
@@ -479,35 +418,31 @@ def import_(
 
 
 @app.command()
+@_take("text", "family")
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a checkpoint.")],
     model: Model = None,
-    text: Text = None,
-    family: Family = None,
     length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
     tokens: Annotated[int, typer.Option(help="Tokens of the test split.")] = 16384,
     json_: Json = False,
+    **options: Any,
 ) -> None:
     """Measure a checkpoint on held-out examples: perplexity or accuracy, and the distance from the dense model."""
-    from allocator.commands import api
-    from allocator.model.checkpoint.headers import PACKAGED
+    from allocator.commands.evaluate import evaluate
 
-    figures = api.evaluate(checkpoint, model=model or PACKAGED, text=text, family=family, tokens=tokens, length=length)
+    figures = evaluate(checkpoint, model=model, tokens=tokens, length=length, **options)
     if json_:
         _emit(figures)
         return
-    said = [f"{name} {figures[name]:.3f}" for name in ("perplexity", "accuracy") if name in figures]
-    away = (
-        "relative distance of states from dense {hidden:.4f}" if "hidden" in figures else "KL from dense {kl:.4f} nats"
-    )
-    each = " per token" if "perplexity" in figures else ""
-    _print(", ".join([f"{figures['params']:,} parameters", *said, away.format(**figures) + each]))
+    from allocator.report.tables.result import format_figures
+
+    _print(format_figures(figures))
 
 
 @app.command()
 def report(run: Run, json_: Json = False) -> None:
     """Write the report of a run, finished or not."""
-    from allocator.report.page import write_report
+    from allocator.commands.report import write_report
 
     path = write_report(run)
     if json_:
@@ -518,7 +453,7 @@ def report(run: Run, json_: Json = False) -> None:
 
 @contextmanager
 def _stoppable(config: RunConfig, verb: str, asked: str = "") -> Iterator[None]:
-    """Say how to go on where the user, or the end of a job, stops the body; ``asked`` are flags of no run file."""
+    """Say how to continue if the user, or the end of a job, stops the body. ``asked`` are flags of no run file."""
     from allocator.run.directory import in_job
 
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))  # as Ray does, but from the start

@@ -76,13 +76,13 @@ def run_cell(cell: str, work: Path) -> str:
     from allocator.evaluation.local import LocalEvaluator
     from allocator.pruning.levels.store import StoreBuilder, open_store
     from allocator.run.config.load import load_config
-    from allocator.run.job import prepare
+    from allocator.run.prepare import prepare_job
 
     chosen, method, seed = cell.rsplit(".", 2)
     objectives = SETS[chosen]
     settings = ["pruner.inputs=dense", "search.method=evolution", f"search.evolution.tokens=[1024,{TEXT}]"]
     table = [f"workload.latency={work / 'latency.json'}"] if "latency" in chosen else []
-    job = prepare(load_config(None, {"workers": 0}, [*settings, *table]))
+    job = prepare_job(load_config(None, {"workers": 0}, [*settings, *table]))
     levels = open_store(work / "levels", job.store_key)
     if levels is None:
         builder = StoreBuilder(work / "levels", job.store_key)

@@ -31,7 +31,8 @@ from allocator.pruning.calibration.build import prune_on_dense_inputs, prune_on_
 from allocator.pruning.levels.compact import CompactLevels
 from allocator.pruning.levels.execute import save_pruned
 from allocator.run.config.run import RunConfig
-from allocator.run.job import Job, prepare
+from allocator.run.job import Job
+from allocator.run.prepare import prepare_job
 from allocator.searchers.rules.baselines import uniform
 
 RESULTS = Path(__file__).parent / "results"
@@ -92,7 +93,7 @@ def rows(pattern: str, target: float, pruner: str, tokens: int, say: Callable[[R
     config = RunConfig.model_validate(
         {"pattern": pattern, "target": target, "workers": 0, "pruner": {"name": pruner}, "tokens": splits}
     )
-    job, found = prepare(config), []
+    job, found = prepare_job(config), []
     engine = Engine(job.engine_spec(None), job.tokens)
     # the same levels serve every allocation, but for those made along one
     shared: dict[str, tuple[Mapping[str, CompactLevels], float]] = {}

@@ -19,10 +19,11 @@ import numpy as np
 
 from allocator.core.costs import from_units
 from allocator.core.latency import LatencySettings
+from allocator.core.provenance import collect_versions
 from allocator.evaluation.latency import describe, make_table, measure
 from allocator.model.family.serving_costs import Workload, served
 from allocator.run.config.load import load_config
-from allocator.run.job import read_model, versions
+from allocator.run.model import read_model
 from benchmarks.engine import random_model
 
 FILE = Path(__file__).parent / "results" / "latency.json"
@@ -44,7 +45,7 @@ def errors(model: str, repeats: int, seed: int) -> list[dict[str, float]]:
             threads=1,
             repeats=repeats,
         )
-        table = make_table(checkpoint, layout, space, settings, "cpu", versions())
+        table = make_table(checkpoint, layout, space, settings, "cpu", collect_versions())
         space = served(space, layout, checkpoint, work, table)
         rng = np.random.default_rng(seed)
         drawn = [tuple(int(rng.integers(unit.num_levels)) for unit in space.units) for _ in range(ALLOCATIONS)]

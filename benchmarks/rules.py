@@ -18,7 +18,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 import allocator
-from allocator.commands.compare import rules_for
+from allocator.commands.compare import choose_rules
 from allocator.run.reporting import Live
 from benchmarks.search_quality import HELD_OUT, STORES, Store
 
@@ -50,12 +50,12 @@ def run(name: str, store: Store, runs_dir: Path) -> dict[str, Any]:
             }
         compared = allocator.compare(
             name=f"{name}-rules",
-            rules=rules_for(store.pattern),
+            rules=choose_rules(store.pattern),
             resume=(runs_dir / f"{name}-rules").exists(),
             reporter=live,
             **common,
         )
-    return {"searches": searches, "kl": {rule: line["kl"] for rule, line in compared["measured"].items()}}
+    return {"searches": searches, "kl": {rule: line["kl"] for rule, line in compared.measured.items()}}
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:

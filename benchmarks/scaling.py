@@ -49,7 +49,8 @@ from allocator.pruning.calibration.build import prune_on_dense_inputs
 from allocator.pruning.calibration.problem import Calibration
 from allocator.pruning.levels.store import StoreBuilder
 from allocator.run.config.load import load_config
-from allocator.run.job import Job, prepare
+from allocator.run.job import Job
+from allocator.run.prepare import prepare_job
 from allocator.searchers.loop import Measurer, search
 from allocator.searchers.methods.evolution import EvolutionSettings, ExchangeEvolution, exchange
 from allocator.searchers.methods.steady import SteadyEvolution, SteadySettings
@@ -80,7 +81,7 @@ def offspring(job: Job, count: int, tokens: int, seed: int) -> list[Request]:
 @contextlib.contextmanager
 def prepared() -> Iterator[tuple[Job, EngineSpec]]:
     """Yield the packaged model's job at half of its units, and what an engine on a level store of it is made from."""
-    job = prepare(load_config(None, {"workers": 0}, ["tokens.calibration=4096", "search.rounds=1"]))
+    job = prepare_job(load_config(None, {"workers": 0}, ["tokens.calibration=4096", "search.rounds=1"]))
     walker, text = BlockWalker(load_model(job.checkpoint), job.layout), job.tokens["calibration"].to_tensors()
     levels = prune_on_dense_inputs(
         Calibration(
@@ -208,9 +209,9 @@ class Simulated(RayPool):
     def settle(self, stragglers: float) -> None:
         """Go on with another share of stragglers, and wait until every worker is there."""
         self._waiting = (*self._waiting[:2], stragglers)
-        self._crew.renew(lambda actor: actor.renew.remote(stragglers))
-        while self.alive < self._crew.size:
-            list(self.evaluate([Request((level,), 8, "search") for level in range(2 * self._crew.size)]))
+        self._actors.renew(lambda actor: actor.renew.remote(stragglers))
+        while self.alive < self._actors.size:
+            list(self.evaluate([Request((level,), 8, "search") for level in range(2 * self._actors.size)]))
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[list[float]]:
@@ -220,7 +221,7 @@ class Simulated(RayPool):
 
         def look() -> None:
             while not over.wait(0.02):
-                members = list(self._crew._members)
+                members = list(self._actors._members)
                 shares.append(sum(member.call is not None for member in members) / len(members))
 
         watch = threading.Thread(target=look)

@@ -168,13 +168,13 @@ def run_cell(store: str, method: str, seed: int, work: Path) -> str:
     from allocator.evaluation.local import LocalEvaluator
     from allocator.pruning.levels.store import StoreBuilder, open_store
     from allocator.run.config.load import load_config
-    from allocator.run.job import prepare
+    from allocator.run.prepare import prepare_job
 
     chosen, folder = STORES[store], work / store
     settings = ["pruner.inputs=dense", "search.method=evolution"]
     settings += [f"search.evolution.tokens=[1024,{TEXT}]", f"tokens.test={HELD_OUT}"]
     model = {"model": str(work / chosen.model)} if chosen.model else {}
-    job = prepare(
+    job = prepare_job(
         load_config(None, {"pattern": chosen.pattern, "target": chosen.target, "workers": 0, **model}, settings)
     )
     levels = open_store(folder / "levels", job.store_key)

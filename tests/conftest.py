@@ -119,14 +119,28 @@ def _space(
     return SearchSpace("structured", units, {"params": fixed, "macs": fixed})
 
 
-LONGEST = ("pool/test_jobs.py", "test_end_to_end.py", "pool/test_ray_pool.py", "test_families.py", "pool/test_nodes.py")
-"""Files that take minutes. They come first, so that no process waits for another at the end."""
+LONGEST = (
+    "test_end_to_end.py",
+    "pool/test_jobs.py",
+    "pool/test_dispatch.py",
+    "run/test_rounds.py",
+    "test_families.py",
+    "pool/test_nodes.py",
+    "pool/test_actor_pool.py",
+    "cli/test_fronts.py",
+    "test_other_models.py",
+    "cli/test_commands.py",
+    "searchers/test_fronts.py",
+    "interop/targets/test_hf_padded.py",
+)
+"""Files that take the longest. They come first, so that no process waits for another at the end."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put what takes longest first."""
     root = Path(__file__).parent
     places = {root / name: place for place, name in enumerate(LONGEST)}
+    assert all(path.is_file() for path in places), "a file has moved"
     items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
@@ -346,10 +360,11 @@ def cluster() -> Iterator[None]:
     import psutil
     import ray
 
-    others = psutil.Process().children(recursive=True)
+    others = psutil.Process().children()
     ray.init("local", num_cpus=2, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+    started = [process for process in psutil.Process().children() if process not in others]
     yield
-    own = [process for process in psutil.Process().children(recursive=True) if process not in others]
+    own = [*started, *(child for process in started for child in process.children(recursive=True))]
     ray.shutdown()
     _, left = psutil.wait_procs(own, timeout=60)
     assert not left

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forked import Command
 from safetensors.numpy import load_file
 
 import allocator
@@ -111,17 +112,7 @@ class Driver:
 
     def __init__(self, arguments: list[object], folder: Path) -> None:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "allocator", *map(str, arguments)],
-            cwd=folder,
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            # as in a terminal; a shell in the background starts what it starts with SIGINT ignored
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
+        self.process = Command(arguments, folder, environment)
 
     @property
     def session(self) -> int:
@@ -146,8 +137,6 @@ class Driver:
             if session == self.session:
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
-        if self.process.stderr is not None:
-            self.process.stderr.close()
 
 
 @pytest.fixture
@@ -195,7 +184,7 @@ def plan_bytes(run: Path) -> bytes:
 
 
 @pytest.mark.usefixtures("cluster")
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", ["structured", pytest.param("unstructured", marks=pytest.mark.slow)])
 def test_same_plan_with_two_workers(run_search: Search, finished: dict[str, Any], tmp_path: Path, pattern: str) -> None:
     result = run_search(tmp_path, pattern=pattern, workers=2)
     assert plan_bytes(result.folder) == plan_bytes(finished[pattern].folder)
@@ -311,17 +300,17 @@ class Killer(Silent):
         self.steps, self.said, self.killed = 0, list[str](), list[int]()
         self._search = False
 
-    def phase(self, name: str, total: int | None = None) -> None:
+    def start_phase(self, name: str, total: int | None = None) -> None:
         self._search = name == "search"
 
-    def step(self, done: int, note: str = "") -> None:
+    def advance(self, done: int, note: str = "") -> None:
         self.steps += self._search
         if self._search and self.steps == 5:
             self._kill("ray::Worker")
         if self._search and self.steps == 10:
             threading.Thread(target=self._kill, args=("ray::Worker.measure",), daemon=True).start()
 
-    def say(self, message: str) -> None:
+    def notify(self, message: str) -> None:
         self.said.append(message)
 
     def _kill(self, title: str) -> None:
@@ -370,12 +359,12 @@ def test_a_search_says_what_training_changed(finished_trained: Any, finished: di
     kept = {path.name for path in finished_trained.folder.iterdir()}
     assert kept == {path.name for path in finished["structured"].folder.iterdir()}
     assert "What training changed" in (finished_trained.folder / "report.html").read_text()
-    chosen = allocator.commands.api.plan_from_run(finished_trained.folder, 0.5)
+    chosen = allocator.open_run(finished_trained.folder).plan(0.5)
     assert chosen.provenance["training"] == plan.provenance["training"]
 
 
 @pytest.mark.usefixtures("cluster")
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_same_plan_for_any_number_of_workers_that_train(
     run_search: Search, finished_trained: Any, tmp_path: Path, workers: int
 ) -> None:

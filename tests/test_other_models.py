@@ -15,7 +15,7 @@ import allocator
 from allocator.core.errors import UserError
 from allocator.model.checkpoint.headers import read_checkpoint
 from allocator.run.config.load import load_config
-from allocator.run.job import prepare
+from allocator.run.prepare import prepare_job
 
 SETTINGS = (
     "tokens.sequence_length=64 tokens.calibration=512 tokens.selection=64 tokens.test=128 search.rounds=1 "
@@ -25,7 +25,7 @@ SETTINGS = (
 
 
 def _job(model: Path, text: Path, *settings: str, **flags: object):
-    return prepare(load_config(None, {"model": str(model), "text": str(text), **flags}, [*SETTINGS, *settings]))
+    return prepare_job(load_config(None, {"model": str(model), "text": str(text), **flags}, [*SETTINGS, *settings]))
 
 
 def test_the_loss_fits_the_model(make_other: Callable[..., Path], text_folder: Path, pixels: Path) -> None:
@@ -78,7 +78,7 @@ def test_the_likelihood_of_labels_needs_labels(make_other: Callable[..., Path], 
 
 def test_towers_have_one_budget_and_costs_of_their_own_positions(make_other: Callable[..., Path]) -> None:
     model = make_other("CLIPModel")
-    space, _ = allocator.inspect(load_config(None, {"model": str(model)}, []))
+    space, _ = allocator.inspect(model)
     towers = {unit.name.partition(".")[0] for unit in space.units}
     assert towers == {"text_model", "vision_model"}
     assert [unit.block for unit in space.units] == [0, 0, 1, 1, 2, 2, 3, 3]
@@ -94,7 +94,10 @@ def test_towers_have_one_budget_and_costs_of_their_own_positions(make_other: Cal
     assert space.fixed["prefill_macs"] == 0
 
 
-@pytest.mark.parametrize("architecture", ["ViTForImageClassification", "CLIPModel"])
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize(
+    "architecture", ["ViTForImageClassification", pytest.param("CLIPModel", marks=pytest.mark.slow)]
+)
 def test_workers_measure_other_examples_as_one_process_does(
     make_other: Callable[..., Path], pixels: Path, tmp_path: Path, architecture: str
 ) -> None:
@@ -122,7 +125,7 @@ def test_compare_and_a_plan_alone(make_other: Callable[..., Path], pixels: Path,
     found = allocator.compare(
         model, target=0.5, rules=["uniform"], workers=0, name="c", runs_dir=tmp_path, text=pixels, settings=SETTINGS
     )
-    assert found["measured"]["dense"]["hidden"] == pytest.approx(0, abs=1e-9)
+    assert found.measured["dense"]["hidden"] == pytest.approx(0, abs=1e-9)
     with pytest.raises(UserError, match="ecoflap follows the likelihood of text"):
         allocator.compare(
             model,

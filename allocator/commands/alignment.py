@@ -8,7 +8,7 @@ from allocator.core.budget import Budget, fits
 from allocator.core.costs import from_units
 from allocator.core.space import SearchSpace, Unit
 from allocator.run.config.run import RunConfig
-from allocator.run.job import read_model
+from allocator.run.model import read_model
 from allocator.searchers.rules.baselines import uniform
 
 

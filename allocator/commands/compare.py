@@ -1,4 +1,4 @@
-"""Rules of the field, and plans, side by side: each saved, reloaded, counted and measured at one budget."""
+"""Comparing: rules of the field and plans are executed, reloaded, counted and measured at one budget."""
 
 from __future__ import annotations
 
@@ -8,29 +8,58 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from allocator.commands.search import build_store, cluster, evaluators
+from allocator.commands.evaluators import connect, open_evaluator
 from allocator.core.budget import fits
 from allocator.core.costs import from_units
 from allocator.core.errors import UserError, did_you_mean
 from allocator.core.files import fingerprint, read_json, write_json
 from allocator.core.plan import Plan
+from allocator.core.results import COMPARISON_KIND, COMPARISON_SCHEMA
 from allocator.core.signals import Signal, Signals
 from allocator.core.space import Allocation, SearchSpace
-from allocator.evaluation.spec import Execution
+from allocator.evaluation.spec import Evaluator, Execution
 from allocator.evaluation.zeroth_order import zeroth_order
 from allocator.pruning.levels.store import LevelStore
 from allocator.pruning.signals import collect
-from allocator.run.config.load import load_config
+from allocator.run.config.load import build_config
 from allocator.run.config.run import RunConfig
-from allocator.run.directory import begun, check_folder, find_store, resumed, store_place
-from allocator.run.job import Job, prepare, serving
+from allocator.run.directory import check_folder, create_run, reopen_run
+from allocator.run.execution import Figures
+from allocator.run.job import Job
+from allocator.run.level_store import build_store, find_store, locate_store
+from allocator.run.model import with_serving_costs
+from allocator.run.prepare import prepare_job
 from allocator.run.recorder import Recorder
 from allocator.run.reporting import Reporter, Silent
 from allocator.searchers.loop import Measurer, search
 from allocator.searchers.rules.measured import MEASURED_RULES, Fidelity, Stepwise
 from allocator.searchers.rules.one_shot import RULES
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from allocator.run.config.options import RunOptions
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A finished comparison.
+
+    Attributes:
+        folder: Where it lies.
+        data: The content of ``compare.json``.
+    """
+
+    folder: Path
+    data: Mapping[str, Any]
+
+    @property
+    def measured(self) -> Mapping[str, Figures]:
+        """By rule or plan: ``params``, ``sparsity``, ``within_budget``, ``kl``, ``nll`` and ``perplexity``."""
+        measured: Mapping[str, Figures] = self.data["measured"]
+        return measured
 
 
 @dataclass(frozen=True)
@@ -42,26 +71,58 @@ class Entry:
 
     @property
     def key(self) -> str:
-        """What makes two lines the same model."""
+        """The fingerprint that lines of the same model share."""
         return fingerprint([self.space.to_json(), list(self.allocation)])
 
 
-def comparison_config(
-    file: Path | None, flags: Mapping[str, Any], assignments: Sequence[str], resume: bool
-) -> RunConfig:
-    """Return the configuration of a comparison: a run's, with a name of its own unless one is given.
+def compare(
+    model: str | Path | None = None,
+    *,
+    rules: Sequence[str] = (),
+    plans: Sequence[Path | str] = (),
+    config: RunConfig | Path | str | None = None,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+    **options: Unpack[RunOptions],
+) -> Comparison:
+    """Compare the field's allocation rules, and plans, at one budget on held-out text.
+
+    One local pruner executes all of them on one calibration text, those of the configuration; what a plan says of its
+    own pruner is ignored. Everything that was measured is kept in the comparison's folder.
+
+    Args:
+        model: A Hugging Face folder or hub id. None for that of ``config``, or for the packaged model.
+        rules: Names of rules. Empty for all that serve the pattern, or for none if there are plans.
+        plans: Files of plans for the same model and pattern.
+        config: A configuration or a run file, which options override. Rules measure on its searcher's tokens.
+        resume: Continue the comparison of this name, perhaps with more rules or plans.
+        reporter: Receives progress.
+        options: See :class:`~allocator.run.config.options.RunOptions`.
 
     Raises:
-        UserError: As :func:`~allocator.run.config.load_config`.
+        UserError: An input is wrong. The message says what to do. Nothing was written.
     """
-    given = load_config(file, flags, assignments)
+    settings = build_comparison_config(model, config, options, resume)
+    return run_comparison(settings, rules, [Path(plan) for plan in plans], resume, reporter)
+
+
+def build_comparison_config(
+    model: str | Path | None, config: RunConfig | Path | str | None, options: Mapping[str, Any], resume: bool
+) -> RunConfig:
+    """Return the configuration of a comparison: that of a run, with another default name.
+
+    Raises:
+        UserError: As :func:`~allocator.run.config.load.build_config`, or there are objectives.
+    """
+    given = build_config(model, config, options)
     if given.objectives:
         raise UserError("objectives: a comparison is at one budget. Leave them out, and give a target or constraints")
-    return load_config(file, {**flags, "name": given.name or f"{given.run_name}-compare"}, assignments, resume)
+    name = given.name or f"{given.run_name}-compare"
+    return build_config(model, config, {**options, "name": name}, resume)
 
 
-def rules_for(pattern: str, names: Sequence[str] = ()) -> list[str]:
-    """Return the names of the rules that serve a pattern: all, or those named.
+def choose_rules(pattern: str, names: Sequence[str] = ()) -> list[str]:
+    """Return the names of the rules that serve a pattern: those in ``names``, or all.
 
     Raises:
         UserError: A name is unknown, or its rule does not serve the pattern.
@@ -83,94 +144,82 @@ def run_comparison(
     plans: Sequence[Path] = (),
     resume: bool = False,
     reporter: Reporter | None = None,
-) -> dict[str, Any]:
-    """Allocate by rules, execute what they and the plans say, and measure it on held-out text.
-
-    All are executed by one local pruner on one calibration text, those of the configuration; a plan's own are not
-    looked at. Whatever was measured stays in the run's folder, and a resumed comparison measures only what is new.
-
-    Args:
-        config: The model, the budget and how to prune; its searcher's tokens are those on which rules measure.
-        rules: Names of rules; none for all that serve the pattern, or for none if there are plans.
-        plans: Files of plans for the same model and pattern.
-        resume: Continue the comparison of this name, perhaps with more rules or plans.
-        reporter: Hears about progress.
-
-    Returns:
-        The content of ``compare.json``.
-
-    Raises:
-        UserError: An input is wrong. Nothing was written.
-    """
+) -> Comparison:
+    """Compare as a configuration says. See :func:`compare`."""
     with Recorder(reporter or Silent()) as recorder:
-        return _run(config, rules, plans, resume, recorder)
+        return Comparison(config.folder, _compare(config, rules, plans, resume, recorder))
 
 
-def _run(
-    config: RunConfig, rules: Sequence[str], plans: Sequence[Path], resume: bool, reporter: Recorder
+def _compare(
+    config: RunConfig, rules: Sequence[str], plans: Sequence[Path], resume: bool, recorder: Recorder
 ) -> dict[str, Any]:
     folder = config.folder
     config = config.model_copy(update={"search": replace(config.search, rounds=1)})  # a comparison has one store
     check_folder(folder, resume)
     if resume and (folder / "front.json").exists():
         raise UserError(f"{folder}: holds a search, not a comparison. Choose another --name")
-    reporter.phase("checking")
-    chosen = rules_for(config.pattern, rules) if rules or not plans else []
-    job = prepare(config, reporter.say)
-    config = job.config
-    if not job.checkpoint.kind.generates and (
-        odd := [n for n in chosen if n in RULES and "gradient" in RULES[n].needs]
-    ):
-        if rules:
-            raise UserError(
-                f"--rule: {odd[0]} follows the likelihood of text, and {job.checkpoint.architecture} has none"
-            )
-        reporter.say(f"notice: {odd[0]} is left out, for it follows the likelihood of text")
-        chosen = [name for name in chosen if name not in odd]
-    entries = {"dense": Entry(job.space, job.space.dense), **_plan_entries(job, plans)}
-    closed = list(dict.fromkeys(["uniform", *(name for name in chosen if name in RULES)]))
+    recorder.start_phase("checking")
+    chosen = choose_rules(config.pattern, rules) if rules or not plans else []
+    job = prepare_job(config, recorder.notify)
+    chosen = _drop_likelihood_rules(job, chosen, bool(rules), recorder)
+    entries = {"dense": Entry(job.space, job.space.dense), **_read_plans(job, plans)}
+    one_shot = list(dict.fromkeys(["uniform", *(name for name in chosen if name in RULES)]))
     measured = [name for name in chosen if name in MEASURED_RULES]
     with ExitStack() as opened:
         if resume:
-            _, journal = resumed(job, reporter)
+            _, journal = reopen_run(job, recorder)
             opened.enter_context(journal)
         stored = bool(measured) or not job.recompute
         build = stored and find_store(job) is None
-        opened.enter_context(cluster(config, reporter))
+        opened.enter_context(connect(job.config, recorder))
         if not resume:
-            journal = opened.enter_context(begun(job))
-        reporter.begin(folder, len(journal))
-        signals = _signals(job, folder, {need for name in closed for need in RULES[name].needs}, reporter)
-        for name in closed:
-            allocation = RULES[name].allocate(job.space, job.budget, job.target, signals)
-            entries[name] = Entry(job.space, allocation)
-        spec = job.engine_spec(LevelStore(store_place(job)) if stored else None)
-        with evaluators(spec, job.tokens, config, reporter) as evaluator:
-            reporter.staff(evaluator)
+            journal = opened.enter_context(create_run(job))
+        recorder.start_recording(folder, len(journal))
+        signals = _collect_signals(job, folder, {need for name in one_shot for need in RULES[name].needs}, recorder)
+        for name in one_shot:
+            entries[name] = Entry(job.space, RULES[name].allocate(job.space, job.budget, job.target, signals))
+        spec = job.engine_spec(LevelStore(locate_store(job)) if stored else None)
+        with open_evaluator(spec, job.tokens, job.config, recorder) as evaluator:
+            recorder.attach(evaluator)
             if build:
-                build_store(job, evaluator, reporter)
+                build_store(job, evaluator, recorder)
             measurer = Measurer(evaluator, journal)
             for name in measured:
-                entries[name] = Entry(job.space, _measured_rule(job, name, measurer, reporter))
+                entries[name] = Entry(job.space, _run_measured_rule(job, name, measurer, recorder))
             table = _Table(job, folder)
-            table.execute({n: e for n, e in entries.items() if e.space == job.space}, evaluator, reporter)
+            table.execute({n: e for n, e in entries.items() if e.space == job.space}, evaluator, recorder)
         for name, entry in entries.items():
             if entry.space != job.space:
-                own = replace(spec, space=entry.space, store=None)
-                with evaluators(own, job.tokens, config, reporter) as evaluator:
-                    reporter.staff(evaluator)
-                    table.execute({name: entry}, evaluator, reporter)
+                own_spec = replace(spec, space=entry.space, store=None)
+                with open_evaluator(own_spec, job.tokens, job.config, recorder) as evaluator:
+                    recorder.attach(evaluator)
+                    table.execute({name: entry}, evaluator, recorder)
     return table.data
 
 
+def _drop_likelihood_rules(job: Job, names: list[str], named: bool, recorder: Recorder) -> list[str]:
+    """Return the rules without those that need the likelihood of text, if the model has none.
+
+    Raises:
+        UserError: The user ``named`` such a rule.
+    """
+    odd = [name for name in names if name in RULES and "gradient" in RULES[name].needs]
+    if job.checkpoint.kind.generates or not odd:
+        return names
+    if named:
+        raise UserError(f"--rule: {odd[0]} follows the likelihood of text, and {job.checkpoint.architecture} has none")
+    recorder.notify(f"notice: {odd[0]} is left out, for it follows the likelihood of text")
+    return [name for name in names if name not in odd]
+
+
 class _Table:
-    """``compare.json`` as it grows, one line for each rule or plan."""
+    """``compare.json``: one line for each rule or plan, written as it grows."""
 
     def __init__(self, job: Job, folder: Path) -> None:
         self._job, self._folder, self._path = job, folder, folder / "compare.json"
         self.data: dict[str, Any] = {
-            "schema": 3,
-            "kind": "allocator.commands.compare",
+            "schema": COMPARISON_SCHEMA,
+            "kind": COMPARISON_KIND,
             "model": job.model_id,
             "pattern": job.space.pattern,
             "asked": job.config.asked,
@@ -182,11 +231,11 @@ class _Table:
         if self._path.exists():
             self.data = read_json(self._path, "comparison")
 
-    def execute(self, entries: Mapping[str, Entry], evaluator: Any, reporter: Reporter) -> None:
-        """Measure the lines that are new, each distinct allocation once, and keep every one as it comes."""
+    def execute(self, entries: Mapping[str, Entry], evaluator: Evaluator, reporter: Reporter) -> None:
+        """Measure the new lines, each distinct allocation once, and keep each result at once."""
         known = {line["key"]: name for name, line in self.data["allocations"].items()}
         new = {entry.key: entry for entry in entries.values() if entry.key not in known}
-        reporter.phase("executing", len(new))
+        reporter.start_phase("executing", len(new))
         figures = {key: self.data["measured"][name] for key, name in known.items()}
         self._keep(entries, figures)
         width = max(1, self._job.config.workers)
@@ -194,9 +243,9 @@ class _Table:
         for start in range(0, len(waiting), width):
             figures.update(self._run(waiting[start : start + width], evaluator))
             self._keep(entries, figures)
-            reporter.step(min(start + width, len(waiting)))
+            reporter.advance(min(start + width, len(waiting)))
 
-    def _run(self, batch: Sequence[Entry], evaluator: Any) -> Iterable[tuple[str, dict[str, float]]]:
+    def _run(self, batch: Sequence[Entry], evaluator: Evaluator) -> Iterable[tuple[str, dict[str, float]]]:
         with tempfile.TemporaryDirectory(prefix=".executing-", dir=self._folder, ignore_cleanup_errors=True) as scratch:
             executions = [
                 Execution(entry.allocation, self._job.recompute, Path(scratch).absolute() / str(index))
@@ -216,8 +265,8 @@ class _Table:
         write_json(self._path, self.data)
 
 
-def _plan_entries(job: Job, plans: Sequence[Path]) -> dict[str, Entry]:
-    """Return a line for each plan, named after its folder, or its file if that has a name of its own."""
+def _read_plans(job: Job, plans: Sequence[Path]) -> dict[str, Entry]:
+    """Return a line for each plan. It is named after the plan's folder, or after a file that is not ``plan.json``."""
     entries: dict[str, Entry] = {}
     for path in plans:
         plan = Plan.load(path)
@@ -231,7 +280,7 @@ def _plan_entries(job: Job, plans: Sequence[Path]) -> dict[str, Entry]:
                 f"{job.space.pattern}. Compare with --pattern {plan.space.pattern}"
             )
         own, ours = ([(u.name, u.kind, u.params[0], u.group) for u in s.units] for s in (plan.space, job.space))
-        served = serving(job.config, job.checkpoint, job.layout, plan.space) if own == ours else plan.space
+        served = with_serving_costs(job.config, job.checkpoint, job.layout, plan.space) if own == ours else plan.space
         if own != ours or any(served.fixed[cost] != job.space.fixed[cost] for cost in ("params", "macs")):
             raise UserError(
                 f"{path}: its units are others than this comparison's. Use the plan's settings of ladder.attention, "
@@ -250,28 +299,28 @@ def _plan_entries(job: Job, plans: Sequence[Path]) -> dict[str, Entry]:
     return entries
 
 
-def _signals(job: Job, folder: Path, wanted: set[Signal], reporter: Reporter) -> Signals:
-    """Return signals, from the run's folder or collected now and kept there."""
+def _collect_signals(job: Job, folder: Path, wanted: set[Signal], reporter: Reporter) -> Signals:
+    """Return signals from the run's folder; collect and keep those that are missing."""
     path = folder / "signals.npz"
     signals = Signals.load(path) if path.exists() else Signals({})
     spec, blocks = job.engine_spec(None), len(job.layout.blocks)
     if of_text := signals.missing(wanted - {"gradient"}):
-        reporter.phase("signals", blocks)
-        calibration = spec.calibration(job.tokens["calibration"], reporter.step, reporter.say)
+        reporter.start_phase("signals", blocks)
+        calibration = spec.calibration(job.tokens["calibration"], reporter.advance, reporter.notify)
         signals = signals.merged(collect(calibration, of_text))
         signals.save(path)
     if signals.missing(wanted):
-        reporter.phase("slopes", blocks)
-        signals = signals.merged(zeroth_order(spec, job.tokens["calibration"], reporter.step))
+        reporter.start_phase("slopes", blocks)
+        signals = signals.merged(zeroth_order(spec, job.tokens["calibration"], reporter.advance))
         signals.save(path)
     return signals
 
 
-def _measured_rule(job: Job, name: str, measurer: Measurer, reporter: Reporter) -> Allocation:
-    reporter.phase(name)
+def _run_measured_rule(job: Job, name: str, measurer: Measurer, reporter: Reporter) -> Allocation:
+    reporter.start_phase(name)
     tokens = Fidelity(job.config.search.fidelities[0], job.config.search.fidelities[-1])
     procedure = MEASURED_RULES[name].run(job.space, job.budget, job.target, tokens)
     searcher = Stepwise(procedure, (), tokens)
     batches = itertools.count(1)
-    search(searcher, measurer, lambda o: reporter.step(next(batches), f"{measurer.spent.evaluations} evaluations"))
+    search(searcher, measurer, lambda o: reporter.advance(next(batches), f"{measurer.spent.evaluations} evaluations"))
     return searcher.finalists()[0]

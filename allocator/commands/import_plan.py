@@ -1,74 +1,97 @@
-"""Allocations that other tools chose, as plans: to be executed, measured and compared here."""
+"""Importing: an allocation that another tool chose becomes a plan, to be executed, measured and compared here."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from allocator.core.budget import Budget
 from allocator.core.errors import UserError
-from allocator.core.files import fingerprint
 from allocator.core.plan import Plan
+from allocator.core.provenance import make_plan
 from allocator.core.space import SearchSpace, Unit
 from allocator.interop.readers.ratios import Levels, read_ratios
 from allocator.model.checkpoint.headers import Checkpoint
 from allocator.model.family.layout import retained_matrices
 from allocator.model.family.space import build_space
 from allocator.model.family.sub_blocks import SubBlock
+from allocator.run.config.load import build_config
 from allocator.run.config.run import RunConfig
-from allocator.run.job import Job, prepare, serving, versions
+from allocator.run.job import Job
+from allocator.run.model import with_serving_costs
+from allocator.run.prepare import prepare_job
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from allocator.run.config.options import RunOptions
 
 _NAMED = 3
 """Units that a message names."""
 
 
-def adopt(path: Path, config: RunConfig, levels: Levels | None = None) -> tuple[Plan, list[str]]:
-    """Make a plan of an allocation that lies in a file.
+class ImportedPlan(NamedTuple):
+    """A plan of an allocation that another tool chose.
 
-    Every unit has a ladder of two levels, dense and what is asked for, to the nearest that its items allow; of the n:m
-    pattern all have the patterns that are asked for. The budget is what the plan costs.
+    Attributes:
+        plan: The plan.
+        notes: What rounding changed, in lines.
+    """
+
+    plan: Plan
+    notes: list[str]
+
+
+def import_plan(
+    path: Path | str,
+    *,
+    model: str | Path | None = None,
+    config: RunConfig | Path | str | None = None,
+    level_zero: float | None = None,
+    level_step: int | None = None,
+    **options: Unpack[RunOptions],
+) -> ImportedPlan:
+    """Make a plan of an allocation that another tool chose.
+
+    Every unit gets a ladder of two levels: dense, and the imported sparsity rounded to whole items. Units of the n:m
+    pattern get the imported patterns. The budget is what the plan costs.
 
     Args:
-        path: See :func:`~allocator.interop.readers.ratios.read_ratios`.
-        config: The model, the pattern, and how and on which text to prune.
-        levels: What levels mean, for a file of levels without metadata.
-
-    Returns:
-        The plan, and what rounding changed, in lines for a user.
+        path: Shares by module (``ratios.json`` or ``modules.csv`` of ``export``), shares by block (``.npy``, a JSON
+            list or text, as of OWL), or levels of EvoPress, Týr-the-Pruner or DarwinLM.
+        model: A Hugging Face folder or hub id. None for that of ``config``, or for the packaged model.
+        config: A configuration or a run file, which options override: the pattern, the pruner and its text.
+        level_zero: The sparsity of level 0, for levels without ``metadata.pth`` next to them.
+        level_step: How many weights of every matrix one level is, likewise.
+        options: See :class:`~allocator.run.config.options.RunOptions`.
 
     Raises:
-        UserError: An input is wrong; a unit is not named, or its matrices are asked to lose different shares.
+        UserError: The file cannot be understood or does not fit the model. It names no share for a unit, or several.
     """
-    if config.ladder.sparsities is not None or config.pruner.inputs == "path":
-        key = "ladder.sparsities" if config.ladder.sparsities is not None else "pruner.inputs=path"
+    if (level_zero is None) != (level_step is None):
+        raise UserError("levels: --level-zero and --level-step say together what levels mean. Give both, or neither")
+    levels = None if level_zero is None or level_step is None else Levels(level_zero, level_step)
+    settings, path = build_config(model, config, {**options, "workers": 0}), Path(path)
+    if settings.ladder.sparsities is not None or settings.pruner.inputs == "path":
+        key = "ladder.sparsities" if settings.ladder.sparsities is not None else "pruner.inputs=path"
         raise UserError(f"{key}: is for the ladders of a search, and an imported plan has its own. Leave it out")
-    job = prepare(config)
-    asked = _asked(path, job, read_ratios(path, job.layout, job.checkpoint, levels))
-    space = _space(job, asked)
-    allocation = tuple(_nearest(unit, asked[unit.name]) for unit in space.units)
-    plan = Plan(
-        model=job.model_id,
-        space=space,
-        allocation=allocation,
-        budget=Budget(params=space.cost(allocation)),
-        pruner=job.pruner_id,
-        measured={},
-        provenance={
-            "run": fingerprint(asked),
-            "searcher": "import",
-            "seed": config.seed,
-            "workload": job.workload_id,
-            "versions": versions(),
-        },
-    )
-    return plan, _rounding(plan, asked)
+    job = prepare_job(settings)
+    asked = _read_shares(path, job, read_ratios(path, job.layout, job.checkpoint, levels))
+    space = _build_space(job, asked)
+    allocation = tuple(_nearest_level(unit, asked[unit.name]) for unit in space.units)
+    budget = Budget(params=space.cost(allocation))
+    header = replace(job.make_header(), space=space, budget=budget, identity=asked, method="import", training=None)
+    plan = make_plan(header, allocation, budget, {})
+    return ImportedPlan(plan, _describe_rounding(plan, asked))
 
 
-def _asked(path: Path, job: Job, ratios: Mapping[str, float]) -> dict[str, float]:
-    """Return the share of every unit that shall go.
+def _read_shares(path: Path, job: Job, ratios: Mapping[str, float]) -> dict[str, float]:
+    """Return the share of every unit that is to be removed.
 
     Raises:
-        UserError: One is not named, or its matrices disagree.
+        UserError: A unit is not named, or its matrices have different shares.
     """
     if job.space.pattern == "structured":
         shares = {
@@ -85,13 +108,13 @@ def _asked(path: Path, job: Job, ratios: Mapping[str, float]) -> dict[str, float
 
 
 def _share(path: Path, sub_block: SubBlock, checkpoint: Checkpoint, ratios: Mapping[str, float]) -> float | None:
-    """Return what a sub-block shall lose, which all of its matrices must agree in; None where none is named."""
+    """Return the share that all named matrices of a sub-block agree on; None if none is named."""
     own = {module: ratios[module] for module in sub_block.modules if module in ratios}
     if not own:
         return None
     share = own.get(sub_block.output, next(iter(own.values())))
     kept = round(sub_block.total * (1 - share))
-    # matrices without rows of items, as key and value of query heads, stay until all goes
+    # matrices without rows of items, as key and value of query heads, are kept until the whole sub-block is removed
     beside = {module: ratios[module] for module in retained_matrices(sub_block, checkpoint) if module in ratios}
     odd = {m: s for m, s in own.items() if round(sub_block.total * (1 - s)) != kept}
     odd |= {m: s for m, s in beside.items() if s != (0.0 if kept else 1.0)}
@@ -104,8 +127,8 @@ def _share(path: Path, sub_block: SubBlock, checkpoint: Checkpoint, ratios: Mapp
     return share
 
 
-def _space(job: Job, asked: Mapping[str, float]) -> SearchSpace:
-    """Return the model's space with ladders that hold what is asked for."""
+def _build_space(job: Job, asked: Mapping[str, float]) -> SearchSpace:
+    """Return the model's space with ladders that hold the imported sparsities."""
     config = job.config
     patterns = config.ladder.patterns
     if config.pattern == "n:m":
@@ -123,14 +146,14 @@ def _space(job: Job, asked: Mapping[str, float]) -> SearchSpace:
         patterns=patterns,
         bias=config.pruner.bias,
     )
-    return serving(config, job.checkpoint, job.layout, space)
+    return with_serving_costs(config, job.checkpoint, job.layout, space)
 
 
-def _nearest(unit: Unit, share: float) -> int:
+def _nearest_level(unit: Unit, share: float) -> int:
     return min(range(unit.num_levels), key=lambda level: abs(unit.sparsity(level) - share))
 
 
-def _rounding(plan: Plan, asked: Mapping[str, float]) -> list[str]:
+def _describe_rounding(plan: Plan, asked: Mapping[str, float]) -> list[str]:
     space = plan.space
     errors = {
         unit.name: abs(unit.sparsity(level) - asked[unit.name])

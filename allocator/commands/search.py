@@ -1,55 +1,46 @@
-"""The whole line: a trained model goes in; a plan, a smaller checkpoint and its measured figures come out."""
+"""Searching: a model and a budget go in; a plan, a smaller checkpoint and its measured figures come out."""
 
 from __future__ import annotations
 
 import itertools
-import math
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from allocator.core.budget import Budget, fits
-from allocator.core.costs import COSTS, from_units
-from allocator.core.errors import UserError
-from allocator.core.files import fingerprint, write_json
+from allocator.commands.evaluators import connect, open_evaluator
+from allocator.core.files import write_json
 from allocator.core.journal import Journal
-from allocator.core.latency import LatencyTable
-from allocator.core.outcomes import LOSSES, build_front, list_objectives, select_comparable
 from allocator.core.plan import Plan
-from allocator.core.protocols import BEFORE, Outcome, Request
-from allocator.core.training_effect import summarise_training
-from allocator.evaluation.latency import describe, measure
-from allocator.evaluation.local import LocalEvaluator
-from allocator.evaluation.spec import EngineSpec, Execution
-from allocator.model.data.examples import Examples
-from allocator.pruning.calibration.build import prune_on_pruned_inputs
-from allocator.pruning.levels.store import LevelStore, StoreBuilder, open_store
+from allocator.core.protocols import Outcome
+from allocator.evaluation.spec import EngineSpec, Evaluator
+from allocator.pruning.levels.store import LevelStore
+from allocator.run.config.load import build_config
 from allocator.run.config.run import RunConfig
-from allocator.run.directory import advanced, begun, check_folder, find_store, resumed, store_place
-from allocator.run.job import TRAINING, Job, prepare, versions
+from allocator.run.directory import check_folder, create_run, reopen_run, start_next_round
+from allocator.run.execution import Figures, execute_decision, measure_latencies
+from allocator.run.front_file import FrontWriter
+from allocator.run.job import TRAINING_FOLDER, Job
+from allocator.run.level_store import build_store, find_store, locate_store, name_round
+from allocator.run.prepare import prepare_job
 from allocator.run.recorder import Recorder
 from allocator.run.reporting import Reporter, Silent
-from allocator.run.rounds import history, next_job
+from allocator.run.result import make_run_plan, summarise_run
+from allocator.run.rounds import prepare_next_round
 from allocator.searchers.decide import Decision, decide
 from allocator.searchers.fronts import decide_front
-from allocator.searchers.hypervolume import Hypervolume
 
-Figures = dict[str, float]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-_WRITTEN_S = 0.5
-"""The front is not written more often, however short the batches."""
-
-_RARER = 10
-"""Nor does writing it take more than one second of so many, however long the journal."""
+    from allocator.run.config.options import RunOptions
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class SearchResult:
     """What a finished search leaves.
 
     Attributes:
@@ -64,190 +55,132 @@ class Result:
 
     @property
     def checkpoint(self) -> Path:
-        """The pruned checkpoint."""
+        """The folder of the pruned checkpoint."""
         return self.folder / "checkpoint"
 
+    @property
+    def figures(self) -> Mapping[str, Figures]:
+        """Measured figures by name: ``dense``, ``uniform``, ``two_rate``, ``searched`` and others."""
+        figures: Mapping[str, Figures] = self.summary["measured"]
+        return figures
 
-def run_search(config: RunConfig, resume: bool = False, reporter: Reporter | None = None) -> Result:
-    """Run the whole line for one configuration.
+
+def search(
+    model: str | Path | None = None,
+    *,
+    config: RunConfig | Path | str | None = None,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+    **options: Unpack[RunOptions],
+) -> SearchResult:
+    """Search, execute the plan and measure it: level store, search, plan, checkpoint, figures.
 
     Args:
-        config: What to do.
-        resume: Continue the run of this name; what it measured is not measured again.
-        reporter: Hears about progress.
+        model: A Hugging Face folder or hub id. None for that of ``config``, or for the packaged model.
+        config: A configuration or a run file, which options override.
+        resume: Continue the run of this name. What it measured is not measured again.
+        reporter: Receives progress.
+        options: See :class:`~allocator.run.config.options.RunOptions`.
 
     Raises:
-        UserError: An input is wrong. Nothing was written.
+        UserError: An input is wrong. The message says what to do. Nothing was written.
     """
+    return run_search(build_config(model, config, options, resume), resume, reporter)
+
+
+def run_search(config: RunConfig, resume: bool = False, reporter: Reporter | None = None) -> SearchResult:
+    """Search as a configuration says. See :func:`search`."""
     with Recorder(reporter or Silent()) as recorder:
-        return _run(config, resume, recorder)
+        return _Run(config, resume, recorder).run()
 
 
-def _run(config: RunConfig, resume: bool, reporter: Recorder) -> Result:
-    folder = config.folder
-    check_folder(folder, resume)
-    reporter.phase("checking")
-    job = prepare(config, reporter.say)
-    config = job.config
-    if config.device == "cuda" and config.search.training:
-        reporter.say("notice: GPUs sum gradients in an order of their own; the plan may differ by rounding")
-    started = time.perf_counter()
-    wall: dict[str, float] = {}
-    with ExitStack() as locked, ExitStack() as opened:
-        if resume:
-            job, journal = resumed(job, reporter)
-            locked.enter_context(journal)
-        found = find_store(job)
-        opened.enter_context(cluster(config, reporter))
-        if not resume:
-            journal = locked.enter_context(begun(job))
-        reporter.begin(folder, len(journal))
-        evaluator = opened.enter_context(evaluators(_spec(job), job.tokens, config, reporter))
-        reporter.staff(evaluator)
-        while True:
-            decision = _round(job, evaluator, journal, found is None, wall, reporter)
-            if not config.search.brief(job.round_number):
-                break
-            shutil.rmtree(folder / TRAINING, ignore_errors=True)
-            job, before = next_job(job, decision), journal
-            journal = locked.enter_context(advanced(job))
-            before.close()
-            found = find_store(job)
-            evaluator.renew(_spec(job))
-        with _timed(wall, "execute"):
-            measured = _execute(job, folder, decision, evaluator, reporter)
-        shutil.rmtree(folder / TRAINING, ignore_errors=True)
-        plan = _plan(job, decision, measured)
-        plan.save(folder / "plan.json")
-        opened.close()  # nothing else shall run while latency is measured
-        reporter.staff(None)
-        with _timed(wall, "latency"):
-            latency = _latency(job, decision, reporter)
-        wall["total"] = time.perf_counter() - started
-        summary = {**_summary(job, journal, decision, plan, measured, wall), **latency}
-        write_json(folder / "result.json", summary)
-        from allocator.report.page import write_report
+class _Run:
+    """A search from its first check to its report."""
 
-        write_report(folder)
-    return Result(folder, plan, summary)
+    def __init__(self, config: RunConfig, resume: bool, recorder: Recorder) -> None:
+        self._config, self._resume, self._recorder = config, resume, recorder
+        self._wall_s: dict[str, float] = {}
 
+    def run(self) -> SearchResult:
+        recorder, folder = self._recorder, self._config.folder
+        check_folder(folder, self._resume)
+        recorder.start_phase("checking")
+        job = prepare_job(self._config, recorder.notify)
+        if job.config.device == "cuda" and job.config.search.training:
+            recorder.notify("notice: GPUs sum gradients in an order of their own; the plan may differ by rounding")
+        start_s = time.perf_counter()
+        with ExitStack() as journals, ExitStack() as workers:
+            if self._resume:
+                job, journal = reopen_run(job, recorder)
+                journals.enter_context(journal)
+            store = find_store(job)
+            workers.enter_context(connect(job.config, recorder))
+            if not self._resume:
+                journal = journals.enter_context(create_run(job))
+            recorder.start_recording(folder, len(journal))
+            evaluator = workers.enter_context(open_evaluator(_engine_spec(job), job.tokens, job.config, recorder))
+            recorder.attach(evaluator)
+            decision = self._search_round(job, evaluator, journal, store)
+            while job.config.search.brief(job.round_number):
+                shutil.rmtree(folder / TRAINING_FOLDER, ignore_errors=True)
+                job, previous = prepare_next_round(job, decision), journal
+                journal = journals.enter_context(start_next_round(job))
+                previous.close()
+                evaluator.renew(_engine_spec(job))
+                decision = self._search_round(job, evaluator, journal, find_store(job))
+            with self._timed("execute"):
+                measured = execute_decision(job, decision, evaluator, recorder)
+            shutil.rmtree(folder / TRAINING_FOLDER, ignore_errors=True)
+            plan = make_run_plan(job, decision, measured)
+            plan.save(folder / "plan.json")
+            workers.close()  # nothing else runs while latency is measured
+            recorder.attach(None)
+            with self._timed("latency"):
+                latency = measure_latencies(job, decision, recorder)
+            self._wall_s["total"] = time.perf_counter() - start_s
+            summary = {**summarise_run(job, journal, decision, plan, self._wall_s), **latency}
+            write_json(folder / "result.json", summary)
+            from allocator.report.page import write_report
 
-@contextmanager
-def cluster(config: RunConfig, reporter: Reporter) -> Iterator[None]:
-    """Hold a connection to the Ray cluster that a configuration's workers run on, if it has workers."""
-    if config.workers == 0:
+            write_report(folder)
+        return SearchResult(folder, plan, summary)
+
+    def _search_round(self, job: Job, evaluator: Evaluator, journal: Journal, store: LevelStore | None) -> Decision:
+        """Search once, on a level store that is built first if there is none."""
+        with self._timed("store"):
+            if store is None:
+                build_store(job, evaluator, self._recorder)
+            else:
+                self._recorder.notify(f"level store {locate_store(job)} fits and is reused")
+        with self._timed("search"):
+            return _decide(job, evaluator, journal, self._recorder)
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        start_s = time.perf_counter()
         yield
-        return
-    from allocator.pool.cluster import connected
-
-    with connected(config.workers, _demand(config), config.address, reporter.say):
-        yield
+        self._wall_s[name] = self._wall_s.get(name, 0.0) + time.perf_counter() - start_s
 
 
-def _demand(config: RunConfig) -> Any:
-    """Return what each worker takes of its node."""
-    from allocator.pool.cluster import Demand
-
-    gpus = 0.0 if config.device == "cpu" else config.worker.gpus
-    return Demand(config.threads, gpus, config.worker.resources)
+def _engine_spec(job: Job) -> EngineSpec:
+    return job.engine_spec(LevelStore(locate_store(job)))
 
 
-@contextmanager
-def evaluators(
-    spec: EngineSpec, tokens: Mapping[str, Examples], config: RunConfig, reporter: Reporter
-) -> Iterator[Any]:
-    """Yield an evaluator: in process for no workers, else a Ray pool, closed at the end."""
-    if config.workers == 0:
-        yield LocalEvaluator(spec, tokens, reporter.say)
-        return
-    from allocator.pool.dispatch import RayPool
-
-    pool = RayPool(spec, tokens, config.workers, reporter.say, _demand(config))
-    try:
-        yield pool
-    finally:
-        pool.close()
-
-
-def _spec(job: Job) -> EngineSpec:
-    """Return what an engine of a round is made from."""
-    return job.engine_spec(LevelStore(store_place(job)))
-
-
-def _round(
-    job: Job, evaluator: Any, journal: Journal, build: bool, wall: dict[str, float], reporter: Recorder
-) -> Decision:
-    """Search once, on a level store that is built first if need be."""
-    with _timed(wall, "store"):
-        if build:
-            build_store(job, evaluator, reporter)
-        else:
-            reporter.say(f"level store {store_place(job)} fits and is reused")
-    with _timed(wall, "search"):
-        return _decide(job, evaluator, journal, reporter)
-
-
-def _of_rounds(job: Job) -> str:
-    """Return which round it is, if there are several."""
-    return f" {job.round_number}/{job.config.search.rounds}" if job.config.search.rounds > 1 else ""
-
-
-def build_store(job: Job, evaluator: Any, reporter: Reporter) -> None:
-    """Build the level store, or what is missing of one that was begun."""
-    reporter.phase(f"level store{_of_rounds(job)}", len(job.layout.blocks))
-    place = store_place(job)
-    if open_store(place, job.store_key) is not None:
-        return  # another run has built it meanwhile
-    builder = StoreBuilder(place, job.store_key)
-    if job.inputs == "dense":
-        evaluator.build(builder, builder.missing(job.space), reporter.step)
-    else:
-        calibration = job.engine_spec(None).calibration(job.tokens["calibration"], reporter.step, reporter.say)
-        made = prune_on_pruned_inputs(calibration, job.along, every_level=True, known=builder, solve=evaluator.solve)
-        builder.fill(made)
-    builder.finish(unit.name for unit in job.space.units)
-
-
-def _decide(job: Job, evaluator: Any, journal: Journal, reporter: Recorder) -> Decision:
-    settings, folder = job.config.search, job.config.folder
-    batches, objectives = itertools.count(1), job.config.objectives
-    volume = Hypervolume(journal, list_objectives(journal), settings.fidelities[-1]) if objectives else None
-
-    def write_front() -> int:
-        kept = {} if volume is None else {"hypervolume": volume.to_json()}
-        front = build_front(journal)
-        write_json(folder / "front.json", {**front, **kept})
-        return len(front["points"])
-
-    def reached() -> dict[str, float]:
-        if volume is not None:
-            return {"hypervolume": volume.curve()[-1][-1]}
-        within = [o.loss for o in select_comparable(journal) if fits(job.space, o.request.allocation, job.budget)]
-        return {f"best {LOSSES[job.config.loss].split(',')[0]}": min(within)} if within else {}
-
-    def write() -> str:
-        """Write the front, and return how good it is, in words."""
-        figures = reached()
-        reporter.found(len(journal), write_front(), figures)
-        return "".join(f", {name} {value:.4f}" for name, value in figures.items())
-
-    due_s, shown = float("-inf"), ""
+def _decide(job: Job, evaluator: Evaluator, journal: Journal, recorder: Recorder) -> Decision:
+    settings, front, batches = job.config.search, FrontWriter(job, journal, recorder), itertools.count(1)
 
     def listen(outcomes: Sequence[Outcome]) -> None:
-        nonlocal due_s, shown
-        if (begun_s := time.monotonic()) >= due_s:
-            shown = write()
-            due_s = time.monotonic() + max(_WRITTEN_S, _RARER * (time.monotonic() - begun_s))
-        reporter.step(next(batches), f"{len(journal)} evaluations{shown}")
+        figures = front.write_if_due()
+        recorder.advance(next(batches), f"{len(journal)} evaluations{figures}")
 
     def phase(name: str) -> None:
-        reporter.phase(f"{name}{_of_rounds(job)}", settings.num_batches if name == "search" else None)
+        recorder.start_phase(f"{name}{name_round(job)}", settings.num_batches if name == "search" else None)
 
-    if objectives:
+    if job.config.objectives:
         decision = decide_front(
             job.space,
             job.budget,
-            objectives,
+            job.config.objectives,
             settings,
             job.config.seed,
             job.config.tokens.selection,
@@ -270,162 +203,5 @@ def _decide(job: Job, evaluator: Any, journal: Journal, reporter: Recorder) -> D
             phase,
             job.round,
         )
-    write()
+    front.write()
     return decision
-
-
-def _execute(job: Job, folder: Path, decision: Decision, evaluator: Any, reporter: Reporter) -> dict[str, Figures]:
-    """Save, reload, count and measure: nothing removed, the baselines, the plan; two of them made the other way too."""
-    other = "assembled" if job.recompute else "recomputed"
-    named = {
-        "dense": (job.space.dense, False),
-        "uniform": (decision.uniform, job.recompute),
-        "two_rate": (decision.two_rate, job.recompute),
-        "searched": (decision.searched, job.recompute),
-        f"uniform_{other}": (decision.uniform, not job.recompute),
-        f"searched_{other}": (decision.searched, not job.recompute),
-    }
-    reporter.phase("executing")
-    # what a worker still writes after an error, a resume clears away
-    with tempfile.TemporaryDirectory(prefix=".executing-", dir=folder, ignore_cleanup_errors=True) as scratch:
-        executions = [
-            Execution(allocation, recompute, Path(scratch).absolute() / name)
-            for name, (allocation, recompute) in named.items()
-        ]
-        figures = evaluator.execute(executions, job.config.tokens.test)
-        shutil.rmtree(folder / "checkpoint", ignore_errors=True)
-        (Path(scratch) / "searched").rename(folder / "checkpoint")
-    executed = {
-        name: {"params": measured.pop("params"), "sparsity": round(job.space.sparsity(allocation), 6), **measured}
-        for (name, (allocation, _)), measured in zip(named.items(), figures, strict=True)
-    }
-    return {**executed, **_trained(job, decision, evaluator)}
-
-
-def _trained(job: Job, decision: Decision, evaluator: Any) -> dict[str, Figures]:
-    """Measure uniform and the plan after training on held-out text, where the search trained its candidates.
-
-    No checkpoint is saved: the plan's is executed without training.
-    """
-    settings = job.config.search
-    if not settings.training:
-        return {}
-    named = {"uniform_trained": decision.uniform, "searched_trained": decision.searched}
-    requests = {name: Request(a, job.config.tokens.test, "test", settings.training) for name, a in named.items()}
-    outcomes = {o.request: o for o in evaluator.evaluate(list(dict.fromkeys(requests.values())))}
-    if failed := next((outcome.failed for outcome in outcomes.values() if outcome.failed), ""):
-        raise UserError(f"evaluation: a trained model cannot be measured: {failed}. Free some memory, then resume")
-    return {
-        name: {
-            "params": job.space.cost(request.allocation),
-            "sparsity": round(job.space.sparsity(request.allocation), 6),
-            **{key: value for key, value in outcomes[request].measured.items() if not key.endswith(BEFORE)},
-            "perplexity": math.exp(outcomes[request].measured["nll"]),
-        }
-        for name, request in requests.items()
-    }
-
-
-def _latency(job: Job, decision: Decision, reporter: Reporter) -> dict[str, Any]:
-    """Measure what was looked up: whole models of the shapes of the dense one, uniform and the plan, end to end.
-
-    Returns:
-        Under ``latency``, for each of them and each figure, ``predicted`` and ``measured`` milliseconds; nothing where
-        there is no table, or it is of another device.
-    """
-    if job.config.workload.latency is None or job.space.pattern != "structured":
-        return {}
-    table, device = LatencyTable.load(job.config.workload.latency), job.config.device
-    if table.device != describe(device):
-        there, here = (", ".join(each.values()) for each in (table.device, describe(device)))
-        reporter.say(f"notice: latency is predicted for {there}, and was not measured here, on {here}")
-        return {}
-    named = {"dense": job.space.dense, "uniform": decision.uniform, "searched": decision.searched}
-    reporter.phase("latency", len(named))
-    shapes = [{u.name: u.kept[level] for u, level in zip(job.space.units, a, strict=True)} for a in named.values()]
-    found = {}
-    for (name, allocation), figures in zip(
-        named.items(), measure(job.checkpoint, job.layout, shapes, table.settings, device, reporter.step), strict=True
-    ):
-        found[name] = {
-            figure: {
-                "predicted": round(from_units(figure, job.space.cost(allocation, figure)), 6),
-                "measured": round(milliseconds, 6),
-            }
-            for figure, milliseconds in figures.items()
-        }
-    return {"latency": found}
-
-
-def _plan(job: Job, decision: Decision, measured: Mapping[str, Figures]) -> Plan:
-    reached = {cost: job.space.cost(decision.searched, cost) for cost in job.config.objectives if cost in COSTS}
-    return Plan(
-        model=job.model_id,
-        space=job.space,
-        allocation=decision.searched,
-        budget=Budget(**{**job.budget.limits, **reached}),
-        pruner=job.pruner_id,
-        measured=measured,
-        provenance={
-            "run": fingerprint(job.identity()),
-            "searcher": job.config.search.method,
-            "seed": job.config.seed,
-            **({} if job.config.target is None else {"target": job.config.target}),
-            "workload": job.workload_id,
-            **job.training_id,
-            "versions": versions(),
-        },
-    )
-
-
-def _summary(
-    job: Job,
-    journal: Journal,
-    decision: Decision,
-    plan: Plan,
-    measured: Mapping[str, Figures],
-    wall: Mapping[str, float],
-) -> dict[str, Any]:
-    space, rounds = job.space, history(job, decision)
-    named = {"uniform": decision.uniform, "two_rate": decision.two_rate, "searched": decision.searched}
-    units = [
-        {
-            "name": unit.name,
-            "part": unit.part,
-            "kind": unit.kind,
-            "block": unit.block,
-            "sparsity": {name: round(unit.sparsity(a[index]), 6) for name, a in named.items()},
-        }
-        for index, unit in enumerate(space.units)
-    ]
-    return {
-        "schema": 3,
-        "kind": "allocator.result",
-        "model": dict(plan.model),
-        "pattern": space.pattern,
-        "asked": job.config.asked,
-        "target": job.target,
-        "method": job.config.search.method,
-        "seed": job.config.seed,
-        "budget": plan.to_json()["budget"],
-        "measured": {name: dict(figures) for name, figures in measured.items()},
-        "units": units,
-        "search": {
-            **rounds[-1],
-            "evaluations": sum(line["evaluations"] for line in rounds),
-            "candidate_tokens": sum(line["candidate_tokens"] for line in rounds),
-            "store_tokens": job.tokens["calibration"].num_tokens * len(rounds),
-            "rounds": list(rounds),
-            **({"training": summarise_training(journal)} if job.config.search.training else {}),
-        },
-        "wall_s": {name: round(seconds, 2) for name, seconds in wall.items()},
-        "tokens": {split: examples.num_tokens for split, examples in job.tokens.items()},
-        "versions": versions(),
-    }
-
-
-@contextmanager
-def _timed(wall: dict[str, float], name: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    wall[name] = wall.get(name, 0.0) + time.perf_counter() - start

@@ -1,43 +1,35 @@
-"""What every export keeps to.
+"""The contract of exports: what is handed over, and what a target does with it.
 
-It refuses before any work what its target cannot express, writes a folder that is whole or absent, says what was lost,
-and leaves a command that compares what another tool made with the plan, matrix by matrix.
+A target refuses a plan that it cannot express before any work. It writes a folder that is complete or absent, reports
+what was lost, and leaves a command that compares what another tool made with the plan, matrix by matrix.
 """
 
 from __future__ import annotations
 
-import shlex
-import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar
 
 from allocator.core.errors import UserError
-from allocator.core.files import read_json, write_json
+from allocator.core.files import read_json
 from allocator.core.plan import Plan
-from allocator.interop.targets.matrices import Matrix, matrices
+from allocator.interop.matrices import Matrix, list_matrices
 from allocator.model.checkpoint.headers import Checkpoint
 from allocator.model.family.layout import Layout
-from allocator.model.live.write import stored_name
-
-PLANNED = "planned.json"
-VERIFY = "verify.py"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Source:
     """What is handed over.
 
     Attributes:
         plan: The plan.
         checkpoint: The dense model; its headers are enough.
-        layout: Where the plan's units are in it.
-        run: The run that the plan came from, for targets that show a search; None for a plan alone.
-        executed: The checkpoint of the plan, for targets that carry weights; None where it is not at hand.
+        layout: The places of the plan's units in the model.
+        run: The folder of the run that found the plan, for targets that show a search; None for a plan alone.
+        executed: The folder of the plan's checkpoint, for targets that carry weights; None where there is none.
     """
 
     plan: Plan
@@ -48,24 +40,24 @@ class Source:
 
     @cached_property
     def matrices(self) -> tuple[Matrix, ...]:
-        """What the plan keeps of every matrix of its units; which experts stay, its checkpoint says."""
-        said: dict[str, Any] = {}
+        """What the plan keeps of every matrix of its units. The checkpoint tells which experts stay."""
+        pruned: dict[str, Any] = {}
         if self.executed is not None and (self.executed / "config.json").is_file():
-            said = read_json(self.executed / "config.json", "model configuration").get("pruned") or {}
-        experts = {name: kept for name, (_, kept) in said.get("experts", {}).items()}
-        return matrices(self.plan, self.checkpoint, self.layout, experts)
+            pruned = read_json(self.executed / "config.json", "model configuration").get("pruned") or {}
+        experts = {name: kept for name, (_, kept) in pruned.get("experts", {}).items()}
+        return list_matrices(self.plan, self.checkpoint, self.layout, experts)
 
 
 class Target(ABC):
     """A tool that plans are handed to.
 
     Attributes:
-        name: What ``--to`` takes.
-        writes: What is written, in a line.
-        patterns: Of plans that it can express.
-        varies: Patterns of files of which the same plan does not give the same bytes, since another program writes
-            numbers into them that it draws.
-        any_kind: Whether it takes plans of models that do not generate.
+        name: The value of ``--to``.
+        writes: What it writes, in one line.
+        patterns: The patterns of the plans that it can express.
+        varies: Glob patterns of the files whose bytes differ between exports of the same plan, because another program
+            writes random numbers into them.
+        any_kind: Whether it takes plans of models that do not generate text.
     """
 
     name: ClassVar[str]
@@ -75,7 +67,7 @@ class Target(ABC):
     any_kind: ClassVar[bool] = False
 
     def check(self, source: Source) -> None:  # noqa: B027
-        """Check what the plan's pattern does not tell.
+        """Check what the pattern of the plan does not tell.
 
         Raises:
             UserError: The target cannot express this plan.
@@ -83,11 +75,15 @@ class Target(ABC):
 
     @abstractmethod
     def write(self, source: Source, folder: Path) -> list[str]:
-        """Write into a folder that is there and empty; return what was lost, and how to go on, in lines for a user."""
+        """Write into an existing, empty folder; return lines for the user: what was lost, and how to go on."""
 
 
-def check(target: Target, source: Source) -> None:
-    """Raise a :class:`UserError` unless a target can express a plan."""
+def check_target(target: Target, source: Source) -> None:
+    """Check that a target can express a plan.
+
+    Raises:
+        UserError: It cannot.
+    """
     pattern = source.plan.space.pattern
     if pattern not in target.patterns:
         raise UserError(
@@ -102,43 +98,12 @@ def check(target: Target, source: Source) -> None:
     target.check(source)
 
 
-def write_verify(
-    folder: Path,
-    source: Source,
-    *,
-    tolerance: float = 0.0,
-    shapes: Sequence[tuple[str, Any]] | None = None,
-    kept: Mapping[str, int] | None = None,
-) -> str:
-    """Leave what compares a checkpoint with the plan, matrix by matrix, and return the command for a user.
+def require_linear_layers(target: Target, source: Source) -> None:
+    """Check that all matrices belong to linear layers, for tools that know no others.
 
-    The script needs torch and safetensors, and nothing of this package. It reads what is planned from a file beside it.
-
-    Args:
-        folder: Where to.
-        source: What is handed over.
-        tolerance: Share of a matrix by which its zeros may differ, for tools that round.
-        shapes: (module, shape) of matrices that are stored in another shape than the plan's, as padded ones are;
-            what the plan takes is zero in them.
-        kept: Weights that stay in modules of which the target leaves another number than the plan.
+    Raises:
+        UserError: Some do not.
     """
-    stored, left = dict(shapes or ()), kept or {}
-    modules = {}
-    for matrix in source.matrices:
-        shape = list(stored.get(matrix.module, matrix.kept_shape))
-        modules[stored_name(source.checkpoint, f"{matrix.module}.weight").removesuffix(".weight")] = {
-            "shape": shape if all(shape) else None,
-            "zeros": max(0, shape[0] * shape[1] - left.get(matrix.module, matrix.kept)),
-            "group": None if matrix.group is None else list(matrix.group),
-            "transposed": f"{matrix.module}.weight" in source.checkpoint.transposed,
-        }
-    write_json(folder / PLANNED, {"tolerance": tolerance, "modules": modules})
-    copy_script(VERIFY, folder)
-    return f"python {VERIFY} CHECKPOINT"
-
-
-def refuse_other_layers(target: Target, source: Source) -> None:
-    """Raise a :class:`UserError` where matrices are not those of linear layers, which some tools look for alone."""
     if source.layout.mixtures:
         raise UserError(
             f"export: {target.name} knows linear layers, and transformers stacks the experts of "
@@ -150,19 +115,3 @@ def refuse_other_layers(target: Target, source: Source) -> None:
             f"inputs "
             "first. Use --to ratios, or --to hf for the executed plan"
         )
-
-
-def copy_script(name: str, folder: Path) -> None:
-    """Copy a script of this package that runs without it; one of a target's own lies in a folder of that target."""
-    with resources.as_file(resources.files("allocator.interop") / "scripts" / name) as path:
-        shutil.copyfile(path, folder / path.name)
-
-
-def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Write lines of text."""
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-
-
-def command(*words: object) -> str:
-    """Return a command line for a user to copy."""
-    return shlex.join(map(str, words))

@@ -1,4 +1,4 @@
-"""The connection to a Ray cluster, with room for workers."""
+"""The connection to a Ray cluster that has room for workers."""
 
 from __future__ import annotations
 
@@ -7,41 +7,42 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 
 from allocator.core.errors import UserError
+from allocator.core.notify import Notify, silent
 
-_KNOCK_S = 10.0
+_CONNECT_S = 10.0
 _WAIT_S = 600.0
 _QUIET = {"logging_level": logging.ERROR, "log_to_driver": False}
 
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What one worker takes of the node that it is on.
+    """The resources that one worker takes on its node.
 
     Attributes:
         cpus: CPU threads.
         gpus: GPUs, or a share of one.
-        resources: Resources that the cluster's nodes were given names for.
+        resources: Amounts of the custom resources of the cluster's nodes, by name.
     """
 
     cpus: int = 1
     gpus: float = 0.0
     resources: Mapping[str, float] = field(default_factory=dict)
 
-    def options(self) -> dict[str, Any]:
-        """Return the options of the worker's actor."""
+    def to_options(self) -> dict[str, Any]:
+        """Return the worker's options for Ray."""
         return {"num_cpus": self.cpus, "num_gpus": self.gpus, "resources": dict(self.resources)}
 
-    def room(self, node: Mapping[str, float]) -> int:
-        """Return how many workers fit on a node of such resources."""
+    def count_room(self, node: Mapping[str, float]) -> int:
+        """Count the workers that fit on a node with the given resources."""
         needed = {"CPU": self.cpus, "GPU": self.gpus, **self.resources}
-        # shares of a GPU are summed in ten-thousandths by Ray, and a worker's is of one GPU
+        # Ray sums shares of a GPU in ten-thousandths; the share of a worker is of a single GPU
         fits = {kind: int(node.get(kind, 0.0) / amount + 1e-4) for kind, amount in needed.items() if amount}
         if 0 < self.gpus < 1:
             fits["GPU"] = int(1 / self.gpus + 1e-4) * int(node.get("GPU", 0.0))
@@ -53,20 +54,18 @@ class Demand:
 
 
 @contextlib.contextmanager
-def connected(
-    workers: int, demand: Demand, address: str | None, notify: Callable[[str], None] = lambda message: None
-) -> Iterator[None]:
-    """Hold a connection to a Ray cluster with room for a worker at least.
+def connected(workers: int, demand: Demand, address: str | None, notify: Notify = silent) -> Iterator[None]:
+    """Hold a connection to a Ray cluster that has room for at least one worker.
 
-    A session that is open already is used, and stays open. Else a connection is made to ``address``, to the
-    cluster of the environment, or to a local cluster that lives as long as the connection. A cluster that is neither
-    local nor open may be waited for, until it has a node.
+    A session that is already open is used, and stays open. Otherwise the connection is made to ``address``, to the
+    cluster of the environment, or to a local cluster that ends with the connection. If the cluster is neither local nor
+    already open, this waits until one of its nodes has room.
 
     Args:
-        workers: How many shall work at most; ``notify`` hears where there is room for fewer.
-        demand: What each takes.
-        address: Of a running cluster.
-        notify: Hears what a user should know.
+        workers: The number of workers. The user is notified where there is room for fewer.
+        demand: The resources of one worker.
+        address: The address of a running cluster.
+        notify: Called with messages for the user.
 
     Raises:
         UserError: No cluster answers at ``address``, or no node of it has room for a worker.
@@ -79,15 +78,15 @@ def connected(
     elif owned:
         _connect(address)
     try:
-        rooms = _rooms(demand)
+        rooms = _count_rooms(demand)
         if not any(rooms) and owned and not local:
             notify(f"notice: no node has room for a worker ({demand}) yet; waiting {_WAIT_S / 60:.0f} minutes for one")
             end_s = time.monotonic() + _WAIT_S
-            while not any(rooms := _rooms(demand)) and time.monotonic() < end_s:
+            while not any(rooms := _count_rooms(demand)) and time.monotonic() < end_s:
                 time.sleep(1.0)
         if not any(rooms):
-            there = ray.cluster_resources()
-            amounts = ", ".join(f"{there.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU", *demand.resources))
+            resources = ray.cluster_resources()
+            amounts = ", ".join(f"{resources.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU", *demand.resources))
             raise UserError(
                 f"workers: each needs {demand} on one node, and no node of the Ray cluster has that; it has {amounts} "
                 "in all. Lower threads, worker.gpus or worker.resources, or start a node that has it"
@@ -100,15 +99,15 @@ def connected(
             ray.shutdown()
 
 
-def _rooms(demand: Demand) -> list[int]:
-    """Return how many workers each node has room for."""
-    return [demand.room(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+def _count_rooms(demand: Demand) -> list[int]:
+    """Count the workers that each node has room for."""
+    return [demand.count_room(node["Resources"]) for node in ray.nodes() if node["Alive"]]
 
 
 def _connect(address: str | None) -> None:
     try:
         if address is not None:
-            _knock(address)
+            _check_port(address)
         ray.init(address=address, **_QUIET)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -119,8 +118,8 @@ def _connect(address: str | None) -> None:
         ) from None
 
 
-def _knock(address: str) -> None:
-    """Raise OSError where nothing listens at host:port: Ray itself would try for minutes, and write about it."""
+def _check_port(address: str) -> None:
+    """Raise OSError where nothing listens at host:port. Ray itself would try for minutes, and write to the log."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and port.isdigit():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_S).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()

@@ -1,4 +1,4 @@
-"""What an actor of the pool does: one engine in one process, and the local pruner on what it is sent."""
+"""The actor of a pool: one engine in one process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from allocator.pruning.pruners.protocol import UnitProblem
 
 
 class Worker:
-    """One engine in one process. Every call may be made again, by another worker at once, and comes to the same."""
+    """One engine in one process. Another worker may run the same call at the same time, with the same result."""
 
     def __init__(self, spec: EngineSpec, tokens: Mapping[str, Examples]) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -32,34 +32,34 @@ class Worker:
         self._spec, self._tokens = spec, tokens
 
     def ready(self) -> str:
-        """Return what hardware this is."""
+        """Return the name of the hardware."""
         if self._spec.device == "cuda" and torch.cuda.is_available():
             return torch.cuda.get_device_name()
         return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
     def renew(self, spec: EngineSpec) -> None:
-        """Go on with another engine."""
+        """Use another engine from now on."""
         self._spec = spec
         vars(self).pop("_engine", None)
 
     @cached_property
     def _engine(self) -> Engine:
-        # made by the first task and not by the constructor, for an actor that fails in there counts as dead
+        # made by the first call and not by the constructor, because an actor that fails there counts as dead
         return Engine(self._spec, self._tokens)
 
     def build(self, builder: StoreBuilder, blocks: Sequence[int]) -> list[str]:
-        """Prune some blocks on dense inputs, write their units, and return what a user should know."""
-        said: list[str] = []
-        calibration = self._spec.calibration(self._tokens["calibration"], notify=said.append)
+        """Prune some blocks on dense inputs, write their units, and return messages for the user."""
+        messages: list[str] = []
+        calibration = self._spec.calibration(self._tokens["calibration"], notify=messages.append)
         missing = builder.missing(self._spec.space)
         builder.fill(prune_on_dense_inputs(calibration, [block for block in blocks if block in missing]))
-        return said
+        return messages
 
     def solve(self, problem: UnitProblem) -> tuple[CompactLevels, list[str]]:
-        """Solve a problem of the local pruner, and return what a user should know."""
+        """Solve a problem of the local pruner; return its levels with messages for the user."""
         assert self._spec.pruner is not None
-        said: list[str] = []
-        return problem.solve(self._spec.pruner, said.append), said
+        messages: list[str] = []
+        return problem.solve(self._spec.pruner, messages.append), messages
 
     def measure(self, requests: Sequence[Request]) -> list[Outcome]:
         """See :meth:`Engine.measure_batch`."""
@@ -70,14 +70,14 @@ class Worker:
         return self._engine.expand(request, index)
 
     def execute(self, execution: Execution, tokens: int) -> tuple[dict[str, float], list[str]]:
-        """See :meth:`Engine.execute`; with what a user should know. The checkpoint appears when it is measured."""
-        said: list[str] = []
-        own = execution.out.parent / f"{socket.gethostname()}-{os.getpid()}" / execution.out.name
-        shutil.rmtree(own, ignore_errors=True)
-        figures = self._engine.execute(replace(execution, out=own), tokens, said.append)
+        """See :meth:`Engine.execute`; also return messages for the user. The checkpoint appears once it is measured."""
+        messages: list[str] = []
+        scratch = execution.out.parent / f"{socket.gethostname()}-{os.getpid()}" / execution.out.name
+        shutil.rmtree(scratch, ignore_errors=True)
+        figures = self._engine.execute(replace(execution, out=scratch), tokens, messages.append)
         try:
-            own.rename(execution.out)
+            scratch.rename(execution.out)
         except OSError:
             if not execution.out.exists():  # another worker was first, with the same bytes
                 raise
-        return figures, said
+        return figures, messages

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from allocator.core.costs import COSTS
 from allocator.core.outcomes import LOSSES, Figures
 from allocator.core.space import Cost
-from allocator.report.tables import LABELS
+from allocator.report.tables.result import LABELS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -21,7 +21,7 @@ def collect_candidates(journal: Journal) -> list[Figures]:
 
 def collect_starts(journal: Journal) -> list[Figures]:
     """Return the figures of the uniform allocations with which a search of a front begins; none for other searches."""
-    if "objectives" not in journal.header or not journal.batches:
+    if not journal.header.objectives or not journal.batches:
         return []
     return [collect_figures(journal, outcome) for outcome in journal.batches[0] if not outcome.failed]
 

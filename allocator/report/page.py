@@ -11,15 +11,25 @@ from pathlib import Path
 from typing import Any
 
 from allocator.core.costs import COSTS
-from allocator.core.errors import UserError
 from allocator.core.files import read_json, write_atomic
 from allocator.core.journal import Journal
 from allocator.core.outcomes import LOSSES, build_front, read_front
+from allocator.core.results import read_result
 from allocator.core.space import Allocation, SearchSpace
 from allocator.core.spending import sum_spending, trace_convergence
 from allocator.core.training_effect import summarise_training
-from allocator.report import figures, tables
+from allocator.report import figures
 from allocator.report.marks import collect_candidates, collect_marks, collect_starts, restore_allocations
+from allocator.report.tables.formats import (
+    format_change,
+    format_count,
+    format_figure,
+    format_number,
+    format_point,
+    format_share,
+)
+from allocator.report.tables.front import list_front_rows
+from allocator.report.tables.result import find_distance, list_headings, list_predictions, list_results
 
 _FILES = {
     "plan.json": "the plan: what each unit keeps, with its provenance",
@@ -66,7 +76,7 @@ def write_report(folder: Path) -> Path:
     from markupsafe import Markup
 
     journal = Journal.read(folder / "journal.jsonl")
-    result = _result(folder / "result.json")
+    result = read_result(folder / "result.json")
     space = journal.space
     named = restore_allocations(space, result["units"]) if result else {}
     front = _front(folder / "front.json", journal)
@@ -78,8 +88,8 @@ def write_report(folder: Path) -> Path:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(count=tables.count, number=tables.number, share=tables.share, change=tables.change)
-    environment.filters.update(figure=tables.figure, label=lambda name: COSTS[name].label)
+    environment.filters.update(count=format_count, number=format_number, share=format_share, change=format_change)
+    environment.filters.update(figure=format_figure, label=lambda name: COSTS[name].label)
     template = (resources.files("allocator.report") / "page.html.j2").read_text(encoding="utf-8")
     page = environment.from_string(template).render(
         run=folder.resolve().name,
@@ -87,9 +97,9 @@ def write_report(folder: Path) -> Path:
         header=journal.header.to_json(),
         result=result,
         dense_params=space.cost(space.dense),
-        shown=tables.headings(result["measured"]) if result else [],
-        rows={row.key: row for row in tables.result_rows(result)} if result else {},
-        predictions=tables.prediction_rows(result) if result else [],
+        shown=list_headings(result["measured"]) if result else [],
+        rows={row.key: row for row in list_results(result)} if result else {},
+        predictions=list_predictions(result) if result else [],
         gains=_gains(result["measured"]) if result else {},
         units=_unit_rows(space, named),
         curve=trace_convergence(journal),
@@ -98,7 +108,7 @@ def write_report(folder: Path) -> Path:
         members=_members(front, named) if journal.header.objectives else None,
         spending=sum_spending(journal),
         training=summarise_training(journal),
-        point=tables.point,
+        point=format_point,
         figures={name: Markup(_inline(svg)) for name, svg in drawn.items()},
         prints=_fingerprints(journal.header.to_json()),
         pruner=_pruner(folder),
@@ -113,20 +123,10 @@ def write_report(folder: Path) -> Path:
     return folder / "report.html"
 
 
-def _result(path: Path) -> dict[str, Any] | None:
-    """Return the content of ``result.json``; None for a run that is not finished."""
-    if not path.exists():
-        return None
-    result: dict[str, Any] = read_json(path, "result")
-    if (result.get("kind"), result.get("schema")) != ("allocator.result", 3):
-        raise UserError(f"{path}: not the result of a run of this version. Restore it, or run the search again")
-    return result
-
-
 def _gains(measured: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """Return how far the searched plan is from dense, relative to each baseline measured; below 0 is better."""
-    baselines = {name: tables.distance(measured[name]) for name in ("uniform", "two_rate") if name in measured}
-    own = tables.distance(measured.get("searched", {}))
+    baselines = {name: find_distance(measured[name]) for name in ("uniform", "two_rate") if name in measured}
+    own = find_distance(measured.get("searched", {}))
     return {} if own is None else {name: own / base - 1.0 for name, base in baselines.items() if base}
 
 
@@ -169,7 +169,7 @@ def _inline(svg: str) -> str:
 
 def _members(front: Mapping[str, Any], named: Mapping[str, Allocation]) -> dict[str, Any]:
     """Return the front as a table: ``headings``, ``rows``, and the numbers of those that are the plan, ``chosen``."""
-    headings, rows = tables.front_rows(front)
+    headings, rows = list_front_rows(front)
     plan = list(named.get("searched", ()))
     chosen = [number for number, point in enumerate(front["points"]) if point["allocation"] == plan]
     return {"headings": headings, "rows": rows, "chosen": chosen}

@@ -1,7 +1,7 @@
-"""The folder of a run: begun whole, resumed where it stopped, and moved on from round to round.
+"""The folder of a run: it is created whole, reopened where the run stopped, and moved on from round to round.
 
-The folder's own journal, front and level store are those of the round at hand; journals and fronts of earlier rounds
-lie under ``rounds/<number>``. The header of a journal says what its round begins with, so resuming needs no other.
+The journal, front and level store in the folder belong to the present round. Those of earlier rounds are in
+``rounds/<number>``. The header of a journal holds all that its round begins with: a resume needs no other file.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ import socket
 from pathlib import Path
 
 from allocator.core.errors import UserError
-from allocator.core.files import check_place, fingerprint, write_atomic
+from allocator.core.files import check_place, write_atomic
 from allocator.core.header import NUMERICS, JournalHeader
 from allocator.core.journal import Journal
-from allocator.pruning.levels.store import LevelStore, check_free, open_store
 from allocator.run.job import Job
+from allocator.run.level_store import STORE_FOLDER
 from allocator.run.reporting import Reporter
 from allocator.run.rounds import restore_round
 
-_STORE, _OUTDATED, _NEXT = "levels", ".levels.outdated", ".journal.next"
+_OUTDATED, _NEXT = ".levels.outdated", ".journal.next"
 
 
 def check_folder(folder: Path, resume: bool) -> None:
-    """Check that a run can begin in a folder, or be resumed.
+    """Check that a run can be created in a folder, or resumed.
 
     Raises:
-        UserError: It holds a run already, or none, cannot be written to, or would be lost with a job.
+        UserError: The folder holds a run already, holds none to resume, cannot be written to, or is relative in a job.
     """
     if in_job() and not folder.is_absolute():
         raise UserError(
@@ -50,10 +50,10 @@ def in_job() -> bool:
 
 
 def create_run(job: Job) -> Journal:
-    """Make the folder of a job's run, and return its journal.
+    """Create the folder of a run, and return its journal.
 
     Raises:
-        UserError: Another process has made it meanwhile.
+        UserError: Another process has created it meanwhile.
     """
     folder = job.config.folder
     partial = folder.with_name(f".{folder.name}~{socket.gethostname()}.{os.getpid()}.partial")
@@ -71,17 +71,19 @@ def create_run(job: Job) -> Journal:
             ) from None
         raise
     journal.path = folder / journal.path.name  # open and locked all the while
-    for left in folder.parent.glob(f".{glob.escape(folder.name)}~*.partial"):  # by a kill, or by who came too late
+    for left in folder.parent.glob(
+        f".{glob.escape(folder.name)}~*.partial"
+    ):  # left by a kill, or by a process that came too late
         shutil.rmtree(left, ignore_errors=True)
     return journal
 
 
 def reopen_run(job: Job, reporter: Reporter) -> tuple[Job, Journal]:
-    """Return the job of the round in which a run stopped, and its journal; clear away what a kill may have left.
+    """Return the job and the journal of the round in which a run stopped. Remove what a kill may have left.
 
     Args:
-        job: That of the first round.
-        reporter: Hears what is known, and what has changed since.
+        job: The job of the first round.
+        reporter: Called with what is known and with what has changed since.
 
     Raises:
         UserError: The folder holds another search, or its journal is damaged or in use.
@@ -99,14 +101,14 @@ def reopen_run(job: Job, reporter: Reporter) -> tuple[Job, Journal]:
     if journal.header.budget != job.budget:
         journal.close()
         raise UserError(
-            f"{folder}: holds another search: its budget is {_limits(journal.header)}, and this one's is "
+            f"{folder}: holds another search: its budget is {_list_limits(journal.header)}, and this one's is "
             f"{dict(job.budget.limits)}. Restore the latency table that it was begun with, or choose another --name"
         )
     now = job.make_header()
     for key in NUMERICS:
         if getattr(journal.header, key) != getattr(now, key):
-            reporter.say(f"notice: {folder} was begun with another {key}; the plan may differ by rounding")
-    reporter.say(f"resuming {folder}: {len(journal)} measurements are known")
+            reporter.notify(f"notice: {folder} was begun with another {key}; the plan may differ by rounding")
+    reporter.notify(f"resuming {folder}: {len(journal)} measurements are known")
     for left in (*folder.glob(".executing-*"), folder / _OUTDATED):
         shutil.rmtree(left, ignore_errors=True)
     for left in (*folder.glob(".*.tmp"), folder / _NEXT):
@@ -115,17 +117,17 @@ def reopen_run(job: Job, reporter: Reporter) -> tuple[Job, Journal]:
 
 
 def start_next_round(job: Job) -> Journal:
-    """Move a run on to a job's round, and return the journal of that round.
+    """Move a run on to the round of a job, and return the journal of that round.
 
-    The round before is over as soon as the journal is that of the next. A kill before that leaves a journal which
-    answers all that its round asks. The level store goes, for it is of no more use and the next needs the room.
-    The journal of the round before must still be open, so that there is no moment at which no journal is locked.
+    The previous round ends when the new journal takes the place of the old one. A kill before that moment leaves a
+    journal that answers all requests of its round. The level store is removed, because the next round needs the room.
+    The previous journal must still be open, so that one journal is locked at every moment.
     """
     folder = job.config.folder
     archive = folder / "rounds" / str(job.round_number - 1)
     archive.mkdir(parents=True, exist_ok=True)
     write_atomic(archive / "journal.jsonl", (folder / "journal.jsonl").read_bytes())
-    for path, to in ((folder / "front.json", archive / "front.json"), (folder / _STORE, folder / _OUTDATED)):
+    for path, to in ((folder / "front.json", archive / "front.json"), (folder / STORE_FOLDER, folder / _OUTDATED)):
         if path.exists():
             path.rename(to)
     journal = Journal.create(folder / _NEXT, job.make_header())
@@ -134,32 +136,5 @@ def start_next_round(job: Job) -> Journal:
     return journal
 
 
-def locate_store(job: Job) -> Path:
-    """Return where the level store of a job's round lies.
-
-    A place that the user named is for runs of one round to share. Stores of several rounds lie beside it, named after
-    what they belong to, and are shared by runs whose rounds have the same.
-    """
-    named = job.config.store
-    if named is None:
-        return job.config.folder / _STORE
-    if job.config.search.rounds == 1:
-        return named
-    return named.with_name(f"{named.name}-{fingerprint(job.store_key)[7:19]}")
-
-
-def find_store(job: Job) -> LevelStore | None:
-    """Return the level store of a job's round, or None where there is none and one can be written.
-
-    Raises:
-        UserError: The place holds something else, or cannot be written to.
-    """
-    place = locate_store(job)
-    found = open_store(place, job.store_key)
-    if found is None:
-        check_free(place)
-    return found
-
-
-def _limits(header: JournalHeader) -> dict[str, int]:
+def _list_limits(header: JournalHeader) -> dict[str, int]:
     return {} if header.budget is None else dict(header.budget.limits)

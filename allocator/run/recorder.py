@@ -1,4 +1,4 @@
-"""How a run gets on, kept in its folder while it does: ``status.json``, for whoever looks from outside."""
+"""``status.json``: the progress of a run, kept in its folder for readers outside this process."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from typing import Any
 
 from allocator.core.errors import UserError
 from allocator.core.files import write_json
+from allocator.evaluation.spec import Evaluator
 from allocator.run.reporting import Reporter
 
 NAME = "status.json"
 SCHEMA = 1
 
 BEAT_S = 10.0
-"""Seconds after which the file is written again at the latest, so that a look at it tells whether the run lives."""
+"""The longest time between two writes in seconds. The age of the file tells whether the run is alive."""
 
 _THROTTLE_S = 1.0
 _RECENT_S = 60.0
@@ -30,9 +31,9 @@ _PLACES = re.compile(r"\w+://\S+|\b\d{1,3}(\.\d{1,3}){3}(:\d+)?\b")
 
 
 class Recorder:
-    """A reporter that hears for another, and keeps what it hears. Use as a context manager around a whole run.
+    """A reporter that passes progress on to another and keeps it. Use it as a context manager around a whole run.
 
-    Nothing is written before :meth:`begin`, and no failure to write disturbs the run.
+    It writes nothing before :meth:`start_recording`. A failure to write does not disturb the run.
     """
 
     def __init__(self, reporter: Reporter) -> None:
@@ -62,48 +63,51 @@ class Recorder:
             self._status["state"] = "finished"
         self._write()
 
-    def begin(self, folder: Path, evaluations: int) -> None:
-        """The folder is that of the run now, in which so much is measured, and which lives as long as this process."""
+    def start_recording(self, folder: Path, evaluations: int) -> None:
+        """Write ``status.json`` in a run's folder from now on; ``evaluations`` are known already."""
         self._path = folder / NAME
         self._status = {"state": "running", "begun": _now(), **self._status, "evaluations": evaluations}
         self._write()
         threading.Thread(target=self._beat, daemon=True).start()
 
-    def staff(self, evaluator: Any) -> None:
-        """These are the workers, if it has any."""
-        self._workers = lambda: getattr(evaluator, "alive", 0)
+    def attach(self, evaluator: Evaluator | None) -> None:
+        """Count the workers of an evaluator. None for no workers."""
+        self._workers = lambda: 0 if evaluator is None else evaluator.alive
 
-    def found(self, evaluations: int, members: int, reached: Mapping[str, float]) -> None:
-        """So much is measured: allocations, how many of them the front has, and the figures that tell how good it is.
+    def record_results(self, evaluations: int, members: int, figures: Mapping[str, float]) -> None:
+        """Record what is measured so far. Call it before :meth:`advance`.
 
-        Call it before the step that it belongs to.
+        Args:
+            evaluations: Measured allocations.
+            members: Members of the front.
+            figures: How good the front is, by name.
         """
         with self._lock:
             if evaluations < self._status["evaluations"]:
                 self._points.clear()  # another round, with a journal of its own
-            self._status.update(evaluations=evaluations, front=members, reached=dict(reached))
+            self._status.update(evaluations=evaluations, front=members, reached=dict(figures))
 
-    def phase(self, name: str, total: int | None = None) -> None:
+    def start_phase(self, name: str, total: int | None = None) -> None:
         """See :class:`~allocator.run.reporting.Reporter`."""
         with self._lock:
             self._status.update(phase=name, done=0, total=total)
             self._points.clear()
             self._note()
         self._write()
-        self._reporter.phase(name, total)
+        self._reporter.start_phase(name, total)
 
-    def step(self, done: int, note: str = "") -> None:
+    def advance(self, done: int, note: str = "") -> None:
         """See :class:`~allocator.run.reporting.Reporter`."""
         with self._lock:
             self._status["done"] = done
             self._note()
         if time.monotonic() - self._written_s >= _THROTTLE_S:
             self._write()
-        self._reporter.step(done, note)
+        self._reporter.advance(done, note)
 
-    def say(self, message: str) -> None:
+    def notify(self, message: str) -> None:
         """See :class:`~allocator.run.reporting.Reporter`."""
-        self._reporter.say(message)
+        self._reporter.notify(message)
 
     def _note(self) -> None:
         now = time.monotonic()
@@ -112,7 +116,7 @@ class Recorder:
             self._points.popleft()
 
     def _pace(self) -> dict[str, float]:
-        """Return what the last minute says of speed, and of the time that is left in the phase."""
+        """Return the speed over the last minute, and the time that is left in the phase."""
         pace: dict[str, float] = {}
         if not self._points or self._points[0][0] == self._points[-1][0]:
             return pace
@@ -135,13 +139,13 @@ class Recorder:
         with self._lock, contextlib.suppress(OSError):
             running = self._status["state"] == "running"
             pace = {**self._pace(), "workers": self._workers()} if running else {}
-            head = {"schema": SCHEMA, "kind": "allocator.run.status"}
+            head = {"schema": SCHEMA, "kind": "allocator.status"}
             self._written_s = time.monotonic()
             write_json(self._path, {**head, **self._status, **pace, "machine": machine(), "updated": _now()})
 
 
 def machine() -> str:
-    """Return what tells one machine, since it was started, from others, and names none."""
+    """Return a hash that identifies this machine since its last start, without naming it."""
     try:
         booted = Path("/proc/sys/kernel/random/boot_id").read_bytes()
     except OSError:

@@ -11,31 +11,31 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 
 class Reporter(Protocol):
-    """Hears how a run gets on."""
+    """Receives the progress of long work."""
 
-    def phase(self, name: str, total: int | None = None) -> None:
-        """A phase begins; ``total`` steps, if known."""
+    def start_phase(self, name: str, total: int | None = None) -> None:
+        """Start a phase of ``total`` steps. None if the number is not known."""
         ...
 
-    def step(self, done: int, note: str = "") -> None:
-        """So many steps of the phase are done."""
+    def advance(self, done: int, note: str = "") -> None:
+        """Report that ``done`` steps of the phase are done."""
         ...
 
-    def say(self, message: str) -> None:
-        """Something worth a line of its own."""
+    def notify(self, message: str) -> None:
+        """Show a message on a line of its own."""
         ...
 
 
 class Silent:
-    """Hears nothing."""
+    """Ignores all progress."""
 
-    def phase(self, name: str, total: int | None = None) -> None:
+    def start_phase(self, name: str, total: int | None = None) -> None:
         """Ignore."""
 
-    def step(self, done: int, note: str = "") -> None:
+    def advance(self, done: int, note: str = "") -> None:
         """Ignore."""
 
-    def say(self, message: str) -> None:
+    def notify(self, message: str) -> None:
         """Ignore."""
 
 
@@ -54,7 +54,7 @@ class Live:
         )
         self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
         self._task: TaskID | None = None
-        self._name, self._spoken = "", 0.0
+        self._name, self._printed_s = "", 0.0
         self._total: int | None = None
 
     def __enter__(self) -> Live:
@@ -67,24 +67,24 @@ class Live:
         self._finish()
         self._progress.stop()
 
-    def phase(self, name: str, total: int | None = None) -> None:
-        """Finish the last bar and begin one."""
+    def start_phase(self, name: str, total: int | None = None) -> None:
+        """Finish the last bar and start one."""
         self._finish()
-        self._name, self._total, self._spoken = name, total, time.monotonic()
+        self._name, self._total, self._printed_s = name, total, time.monotonic()
         self._task = self._progress.add_task(name, total=total, note="")
         if not self._console.is_terminal:
             self._console.print(f"{name} ...")
 
-    def step(self, done: int, note: str = "") -> None:
+    def advance(self, done: int, note: str = "") -> None:
         """Move the bar; without a terminal, a line every ten seconds."""
         if self._task is not None:
             self._progress.update(self._task, completed=done, note=note)
-        if not self._console.is_terminal and time.monotonic() - self._spoken >= self._QUIET_S:
-            self._spoken = time.monotonic()
+        if not self._console.is_terminal and time.monotonic() - self._printed_s >= self._QUIET_S:
+            self._printed_s = time.monotonic()
             of, comma = f" of {self._total}" if self._total else "", ", " if note else ""
             self._console.print(f"{self._name}: {done}{of}{comma}{note}")
 
-    def say(self, message: str) -> None:
+    def notify(self, message: str) -> None:
         """Print a line above the bars."""
         self._progress.console.print(message, soft_wrap=True, markup=False)
 

@@ -35,7 +35,7 @@ def read_status(run: Path) -> dict[str, Any]:
     try:
         updated = datetime.fromisoformat(status["updated"])
         age_s = (datetime.now(timezone.utc) - updated).total_seconds()
-        if status["kind"] != "allocator.run.status" or status["schema"] != SCHEMA:
+        if status["kind"] != "allocator.status" or status["schema"] != SCHEMA:
             raise ValueError("another kind or schema")
         state, here = status["state"], status["machine"] == machine()
     except (KeyError, TypeError, ValueError) as error:

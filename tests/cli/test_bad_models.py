@@ -592,7 +592,9 @@ def test_export_of_a_plan_of_another_model(refused: Refused, own_run: Path, tiny
 def test_export_without_a_checkpoint(refused: Refused, export_args: Args, own_run: Path, here: Path, to: str) -> None:
     shutil.rmtree(own_run / "checkpoint")
     message = refused(*export_args, "--to", to, "--out", here / "out")
-    assert f"{to} carries weights, and there is no checkpoint beside the plan. Make it with 'allocator prune" in message
+    assert (
+        f"{to} carries weights, and there is no checkpoint next to the plan. Make it with 'allocator prune" in message
+    )
     named = refused(*export_args, "--to", to, "--out", here / "out", "--checkpoint", here / "gone")
     assert f"there is no checkpoint at {here / 'gone'}" in named
 

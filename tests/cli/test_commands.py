@@ -101,7 +101,7 @@ def test_inspect(cli: Cli, tiny_model: Path) -> None:
 
 
 def test_inspect_says_what_goes_as_a_whole(cli: Cli, tiny_model: Path, make_model: Callable[..., Path]) -> None:
-    line = "attention goes as a whole or not at all"
+    line = "attention is removed as a whole or not at all"
     assert line in answered(cli("inspect", make_model("olmo2"))).out
     assert line not in answered(cli("inspect", make_model("olmo2"), "--pattern", "unstructured")).out
     assert line not in answered(cli("inspect", tiny_model)).out
@@ -197,8 +197,8 @@ def test_json_is_alone_on_standard_output(cli: Cli, search_args: list[object], m
         print("(raylet) A worker died")
         return prepare(*arguments)
 
-    prepare = workflow.prepare
-    monkeypatch.setattr(workflow, "prepare", noisy)
+    prepare = workflow.prepare_job
+    monkeypatch.setattr(workflow, "prepare_job", noisy)
     answer = answered(cli(*search_args, "--json"))
     assert answer.json["seed"] == 0
     assert "(raylet)" in answer.err

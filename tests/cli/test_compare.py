@@ -111,7 +111,7 @@ def test_what_is_added_to_a_comparison_is_all_that_is_measured(
     assert (here / "runs" / "run" / "journal.jsonl").read_bytes() == journal
     more = cli("compare", "--resume", "--name", "run", "--rule", "shortgpt", "--json").json
     assert len(executed) == 1
-    assert set(more["measured"]) == {"dense", "uniform", "owl", "atp", "shortgpt"}
+    assert set(more.measured) == {"dense", "uniform", "owl", "atp", "shortgpt"}
 
 
 def test_stopped_at_any_point_it_goes_on(
@@ -158,7 +158,7 @@ def test_a_closed_rule_needs_no_level_store(cli: Cli, compare_args: list[object]
 
 
 def test_the_default_name_is_not_that_of_a_search(tiny_model: Path) -> None:
-    config = comparison.comparison_config(None, {"model": str(tiny_model)}, (), resume=False)
+    config = comparison.build_comparison_config(tiny_model, None, {}, resume=False)
     assert config.run_name.endswith("-structured-0.5-seed0-compare")
 
 
@@ -198,10 +198,10 @@ def test_from_python(tiny_model: Path, text_folder: Path, tmp_path: Path, sets: 
 
     where = {"runs_dir": tmp_path, "name": "own", "text": text_folder, "workers": 0, "settings": sets[1::2]}
     data = allocator.compare(tiny_model, rules=["cfsp"], plans=[finished / "plan.json"], **where)
-    assert set(data["measured"]) == {"dense", "uniform", "cfsp", "plan finished"}
+    assert set(data.measured) == {"dense", "uniform", "cfsp", "plan finished"}
     with pytest.raises(UserError, match="exists already"):
         allocator.compare(tiny_model, rules=["cfsp"], **where)
     shutil.copy(finished / "plan.json", tmp_path / "mine.json")
     more = allocator.compare(tiny_model, plans=[tmp_path / "mine.json"], resume=True, **where)
-    assert more["measured"]["plan mine"] == more["measured"]["plan finished"]
+    assert more.measured["plan mine"] == more.measured["plan finished"]
     assert Plan.load(tmp_path / "mine.json").allocation == tuple(more["allocations"]["plan mine"]["levels"])

@@ -22,12 +22,12 @@ WORK = ["--set", "workload.prompt=48", "--set", "workload.generate=8"]
 @pytest.fixture(scope="session")
 def table(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A latency table of the tiny model, measured here."""
-    from allocator.commands import api
+    import allocator as api
     from allocator.run.config.load import load_config
 
     path = tmp_path_factory.mktemp("latency") / "table.json"
     config = load_config(None, {"model": str(tiny_model)}, [item for item in WORK if "=" in item])
-    api.latency(config, path, repeats=15)
+    api.measure_latency(path, config=config, repeats=15)
     return path
 
 
@@ -49,7 +49,7 @@ def test_latency_prints_and_emits_the_table(cli: Cli, tiny_model: Path, here: Pa
     assert answer.code == 0, answer.err
     assert answer.json == json.loads((here / "t.json").read_text())
     answer = cli("latency", "--model", tiny_model, "--out", here / "t.json", "--repeats", 1, *WORK)
-    assert "what no sub-block takes" in answer.out
+    assert "outside sub-blocks" in answer.out
     assert "--set workload.latency=" in answer.out
 
 

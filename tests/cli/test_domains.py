@@ -16,7 +16,7 @@ from allocator.core.budget import denser_moves, fits
 from allocator.core.journal import Journal
 from allocator.core.plan import Plan
 from allocator.run.config.load import load_config
-from allocator.run.job import prepare
+from allocator.run.prepare import prepare_job
 
 LENGTH = 64
 SMALL = {
@@ -62,10 +62,10 @@ def test_every_split_takes_sequences_of_each_in_turn(
     tiny_model: Path, text_folder: Path, digits: Path, settings: list[str]
 ) -> None:
     flags: dict[str, Any] = {"model": str(tiny_model), "workers": 0, "target": 0.5}
-    mixed = prepare(load_config(None, flags, settings)).tokens
+    mixed = prepare_job(load_config(None, flags, settings)).tokens
     for place, folder in enumerate((text_folder, digits)):
         own = [each for each in settings if not each.startswith("domains")]
-        alone = prepare(load_config(None, {**flags, "text": folder}, own)).tokens
+        alone = prepare_job(load_config(None, {**flags, "text": folder}, own)).tokens
         for split, rows in mixed.items():
             assert (rows[place::2] == alone[split][: len(rows[place::2])]).all()
 

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 import allocator
-from allocator.commands.api import plan_from_run
 from allocator.core.budget import Budget
 from allocator.core.journal import Journal
 from allocator.core.outcomes import find_front, select_comparable
@@ -232,5 +231,5 @@ def test_no_member_is_above_a_bound_though_all_is_measured_in_full(
     points = json.loads((run / "front.json").read_text())["points"]
     assert points
     assert all(point["kv_bytes"] <= limit for point in points)
-    chosen = plan_from_run(run, knee=True)
+    chosen = allocator.open_run(run).plan(knee=True)
     assert chosen.space.cost(chosen.allocation, "kv_bytes") <= limit

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from allocator.commands import api
+import allocator as api
 from allocator.core.errors import UserError
 from allocator.core.plan import Plan
 from allocator.model.checkpoint.headers import read_checkpoint
@@ -164,9 +164,9 @@ def test_an_imported_plan_is_compared_with_a_searched_one(
         settings=[*settings, "search.tokens=[64]"],
         **common,
     )
-    assert {"plan searched", "plan owl"} <= data["measured"].keys()
-    assert data["measured"]["plan owl"]["params"] == plan.budget.limits["params"]
-    assert data["measured"]["plan owl"]["kl"] > 0
+    assert {"plan searched", "plan owl"} <= data.measured.keys()
+    assert data.measured["plan owl"]["params"] == plan.budget.limits["params"]
+    assert data.measured["plan owl"]["kl"] > 0
 
 
 BAD = [

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from allocator.core.budget import Budget, budget_for, repair
 from allocator.core.errors import UserError
-from allocator.core.plan import Plan, json_schema
+from allocator.core.plan import SCHEMA, Plan, json_schema
 from allocator.core.space import SearchSpace, Unit
 
 HASH = "sha256:" + "0a" * 32
@@ -81,6 +81,11 @@ def test_units_are_keyed_by_name_with_counts(path, plan):
 
 def test_the_schema_is_a_valid_schema():
     jsonschema.Draft202012Validator.check_schema(json_schema())
+
+
+def test_the_schema_file_states_the_version_that_is_written():
+    assert json_schema()["properties"]["schema"] == {"const": SCHEMA}
+    assert json_schema()["$id"] == f"allocator/plan/{SCHEMA}"
 
 
 def _some_unit(data):

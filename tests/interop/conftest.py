@@ -15,15 +15,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from allocator.commands import api
+import allocator as api
 from allocator.core.journal import Journal
 from allocator.core.plan import Plan
 from allocator.core.protocols import Outcome, Request
-from allocator.interop.contract import VERIFY, Source
+from allocator.interop.contract import Source
+from allocator.interop.verification import VERIFY
 from allocator.model.checkpoint.headers import Checkpoint
 from allocator.model.family.layout import Layout
 from allocator.run.config.load import load_config
-from allocator.run.job import prepare
+from allocator.run.prepare import prepare_job
 
 ENVIRONMENTS = Path(__file__).parents[2] / ".consumers"
 
@@ -152,7 +153,7 @@ class Executed:
 
     @property
     def source(self) -> Source:
-        return Source(self.plan, self.files, self.layout, None, self.checkpoint)
+        return Source(plan=self.plan, checkpoint=self.files, layout=self.layout, executed=self.checkpoint)
 
 
 @pytest.fixture(scope="session")
@@ -173,7 +174,7 @@ def execute(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> Call
         flags = {"model": str(model), "text": text_folder, "pattern": pattern, "workers": 0}
         sizes = "tokens.sequence_length=64 tokens.calibration=1024 tokens.selection=64 tokens.test=64"
         config = load_config(None, flags, [*sizes.split(), "search.tokens=[64]", *(assignments or ())])
-        job = prepare(config)
+        job = prepare_job(config)
         levels = levels or tuple((first + i) % unit.num_levels for i, unit in enumerate(job.space.units))
         folder = tmp_path_factory.mktemp("executed")
         plan = Plan(

@@ -14,11 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from allocator.commands import api
+import allocator as api
 from allocator.core.errors import UserError
-from allocator.interop.contract import PLANNED, VERIFY, Target, check, write_verify
-from allocator.interop.targets.matrices import matrices
+from allocator.interop.contract import Target, check_target
+from allocator.interop.matrices import list_matrices
 from allocator.interop.targets.registry import TARGETS
+from allocator.interop.verification import PLANNED, VERIFY, write_verify
 
 PATTERNS = ("structured", "unstructured", "n:m")
 
@@ -28,20 +29,21 @@ Verify = Callable[[Path, Path], tuple[int, dict[str, Any]]]
 
 def expresses(target: Target, executed: Any, run: Path | None = None) -> bool:
     try:
-        check(target, replace(executed.source, run=run))
+        check_target(target, replace(executed.source, run=run))
     except UserError:
         return False
     return True
 
 
 def targets_table() -> str:
-    """Return the README's table of targets, whose rows the tests of this folder prove."""
+    """Return the table of targets in docs/other-tools.md, whose rows the tests of this folder prove."""
     lines = ["| `--to` | what is written | plans |", "|---|---|---|"]
     return "\n".join(lines + [f"| `{t.name}` | {t.writes} | {', '.join(t.patterns)} |" for t in TARGETS.values()])
 
 
-def test_the_readme_lists_the_targets() -> None:
-    assert targets_table() in Path(__file__).parents[2].joinpath("README.md").read_text(encoding="utf-8")
+def test_the_page_lists_the_targets() -> None:
+    page = Path(__file__).parents[2] / "docs" / "other-tools.md"
+    assert targets_table() in page.read_text(encoding="utf-8")
 
 
 @pytest.fixture(params=TARGETS.values(), ids=TARGETS)
@@ -213,7 +215,7 @@ def test_the_command_is_run_as_it_says(structured: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["structured", "query_heads", "unstructured", "n_m"])
 def test_matrices_add_up_to_the_plan(name: str, request: pytest.FixtureRequest) -> None:
     executed: Any = request.getfixturevalue(name)
-    plan, found = executed.plan, matrices(executed.plan, executed.files, executed.layout)
+    plan, found = executed.plan, list_matrices(executed.plan, executed.files, executed.layout)
     units = {unit.name: (unit, level) for unit, level in zip(plan.space.units, plan.allocation, strict=True)}
     assert [*dict.fromkeys(m.unit for m in found)] == [*units]
     shapes = {name.removesuffix(".weight"): shape for name, shape in executed.files.shapes.items() if len(shape) == 2}

@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,13 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from allocator.commands import api
+import allocator as api
 from allocator.core.budget import fits
 from allocator.core.errors import UserError
 from allocator.core.journal import Journal
 from allocator.core.outcomes import select_comparable
 from allocator.core.plan import Plan
-from allocator.interop.contract import Source, check
+from allocator.interop.contract import check_target
 from allocator.interop.targets.mlflow import MLflow
 from allocator.interop.targets.optuna import Optuna
 
@@ -92,8 +93,8 @@ def test_optuna_has_a_study_of_every_round_and_its_best_keeps_the_budget(tmp_pat
 
 @pytest.mark.parametrize("target", [Optuna(), MLflow()], ids=["optuna", "mlflow"])
 def test_a_plan_alone_shows_no_search(target: Any, structured: Any) -> None:
-    with pytest.raises(UserError, match=f"{target.name} shows a search, and this is a plan alone. Name the folder"):
-        check(target, structured.source)
+    with pytest.raises(UserError, match=f"{target.name} shows a search, and this is only a plan. Name the folder"):
+        check_target(target, structured.source)
 
 
 def test_mlflow_is_asked_for_where_it_is_missing(
@@ -102,7 +103,7 @@ def test_mlflow_is_asked_for_where_it_is_missing(
     monkeypatch.setitem(sys.modules, "mlflow", None)
     source = structured.source
     with pytest.raises(UserError, match=r"mlflow is not installed. Add it with pip install 'allocator\[mlflow\]'"):
-        check(MLflow(), Source(source.plan, source.checkpoint, source.layout, searched))
+        check_target(MLflow(), replace(source, run=searched))
 
 
 @pytest.fixture
@@ -146,7 +147,7 @@ def test_optuna_dashboard_shows_the_study(dashboard: str, searched: Path) -> Non
 EXPORT = """
 import site, sys
 site.addsitedir(sys.argv[1])  # what allocator needs, behind what the environment has
-from allocator.commands import api
+import allocator as api
 for out in ("one", "two"):
     print(*api.export(sys.argv[2], "mlflow", out, model=sys.argv[3]), sep="\\n")
 """

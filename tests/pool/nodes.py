@@ -37,13 +37,13 @@ class Operator:
         self.said: list[str] = []
         self.alive: list[int] = []
 
-    def phase(self, name: str, total: int | None = None) -> None:
+    def start_phase(self, name: str, total: int | None = None) -> None:
         self._phase = name
 
-    def say(self, message: str) -> None:
+    def notify(self, message: str) -> None:
         self.said.append(message)
 
-    def step(self, done: int, note: str = "") -> None:
+    def advance(self, done: int, note: str = "") -> None:
         if self._phase != "search":
             return
         self.alive.append(pools[0].alive)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,18 +26,18 @@ from allocator.evaluation.training import Training
 from allocator.model.data.examples import Examples
 from allocator.model.live.load import load_model
 from allocator.model.live.walk import BlockWalker
-from allocator.pool import dispatch as ray_pool
 from allocator.pool.actor_pool import MAX_DEATHS
+from allocator.pool.calls import ActorCall
 from allocator.pool.cluster import Demand, connected
 from allocator.pool.dispatch import RayPool
-from allocator.pool.durations import Task
+from allocator.pool.runs import cut_runs
 from allocator.pruning.calibration.build import prune_on_dense_inputs, prune_on_pruned_inputs
 from allocator.pruning.calibration.problem import Calibration
 from allocator.pruning.levels.compact import CompactLevels
 from allocator.pruning.levels.store import LevelStore, StoreBuilder
 from allocator.pruning.pruners.protocol import UnitProblem
 from allocator.run.config.load import load_config
-from allocator.run.job import prepare
+from allocator.run.prepare import prepare_job
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -68,7 +69,7 @@ def bench(tiny_model: Path, text_folder: Path, tmp_path_factory: pytest.TempPath
     """A job with its level store, and twelve random allocations at two fidelities of two splits."""
 
     config = load_config(None, {"model": str(tiny_model), "text": text_folder, "workers": 0}, SETTINGS)
-    job = prepare(config)
+    job = prepare_job(config)
     walker = BlockWalker(load_model(job.checkpoint), job.layout)
     calibration = job.tokens["calibration"].to_tensors()
     levels = prune_on_dense_inputs(
@@ -105,10 +106,16 @@ def pool(bench: Bench) -> Iterator[Callable[..., RayPool]]:
         each.close()
 
 
+def tokens_of_two(bench: Bench) -> dict[str, Examples]:
+    """Those of the bench, and what some tests ask of in addition: text to train on, and sequences that are short."""
+    tokens = bench.tokens
+    return {**tokens, "training": tokens["calibration"], "short": reshaped(bench, 16)["search"]}
+
+
 @pytest.fixture(scope="module")
 def two(bench: Bench, cluster: None) -> Iterator[RayPool]:
     """Two workers, for tests that leave them as they were; they take no room from the workers of others."""
-    made = RayPool(bench.spec, bench.tokens, 2, demand=Demand(cpus=0))
+    made = RayPool(bench.spec, tokens_of_two(bench), 2, demand=Demand(cpus=0))
     yield made
     made.close()
 
@@ -128,7 +135,7 @@ def expected(bench: Bench) -> dict[Any, dict[str, float]]:
     return measured(LocalEvaluator(bench.spec, bench.tokens).evaluate(bench.requests))
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_outcomes_are_those_of_one_process(
     bench: Bench,
     pool: Callable[..., RayPool],
@@ -160,17 +167,14 @@ def test_expansions_among_plain_requests_are_those_of_one_process(
         assert request.probe or plain == expected[request.key]
 
 
-def test_portions_of_an_expansion_are_put_together_in_order(bench: Bench, pool: Callable[..., RayPool]) -> None:
+def test_portions_of_an_expansion_are_put_together_in_order(bench: Bench, two: RayPool) -> None:
     """To the last bit, though workers have a part of the text each; and their sequences are those of one pass."""
-    tokens = reshaped(bench, 16)
-    asked = [replace(request, probe="expansion") for request in bench.requests[4:6]]
+    tokens, requests = tokens_of_two(bench), [replace(request, split="short") for request in bench.requests[4:6]]
+    asked = [replace(request, probe="expansion") for request in requests]
     assert num_chunks(asked[0].tokens, 16) > 1
     local, found = (
-        {
-            o.request.key: (o.measured, o.sequence_losses, o.expansion)
-            for o in evaluator.evaluate([*asked, *bench.requests[4:6]])
-        }
-        for evaluator in (LocalEvaluator(bench.spec, tokens), pool(2, tokens=tokens))
+        {o.request.key: (o.measured, o.sequence_losses, o.expansion) for o in evaluator.evaluate([*asked, *requests])}
+        for evaluator in (LocalEvaluator(bench.spec, tokens), two)
     )
     assert found == local
     for request in asked:
@@ -190,20 +194,21 @@ def test_workers_go_on_with_another_engine(bench: Bench, two: RayPool) -> None:
         assert measured(evaluator.evaluate(bench.requests)) == first
 
 
-def test_a_worker_that_cannot_be_renewed_is_replaced(bench: Bench, pool: Callable[..., RayPool]) -> None:
+def test_a_worker_that_cannot_be_renewed_is_replaced(bench: Bench, two: RayPool) -> None:
     """One is dead, one cannot read what it is sent; none answers for the engine that it had."""
     other = replace(bench.spec, loss="hidden")
     wanted = measured(LocalEvaluator(other, bench.tokens).evaluate(bench.requests))
-    evaluator = pool(2)
+    evaluator = two
     list(evaluator.evaluate(bench.requests[:2]))
-    dead, deaf = evaluator._crew.actors
+    dead, deaf = evaluator._actors.actors
     ray.kill(dead)
     evaluator._spec, evaluator._spec_ref = other, ray.put(other)
-    evaluator._crew.renew(lambda actor: actor.renew.remote(Unreadable() if actor == deaf else evaluator._spec_ref))
+    evaluator._actors.renew(lambda actor: actor.renew.remote(Unreadable() if actor == deaf else evaluator._spec_ref))
     assert measured(evaluator.evaluate(bench.requests)) == wanted
-    assert dead not in evaluator._crew.actors
-    assert deaf not in evaluator._crew.actors
+    assert dead not in evaluator._actors.actors
+    assert deaf not in evaluator._actors.actors
     assert measured(evaluator.evaluate(bench.requests)) == wanted
+    evaluator.renew(bench.spec)
 
 
 class Unreadable:
@@ -213,23 +218,20 @@ class Unreadable:
         return int, ("no number",)
 
 
-def test_workers_train_as_one_process_does(bench: Bench, pool: Callable[..., RayPool], tmp_path: Path) -> None:
+def test_workers_train_as_one_process_does(bench: Bench, two: RayPool, tmp_path: Path) -> None:
     """To the last bit, and from states that another worker left."""
-    tokens = {**bench.tokens, "training": bench.tokens["calibration"]}
     chosen = [request.allocation for request in bench.requests[:3]]
     stages = [[Request(a, 128, training=128) for a in chosen], [Request(a, 256, training=256) for a in chosen[::-1]]]
 
     def spec(name: str) -> EngineSpec:
         return replace(bench.spec, training=Training(1e-3, 1, tmp_path / name))
 
-    local = LocalEvaluator(spec("local"), tokens)
-    workers = RayPool(spec("pool"), tokens, 2)
-    try:
-        for stage, left in zip(stages, (3, 0), strict=True):
-            assert measured(workers.evaluate(stage)) == measured(local.evaluate(stage))
-            assert len(list((tmp_path / "pool").iterdir())) == left
-    finally:
-        workers.close()
+    local = LocalEvaluator(spec("local"), tokens_of_two(bench))
+    two.renew(spec("pool"))
+    for stage, left in zip(stages, (3, 0), strict=True):
+        assert measured(two.evaluate(stage)) == measured(local.evaluate(stage))
+        assert len(list((tmp_path / "pool").iterdir())) == left
+    two.renew(bench.spec)
 
 
 def test_executions_are_those_of_one_process(bench: Bench, two: RayPool, tmp_path: Path) -> None:
@@ -353,7 +355,7 @@ def test_workers_lost_while_they_were_idle_fail_no_allocation(bench: Bench, tmp_
         while pool.alive < 2:
             list(pool.evaluate(bench.requests))
         for request in bench.requests[:6]:
-            for actor in pool._crew.actors:
+            for actor in pool._actors.actors:
                 ray.kill(actor)
             (outcome,) = pool.evaluate([request])
             assert not outcome.failed
@@ -389,11 +391,13 @@ def test_what_is_left_of_an_expansion_that_fails_is_dropped(bench: Bench, tmp_pa
 
             return Mortal.options(num_cpus=1).remote()
 
-    pool = Half(bench.spec, tokens, 2)
+    # without what a worker would import torch for
+    light: Any = SimpleNamespace(threads=1, space=bench.space, training=None, loss=bench.spec.loss)
+    pool = Half(light, tokens, 2)
     try:
         (outcome,) = pool.evaluate([replace(bench.requests[4], probe="expansion")])
         assert "3 workers died" in outcome.failed
-        pool.renew(bench.spec)
+        pool.renew(light)
         assert len(list(pool.evaluate(bench.requests))) == len(bench.requests)
     finally:
         pool.close()
@@ -404,7 +408,7 @@ def test_a_task_of_another_sort_that_kills_every_worker_stops_the_run(bench: Ben
     pool = dying(bench, tmp_path / "marks", lambda requests, own: True)
     try:
         with pytest.raises(UserError, match=rf"{MAX_DEATHS} workers died .* on the same task") as caught:
-            list(pool._run([Task("measure", (bench.requests,))]))
+            list(pool._run([ActorCall(method="measure", arguments=(bench.requests,))]))
     finally:
         pool.close()
     assert "resume" in str(caught.value)
@@ -431,7 +435,7 @@ def test_deaths_of_different_tasks_are_not_added_up(bench: Bench, tmp_path: Path
         pool.close()
     assert {outcome.request.key for outcome in outcomes} == {request.key for request in bench.requests}
     assert not any(outcome.failed for outcome in outcomes)
-    assert len(pool.said) >= len(ray_pool._runs(bench.requests, 2)) - 2
+    assert len(pool.said) >= len(cut_runs(bench.requests, 2)) - 2
 
 
 def test_batches_that_are_under_way_at_once_are_all_answered(
@@ -448,7 +452,7 @@ def test_batches_that_are_under_way_at_once_are_all_answered(
 @pytest.mark.parametrize("workers", [1, 2, 4, 7, 13, 40])
 def test_runs_are_neighbours_of_falling_length(bench: Bench, workers: int) -> None:
     """In lexicographic order, each request once, and half of all in the first run of every worker."""
-    runs = ray_pool._runs(bench.requests[::-1], workers)
+    runs = cut_runs(bench.requests[::-1], workers)
     lengths = [len(run) for run in runs]
     assert lengths == sorted(lengths, reverse=True)
     assert lengths[-1] == 1
@@ -487,10 +491,10 @@ def test_a_worker_that_cannot_start_is_no_death(bench: Bench, pool: Callable[...
     assert said == []
 
 
-def test_close_ends_the_workers(bench: Bench) -> None:
-    pool = RayPool(bench.spec, bench.tokens, 2)
+def test_close_ends_the_workers(bench: Bench, tmp_path: Path) -> None:
+    pool = dying(bench, tmp_path / "marks", lambda requests, own: False, workers=2)
     list(pool.evaluate(bench.requests[:2]))
-    pids = ray.get([worker.__ray_call__.remote(lambda _: os.getpid()) for worker in pool._crew.actors])
+    pids = ray.get([worker.__ray_call__.remote(lambda _: os.getpid()) for worker in pool._actors.actors])
     assert all(Path(f"/proc/{pid}").exists() for pid in pids)
     pool.close()
     pool.close()
@@ -534,4 +538,4 @@ def test_room_for_fewer_workers_is_said() -> None:
     ("demand", "room"), [(Demand(), 8), (Demand(2), 4), (Demand(gpus=0.1), 8), (Demand(gpus=0.3), 3), (Demand(9), 0)]
 )
 def test_room_on_a_node(demand: Demand, room: int) -> None:
-    assert demand.room({"CPU": 8.0, "GPU": 1.0, "memory": 1e9}) == room
+    assert demand.count_room({"CPU": 8.0, "GPU": 1.0, "memory": 1e9}) == room

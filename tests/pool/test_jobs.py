@@ -1,4 +1,4 @@
-"""Jobs on a cluster of two nodes, by the commands of the README: submitted, watched, stopped and submitted again."""
+"""Jobs on a cluster of two nodes, by the commands of docs/cluster.md: submitted, watched, stopped, resumed."""
 
 from __future__ import annotations
 
@@ -48,16 +48,17 @@ MARK = "ALLOCATOR_TEST_CLUSTER"
 DEADLINE_S = 600.0
 
 
-def readme() -> list[str]:
+def recipe() -> list[str]:
     """The commands of the section on clusters."""
-    section = (ROOT / "README.md").read_text().partition("## On a Ray cluster\n")[2].partition("\n## ")[0]
+    page = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
+    section = page.partition("## On a Ray cluster\n")[2].partition("\n## ")[0]
     (block,) = re.findall(r"```sh\n(.*?)```", section, flags=re.DOTALL)
     return [line.split("  #")[0].strip() for line in block.splitlines()]
 
 
 @dataclass
 class Shell:
-    """Runs commands of the README where its ports are taken by others, and remembers what runs on."""
+    """Runs commands of the page where its ports are taken by others, and remembers what runs on."""
 
     folder: Path
     environment: dict[str, str]
@@ -171,8 +172,8 @@ def shell(tiny_model: Path, text_folder: Path) -> Iterator[Shell]:
 
 
 def test_the_recipe(shell: Shell) -> None:
-    """Of the README, command by command; the plan is that of a search on no cluster, byte for byte."""
-    export, token, head, second, submit, status, jobs, logs, stop, again, down = readme()
+    """Of the page, command by command; the plan is that of a search on no cluster, byte for byte."""
+    export, token, head, second, submit, status, jobs, logs, stop, again, down = recipe()
     assert down == "ray stop", "which is left to the fixture, for it would stop the clusters of others too"
     name, _, value = export.removeprefix("export ").partition("=")
     shell.environment[name] = value
@@ -320,4 +321,4 @@ def test_the_manifest_of_kuberay(monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"rayproject/ray:{cluster['rayVersion']}" in MANIFEST.read_text()
     assert f"ray=={cluster['rayVersion']}" in (ROOT / "constraints.txt").read_text().splitlines()
     relative = MANIFEST.relative_to(ROOT).as_posix()
-    assert f"kubectl apply -f {relative}" in (ROOT / "README.md").read_text()
+    assert f"kubectl apply -f {relative}" in (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")

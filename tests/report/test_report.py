@@ -29,9 +29,14 @@ from allocator.core.protocols import Outcome, Request
 from allocator.core.space import Allocation, SearchSpace, Unit
 from allocator.core.spending import sum_spending, trace_convergence
 from allocator.core.training_effect import summarise_training
-from allocator.report import figures, tables
+from allocator.report import figures
 from allocator.report.marks import collect_candidates, collect_marks, collect_starts, restore_allocations
 from allocator.report.page import write_report
+from allocator.report.tables.formats import format_change, format_figure
+from allocator.report.tables.front import format_hypervolume, front_table
+from allocator.report.tables.model import format_ladder, space_table
+from allocator.report.tables.plan import plan_table
+from allocator.report.tables.result import list_results, result_table
 
 LOW, HIGH = 100, 1000
 UNIFORM, TWO_RATE, SEARCHED = (1, 2, 1, 2), (0, 3, 0, 3), (0, 4, 0, 2)
@@ -167,7 +172,7 @@ def shown(table: Table, width: int = 80) -> str:
 
 
 def test_result_table_against_hand(finished: Path) -> None:
-    text = shown(tables.result_table(json.loads((finished / "result.json").read_text())))
+    text = shown(result_table(json.loads((finished / "result.json").read_text())))
     lines = {line[:22].strip(): line[22:].split() for line in text.splitlines()}
     assert lines["dense"] == ["980", "0.00%", "7.50", "0.0000", "—"]
     assert lines["uniform"] == ["540", "50.00%", "8.30", "0.8000", "—"]
@@ -181,10 +186,10 @@ def test_result_table_against_hand(finished: Path) -> None:
 def test_result_table_tolerates_missing_rows() -> None:
     result = result_of(structured(), NAMED)
     result["measured"] = {"searched": {"params": 1_234_567, "kl": 0.5}, "by_hand": {"kl": 0.4}}
-    rows = tables.result_rows(result)
+    rows = list_results(result)
     assert [row.key for row in rows] == ["searched", "by_hand"]
     assert all(row.versus_uniform is None for row in rows)
-    assert "1,234,567" in shown(tables.result_table(result))
+    assert "1,234,567" in shown(result_table(result))
 
 
 @pytest.mark.parametrize(
@@ -192,11 +197,11 @@ def test_result_table_tolerates_missing_rows() -> None:
     [(None, "—"), (0.0, "0.0%"), (1e-9, "0.0%"), (0.5, "+50.0%"), (-0.4296, "\N{MINUS SIGN}43.0%")],
 )
 def test_change(value: float | None, text: str) -> None:
-    assert tables.change(value) == text
+    assert format_change(value) == text
 
 
 def test_space_table_fits_80_columns_and_adds_up() -> None:
-    text = shown(tables.space_table(structured()))
+    text = shown(space_table(structured()))
     assert max(map(len, text.splitlines())) <= 80
     assert re.search(r"layers\.1\.attn +kv_groups +4 +4 2 1 0 +40\n", text)
     assert re.search(r"embeddings, norms, head +fixed +100\n", text)
@@ -213,13 +218,13 @@ def test_space_table_fits_80_columns_and_adds_up() -> None:
     ],
 )
 def test_ladder(kind: str, kept: tuple[int, ...], text: str) -> None:
-    assert tables.ladder(Unit("u", kind, "mlp", 0, kept[0], kept, kept, kept)) == text
+    assert format_ladder(Unit("u", kind, "mlp", 0, kept[0], kept, kept, kept)) == text
 
 
 def test_front_table_shortens_a_long_front() -> None:
     points = [{"params": 1000 - i, "sparsity": i / 1000, "kl": i / 10, "allocation": []} for i in range(200)]
     front = {"tokens": HIGH, "loss": "kl", "objectives": ["kl", "params"], "points": points}
-    text = shown(tables.front_table(front))
+    text = shown(front_table(front))
     assert "200 points" in text
     assert "1,000" in text
     assert "801" in text, "both ends are shown"
@@ -233,7 +238,7 @@ def test_a_front_names_the_loss_of_its_run(tmp_path: Path, space: SearchSpace, l
     journal = Journal(tmp_path, header, {0: [Outcome(request, {loss: 0.25, "nll": 1.0}, 0.5, loss)]}, None)
     front = build_front(journal)
     assert [point[loss] for point in front["points"]] == [0.25]
-    assert re.search(rf"removed +.? *{heading}\b", shown(tables.front_table(front)))
+    assert re.search(rf"removed +.? *{heading}\b", shown(front_table(front)))
     drawn = [
         figures.front_figure(front, cloud=collect_candidates(journal)),
         figures.convergence_figure(trace_convergence(journal), {}, journal.loss),
@@ -242,7 +247,7 @@ def test_a_front_names_the_loss_of_its_run(tmp_path: Path, space: SearchSpace, l
 
 
 def test_plan_table(finished: Path) -> None:
-    text = shown(tables.plan_table(Plan.load(finished / "plan.json")))
+    text = shown(plan_table(Plan.load(finished / "plan.json")))
     assert re.search(r"layers\.0\.mlp +channels +0 +4 +100\.0%", text)
     assert re.search(r"whole model +parameters +380 +980 +68\.18%", text)
 
@@ -337,7 +342,7 @@ def test_result_table_of_a_search_that_trains(finished: Path) -> None:
     result["search"]["training"] = [{**line, "training": 0 + 2048, "rank_correlation": None}, line]
     result["measured"]["uniform_trained"] = {**result["measured"]["uniform"], "kl": 0.4}
     result["measured"]["searched_trained"] = {**result["measured"]["searched"], "kl": 0.3}
-    text = shown(tables.result_table(result))
+    text = shown(result_table(result))
     lines = {line[:22].strip(): line[22:].split() for line in text.splitlines()}
     assert lines["searched, trained"][-1] == "\N{MINUS SIGN}25.0%", "0.3 against 0.4"
     assert "trained on 8,192 tokens" in text
@@ -515,7 +520,7 @@ def test_front_figure_has_a_panel_for_each_cost(front_run: Path) -> None:
 
 def test_hypervolume_figure_and_line(front_run: Path) -> None:
     kept = read_front(front_run / "front.json")["hypervolume"]
-    assert tables.hypervolume(kept) == (
+    assert format_hypervolume(kept) == (
         "hypervolume 0.2500 after 7 evaluations; reference point: kl 0.8000, params 980, macs 900"
     )
     axes = figures.hypervolume_figure(kept["curve"]).axes[0]
@@ -529,4 +534,4 @@ def test_hypervolume_figure_and_line(front_run: Path) -> None:
     [("params", 1_234_567, "1,234,567"), ("latency_ms", 12.34567, "12.346"), ("nll", 2.0, "2.0000")],
 )
 def test_figures_are_shown_in_their_units(name: str, value: float, text: str) -> None:
-    assert tables.figure(name, value) == text
+    assert format_figure(name, value) == text

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import Command
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,7 +27,7 @@ from allocator.model.family.space import build_space
 from allocator.run import directory as folder
 from allocator.run.config.load import load_config
 from allocator.run.config.run import RunConfig
-from allocator.run.job import read_model
+from allocator.run.model import read_model
 from allocator.run.reporting import Silent
 from allocator.searchers.coarse_to_fine import recentre, translated
 from allocator.searchers.decide import decide
@@ -207,11 +205,11 @@ class Stopping(Silent):
     def __init__(self, pressed: list[tuple[str, int]]) -> None:
         self._pressed, self._at = pressed, ("", 0)
 
-    def phase(self, name: str, total: int | None = None) -> None:
+    def start_phase(self, name: str, total: int | None = None) -> None:
         self._at = (name, 0)
         self._press()
 
-    def step(self, done: int, note: str = "") -> None:
+    def advance(self, done: int, note: str = "") -> None:
         self._at = (self._at[0], self._at[1] + 1)
         self._press()
 
@@ -243,9 +241,7 @@ def test_killed_in_the_second_round_and_resumed(
     lines = int(share * len(Journal.read(reference / "journal.jsonl")))
     sets = [part for key, value in SETTINGS.items() for part in ("--set", f"{key}={json.dumps(value)}")]
     flags = ["--model", tiny_model, "--text", text_folder, "--name", "run", "--runs-dir", tmp_path, "--workers", 0]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "allocator", "search", *map(str, flags), *sets], stderr=subprocess.DEVNULL
-    )
+    process = Command(["search", *flags, *sets])
     journal, end = tmp_path / "run" / "journal.jsonl", time.monotonic() + DEADLINE_S
     try:
         while not (tmp_path / "run" / "rounds" / "1").exists() or journal.read_bytes().count(b"\n") <= lines:
@@ -253,7 +249,7 @@ def test_killed_in_the_second_round_and_resumed(
             assert time.monotonic() < end
             time.sleep(0.002)
     finally:
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         process.wait()
     assert not (tmp_path / "run" / "plan.json").exists()
     same(search(tmp_path, resume=True).folder, reference)

@@ -6,8 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
@@ -15,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import Command
 
 from allocator.core.errors import UserError
 from allocator.core.files import write_json
-from allocator.report.tables import status_lines
+from allocator.report.tables.status import format_status
 from allocator.run import recorder as recording
 from allocator.run.recorder import Recorder
 from allocator.run.reporting import Silent
@@ -58,41 +57,41 @@ class Heard(Silent):
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
 
-    def phase(self, name: str, total: int | None = None) -> None:
+    def start_phase(self, name: str, total: int | None = None) -> None:
         self.calls.append(("phase", name, total))
 
-    def step(self, done: int, note: str = "") -> None:
+    def advance(self, done: int, note: str = "") -> None:
         self.calls.append(("step", done, note))
 
-    def say(self, message: str) -> None:
+    def notify(self, message: str) -> None:
         self.calls.append(("say", message))
 
 
 def test_it_passes_on_what_it_hears(tmp_path: Path) -> None:
     heard = Heard()
     with Recorder(heard) as recorder:
-        recorder.phase("checking")
-        recorder.step(1, "note")
-        recorder.say("message")
+        recorder.start_phase("checking")
+        recorder.advance(1, "note")
+        recorder.notify("message")
     assert heard.calls == [("phase", "checking", None), ("step", 1, "note"), ("say", "message")]
     assert not list(tmp_path.iterdir()), "nothing is written before the run has a folder"
 
 
 def test_pace_and_time_left(tmp_path: Path, clock: list[float]) -> None:
     with Recorder(Silent()) as recorder:
-        recorder.begin(tmp_path, 7)
-        recorder.phase("search", 10)
+        recorder.start_recording(tmp_path, 7)
+        recorder.start_phase("search", 10)
         assert written(tmp_path) | {"phase": "search", "total": 10, "evaluations": 7} == written(tmp_path)
         assert "evaluations_per_s" not in written(tmp_path)
         for batch in (1, 2, 3):
             clock[0] += 2.0
-            recorder.found(7 + 4 * batch, batch, {"best KL": 0.5})
-            recorder.step(batch)
+            recorder.record_results(7 + 4 * batch, batch, {"best KL": 0.5})
+            recorder.advance(batch)
         now = written(tmp_path)
         assert (now["evaluations"], now["evaluations_per_s"], now["phase_left_s"]) == (19, 2.0, 14.0)
         assert (now["front"], now["reached"], now["done"]) == (3, {"best KL": 0.5}, 3)
         clock[0] += 0.5
-        recorder.step(4)
+        recorder.advance(4)
         assert written(tmp_path) == now, "not more than once in a second"
     ended = written(tmp_path)
     assert (ended["state"], ended["done"]) == ("finished", 4)
@@ -102,15 +101,15 @@ def test_pace_and_time_left(tmp_path: Path, clock: list[float]) -> None:
 def test_only_the_last_minute_tells_the_pace(tmp_path: Path, clock: list[float]) -> None:
     """What a resumed run knows already passes in no time."""
     with Recorder(Silent()) as recorder:
-        recorder.begin(tmp_path, 100)
-        recorder.phase("search", 200)
+        recorder.start_recording(tmp_path, 100)
+        recorder.start_phase("search", 200)
         for batch in range(100):
-            recorder.found(100, 1, {})
-            recorder.step(batch)
+            recorder.record_results(100, 1, {})
+            recorder.advance(batch)
         for batch in range(100, 140):
             clock[0] += 10.0
-            recorder.found(batch, 1, {})
-            recorder.step(batch)
+            recorder.record_results(batch, 1, {})
+            recorder.advance(batch)
         assert written(tmp_path)["phase_left_s"] == pytest.approx(610.0)
         assert written(tmp_path)["evaluations_per_s"] == 0.1
 
@@ -120,12 +119,12 @@ def test_workers_are_those_alive(tmp_path: Path) -> None:
         alive = 3
 
     with Recorder(Silent()) as recorder:
-        recorder.begin(tmp_path, 0)
-        recorder.staff(object())
-        recorder.phase("one")
+        recorder.start_recording(tmp_path, 0)
+        recorder.attach(object())
+        recorder.start_phase("one")
         assert written(tmp_path)["workers"] == 0
-        recorder.staff(Pool())
-        recorder.phase("two")
+        recorder.attach(Pool())
+        recorder.start_phase("two")
         assert written(tmp_path)["workers"] == 3
 
 
@@ -141,7 +140,7 @@ def test_workers_are_those_alive(tmp_path: Path) -> None:
 def test_an_end_that_is_none(tmp_path: Path, error: BaseException, state: str, said: str) -> None:
     def run() -> None:
         with Recorder(Silent()) as recorder:
-            recorder.begin(tmp_path, 0)
+            recorder.start_recording(tmp_path, 0)
             raise error
 
     with pytest.raises(type(error)):
@@ -157,15 +156,15 @@ def test_a_full_disk_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(recording, "write_json", full)
     with Recorder(Silent()) as recorder:
-        recorder.begin(tmp_path, 0)
-        recorder.phase("search")
+        recorder.start_recording(tmp_path, 0)
+        recorder.start_phase("search")
     assert not list(tmp_path.iterdir())
 
 
 def test_it_beats_while_nothing_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recording, "BEAT_S", 0.05)
     with Recorder(Silent()) as recorder:
-        recorder.begin(tmp_path, 0)
+        recorder.start_recording(tmp_path, 0)
         before = (tmp_path / "status.json").stat().st_mtime_ns
         time.sleep(0.5)
         assert (tmp_path / "status.json").stat().st_mtime_ns > before
@@ -178,12 +177,12 @@ def test_it_beats_while_nothing_happens(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_run_without_a_process(tmp_path: Path, elsewhere: bool, age_s: int, state: str) -> None:
     updated = datetime.now(timezone.utc) - timedelta(seconds=age_s)
     machine = "another" if elsewhere else recording.machine()
-    status = {"schema": 1, "kind": "allocator.run.status", "state": "running", "phase": "search", "done": 1, "total": 4}
+    status = {"schema": 1, "kind": "allocator.status", "state": "running", "phase": "search", "done": 1, "total": 4}
     write_json(tmp_path / "status.json", {**status, "machine": machine, "updated": updated.isoformat()})
     (tmp_path / "journal.jsonl").write_text("")
     found = read_status(tmp_path)
     assert (found["state"], round(found["age_s"])) == (state, age_s)
-    assert ("not running" in status_lines(found)) == (state == "lost")
+    assert ("not running" in format_status(found)) == (state == "lost")
 
 
 @pytest.mark.parametrize(
@@ -216,11 +215,11 @@ def test_a_search_that_is_watched_stopped_and_killed(
 ) -> None:
     given = ["--model", tiny_model, "--text", text_folder, "--workers", "0", "--runs-dir", tmp_path, "--name", "run"]
     settings = [f"--set={each}" for each in SLOW]
-    command = [sys.executable, "-m", "allocator", "search", *map(str, given), *settings]
+    command = ["search", *given, *settings]
     run = tmp_path / "run"
 
-    def searching(*more: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen([*command, *more], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    def searching(*more: str) -> Command:
+        process = Command([*command, *more])
         request.addfinalizer(process.kill)
         return process
 
@@ -230,9 +229,9 @@ def test_a_search_that_is_watched_stopped_and_killed(
     assert seen["total"] > 2000
     assert seen["evaluations"] > 0
     assert seen["reached"]["best KL"] > 0
-    with pytest.raises(subprocess.CalledProcessError) as refusal:
-        subprocess.run([*command, "--resume"], capture_output=True, text=True, check=True)
-    assert "another process is writing this run" in refusal.value.stderr
+    refusal = Command([*command, "--resume"])
+    assert "another process is writing this run" in refusal.communicate()[1]
+    assert refusal.returncode != 0
     first.send_signal(signal.SIGTERM)
     _, said = first.communicate(timeout=60)
     assert first.returncode == 130
@@ -245,7 +244,7 @@ def test_a_search_that_is_watched_stopped_and_killed(
     second.send_signal(signal.SIGKILL)
     second.communicate()
     assert read_status(run)["state"] == "lost"
-    assert "not running" in status_lines(read_status(run))
+    assert "not running" in format_status(read_status(run))
 
 
 def until(run: Path, reached: Callable[[Any], bool]) -> Any:

@@ -5,20 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 from allocator.core.errors import UserError
-from allocator.interop.contract import Source, Target, command, write_verify
-from allocator.interop.targets.levels import (
+from allocator.interop.contract import Source, Target
+from allocator.interop.levels import (
     LEVELS,
     MODULES,
-    Rounded,
+    RoundedLevel,
     apportion,
-    dense_shapes,
-    lost,
-    num_heads,
-    outputs,
-    shrunk,
+    count_heads,
+    count_kept_if_shrunk,
+    count_kept_if_zeroed,
+    describe_loss,
+    list_dense_shapes,
+    select_outputs,
     write_levels,
-    zeroed,
 )
+from allocator.interop.verification import write_verify
+from allocator.interop.writing import format_command
 
 
 class DarwinLM(Target):
@@ -40,7 +42,7 @@ class DarwinLM(Target):
 
     def check(self, source: Source) -> None:
         """Check what DarwinLM supposes of heads."""
-        attention, heads = outputs(source)[0], num_heads(source)
+        attention, heads = select_outputs(source)[0], count_heads(source)
         if attention.shape[0] % heads or attention.shape[1] != attention.shape[0]:
             raise UserError(
                 f"export: DarwinLM takes the size of a head for hidden_size / {heads}, and {attention.module} is "
@@ -49,29 +51,34 @@ class DarwinLM(Target):
 
     def write(self, source: Source, folder: Path) -> list[str]:
         """Write them."""
-        heads = num_heads(source)
+        heads = count_heads(source)
         rows, columns, lists = [], {}, {}
         for part, key in (("mlp", "cols_removed_mlp"), ("attention", "cols_removed_attn")):
-            own = [matrix for matrix in outputs(source) if matrix.part == part]
+            own = [matrix for matrix in select_outputs(source) if matrix.part == part]
             width = own[0].shape[1]
             lists[key] = [round(level * width / heads) for level in range(heads + 1)]
             wanted = [matrix.sparsity * heads for matrix in own]
             levels = apportion(wanted, [(0, heads)] * len(own), round(sum(wanted)))
             for matrix, level in zip(own, levels, strict=True):
                 columns[matrix.module] = width - lists[key][level]
-                rows.append(Rounded(matrix.module, level, matrix.sparsity, lists[key][level] / width))
+                rows.append(RoundedLevel(matrix.module, level, matrix.sparsity, lists[key][level] / width))
         write_levels(folder, rows, lists, _readme(lists))
-        verify = write_verify(folder, source, shapes=dense_shapes(source), kept=zeroed(source, columns))
+        verify = write_verify(
+            folder, source, shapes=list_dense_shapes(source), kept=count_kept_if_zeroed(source, columns)
+        )
         return [
-            *lost(rows, sum(m.kept for m in source.matrices), shrunk(source, columns)),
+            *describe_loss(rows, sum(m.kept for m in source.matrices), count_kept_if_shrunk(source, columns)),
             "DarwinLM zeroes columns of output projections, and shrinks a model afterwards; it chooses single heads, "
             "and keys and values that heads share stay",
             f"next: README.txt; then, before it is shrunk, {verify}",
         ]
 
 
+TARGET = DarwinLM()
+
+
 def _readme(lists: dict[str, list[int]]) -> list[str]:
-    prune = command(
+    prune = format_command(
         *("torchrun", "--nproc-per-node=1", "struct_prune.py", "--model_name_or_path", "MODEL"),
         *("--prunable_modules", MODULES, "--pre_block_modules", "model.embed_tokens", "model.rotary_emb"),
         *("--block_modules", "model.layers", "--calibration_data", "DATA"),
@@ -79,7 +86,7 @@ def _readme(lists: dict[str, list[int]]) -> list[str]:
         *(word for name, counts in lists.items() for word in (f"--{name}", *counts)),
         *("--save_dir", "DATABASE"),
     )
-    measure = command(
+    measure = format_command(
         *("python", "lmeval.py", "--model", "hf", "--model_args", "pretrained=MODEL"),
         *("--sparse_weights_path", "DATABASE", "--sparse_config_path", f"HERE/{LEVELS}", "--tasks", "TASKS"),
     )

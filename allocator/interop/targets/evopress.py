@@ -7,8 +7,10 @@ from math import ceil
 from pathlib import Path
 
 from allocator.core.errors import UserError
-from allocator.interop.contract import Source, Target, command, write_verify
-from allocator.interop.targets.levels import LEVELS, MODULES, Rounded, apportion, lost, write_levels
+from allocator.interop.contract import Source, Target
+from allocator.interop.levels import LEVELS, MODULES, RoundedLevel, apportion, describe_loss, write_levels
+from allocator.interop.verification import write_verify
+from allocator.interop.writing import format_command
 
 _STEPS = 16
 _TOLERANCE = 0.001  # its pruner rounds in blocks of columns
@@ -49,14 +51,17 @@ class EvoPress(Target):
         step = max(1, ceil(max(map(abs, excess)) / _STEPS))
         levels = apportion([each / step for each in excess], [limits(base, step / m.size) for m in matrices], 0)
         rows = [
-            Rounded(m.module, level, m.sparsity, base + level * step / m.size)
+            RoundedLevel(m.module, level, m.sparsity, base + level * step / m.size)
             for m, level in zip(matrices, levels, strict=True)
         ]
-        left = {m.module: round(m.size * (1 - row.given)) for m, row in zip(matrices, rows, strict=True)}
+        left = {m.module: round(m.size * (1 - row.rounded)) for m, row in zip(matrices, rows, strict=True)}
         metadata = {"sparsity": base, "weights_diff": step, "num_levels": _STEPS}
         write_levels(folder, rows, metadata, _readme(base, step))
         verify = write_verify(folder, source, tolerance=_TOLERANCE, kept=left)
-        return [*lost(rows, kept, sum(left.values())), f"next: README.txt; then {verify}"]
+        return [*describe_loss(rows, kept, sum(left.values())), f"next: README.txt; then {verify}"]
+
+
+TARGET = EvoPress()
 
 
 def limits(base: float, step: float) -> tuple[int, int]:
@@ -65,13 +70,13 @@ def limits(base: float, step: float) -> tuple[int, int]:
 
 
 def _readme(base: float, step: int) -> list[str]:
-    prune = command(
+    prune = format_command(
         *("torchrun", "--nproc-per-node=1", "prune.py", "--model_name_or_path", "MODEL"),
         *("--prunable_modules", MODULES, "--pre_block_modules", "model.embed_tokens", "model.rotary_emb"),
         *("--block_modules", "model.layers", "--calibration_data", "DATA"),
         *("--sparsity", base, "--weights_diff", step, "--num_levels", _STEPS, "--save_dir", "DATABASE"),
     )
-    measure = command(
+    measure = format_command(
         *("python", "eval_ppl.py", "--model_name_or_path", "MODEL"),
         *("--sparse_weights_path", "DATABASE", "--sparse_config_path", LEVELS),
     )

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from allocator.core.files import read_json
-from allocator.interop.contract import Source, Target, write_verify
-from allocator.interop.targets.weights import COMPARE, executed, head_dim, in_keys_of_llama, sizes
+from allocator.interop.contract import Source, Target
+from allocator.interop.verification import write_verify
+from allocator.interop.weights import COMPARE, open_executed, state_head_dim, state_sizes, uses_llama_keys
 from allocator.model.live.write import write_config
 
 
@@ -30,7 +31,7 @@ class HuggingFace(Target):
 
     def check(self, source: Source) -> None:
         """Check the checkpoint."""
-        executed(source, self.name)
+        open_executed(source, self.name)
 
     def write(self, source: Source, folder: Path) -> list[str]:
         """Copy the checkpoint, and say in its configuration how layers differ."""
@@ -48,19 +49,22 @@ class HuggingFace(Target):
         return [how, COMPARE]
 
 
+TARGET = HuggingFace()
+
+
 def _heterogeneous(source: Source) -> dict[str, Any]:
     """Return what a configuration says of layers that differ: nothing where none does, or it has no keys for it."""
     plan, config, layers = source.plan, source.checkpoint.config, dict[str, dict[str, Any]]()
-    if not source.checkpoint.kind.generates or not in_keys_of_llama(source):
+    if not source.checkpoint.kind.generates or not uses_llama_keys(source):
         return {}
     for unit, level in zip(plan.space.units, plan.allocation, strict=True):
         if unit.kind == "matrix" or level == 0:
             continue
         layer = layers.setdefault(str(unit.block), {})
         if unit.kept[level]:
-            layer |= sizes(unit, unit.kept[level], config)
+            layer |= state_sizes(unit, unit.kept[level], config)
         else:
             layer["skip"] = [*layer.get("skip", ()), unit.part]
     if not layers:
         return {}
-    return {**head_dim(source), "allow_global_per_layer_attribute_access": True, "per_layer_config": layers}
+    return {**state_head_dim(source), "allow_global_per_layer_attribute_access": True, "per_layer_config": layers}

@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 
 from allocator.core.errors import UserError
 from allocator.core.space import Unit
-from allocator.interop.contract import Source, Target, write_verify
-from allocator.interop.targets.weights import COMPARE, HEADS, WIDTH, executed, head_dim, sizes
+from allocator.interop.contract import Source, Target
+from allocator.interop.verification import write_verify
+from allocator.interop.weights import COMPARE, HEADS, WIDTH, open_executed, state_head_dim, state_sizes
 from allocator.model.checkpoint.headers import Checkpoint
 from allocator.model.checkpoint.stock import stock_config
 from allocator.model.live.load import stock_shapes
@@ -69,6 +70,9 @@ class HuggingFacePadded(Target):
         return [_saving(source, model), COMPARE]
 
 
+TARGET = HuggingFacePadded()
+
+
 @dataclass(frozen=True)
 class _Padded:
     """The padded model.
@@ -88,9 +92,9 @@ class _Padded:
 
 def _padded(source: Source) -> _Padded:
     plan, checkpoint = source.plan, source.checkpoint
-    compact = executed(source, HuggingFacePadded.name)
+    compact = open_executed(source, HuggingFacePadded.name)
     stated = {*HEADS} <= checkpoint.config.keys()
-    config = {**checkpoint.config, **(head_dim(source) if stated else {}), **_biased(source, compact)}
+    config = {**checkpoint.config, **(state_head_dim(source) if stated else {}), **_biased(source, compact)}
     widths: dict[str, int] = {}
     for unit, level in zip(plan.space.units, plan.allocation, strict=True):
         # one item at least, or one of every group: no class is made for none
@@ -100,7 +104,7 @@ def _padded(source: Source) -> _Padded:
             widths[kind] = unit.total
             continue
         widths[kind] = _accepted(unit, widths[kind], checkpoint, config)
-        config |= sizes(unit, widths[kind], checkpoint.config)
+        config |= state_sizes(unit, widths[kind], checkpoint.config)
     stock = stock_shapes(checkpoint, config)
     # what the class calls otherwise as it loads lies outside of units, and stays as it is
     shapes = {name: stock.get(name, shape) for name, shape in checkpoint.shapes.items()}
@@ -121,7 +125,7 @@ def _accepted(unit: Unit, items: int, checkpoint: Checkpoint, config: Mapping[st
     for width in range(items, unit.total, unit.num_groups):
         try:
             stock_config(
-                checkpoint.folder, checkpoint.architecture, {**config, **sizes(unit, width, checkpoint.config)}
+                checkpoint.folder, checkpoint.architecture, {**config, **state_sizes(unit, width, checkpoint.config)}
             )
         except UserError:
             continue

@@ -10,8 +10,10 @@ import torch
 import yaml
 
 from allocator.core.errors import UserError
-from allocator.interop.contract import Source, Target, command, copy_script, refuse_other_layers, write_verify
-from allocator.interop.targets.matrices import Matrix, share
+from allocator.interop.contract import Source, Target, require_linear_layers
+from allocator.interop.matrices import Matrix, round_share_up
+from allocator.interop.verification import write_verify
+from allocator.interop.writing import copy_script, format_command
 from allocator.model.live.load import shaped_model
 
 _MODIFIERS = {"sparsegpt": "SparseGPTModifier", "wanda": "WandaPruningModifier"}
@@ -36,7 +38,7 @@ class LlmCompressor(Target):
 
     def check(self, source: Source) -> None:
         """Raise unless LLM Compressor has the plan's pruner, and something to do."""
-        refuse_other_layers(self, source)
+        require_linear_layers(self, source)
         pruner = source.plan.pruner.get("name")
         if pruner not in _MODIFIERS:
             raise UserError(
@@ -64,11 +66,14 @@ class LlmCompressor(Target):
         copy_script("calibration.py", folder)
         tolerance = _tolerance(modifiers)
         write_verify(folder, source, tolerance=tolerance)
-        run = command("python", "run.py", "MODEL", "TEXT", "OUT", *_calibration(source))
+        run = format_command("python", "run.py", "MODEL", "TEXT", "OUT", *_calibration(source))
         lines = [f"run: {run} && python verify.py OUT"]
         if tolerance:
             lines.append(f"SparseGPT rounds up: a matrix may have {tolerance:.4%} more zeros than planned")
         return lines
+
+
+TARGET = LlmCompressor()
 
 
 def _in_order(source: Source) -> list[Matrix]:
@@ -92,7 +97,7 @@ def _settings(modifier: str, structure: str, own: list[Matrix], damping: float |
         settings |= {} if damping is None else {"dampening_frac": damping}
     return {
         **settings,
-        "sparsity": [share(matrix.size - matrix.kept, matrix.size) for matrix in own],
+        "sparsity": [round_share_up(matrix.size - matrix.kept, matrix.size) for matrix in own],
         "targets": [matrix.module for matrix in own],
     }
 

@@ -21,8 +21,9 @@ from allocator.core.journal import Journal
 from allocator.core.outcomes import read_front
 from allocator.core.space import SearchSpace
 from allocator.core.spending import trace_convergence
-from allocator.interop.contract import Source, command
-from allocator.interop.targets.searches import SearchTarget, run_of
+from allocator.interop.contract import Source
+from allocator.interop.searches import SearchTarget, require_run
+from allocator.interop.writing import format_command
 
 STORE, ARTIFACTS = "mlflow.db", "artifacts"
 
@@ -58,7 +59,7 @@ class MLflow(SearchTarget):
     def write(self, source: Source, folder: Path) -> list[str]:
         """Write it."""
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        run = run_of(source)
+        run = require_run(source)
         front = read_front(run / "front.json")
         # MLflow keeps connections to every store by its path, so that this one has a path of its own
         with tempfile.TemporaryDirectory(dir=folder.absolute()) as scratch:
@@ -66,11 +67,14 @@ class MLflow(SearchTarget):
             _settle(Path(scratch))
             for name in (STORE, ARTIFACTS):
                 shutil.move(Path(scratch) / name, folder / name)
-        show = command("mlflow", "ui", "--backend-store-uri", f"sqlite:///{STORE}")
+        show = format_command("mlflow", "ui", "--backend-store-uri", f"sqlite:///{STORE}")
         return [
             f"1 search and {len(front['points'])} members of its front; a run keeps no dates, so that all have one",
             f"next: in the folder, {show}",
         ]
+
+
+TARGET = MLflow()
 
 
 def _log(source: Source, journal: Journal, front: Mapping[str, Any], scratch: Path) -> None:
@@ -91,7 +95,7 @@ def _log(source: Source, journal: Journal, front: Mapping[str, Any], scratch: Pa
         client.set_terminated(run, end_time=_BEGIN_MS)
         return run
 
-    folder = run_of(source)
+    folder = require_run(source)
     search = log(folder.absolute().name, {}, _parameters(journal, front), [*_course(journal, front, source)])
     for name in ("plan.json", "front.json"):
         client.log_artifact(search, str(folder / name))

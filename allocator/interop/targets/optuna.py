@@ -16,8 +16,9 @@ from allocator.core.outcomes import find_front, list_objectives, select_comparab
 from allocator.core.plan import Plan
 from allocator.core.protocols import Outcome
 from allocator.core.space import SearchSpace
-from allocator.interop.contract import Source, command, write_lines
-from allocator.interop.targets.searches import SearchTarget, rounds, run_of
+from allocator.interop.contract import Source
+from allocator.interop.searches import SearchTarget, iterate_rounds, require_run
+from allocator.interop.writing import format_command, write_lines
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -49,7 +50,7 @@ class Optuna(SearchTarget):
         logs = _Logs()
         storage = optuna.storages.JournalStorage(logs)  # type: ignore[arg-type]
         lines = []
-        for name, journal in rounds(run_of(source)):
+        for name, journal in iterate_rounds(require_run(source)):
             names = _objectives(journal)
             study = optuna.create_study(storage=storage, study_name=name, directions=["minimize"] * len(names))
             _name_metrics(study, names)
@@ -59,7 +60,10 @@ class Optuna(SearchTarget):
             lines.append(f"study {name!r}: {_counts(trials)}")
         write_lines(folder / FILE, (json.dumps({**log, "worker_id": "allocator"}) for log in logs.kept))
         dates = "a run keeps no dates: trials come one after the other from 1970 on"
-        return [*lines, dates, f"next: {command('optuna-dashboard', FILE)}"]
+        return [*lines, dates, f"next: {format_command('optuna-dashboard', FILE)}"]
+
+
+TARGET = Optuna()
 
 
 class _Logs:

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from allocator.core.files import write_json
-from allocator.interop.contract import Source, Target, write_verify
+from allocator.interop.contract import Source, Target
+from allocator.interop.verification import write_verify
 
 _COLUMNS = ("module", "block", "part", "rows", "columns", "kept", "sparsity")
 
@@ -44,3 +45,6 @@ class Ratios(Target):
             "blocks-weighted.npy has the share of a block's weights that goes, blocks-unweighted.npy the mean of its "
             f"matrices' ratios, as OWL has it; they differ by up to {spread:.4f}",
         ]
+
+
+TARGET = Ratios()

@@ -8,8 +8,10 @@ from typing import Any
 from allocator.core.errors import UserError
 from allocator.core.files import write_json
 from allocator.core.space import Unit
-from allocator.interop.contract import Source, Target, copy_script, write_verify
-from allocator.interop.targets.weights import in_keys_of_llama
+from allocator.interop.contract import Source, Target
+from allocator.interop.verification import write_verify
+from allocator.interop.weights import uses_llama_keys
+from allocator.interop.writing import copy_script
 from allocator.model.family.sub_blocks import SubBlock
 from allocator.model.live.write import write_modelling
 
@@ -23,7 +25,7 @@ class TorchPruning(Target):
 
     def check(self, source: Source) -> None:
         """Raise where the plan takes whole sub-blocks, adds biases, or takes KV groups of several query heads."""
-        if not in_keys_of_llama(source):
+        if not uses_llama_keys(source):
             raise UserError(
                 f"export: torch-pruning is told of heads in the way of Llama-like models, and this is a "
                 f"{source.checkpoint.architecture}. Use --to ratios, or --to hf for the executed plan"
@@ -58,6 +60,9 @@ class TorchPruning(Target):
             "and it refits nothing: train the result, or expect a higher loss",
             "run: python apply.py MODEL OUT && python verify.py OUT",
         ]
+
+
+TARGET = TorchPruning()
 
 
 def _arguments(source: Source) -> dict[str, Any]:

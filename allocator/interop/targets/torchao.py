@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from allocator.core.files import write_json
-from allocator.interop.contract import Source, Target, copy_script, refuse_other_layers, write_verify
-from allocator.interop.targets.matrices import Matrix, share
+from allocator.interop.contract import Source, Target, require_linear_layers
+from allocator.interop.matrices import Matrix, round_share_up
+from allocator.interop.verification import write_verify
+from allocator.interop.writing import copy_script
 
 
 class TorchAo(Target):
@@ -23,7 +25,7 @@ class TorchAo(Target):
 
     def check(self, source: Source) -> None:
         """Raise where matrices are not linear layers."""
-        refuse_other_layers(self, source)
+        require_linear_layers(self, source)
 
     def write(self, source: Source, folder: Path) -> list[str]:
         """Write them."""
@@ -45,10 +47,13 @@ class TorchAo(Target):
         ]
 
 
+TARGET = TorchAo()
+
+
 def _entry(matrix: Matrix) -> dict[str, Any]:
     entry = {"tensor_fqn": f"{matrix.module}.weight"}
     if matrix.group is None:
-        level = share(matrix.size - matrix.kept, matrix.size)
+        level = round_share_up(matrix.size - matrix.kept, matrix.size)
         return {**entry, "sparsity_level": level, "sparse_block_shape": [1, 1], "zeros_per_block": 1}
     kept, size = matrix.group
     # level 1.0 is that of blocks: all of them lose zeros_per_block

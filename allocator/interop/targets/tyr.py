@@ -5,20 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 from allocator.core.errors import UserError
-from allocator.interop.contract import Source, Target, command, write_verify
-from allocator.interop.targets.levels import (
+from allocator.interop.contract import Source, Target
+from allocator.interop.levels import (
     LEVELS,
     METADATA,
-    Rounded,
-    columns_kept,
-    dense_shapes,
-    lost,
-    num_heads,
-    outputs,
-    shrunk,
+    RoundedLevel,
+    count_heads,
+    count_kept_columns,
+    count_kept_if_shrunk,
+    count_kept_if_zeroed,
+    describe_loss,
+    list_dense_shapes,
+    select_outputs,
     write_levels,
-    zeroed,
 )
+from allocator.interop.verification import write_verify
+from allocator.interop.writing import format_command
 
 _TYPES = ("llama", "gemma", "gemma2", "phi3", "mistral")
 _CHANNELS, _LEVELS = 32, 9
@@ -50,24 +52,24 @@ class Tyr(Target):
                 f"export: Týr serves models of type {', '.join(_TYPES)}, and this one is of type {found!r}. "
                 "See 'allocator export --list' for another target"
             )
-        outputs(source)
+        select_outputs(source)
 
     def write(self, source: Source, folder: Path) -> list[str]:
         """Write them."""
-        columns, heads = columns_kept(source), num_heads(source)
+        columns, heads = count_kept_columns(source), count_heads(source)
         shares: dict[str, list[float]] = {"attention": [], "mlp": []}
         rows = []
-        for matrix in outputs(source):
+        for matrix in select_outputs(source):
             width = matrix.shape[1] // heads if matrix.part == "attention" else 1
             share = _sparsity(columns[matrix.module] // width, matrix.shape[1] // width)
             shares[matrix.part].append(share)
-            rows.append(Rounded(matrix.module, 0, matrix.sparsity, share))
-        hidden = outputs(source)[0].shape[0]
+            rows.append(RoundedLevel(matrix.module, 0, matrix.sparsity, share))
+        hidden = select_outputs(source)[0].shape[0]
         steps = {
             "weights_diff_mlp": _CHANNELS * hidden,
             "weights_diff_mha": hidden * (hidden // heads),
         }
-        sparsity = sum(row.wanted for row in rows) / len(rows)
+        sparsity = sum(row.planned for row in rows) / len(rows)
         metadata = {
             "sparsity": sparsity,
             "mha_sparsity": shares["attention"],
@@ -76,13 +78,18 @@ class Tyr(Target):
             "num_sparsity_levels": _LEVELS,
         }
         write_levels(folder, sorted(rows, key=lambda row: row.module), metadata, _readme(sparsity, steps))
-        verify = write_verify(folder, source, shapes=dense_shapes(source), kept=zeroed(source, columns))
+        verify = write_verify(
+            folder, source, shapes=list_dense_shapes(source), kept=count_kept_if_zeroed(source, columns)
+        )
         return [
-            *lost(rows, sum(m.kept for m in source.matrices), shrunk(source, columns)),
+            *describe_loss(rows, sum(m.kept for m in source.matrices), count_kept_if_shrunk(source, columns)),
             "Týr zeroes columns of output projections and keeps every shape; it chooses single heads, and keys and "
             "values that heads share stay",
             f"next: README.txt; then {verify}",
         ]
+
+
+TARGET = Tyr()
 
 
 def _sparsity(kept: int, total: int) -> float:
@@ -90,7 +97,7 @@ def _sparsity(kept: int, total: int) -> float:
 
 
 def _readme(sparsity: float, steps: dict[str, int]) -> list[str]:
-    prune = command(
+    prune = format_command(
         *("torchrun", "--nproc_per_node=1", "prune_to_supernet.py", "--model_name_or_path", "MODEL"),
         *("--prunable_modules", "^(?!.*(?:embedding|emb|head)).+$"),
         *("--pre_block_modules", "model.embed_tokens", "model.rotary_emb", "--block_modules", "model.layers"),

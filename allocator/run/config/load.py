@@ -1,4 +1,4 @@
-"""Reading a configuration: one strict file, overridden by options, overridden by ``a.b=c`` assignments."""
+"""Building a configuration: one strict file, overridden by options, overridden by ``a.b=c`` assignments."""
 
 from __future__ import annotations
 
@@ -11,7 +11,44 @@ import yaml
 from pydantic import ValidationError
 
 from allocator.core.errors import UserError, did_you_mean
+from allocator.run.config.options import RunOptions
 from allocator.run.config.run import RunConfig
+
+_NESTED = {"method": "search.method", "budget": "search.budget"}
+"""Options whose key in a run file is inside a section."""
+
+
+def build_config(
+    model: Path | str | None = None,
+    config: RunConfig | Path | str | None = None,
+    options: Mapping[str, Any] | None = None,
+    resume: bool = False,
+) -> RunConfig:
+    """Return the configuration that a verb was called with.
+
+    Args:
+        model: A Hugging Face folder or hub id. None for that of ``config``, or for the packaged model.
+        config: A configuration, or a run file. Options override it.
+        options: See :class:`RunOptions`. None values are ignored.
+        resume: Whether the run of this name is resumed: its own ``run.yaml`` then comes before the defaults.
+
+    Raises:
+        UserError: An option or a key is unknown, a value is not allowed, or the file cannot be read.
+    """
+    given = {name: value for name, value in (options or {}).items() if value is not None}
+    if unknown := sorted(given.keys() - RunOptions.__annotations__.keys()):
+        raise UserError(f"unknown option {unknown[0]!r}{did_you_mean(unknown[0], RunOptions.__annotations__)}")
+    assignments = [f"{_NESTED[name]}={given.pop(name)}" for name in _NESTED if name in given]
+    assignments += given.pop("settings", ())
+    keys = {**given, **({} if model is None else {"model": str(model)})}
+    if not isinstance(config, RunConfig):
+        return load_config(None if config is None else Path(config), keys, assignments, resume)
+    if not keys and not assignments:
+        return config
+    data = {**config.model_dump(exclude_unset=True), **keys}
+    for assignment in assignments:
+        assign(data, assignment)
+    return validate(data)
 
 
 def load_config(

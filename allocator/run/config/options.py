@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypedDict, get_args, get_type_hints
-
-from allocator.core.errors import UserError, did_you_mean
-from allocator.run.config.load import assign, load_config, validate
-from allocator.run.config.run import RunConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,43 +60,7 @@ class RunOptions(TypedDict, total=False):
     ]
 
 
-_NESTED = {"method": "search.method", "budget": "search.budget"}
-
-
 def list_flags() -> dict[str, tuple[Any, Flag]]:
     """Return the type and the flag of every option."""
     hints = get_type_hints(RunOptions, include_extras=True)
     return {name: (get_args(hint)[0], get_args(hint)[1]) for name, hint in hints.items()}
-
-
-def build_config(
-    model: Path | str | None = None,
-    config: RunConfig | Path | str | None = None,
-    options: Mapping[str, Any] | None = None,
-    resume: bool = False,
-) -> RunConfig:
-    """Return the configuration that a verb was called with.
-
-    Args:
-        model: A Hugging Face folder or hub id. None for that of ``config``, or for the packaged model.
-        config: A configuration, or a run file. Options override it.
-        options: See :class:`RunOptions`. None values are ignored.
-        resume: Whether the run of this name is resumed: its own ``run.yaml`` then comes before the defaults.
-
-    Raises:
-        UserError: An option or a key is unknown, a value is not allowed, or the file cannot be read.
-    """
-    given = {name: value for name, value in (options or {}).items() if value is not None}
-    if unknown := sorted(given.keys() - RunOptions.__annotations__.keys()):
-        raise UserError(f"unknown option {unknown[0]!r}{did_you_mean(unknown[0], RunOptions.__annotations__)}")
-    assignments = [f"{_NESTED[name]}={given.pop(name)}" for name in _NESTED if name in given]
-    assignments += given.pop("settings", ())
-    keys = {**given, **({} if model is None else {"model": str(model)})}
-    if not isinstance(config, RunConfig):
-        return load_config(None if config is None else Path(config), keys, assignments, resume)
-    if not keys and not assignments:
-        return config
-    data = {**config.model_dump(exclude_unset=True), **keys}
-    for assignment in assignments:
-        assign(data, assignment)
-    return validate(data)

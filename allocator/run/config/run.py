@@ -81,7 +81,7 @@ class RunConfig(StrictModel):
 
     model: str = PACKAGED
     text: Path | None = None
-    domains: dict[DomainName, Path | None] = {}
+    domains: dict[DomainName, Path | None] = Field(default_factory=dict)
     family: Path | None = None
     pattern: Pattern = "structured"
     target: float | None = None

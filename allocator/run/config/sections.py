@@ -142,7 +142,7 @@ class WorkerSettings(StrictModel):
     """
 
     gpus: float = Field(default=1.0, gt=0)
-    resources: dict[str, Annotated[float, Field(gt=0)]] = {}
+    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
 
     @field_validator("gpus")
     @classmethod

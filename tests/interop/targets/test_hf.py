@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlamaForCausalLM
 
-from allocator.commands import api
+import allocator as api
 from allocator.core.errors import UserError
 from allocator.interop.targets.hf import HuggingFace
 from allocator.model.checkpoint.headers import read_checkpoint
@@ -169,7 +169,7 @@ def test_a_checkpoint_must_be_there(structured: Any, unstructured: Any, tmp_path
     plan = tmp_path / "plan.json"
     shutil.copy(structured.folder / "plan.json", plan)
     for target in ("hf", "hf-padded"):
-        with pytest.raises(UserError, match=r"there is no checkpoint beside the plan\. Make it .*prune PLAN"):
+        with pytest.raises(UserError, match=r"there is no checkpoint next to the plan\. Make it .*prune PLAN"):
             api.export(plan, target, tmp_path / "out", model=structured.model)
         with pytest.raises(UserError, match=r"there is no checkpoint at .*nowhere\. Make it .*--checkpoint FOLDER"):
             api.export(plan, target, tmp_path / "out", model=structured.model, checkpoint=tmp_path / "nowhere")

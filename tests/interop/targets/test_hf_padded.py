@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from allocator.commands import api
+import allocator as api
 from allocator.core.errors import UserError
 
 # attention, mlp, attention, mlp, ...: of two KV groups 0 is both, 2 none; of 48 channels level n keeps 48 - 6 n

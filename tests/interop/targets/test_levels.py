@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from allocator.core.errors import UserError
-from allocator.interop.contract import check
+from allocator.interop.contract import check_target
+from allocator.interop.levels import apportion
 from allocator.interop.targets.darwinlm import DarwinLM
 from allocator.interop.targets.evopress import EvoPress
-from allocator.interop.targets.levels import apportion
 from allocator.interop.targets.tyr import Tyr
 
 
@@ -167,7 +167,7 @@ def test_models_that_a_peer_does_not_know_are_refused(
     execute: Callable[..., Any], tiny_qwen2: Path, make_model: Callable[..., Path]
 ) -> None:
     with pytest.raises(UserError, match=r"Týr serves models of type llama.*'qwen2'"):
-        check(Tyr(), execute(tiny_qwen2, "structured").source)
+        check_target(Tyr(), execute(tiny_qwen2, "structured").source)
     wide = execute(make_model("llama", head_dim=16), "structured")
     with pytest.raises(UserError, match=r"hidden_size / 4.*\[32, 64\]"):
-        check(DarwinLM(), wide.source)
+        check_target(DarwinLM(), wide.source)

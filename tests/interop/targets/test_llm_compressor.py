@@ -11,9 +11,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from allocator.commands import api
+import allocator as api
 from allocator.core.errors import UserError
-from allocator.interop.contract import check
+from allocator.interop.contract import check_target
 from allocator.interop.targets.llm_compressor import LlmCompressor
 from allocator.model.family.schema import families_folder
 
@@ -88,10 +88,10 @@ def test_groups_are_never_cut_by_what_sparsegpt_solves_at_once(
 def test_what_cannot_be_run_is_refused(execute: Callable[..., Any], tiny_model: Path, unstructured: Any) -> None:
     magnitude = execute(tiny_model, "unstructured", ["pruner.name=magnitude"])
     with pytest.raises(UserError, match=r"for magnitude. Use --to torchao"):
-        check(LlmCompressor(), magnitude.source)
+        check_target(LlmCompressor(), magnitude.source)
     source = unstructured.source
     with pytest.raises(UserError, match="removes nothing"):
-        check(LlmCompressor(), replace(source, plan=replace(source.plan, allocation=source.plan.space.dense)))
+        check_target(LlmCompressor(), replace(source, plan=replace(source.plan, allocation=source.plan.space.dense)))
 
 
 PLANS: dict[str, tuple[dict[str, Any], str, list[str]]] = {

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from allocator.commands import api
+import allocator as api
 from allocator.core.errors import UserError
 from allocator.core.space import Unit
-from allocator.interop.contract import check
+from allocator.interop.contract import check_target
 from allocator.interop.targets.torch_pruning import TorchPruning, _ratio
 from allocator.model.checkpoint.headers import read_checkpoint
 
@@ -65,15 +65,15 @@ def test_what_torch_pruning_cannot_do_is_refused(
 ) -> None:
     for executed in (structured, query_heads):
         with pytest.raises(UserError, match=r"cannot remove the whole of model\.layers\.\d\.self_attn, "):
-            check(TorchPruning(), executed.source)
+            check_target(TorchPruning(), executed.source)
     half = ["ladder.sparsities=[0.5]"]
     with pytest.raises(UserError, match=r"no KV head, and the plan takes KV groups of model\.layers\.0\.self_attn"):
-        check(TorchPruning(), execute(tiny_model, "structured", half, first=1).source)
+        check_target(TorchPruning(), execute(tiny_model, "structured", half, first=1).source)
     channels = execute(tiny_model, "structured", half).source
-    check(TorchPruning(), channels)
+    check_target(TorchPruning(), channels)
     plan = replace(channels.plan, pruner={**channels.plan.pruner, "bias": True})
     with pytest.raises(UserError, match="adds no bias"):
-        check(TorchPruning(), replace(channels, plan=plan))
+        check_target(TorchPruning(), replace(channels, plan=plan))
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "phi3", "gpt_neox", "falcon"])

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from allocator.commands import api
-from allocator.interop.targets.matrices import share
+from allocator.interop.matrices import round_share_up
 
 
 @given(st.integers(1, 10**12), st.integers(1, 16384), st.data())
 def test_a_share_is_whole_again_for_who_rounds_down(rows: int, columns: int, data: st.DataObject) -> None:
     part = data.draw(st.integers(0, columns))
-    level = share(rows * part, rows * columns)
+    level = round_share_up(rows * part, rows * columns)
     assert 0 <= level <= 1
     for whole, wanted in ((columns, part), (rows * columns, rows * part)):
         assert int(whole * level) == round(whole * level) == wanted

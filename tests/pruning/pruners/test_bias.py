@@ -14,7 +14,7 @@ from allocator.pruning.levels.execute import save_pruned
 from allocator.pruning.pruners.protocol import PrunerSpec
 from allocator.pruning.pruners.registry import make_pruner
 from allocator.run.config.load import load_config
-from allocator.run.job import read_model
+from allocator.run.model import read_model
 
 MODELS = {
     "llama": ("llama", {}, "kv_groups"),

@@ -16,7 +16,7 @@ from allocator.pruning.calibration.build import prune_on_pruned_inputs
 from allocator.pruning.levels.assemble import Assembler, LevelSwitch
 from allocator.pruning.levels.execute import save_pruned
 from allocator.run.config.load import load_config
-from allocator.run.job import read_model
+from allocator.run.model import read_model
 
 SHAPE = {"hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}
 MODELS = {

@@ -1,4 +1,4 @@
-"""What a plan keeps of every weight matrix, which is what other tools ask for."""
+"""What a plan keeps of every weight matrix; other tools take plans in these terms."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class Matrix:
     """One matrix of a unit, and what a plan keeps of it.
 
     Attributes:
-        module: Its module's name.
-        unit: The plan's unit that decides.
+        module: The name of its module.
+        unit: The unit of the plan that it belongs to.
         part: ``attention`` or ``mlp``.
         block: Index of the block.
         shape: Rows and columns in the dense model.
-        kept_shape: Rows and columns that stay; (0, 0) where its unit is gone. Masks leave the dense shape.
-        kept: Weights that stay.
-        group: (n, m) where of every m consecutive weights of a row n stay, by an N:M plan; else None.
+        kept_shape: Rows and columns that stay; (0, 0) where the unit is removed. Masks leave the dense shape.
+        kept: Number of weights that stay.
+        group: (n, m) for an N:M plan, where n of every m consecutive weights of a row stay; otherwise None.
     """
 
     module: str
@@ -42,52 +42,52 @@ class Matrix:
 
     @property
     def size(self) -> int:
-        """Weights in the dense model."""
+        """Number of weights in the dense model."""
         return self.shape[0] * self.shape[1]
 
     @property
     def sparsity(self) -> float:
-        """Share of its weights that goes, in [0, 1]."""
+        """Share of its weights that is removed, in [0, 1]."""
         return 1.0 - self.kept / self.size
 
     @property
     def zeros(self) -> int:
-        """Weights of the executed matrix that are masked."""
+        """Number of masked weights in the executed matrix."""
         return self.kept_shape[0] * self.kept_shape[1] - self.kept
 
 
-def share(part: int, whole: int) -> float:
-    """Return ``part / whole``, rounded up: who multiplies and rounds, to the nearest or down, has ``part`` again."""
+def round_share_up(part: int, whole: int) -> float:
+    """Return ``part / whole``, rounded up, so that its product with ``whole`` is ``part`` also when rounded down."""
     quotient = part / whole
     return quotient if Fraction(quotient) >= Fraction(part, whole) else math.nextafter(quotient, math.inf)
 
 
-def matrices(
+def list_matrices(
     plan: Plan, checkpoint: Checkpoint, layout: Layout, experts: Mapping[str, Collection[int]] = MappingProxyType({})
 ) -> tuple[Matrix, ...]:
-    """Return the matrices of all units, in the order of blocks, and in a block of the family's file.
+    """List the matrices of all units, block by block, in the order of the family's file.
 
     Args:
         plan: A plan for the model.
         checkpoint: The dense model.
-        layout: Where the plan's units are in it.
-        experts: Numbers of the experts that stay, by unit: a plan says how many alone.
+        layout: The places of the plan's units in the model.
+        experts: Numbers of the experts that stay, by unit; a plan has only their count.
 
     Raises:
-        UserError: A unit of whole experts loses some, and which is not said.
+        UserError: A unit loses some of its experts, and ``experts`` does not tell which.
     """
     levels = {unit.name: (unit, level) for unit, level in zip(plan.space.units, plan.allocation, strict=True)}
-    found: list[Matrix] = []
+    matrices: list[Matrix] = []
     for sub_block in layout.sub_blocks:
-        found += (
-            _of_experts(sub_block, *levels[sub_block.name], experts, checkpoint)
+        matrices += (
+            _list_expert_matrices(sub_block, *levels[sub_block.name], experts, checkpoint)
             if sub_block.experts
-            else _of_site(sub_block, levels, checkpoint)
+            else _list_sub_block_matrices(sub_block, levels, checkpoint)
         )
-    return tuple(found)
+    return tuple(matrices)
 
 
-def _of_experts(
+def _list_expert_matrices(
     sub_block: SubBlock, unit: Unit, level: int, experts: Mapping[str, Collection[int]], checkpoint: Checkpoint
 ) -> Iterator[Matrix]:
     count = unit.kept[level]
@@ -110,7 +110,9 @@ def _of_experts(
         )
 
 
-def _of_site(sub_block: SubBlock, levels: dict[str, tuple[Unit, int]], checkpoint: Checkpoint) -> Iterator[Matrix]:
+def _list_sub_block_matrices(
+    sub_block: SubBlock, levels: dict[str, tuple[Unit, int]], checkpoint: Checkpoint
+) -> Iterator[Matrix]:
     def shape(module: str) -> tuple[int, int]:
         rows, columns = checkpoint.shapes[f"{module}.weight"]
         return rows, columns
@@ -126,7 +128,7 @@ def _of_site(sub_block: SubBlock, levels: dict[str, tuple[Unit, int]], checkpoin
         return
     unit, level = levels[sub_block.name]
     items, inputs = unit.kept[level], sub_block.rows
-    for module in _modules(sub_block, checkpoint):
+    for module in _list_modules(sub_block, checkpoint):
         rows, columns = shape(module)
         if items == 0:
             left = (0, 0)
@@ -137,6 +139,6 @@ def _of_site(sub_block: SubBlock, levels: dict[str, tuple[Unit, int]], checkpoin
         yield Matrix(module, sub_block.name, sub_block.part, sub_block.block, (rows, columns), left, left[0] * left[1])
 
 
-def _modules(sub_block: SubBlock, checkpoint: Checkpoint) -> list[str]:
-    """Return the matrices of a sub-block, also those that stay as long as anything does (key and value of heads)."""
+def _list_modules(sub_block: SubBlock, checkpoint: Checkpoint) -> list[str]:
+    """List the matrices of a sub-block, including those that are never cut in part (key and value of heads)."""
     return [*sub_block.modules[:-1], *retained_matrices(sub_block, checkpoint), sub_block.output]
