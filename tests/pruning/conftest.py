@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from allocator.core.space import SearchSpace
 from allocator.model.checkpoint.headers import Checkpoint, read_checkpoint
+from allocator.model.data.examples import Examples
 from allocator.model.family.layout import Layout, resolve_layout
 from allocator.model.family.schema import Attention, Experts
 from allocator.model.family.space import build_space
@@ -49,7 +50,7 @@ class Case:
             layout=self.layout,
             space=self.space,
             pruner=self.pruner,
-            examples=self.tokens,
+            examples=Examples.from_ids(self.tokens),
         )
 
 
@@ -84,7 +85,12 @@ def make_case():
         compact = dict(
             prune_on_dense_inputs(
                 Calibration(
-                    walker=walker, checkpoint=checkpoint, layout=layout, space=space, pruner=pruner, examples=tokens
+                    walker=walker,
+                    checkpoint=checkpoint,
+                    layout=layout,
+                    space=space,
+                    pruner=pruner,
+                    examples=Examples.from_ids(tokens),
                 )
             )
         )
