@@ -92,7 +92,7 @@ def make_case(name: str, folder: Path) -> Case:
     vocabulary = checkpoint.config["vocab_size"]
     tokens = np.random.default_rng(0).integers(0, vocabulary, size=(8, length))
     calibration = EngineSpec(checkpoint=checkpoint, layout=layout, space=space, pruner=Obs()).calibration(
-        torch.from_numpy(tokens)
+        Examples.from_ids(tokens)
     )
     builder = StoreBuilder(folder / "levels", {})
     store = builder.finish(builder.fill(prune_on_dense_inputs(calibration)))
@@ -131,8 +131,9 @@ def floor(case: Case, scratch: Path) -> list[Row]:
     def plain(model: torch.nn.Module) -> None:
         for batch in batches:
             targets = batch.kept or engine._teacher._targets(batch)
-            logits_btv = model(batch.tokens_bt, use_cache=False).logits
-            divergence(targets, logits_btv, lambda logits_nv: logits_nv, batch.tokens_bt)
+            tokens_bt = batch.examples.inputs["input_ids"]
+            logits_btv = model(tokens_bt, use_cache=False).logits
+            divergence(targets, logits_btv, lambda logits_nv: logits_nv, tokens_bt)
 
     for share in SHARES:
         allocations = [case.random(share, seed) for seed in range(3)]
@@ -240,7 +241,10 @@ def _ours(checkpoint, layout, space, store, job, tokens) -> Callable[[Allocation
     from allocator.pruning.levels.store import open_store
 
     levels = open_store(store, {})
-    engine = Engine(EngineSpec(checkpoint=checkpoint, layout=layout, space=space, store=levels), {"search": tokens})
+    engine = Engine(
+        EngineSpec(checkpoint=checkpoint, layout=layout, space=space, store=levels),
+        {"search": Examples.from_ids(tokens)},
+    )
     engine.measure(Request(space.dense, tokens.size))
     seen: set[tuple[str, int]] = set()
 
@@ -322,7 +326,8 @@ def _bound(case: Case, engine: Engine, allocations: Sequence[Allocation]) -> flo
     """
     walker = engine._walker
     batches = engine._teacher.batches("search", case.tokens.size, "kl")
-    hidden = [torch.randn(*batch.tokens_bt.shape, case.spec.checkpoint.config["hidden_size"]) for batch in batches]
+    width = case.spec.checkpoint.config["hidden_size"]
+    hidden = [torch.randn(*batch.examples.inputs["input_ids"].shape, width) for batch in batches]
     pairs = list(zip(batches, hidden, strict=True))
     judging, heading = [], []
     with torch.inference_mode():

@@ -87,7 +87,7 @@ def half(one: EngineSpec) -> Allocation:
 
 def build_dense(folder: Path) -> None:
     shutil.rmtree(folder / "levels", ignore_errors=True)
-    calibration = spec(folder).calibration(torch.from_numpy(tokens("calibration")))
+    calibration = spec(folder).calibration(Examples.from_ids(tokens("calibration")))
     builder = StoreBuilder(folder / "levels", {})
     builder.finish(builder.fill(prune_on_dense_inputs(calibration)))
 
@@ -95,7 +95,7 @@ def build_dense(folder: Path) -> None:
 def build_path(folder: Path) -> None:
     shutil.rmtree(folder / "levels-path", ignore_errors=True)
     one = spec(folder)
-    calibration = one.calibration(torch.from_numpy(tokens("calibration")))
+    calibration = one.calibration(Examples.from_ids(tokens("calibration")))
     builder = StoreBuilder(folder / "levels-path", {})
     builder.finish(builder.fill(prune_on_pruned_inputs(calibration, half(one), every_level=True)))
 

@@ -210,7 +210,7 @@ class Simulated(RayPool):
         # as long to a mean time as the default is to an evaluation of ten seconds
         super().__init__(spec, {"search": np.zeros((8, TOKENS // 8))}, workers, patience_s=max(mean_s, 0.05))
 
-    def _hire(self) -> Any:
+    def _start_actor(self) -> Any:
         return ray.remote(Waiter).options(num_cpus=1).remote(*self._waiting)
 
     def fit_to_budget(self, stragglers: float) -> None:

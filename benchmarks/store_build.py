@@ -12,6 +12,7 @@ import torch
 
 from allocator.core.space import SearchSpace
 from allocator.evaluation.spec import EngineSpec
+from allocator.model.data.examples import Examples
 from allocator.model.family.space import build_space
 from allocator.model.live.stream import StreamedWalker
 from allocator.model.live.write import read_tensors
@@ -61,7 +62,7 @@ def _calibration(spec: EngineSpec, space: SearchSpace, pruner: LocalPruner, toke
         layout=spec.layout,
         space=space,
         pruner=pruner,
-        shown=tokens_nt,
+        examples=Examples.from_ids(tokens_nt),
     )
 
 

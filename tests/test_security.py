@@ -55,7 +55,7 @@ def test_nothing_that_is_read_is_run(path: Path) -> None:
             assert given["trust_remote_code"] == "False", "or transformers asks on the terminal"
         if called == "torch.load":  # of other tools' levels, which say in such a file what they mean
             assert given["weights_only"] == "True"
-            assert path.relative_to(ROOT).as_posix() == "interop/readers/ratios.py"
+            assert path.relative_to(ROOT).as_posix() == "interop/readers/levels.py"
         if called in ("np.load", "numpy.load"):
             assert given["allow_pickle"] == "False"
 

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from allocator.commands.evaluators import connect, open_evaluator
+from allocator.core.errors import UserError
 from allocator.core.files import write_json
 from allocator.core.journal import Journal
 from allocator.core.plan import Plan
 from allocator.core.protocols import Outcome
 from allocator.evaluation.spec import EngineSpec, Evaluator
 from allocator.pruning.levels.store import LevelStore
+from allocator.pruning.pruners.protocol import LocalPruner
 from allocator.run.config.load import build_config
 from allocator.run.config.run import RunConfig
 from allocator.run.directory import check_folder, create_run, reopen_run, start_next_round
@@ -30,6 +32,8 @@ from allocator.run.recorder import Recorder
 from allocator.run.reporting import Reporter, Silent
 from allocator.run.result import make_run_plan, summarise_run
 from allocator.run.rounds import prepare_next_round
+from allocator.searchers.problem import MethodSettings
+from allocator.searchers.settings import CUSTOM
 from allocator.searchers.study import Decision, Study, run_study
 
 if TYPE_CHECKING:
@@ -68,6 +72,8 @@ def search(
     model: str | Path | None = None,
     *,
     config: RunConfig | Path | str | None = None,
+    searcher: MethodSettings | None = None,
+    pruner: LocalPruner | None = None,
     resume: bool = False,
     reporter: Reporter | None = None,
     **options: Unpack[RunOptions],
@@ -77,6 +83,8 @@ def search(
     Args:
         model: A Hugging Face folder or hub id. None for that of ``config``, or for the packaged model.
         config: A configuration or a run file, which options override.
+        searcher: Settings of a searcher of your own, in place of ``method``. Ray workers never see it.
+        pruner: A local pruner of your own, in place of ``pruner.name``. Ray workers must be able to import its class.
         resume: Continue the run of this name. What it measured is not measured again.
         reporter: Receives progress.
         options: See :class:`~allocator.run.config.options.RunOptions`.
@@ -84,27 +92,37 @@ def search(
     Raises:
         UserError: An input is wrong. The message says what to do. Nothing was written.
     """
-    return run_search(build_config(model, config, options, resume), resume, reporter)
+    given: dict[str, Any] = {**options}
+    if searcher is not None:
+        if options.get("method") is not None:
+            raise UserError("method: searcher takes its place. Leave one of them out")
+        given["method"] = CUSTOM
+    settings = build_config(model, config, given, resume)
+    if searcher is not None:
+        settings = settings.model_copy(update={"search": settings.search.with_custom(searcher)})
+    return run_search(settings, resume, reporter, pruner)
 
 
-def run_search(config: RunConfig, resume: bool = False, reporter: Reporter | None = None) -> SearchResult:
+def run_search(
+    config: RunConfig, resume: bool = False, reporter: Reporter | None = None, pruner: LocalPruner | None = None
+) -> SearchResult:
     """Search as a configuration says. See :func:`search`."""
     with Recorder(reporter or Silent()) as recorder:
-        return _Run(config, resume, recorder).run()
+        return _Run(config, resume, recorder, pruner).run()
 
 
 class _Run:
     """A search from its first check to its report."""
 
-    def __init__(self, config: RunConfig, resume: bool, recorder: Recorder) -> None:
-        self._config, self._resume, self._recorder = config, resume, recorder
+    def __init__(self, config: RunConfig, resume: bool, recorder: Recorder, pruner: LocalPruner | None) -> None:
+        self._config, self._resume, self._recorder, self._pruner = config, resume, recorder, pruner
         self._wall_s: dict[str, float] = {}
 
     def run(self) -> SearchResult:
         recorder, folder = self._recorder, self._config.folder
         check_folder(folder, self._resume)
         recorder.start_phase("checking")
-        job = prepare_job(self._config, recorder.notify)
+        job = prepare_job(self._config, recorder.notify, self._pruner)
         if job.config.device == "cuda" and job.config.search.training:
             recorder.notify("notice: GPUs sum gradients in an order of their own; the plan may differ by rounding")
         start_s = time.perf_counter()

@@ -108,9 +108,7 @@ class Expander:
         batches' positions tell the size of changes.
         """
         walker, space = self._walker, self._space
-        count = sum(
-            batch.examples.num_tokens for batch in batches
-        )  # what examples count as: not what every block reads
+        count = sum(batch.examples.num_tokens for batch in batches)  # a block may read more or fewer positions
         between: list[list[torch.Tensor]] = []
         sums: list[LossSums] = []
         gradients: list[torch.Tensor] = []

@@ -27,7 +27,7 @@ class LocalEvaluator:
 
         Args:
             spec: What the engine is made from.
-            tokens: The examples of each split.
+            tokens: Examples of each split.
             notify: Called with a message for the user.
         """
         self._spec, self._tokens, self._notify = spec, tokens, notify

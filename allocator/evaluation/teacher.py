@@ -32,7 +32,7 @@ class TeacherBatch:
 
     Attributes:
         loss: What the student is judged by.
-        examples: The sequences, or other examples.
+        examples: The batch itself.
         labels_bp: What the text or the labels want at every position that has logits; -100 where they want nothing.
         hidden_btd: What leaves the last block, where it is needed again.
         kept: The distributions, if there was room for them.

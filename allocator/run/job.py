@@ -135,6 +135,7 @@ class Job:
             "text": self.text_fingerprints,
             "space": fingerprint(self.space.to_json()),
             **{f"pruner.{key}": value for key, value in self.pruner_id.items()},
+            **({"searcher": custom} if (custom := self.config.search.custom_identity()) else {}),
         }
 
     def engine_spec(self, store: LevelStore | None) -> EngineSpec:
@@ -181,7 +182,7 @@ class Job:
             model=self.model_id,
             pruner=self.pruner_id,
             asked=config.asked,
-            method=config.search.method,
+            method=config.search.method_name,
             seed=config.seed,
             loss=config.loss,
             objectives=config.objectives,

@@ -48,7 +48,7 @@ def summarise_run(
         "pattern": space.pattern,
         "asked": job.config.asked,
         "target": job.target,
-        "method": job.config.search.method,
+        "method": job.config.search.method_name,
         "seed": job.config.seed,
         "budget": plan.to_json()["budget"],
         "measured": {name: dict(figures) for name, figures in plan.measured.items()},

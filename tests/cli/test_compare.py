@@ -204,4 +204,4 @@ def test_from_python(tiny_model: Path, text_folder: Path, tmp_path: Path, sets: 
     shutil.copy(finished / "plan.json", tmp_path / "mine.json")
     more = allocator.compare(tiny_model, plans=[tmp_path / "mine.json"], resume=True, **where)
     assert more.measured["plan mine"] == more.measured["plan finished"]
-    assert Plan.load(tmp_path / "mine.json").allocation == tuple(more["allocations"]["plan mine"]["levels"])
+    assert Plan.load(tmp_path / "mine.json").allocation == tuple(more.data["allocations"]["plan mine"]["levels"])

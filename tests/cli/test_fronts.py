@@ -176,7 +176,9 @@ def test_other_methods_find_fronts(method: str, tiny_model: Path, text_folder: P
     assert plan.space.cost(plan.allocation) <= plan.space.limit_for(0.3)
 
 
-@pytest.mark.parametrize("method", ["sweep", "auto", "nsga2", "tpe"])
+@pytest.mark.parametrize(
+    "method", ["sweep", "auto", *(pytest.param(m, marks=pytest.mark.slow) for m in ("nsga2", "tpe"))]
+)
 def test_killed_and_resumed_to_the_same_front(
     method: str, swept: Path, tiny_model: Path, text_folder: Path, tmp_path: Path
 ) -> None:

@@ -58,7 +58,7 @@ def _trainer(spec, texts, dtype=torch.float32):
 
 
 def _train(candidate, texts, until):
-    candidate.train(torch.from_numpy(texts["training"]), until, torch.float32)
+    candidate.train(torch.from_numpy(texts["training"].inputs["input_ids"]), until, torch.float32)
     return candidate
 
 
@@ -142,8 +142,8 @@ def test_training_that_goes_on_is_training_from_the_start(trained_spec, texts, p
         going_on.train(Request(allocation, 32 * steps, training=steps * 2 * LENGTH), keep=True)
     assert len(list(spec.training.folder.iterdir())) == 2
     last = Request(allocation, 352, training=8 * 2 * LENGTH)
-    found = _weights(going_on.trained(last, keep=False))
-    expected = _weights(_trainer(dataclasses.replace(spec, training=anew), texts).trained(last, keep=False))
+    found = _weights(going_on.train(last, keep=False))
+    expected = _weights(_trainer(dataclasses.replace(spec, training=anew), texts).train(last, keep=False))
     assert resumed == [2 * LENGTH, 6 * LENGTH]
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
@@ -153,11 +153,11 @@ def test_a_state_cut_short_is_as_none(trained_spec, texts):
     spec = trained_spec("structured")
     allocation = _some(spec.space)
     first, second = (Request(allocation, tokens, training=4 * tokens) for tokens in (32, 64))
-    expected = _weights(_trainer(spec, texts).trained(second, keep=False))
-    _trainer(spec, texts).trained(first, keep=True)
+    expected = _weights(_trainer(spec, texts).train(second, keep=False))
+    _trainer(spec, texts).train(first, keep=True)
     (state,) = spec.training.folder.iterdir()
     state.write_bytes(state.read_bytes()[:1000])
-    found = _weights(_trainer(spec, texts).trained(second, keep=False))
+    found = _weights(_trainer(spec, texts).train(second, keep=False))
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
 
 

@@ -13,11 +13,13 @@ from safetensors.torch import load_file, save_file
 
 from allocator.core.space import SearchSpace
 from allocator.model.checkpoint.headers import Checkpoint, read_checkpoint
-from allocator.model.family.layout import Layout, open_model, resolve_layout
+from allocator.model.data.examples import Examples
+from allocator.model.family.layout import Layout, resolve_layout
 from allocator.model.family.schema import Attention, Experts
 from allocator.model.family.space import build_space
 from allocator.model.live.load import load_model
 from allocator.model.live.walk import BlockWalker
+from allocator.model.open import open_model
 from allocator.pruning.calibration.build import prune_on_dense_inputs
 from allocator.pruning.calibration.problem import Calibration
 from allocator.pruning.pruners.protocol import LocalPruner, PrunerSpec
@@ -48,7 +50,7 @@ class Case:
             layout=self.layout,
             space=self.space,
             pruner=self.pruner,
-            examples=self.tokens,
+            examples=Examples.from_ids(self.tokens),
         )
 
 
@@ -83,7 +85,12 @@ def make_case():
         compact = dict(
             prune_on_dense_inputs(
                 Calibration(
-                    walker=walker, checkpoint=checkpoint, layout=layout, space=space, pruner=pruner, examples=tokens
+                    walker=walker,
+                    checkpoint=checkpoint,
+                    layout=layout,
+                    space=space,
+                    pruner=pruner,
+                    examples=Examples.from_ids(tokens),
                 )
             )
         )

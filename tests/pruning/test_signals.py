@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from allocator.core.errors import UserError
 from allocator.core.signals import QUANTILES, SIGNALS, Signals
+from allocator.model.data.examples import Examples
 from allocator.model.live.stream import StreamedWalker
 from allocator.pruning.calibration.problem import Calibration
 from allocator.pruning.signals import collect, hill_exponent
@@ -126,7 +127,7 @@ def test_a_streamed_model_gives_the_same_and_progress_is_told(structured, found)
         layout=structured.layout,
         space=structured.space,
         pruner=structured.pruner,
-        examples=structured.tokens,
+        examples=Examples.from_ids(structured.tokens),
         progress=steps.append,
     )
     again = collect(calibration, list(found.values))

@@ -277,7 +277,13 @@ def test_odd_models_and_texts_are_pruned_without_a_word(tiny_model, tmp_path, to
     text = torch.full((2, 16), 7) if odd == "one token again and again" else tokens(3, 5, 16)
     walker, own = BlockWalker(load_model(checkpoint), layout), make_pruner(PrunerSpec(name=pruner), pattern)
     calibration = Calibration(
-        walker=walker, checkpoint=checkpoint, layout=layout, space=space, pruner=own, examples=text, notify=heard.append
+        walker=walker,
+        checkpoint=checkpoint,
+        layout=layout,
+        space=space,
+        pruner=own,
+        examples=Examples.from_ids(text),
+        notify=heard.append,
     )
     along = tuple(1 for _ in space.units) if mode == "path" else None
     found = dict(
