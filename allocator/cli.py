@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import errno
-import inspect as signatures
 import json
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
-from functools import wraps
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from allocator.core.errors import UserError
-from allocator.run.config.options import RunOptions, list_flags
+from allocator.run.config.flags import take_options
+from allocator.run.config.options import RunOptions
+from allocator.run.stopping import explain_stop
 
 if TYPE_CHECKING:
     from allocator.commands.submit import SubmittedJob
-    from allocator.run.config.run import RunConfig
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -40,37 +38,8 @@ Run = Annotated[Path, typer.Argument(help="Folder of a run.")]
 _COMPARE = tuple(name for name in RunOptions.__annotations__ if name not in ("objectives", "method", "budget", "seed"))
 
 
-def _take(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add run options as flags to a command, which takes them as ``**options``."""
-    flags = list_flags()
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        declared = signatures.signature(command, eval_str=True).parameters.values()
-        parameters = [p for p in declared if p.kind is not p.VAR_KEYWORD]
-        for name in names:
-            kind, flag = flags[name]
-            words = f"{flag.help} [default: {flag.default}]" if flag.default else flag.help
-            spelling = flag.name or f"--{name.replace('_', '-')}"
-            option = typer.Option(spelling, metavar=flag.metavar or None, help=words)
-            value = (
-                list[str] | None if kind == Sequence[str] | None else Path | None if Path in get_args(kind) else kind
-            )
-            keyword = signatures.Parameter.KEYWORD_ONLY
-            parameters.append(signatures.Parameter(name, keyword, default=None, annotation=Annotated[value, option]))
-
-        @wraps(command)
-        def run(**values: Any) -> None:
-            # a flag that may be repeated and is not given is an empty list
-            command(**{name: None if name in names and value == [] else value for name, value in values.items()})
-
-        run.__signature__ = signatures.Signature(parameters)  # type: ignore[attr-defined]
-        return run
-
-    return decorate
-
-
 @app.command()
-@_take("pattern", "target", "constraints", "family", "settings")
+@take_options("pattern", "target", "constraints", "family", "settings")
 def inspect(
     model: ModelArgument = None,
     explain: Annotated[bool, typer.Option("--explain", help="Show which unit covers each matrix.")] = False,
@@ -85,34 +54,20 @@ def inspect(
         print(verbs.suggest_family(model), end="")
         return
     if explain:
-        covered = verbs.explain(model, **options)
-        if json_:
-            from dataclasses import asdict
+        from dataclasses import asdict
 
-            _emit([asdict(each) for each in covered])
-            return
         from allocator.report.tables.model import coverage_table
 
-        _print(coverage_table([(each.module, each.shape, each.count, each.by) for each in covered]))
+        covered = verbs.explain(model, **options)
+        rows = [(each.module, each.shape, each.count, each.by) for each in covered]
+        _answer(json_, [asdict(each) for each in covered], lambda _: [coverage_table(rows)])
         return
     space, summary = verbs.inspect(model, **options)
-    if json_:
-        _emit(summary)
-        return
-    from allocator.report.tables.formats import format_budget
-    from allocator.report.tables.model import format_alignment, format_undivided, space_table
-
-    _print(space_table(space))
-    if (line := format_undivided(space)) is not None:
-        _print(line)
-    budget = format_budget(summary["budget"])
-    _print(f"{summary['asked']}: {budget}; uniform has {summary['uniform']['params']:,} parameters")
-    if "align" in summary:
-        _print(format_alignment(summary["align"]))
+    _answer(json_, summary, lambda answers: answers.answer_inspection(space, summary))
 
 
 @app.command()
-@_take("family", "settings")
+@take_options("family", "settings")
 def latency(
     out: Annotated[Path, typer.Option(help="The table's file.")],
     model: Model = None,
@@ -126,17 +81,11 @@ def latency(
 
     with Live() as live:
         table = measure_latency(out, model, repeats=repeats, reporter=live, **options)
-    if json_:
-        _emit(table.model_dump(mode="json", by_alias=True))
-        return
-    from allocator.report.tables.model import latency_table
-
-    _print(latency_table(table))
-    _print(f"table  {out}\nnext   allocator search --constraint 'latency_ms <= 0.5x' --set workload.latency={out}")
+    _answer(json_, table.model_dump(mode="json", by_alias=True), lambda answers: answers.answer_latency(table, out))
 
 
 @app.command()
-@_take(*RunOptions.__annotations__)
+@take_options(*RunOptions.__annotations__)
 def search(
     file: RunFile = None,
     model: Model = None,
@@ -155,28 +104,14 @@ def search(
     config = build_config(model, file, options, resume)
     resume = resume or (resume_or_begin and config.folder.exists())
     # Ray tells of workers' deaths on standard output, which is for the answer alone
-    with _stoppable(config, "search"), redirect_stdout(sys.stderr), Live() as live:
+    with explain_stop(config, "search"), redirect_stdout(sys.stderr), Live() as live:
         result = run_search(config, resume, live)
-    if json_:
-        _emit({**result.summary, "folder": str(result.folder), "checkpoint": str(result.checkpoint)})
-        return
-    from allocator.report.tables.result import prediction_table, result_table
-
-    _print(result_table(result.summary))
-    if "latency" in result.summary:
-        _print(prediction_table(result.summary))
-    spent = result.summary["search"]
-    _print(
-        f"search      {spent['evaluations']:,} allocations measured; {spent['ended']}\n"
-        f"plan        {result.folder / 'plan.json'}\n"
-        f"checkpoint  {result.checkpoint}\n"
-        f"report      {result.folder / 'report.html'}\n"
-        f"next        allocator front {result.folder}"
-    )
+    data = {**result.summary, "folder": str(result.folder), "checkpoint": str(result.checkpoint)}
+    _answer(json_, data, lambda answers: answers.answer_search(result.summary, result.folder))
 
 
 @app.command()
-@_take("name", "runs_dir", "settings")
+@take_options("name", "runs_dir", "settings")
 def submit(
     file: Annotated[Path, typer.Argument(help="Run file in YAML.")],
     address: Annotated[
@@ -197,11 +132,7 @@ def submit(
         nonlocal stop
         stop = f"ray job stop --address {job.address} {job.job}"
         if not json_:
-            _print(
-                f"job   {job.job}, {job.size_bytes / 2**20:.1f} MiB sent\nrun   {job.run}\n"
-                f"next  allocator status {job.run}\n"
-                f"      ray job logs --follow --address {job.address} {job.job}\n      {stop}"
-            )
+            _answer(False, None, lambda answers: answers.answer_job(job.job, job.run, job.address, job.size_bytes))
 
     lines = (lambda text: print(text, end="", file=log, flush=True)) if follow else None
     try:
@@ -211,14 +142,16 @@ def submit(
             print(f"\nthe job goes on; stop it with:\n  {stop}", file=sys.stderr)
         raise typer.Exit(130) from None
     if json_:
-        _emit({"job": job.job, "run": str(job.run), **({"ended": job.status} if job.status else {})})
+        print(
+            json.dumps({"job": job.job, "run": str(job.run), **({"ended": job.status} if job.status else {})}, indent=1)
+        )
     if job.status not in (None, "SUCCEEDED"):
         print(f"error: {job.job} has {job.status.lower()}. Submit it again to continue", file=sys.stderr)
         raise typer.Exit(1)
 
 
 @app.command()
-@_take(*_COMPARE)
+@take_options(*_COMPARE)
 def compare(
     file: RunFile = None,
     rule: Annotated[
@@ -236,15 +169,10 @@ def compare(
 
     config = build_comparison_config(model, file, options, resume)
     asked = [*(f" --rule {name}" for name in rule or ()), *(f" --plan {path}" for path in plan or ())]
-    with _stoppable(config, "compare", "".join(asked)), redirect_stdout(sys.stderr), Live() as live:
+    with explain_stop(config, "compare", "".join(asked)), redirect_stdout(sys.stderr), Live() as live:
         found = run_comparison(config, rule or (), plan or (), resume, live)
-    if json_:
-        _emit({**found.data, "folder": str(found.folder)})
-        return
-    from allocator.report.tables.compare import comparison_table
-
-    _print(comparison_table(found.data))
-    _print(f"comparison  {found.folder / 'compare.json'}")
+    data = {**found.data, "folder": str(found.folder)}
+    _answer(json_, data, lambda answers: answers.answer_comparison(found.data, found.folder))
 
 
 @app.command()
@@ -253,14 +181,7 @@ def status(run: Run, json_: Json = False) -> None:
     from allocator.run.status import read_status
 
     found = read_status(run)
-    if json_:
-        _emit(found)
-        return
-    from allocator.report.tables.status import format_status
-
-    _print(format_status(found))
-    if found["state"] in ("stopped", "failed", "lost"):
-        _print("next        resume it with --resume, or submit it again")
+    _answer(json_, found, lambda answers: answers.answer_status(found))
 
 
 @app.command()
@@ -280,18 +201,12 @@ def front(
 
         check_file(plot, "--plot")
         write_atomic(plot, to_svg(front_figure(data), "front"))
-    if json_:
-        _emit(data)
-        return
-    from allocator.report.tables.front import format_front_csv, format_hypervolume, front_table
+    if csv and not json_:
+        from allocator.report.tables.front import format_front_csv
 
-    if csv:
         print(format_front_csv(data), end="")
         return
-    _print(front_table(data))
-    if "hypervolume" in data:
-        _print(format_hypervolume(data["hypervolume"]))
-    _print(f"next  allocator plan {run} --index NUMBER --out plan.json")
+    _answer(json_, data, lambda answers: answers.answer_front(data, run))
 
 
 @app.command()
@@ -315,18 +230,11 @@ def plan(
     if out is not None:
         check_file(out, "--out")
         chosen.save(out)
-    if json_:
-        _emit(chosen.to_json())
-        return
-    from allocator.report.tables.plan import plan_table
-
-    _print(plan_table(chosen))
-    if out is not None:
-        _print(f"plan  {out}\nnext  allocator prune {out} --out FOLDER")
+    _answer(json_, chosen.to_json(), lambda answers: answers.answer_plan(chosen, out))
 
 
 @app.command()
-@_take("family")
+@take_options("family")
 def prune(
     plan: Annotated[Path, typer.Argument(help="plan.json")],
     out: Annotated[Path, typer.Option(help="Folder of the pruned checkpoint; must not exist.")],
@@ -352,14 +260,12 @@ def prune(
         counted = prune(
             loaded, out, model=model, text=text or None, execution=execution, store=store, reporter=live, **options
         )
-    if json_:
-        _emit({"checkpoint": str(out), "params": counted})
-        return
-    _print(f"{out}: {counted:,} parameters, as planned\nnext  allocator evaluate {out}")
+    line = f"{out}: {counted:,} parameters, as planned\nnext  allocator evaluate {out}"
+    _answer(json_, {"checkpoint": str(out), "params": counted}, lambda _: [line])
 
 
 @app.command()
-@_take("family")
+@take_options("family")
 def export(
     source: Annotated[Path | None, typer.Argument(help="plan.json, or the folder of a run.")] = None,
     to: Annotated[str | None, typer.Option(help="What for; --list tells.")] = None,
@@ -377,24 +283,21 @@ def export(
     from allocator.interop.targets.registry import TARGETS
 
     if list_:
-        if json_:
-            _emit({t.name: {"writes": t.writes, "patterns": [*t.patterns]} for t in TARGETS.values()})
-            return
         from allocator.report.tables.plan import targets_table
 
-        _print(targets_table([(t.name, t.writes, t.patterns) for t in TARGETS.values()]))
+        listed = {target.name: {"writes": target.writes, "patterns": [*target.patterns]} for target in TARGETS.values()}
+        rows = [(target.name, target.writes, target.patterns) for target in TARGETS.values()]
+        _answer(json_, listed, lambda _: [targets_table(rows)])
         return
     if source is None or to is None or out is None:
         raise UserError("export: name a plan, --to TARGET and --out FOLDER; 'allocator export --list' has the targets")
     lines = export(source, to, out, model=model, checkpoint=checkpoint, **options)
-    if json_:
-        _emit({"folder": str(out), "target": to, "notes": lines})
-        return
-    _print("\n".join([f"{out}: for {to}", *lines]))
+    data = {"folder": str(out), "target": to, "notes": lines}
+    _answer(json_, data, lambda _: ["\n".join([f"{out}: for {to}", *lines])])
 
 
 @app.command("import")
-@_take("pattern", "text", "family", "settings")
+@take_options("pattern", "text", "family", "settings")
 def import_(
     file: Annotated[Path, typer.Argument(help="Shares by module or by block, or levels.")],
     out: Annotated[Path, typer.Option(help="The plan's file.")],
@@ -411,14 +314,12 @@ def import_(
     check_file(out, "--out")
     made, lines = import_plan(file, model=model, level_zero=level_zero, level_step=level_step, **options)
     made.save(out)
-    if json_:
-        _emit({"plan": str(out), "notes": lines})
-        return
-    _print("\n".join([f"plan  {out}", *lines, f"next  allocator prune {out} --out FOLDER"]))
+    text = "\n".join([f"plan  {out}", *lines, f"next  allocator prune {out} --out FOLDER"])
+    _answer(json_, {"plan": str(out), "notes": lines}, lambda _: [text])
 
 
 @app.command()
-@_take("text", "family")
+@take_options("text", "family")
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a checkpoint.")],
     model: Model = None,
@@ -431,12 +332,9 @@ def evaluate(
     from allocator.commands.evaluate import evaluate
 
     figures = evaluate(checkpoint, model=model, tokens=tokens, length=length, **options)
-    if json_:
-        _emit(figures)
-        return
     from allocator.report.tables.result import format_figures
 
-    _print(format_figures(figures))
+    _answer(json_, figures, lambda _: [format_figures(figures)])
 
 
 @app.command()
@@ -445,41 +343,20 @@ def report(run: Run, json_: Json = False) -> None:
     from allocator.commands.report import write_report
 
     path = write_report(run)
+    _answer(json_, {"report": str(path)}, lambda _: [f"report  {path}"])
+
+
+def _answer(json_: bool, data: Any, render: Callable[[Any], Sequence[Any]]) -> None:
+    """Print data as JSON, or the tables and lines that ``render`` makes with :mod:`allocator.report.answers`."""
     if json_:
-        _emit({"report": str(path)})
+        print(json.dumps(data, indent=1))
         return
-    _print(f"report  {path}")
-
-
-@contextmanager
-def _stoppable(config: RunConfig, verb: str, asked: str = "") -> Iterator[None]:
-    """Say how to continue if the user, or the end of a job, stops the body. ``asked`` are flags of no run file."""
-    from allocator.run.directory import in_job
-
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))  # as Ray does, but from the start
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit):
-        where = f" --runs-dir {config.runs_dir}" if config.runs_dir != Path("runs") else ""
-        at = " --address ADDRESS" if config.address is not None else ""
-        again = f"Continue with:\n  allocator {verb} --resume --name {config.run_name}{where}{at}{asked}"
-        if in_job():
-            again = "Submit it again to continue"
-        begun = (config.folder / "journal.jsonl").exists()
-        print(f"\nstopped; {f'nothing measured is lost. {again}' if begun else 'nothing was begun'}", file=sys.stderr)
-        raise typer.Exit(130) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _emit(value: Any) -> None:
-    print(json.dumps(value, indent=1))
-
-
-def _print(renderable: Any) -> None:
     from rich.console import Console
 
-    Console(highlight=False, soft_wrap=isinstance(renderable, str)).print(renderable)
+    from allocator.report import answers
+
+    for part in render(answers):
+        Console(highlight=False, soft_wrap=isinstance(part, str)).print(part)
 
 
 def main() -> None:

@@ -29,15 +29,15 @@ from allocator.core.effort import Limit, candidate_tokens
 from allocator.core.header import JournalHeader
 from allocator.core.journal import Journal
 from allocator.core.protocols import Request
-from allocator.searchers.decide import SearchSettings, make_searcher
-from allocator.searchers.fronts import make_front_searcher
 from allocator.searchers.hypervolume import Hypervolume
 from allocator.searchers.loop import Measurer, search
 from allocator.searchers.methods.bayesian import GpSettings, TpeSettings
 from allocator.searchers.methods.emo_pms import EmoPmsSettings
 from allocator.searchers.methods.nsga import NsgaSettings
-from allocator.searchers.methods.sweep import budgets
+from allocator.searchers.methods.sweep import make_budgets
+from allocator.searchers.problem import SearchProblem
 from allocator.searchers.rules.baselines import uniform
+from allocator.searchers.settings import SearchSettings
 
 RESULTS = Path(__file__).parent / "results"
 FILE = RESULTS / "fronts.json"
@@ -61,7 +61,7 @@ _COLOURS = {
     "tpe": "#cc79a7",
     "gp": "#56b4e9",
 }
-METHODS = {name: replace(_BASE, method=name) for name in _COLOURS}  # type: ignore[arg-type]
+METHODS = {name: replace(_BASE, method=name) for name in _COLOURS}
 ONE = "params.auto"
 CELLS = [
     f"{search}.{seed}"
@@ -91,15 +91,19 @@ def run_cell(cell: str, work: Path) -> str:
     space, path = job.space, work / f"{cell.replace(' ', '-')}.jsonl"
     whole, half = Budget(params=space.cost(space.dense)), Budget(params=space.limit_for(0.5))
     alone = cell.startswith(ONE)
-    limits = [half] if alone else budgets(space, whole, objectives[:1], 3)
+    limits = [half] if alone else make_budgets(space, whole, objectives[:1], 3)
     start = [uniform(space, budget) for budget in limits]
     with Journal.resume(path) if path.exists() else Journal.create(path, JournalHeader(space=space)) as journal:
         measurer = Measurer(LocalEvaluator(job.engine_spec(levels), job.tokens), journal)
         measurer.measure([Request(allocation, TEXT) for allocation in start])
         if alone:
-            searcher = make_searcher(space, half, start, _BASE, int(seed))
+            searcher = _BASE.configured.make(
+                SearchProblem(space=space, budget=half, objectives=("kl",), start=start, seed=int(seed))
+            )
         else:
-            searcher = make_front_searcher(space, whole, ["kl", *objectives], start, METHODS[method], int(seed))
+            searcher = METHODS[method].configured.make(
+                SearchProblem(space=space, budget=whole, objectives=["kl", *objectives], start=start, seed=int(seed))
+            )
         search(searcher, measurer, limit=Limit(3e6, "tokens"))
         full = (o for o in journal if o.request == Request(o.request.allocation, TEXT))
         found = {

@@ -21,7 +21,7 @@ from allocator.core.costs import from_units
 from allocator.core.latency import LatencySettings
 from allocator.core.provenance import collect_versions
 from allocator.evaluation.latency import describe, make_table, measure
-from allocator.model.family.serving_costs import Workload, served
+from allocator.model.family.serving_costs import Workload, add_serving_costs
 from allocator.run.config.load import load_config
 from allocator.run.model import read_model
 from benchmarks.engine import random_model
@@ -46,7 +46,7 @@ def errors(model: str, repeats: int, seed: int) -> list[dict[str, float]]:
             repeats=repeats,
         )
         table = make_table(checkpoint, layout, space, settings, "cpu", collect_versions())
-        space = served(space, layout, checkpoint, work, table)
+        space = add_serving_costs(space, layout, checkpoint, work, table)
         rng = np.random.default_rng(seed)
         drawn = [tuple(int(rng.integers(unit.num_levels)) for unit in space.units) for _ in range(ALLOCATIONS)]
         allocations = [space.dense, *drawn]

@@ -15,7 +15,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 import allocator
-from allocator.model.family.schema import families_folder
+from allocator.model.family.schema import find_families_folder
 from allocator.run.reporting import Live
 
 RESULTS = Path(__file__).parent / "results"
@@ -38,7 +38,7 @@ def run(case: str, seed: int, runs_dir: Path, settings: list[str]) -> dict:
     with Live() as live:
         resume = (runs_dir / name).exists()
         result = allocator.search(
-            config=families_folder() / "runs" / f"{pattern}.yaml",
+            config=find_families_folder() / "runs" / f"{pattern}.yaml",
             seed=seed,
             name=name,
             runs_dir=runs_dir,

@@ -20,10 +20,11 @@ import numpy as np
 from allocator.core.budget import Budget
 from allocator.core.protocols import Expansion, Outcome, Request
 from allocator.core.space import Allocation, SearchSpace, Unit
-from allocator.searchers.decide import SearchSettings, make_searcher
 from allocator.searchers.methods.evolution import EvolutionSettings
 from allocator.searchers.methods.guided import GuidedSettings
+from allocator.searchers.problem import SearchProblem
 from allocator.searchers.rules.baselines import uniform
+from allocator.searchers.settings import SearchSettings
 
 RESULTS = Path(__file__).parent / "results"
 UNITS, LEVELS, BATCH, LENGTH = 500, 16, 64, 512
@@ -79,7 +80,9 @@ def measure(settings: SearchSettings, gradients: bool) -> dict[str, Any]:
         seconds += time.process_time() - begun
         return answer
 
-    searcher = timed(make_searcher, space, budget, start, settings, 0)
+    searcher = timed(
+        settings.configured.make, SearchProblem(space=space, budget=budget, objectives=("kl",), start=start, seed=0)
+    )
     while candidates < CANDIDATES and (requests := timed(searcher.ask)):
         outcomes: Sequence[Outcome] = [formula.answer(request) for request in requests]
         timed(searcher.tell, outcomes)

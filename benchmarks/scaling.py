@@ -54,6 +54,7 @@ from allocator.run.prepare import prepare_job
 from allocator.searchers.loop import Measurer, search
 from allocator.searchers.methods.evolution import EvolutionSettings, ExchangeEvolution, exchange
 from allocator.searchers.methods.steady import SteadyEvolution, SteadySettings
+from allocator.searchers.problem import SearchProblem
 from allocator.searchers.rules.baselines import uniform
 from benchmarks.waiter import TOKENS, Waiter
 
@@ -134,15 +135,18 @@ def measure_lag(limit: Limit, seeds: int = 2) -> Iterator[dict[str, Any]]:
     with prepared() as (job, spec):
         evaluator, start = LocalEvaluator(spec, job.tokens), [uniform(job.space, job.budget)]
         for seed in range(seeds):
+            problem = SearchProblem(
+                space=job.space, budget=job.budget, objectives=(job.config.loss,), start=start, seed=seed
+            )
             searches: dict[str, tuple[Searcher, int]] = {
                 "generations of 16": (
-                    ExchangeEvolution(job.space, job.budget, start, EvolutionSettings(10**6, 10**6), seed),
+                    ExchangeEvolution(problem, EvolutionSettings(generations=10**6, patience=10**6)),
                     0,
                 )
             }
             for lag in (0, 16, 64, 256):
-                settings = SteadySettings(10**6, 10**6, lag)
-                searches[f"lag {lag}"] = SteadyEvolution(job.space, job.budget, start, settings, seed), lag
+                settings = SteadySettings(trials=10**6, patience=10**6, lag=lag)
+                searches[f"lag {lag}"] = SteadyEvolution(problem, settings), lag
             for name, (searcher, lag) in searches.items():
                 with tempfile.TemporaryDirectory() as scratch:
                     header = JournalHeader(space=job.space)
@@ -172,11 +176,14 @@ class Schedule:
     def searcher(self, space: SearchSpace, budget: Budget, workers: int) -> tuple[Searcher, int]:
         """Return a searcher of about as many evaluations for every schedule, and its lag."""
         count, start = self.per_worker * workers, [uniform(space, budget)]
+        problem = SearchProblem(space=space, budget=budget, objectives=("kl",), start=start)
         if self.kind == "generations":
-            settings = EvolutionSettings(ROUNDS // self.per_worker, 10**6, count, (TOKENS,), (1,))
-            return ExchangeEvolution(space, budget, start, settings, 0), 0
-        steady = SteadySettings(ROUNDS * workers, 10**6, count - 1, (TOKENS,))
-        return SteadyEvolution(space, budget, start, steady, 0), steady.lag
+            settings = EvolutionSettings(
+                generations=ROUNDS // self.per_worker, patience=10**6, offspring=count, tokens=(TOKENS,), survivors=(1,)
+            )
+            return ExchangeEvolution(problem, settings), 0
+        steady = SteadySettings(trials=ROUNDS * workers, patience=10**6, lag=count - 1, tokens=(TOKENS,))
+        return SteadyEvolution(problem, steady), steady.lag
 
 
 SCHEDULES = [Schedule("generations", n) for n in (1, 4, 16)] + [Schedule("lag", n) for n in (1, 2, 4, 8)]
@@ -203,10 +210,10 @@ class Simulated(RayPool):
         # as long to a mean time as the default is to an evaluation of ten seconds
         super().__init__(spec, {"search": np.zeros((8, TOKENS // 8))}, workers, patience_s=max(mean_s, 0.05))
 
-    def _hire(self) -> Any:
+    def _start_actor(self) -> Any:
         return ray.remote(Waiter).options(num_cpus=1).remote(*self._waiting)
 
-    def settle(self, stragglers: float) -> None:
+    def fit_to_budget(self, stragglers: float) -> None:
         """Go on with another share of stragglers, and wait until every worker is there."""
         self._waiting = (*self._waiting[:2], stragglers)
         self._actors.renew(lambda actor: actor.renew.remote(stragglers))
@@ -256,7 +263,7 @@ def simulate(workers: int, mean_s: float) -> Iterator[dict[str, Any]]:
         pool = Simulated(space, workers, mean_s)
         for stragglers in (0.0, STRAGGLERS):
             for schedule in SCHEDULES:
-                pool.settle(stragglers)
+                pool.fit_to_budget(stragglers)
                 searcher, lag = schedule.searcher(space, budget, workers)
                 outcomes: list[Outcome] = []
                 with tempfile.TemporaryDirectory() as scratch:
@@ -292,7 +299,7 @@ def measure_driver() -> dict[str, Any]:
     ray.init("local", num_cpus=64, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     for workers in (2, 8, 32):
         pool = Simulated(space, workers, 0.0)
-        pool.settle(0.0)
+        pool.fit_to_budget(0.0)
         with tempfile.TemporaryDirectory() as scratch:
             with Journal.create(Path(scratch) / "journal.jsonl", JournalHeader(space=space)) as journal:
                 measurer, each = Measurer(pool, journal), []

@@ -30,10 +30,11 @@ from allocator.core.header import JournalHeader
 from allocator.core.journal import Journal
 from allocator.core.protocols import Outcome, Request
 from allocator.core.space import Allocation
-from allocator.searchers.decide import SearchSettings, make_searcher
 from allocator.searchers.loop import Measurer, search
 from allocator.searchers.methods.evolution import EvolutionSettings
+from allocator.searchers.problem import SearchProblem
 from allocator.searchers.rules.baselines import uniform
+from allocator.searchers.settings import SearchSettings
 
 RESULTS = Path(__file__).parent / "results"
 RECORDS = RESULTS / "search_quality"
@@ -95,7 +96,7 @@ _BASE = SearchSettings(tokens=(512, 1024, TEXT), evolution=_ENDLESS)
 
 
 def _lean(method: str) -> Method:
-    settings = SearchSettings(method=method, tokens=_BASE.tokens)  # type: ignore[arg-type]
+    settings = SearchSettings(method=method, tokens=_BASE.tokens)
     if method != "guided":
         settings = replace(settings, **{method: replace(getattr(settings, method), tokens=TEXT)})
     return Method(settings, LEAN)
@@ -188,7 +189,9 @@ def run_cell(store: str, method: str, seed: int, work: Path) -> str:
         evaluator = LocalEvaluator(job.engine_spec(levels), job.tokens)
         how, start = METHODS[method], [uniform(job.space, job.budget)]
         measurer = Measurer(evaluator, journal)
-        searcher = make_searcher(job.space, job.budget, start, how.settings, seed)
+        searcher = how.settings.configured.make(
+            SearchProblem(space=job.space, budget=job.budget, objectives=(job.config.loss,), start=start, seed=seed)
+        )
         ended = search(searcher, measurer, limit=how.limit)
         incumbents = [point.best for point in read_run(journal).points]
         some = sorted({round(i) for i in np.linspace(0, len(incumbents) - 1, min(len(incumbents), INCUMBENTS))})

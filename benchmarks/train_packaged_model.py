@@ -41,7 +41,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from allocator.model.data.text import Document, pack, split_of, standard_library
+from allocator.model.data.text import Document, choose_split, pack_documents, read_standard_library
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -150,7 +150,7 @@ def training_sources() -> list[Source]:
     library: list[str] = []
     library_rest: list[str] = []
     for name, path in library_files():
-        if split_of(name) != "calibration":
+        if choose_split(name) != "calibration":
             if "test" not in name.split("/") and "tests" not in name.split("/"):
                 held_out_lines |= long_lines(path.read_text(encoding="utf-8", errors="replace"))
             continue
@@ -361,13 +361,13 @@ def rate_factor(progress: float) -> float:
 
 def held_out_sequences(tokenizer: Tokenizer, split: str, most: int) -> np.ndarray:
     """Returns up to `most` packed sequences of a held-out split of the standard library."""
-    documents: list[Document] = [d for d in standard_library() if split_of(d.name) == split]
+    documents: list[Document] = [d for d in read_standard_library() if choose_split(d.name) == split]
 
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False).ids
 
     total = sum(len(encode(document.text)) + 1 for document in documents)
-    return pack(documents, encode, min(most, total // SEQUENCE_LENGTH), SEQUENCE_LENGTH, 0)
+    return pack_documents(documents, encode, min(most, total // SEQUENCE_LENGTH), SEQUENCE_LENGTH, 0)
 
 
 def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
@@ -492,7 +492,7 @@ really trained transformer without a download. It is far too small to write code
 
 ## Held-out loss
 
-Standard-library files of the splits `search`, `selection` and `test` (`allocator.model.data.text.split_of`) were
+Standard-library files of the splits `search`, `selection` and `test` (`allocator.model.data.text.choose_split`) were
 kept out of the training text, and so was every file with more than {LARGEST_OVERLAP:.0%} of its long
 lines in them. Measured on the saved weights, in sequences of {SEQUENCE_LENGTH} tokens:
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import allocator
 from allocator.model.checkpoint.headers import read_checkpoint
 from allocator.model.data.read import read_examples
-from allocator.model.family.schema import families_folder, load_family
+from allocator.model.family.schema import find_families_folder, load_family
 from allocator.model.live.load import load_model
 from allocator.run.config.load import load_config
 
@@ -69,11 +69,11 @@ OTHERS = {
 HEADS = ("BertForMaskedLM", "BertForSequenceClassification", "ViTForImageClassification", "ModernBertForMaskedLM")
 """What else is made of these."""
 
-QUICK = ("BertModel", "ViTModel", "CLIPModel")
+QUICK = ("BertModel", "ViTModel")
 """Architectures that go the whole way with masks too."""
 
 PATTERNS = ("structured", "unstructured", "n:m")
-ALSO = [("structured", name) for name in (*HEADS, "DistilBertForMaskedLM", "Dinov2Model", "SiglipModel")]
+ALSO = [("structured", name) for name in (*HEADS, "DistilBertForMaskedLM", "Dinov2Model", "CLIPModel", "SiglipModel")]
 ALIKE = ("mistral", "qwen2", "gemma", "gemma3_text", "olmo3", "qwen2_moe", "deepseek_v2")
 """Types whose names and computations another type of their file has too."""
 
@@ -109,7 +109,9 @@ OTHER_CASES = [
 def families_table() -> str:
     """Return the table of families in docs/families.md."""
     lines = ["| family | model types | file |", "|---|---|---|"]
-    homes = {kind: path for path in sorted(families_folder().glob("*.yaml")) for kind in load_family(path).model_types}
+    homes = {
+        kind: path for path in sorted(find_families_folder().glob("*.yaml")) for kind in load_family(path).model_types
+    }
     words = {kind: name for kind, (name, _) in (*FAMILIES.items(), *OTHERS.items())}
     assert homes.keys() == words.keys()
     for path in dict.fromkeys(homes[kind] for kind in words):

@@ -24,7 +24,7 @@ ALLOWED = {
     "commands": {*LOWER, "pool", "interop", "report", "run", "commands"},
     "cli": {"core", "model", "interop", "pool", "run", "report", "commands"},
     "__main__": {"cli"},
-    "__init__": {"core", "commands"},
+    "__init__": {"core", "commands", "run"},
 }
 """What a package, or a file at the root, imports of ours."""
 

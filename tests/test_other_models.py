@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from forked import Python
 
 import allocator
 from allocator.core.errors import UserError
@@ -111,8 +110,9 @@ def test_workers_measure_other_examples_as_one_process_does(
     assert plans[0] == plans[1]
     out = tmp_path / "hf"
     allocator.export(tmp_path / "run0", "hf", out, model=model)
-    said = subprocess.run([sys.executable, "verify.py", tmp_path / "run0" / "checkpoint"], cwd=out, capture_output=True)
-    assert said.returncode == 0, said.stdout + said.stderr
+    verification = Python(["verify.py", tmp_path / "run0" / "checkpoint"], out)
+    said = "".join(verification.communicate())
+    assert verification.returncode == 0, said
     with pytest.raises(UserError, match="takes plans of causal language models, and this one is of"):
         allocator.export(tmp_path / "run0", "torch-pruning", tmp_path / "other", model=model)
     page = (tmp_path / "run0" / "report.html").read_text(encoding="utf-8")

@@ -42,10 +42,11 @@ from allocator.pruning.levels.execute import save_pruned
 from allocator.pruning.levels.store import LevelStore
 from allocator.pruning.pruners.protocol import PrunerSpec
 from allocator.pruning.pruners.registry import make_pruner
-from allocator.searchers.decide import SearchSettings, decide
 from allocator.searchers.methods.bayesian import GpSettings, TpeSettings
 from allocator.searchers.methods.evolution import EvolutionSettings
 from allocator.searchers.methods.thompson import ThompsonSettings
+from allocator.searchers.settings import SearchSettings
+from allocator.searchers.study import Study, run_study
 
 HEAD_DIM, HEADS, KV_HEADS, HIDDEN = 16, 4, 2, 32
 assert HEAD_DIM != HIDDEN // HEADS
@@ -194,10 +195,13 @@ def test_blocks_in_shares_are_pruned_as_they_are_together(case, shares):
 # --- seeds, loops and fall-backs ------------------------------------------------------------------------------
 
 METHODS = {
-    "evolution": SearchSettings("evolution", evolution=EvolutionSettings(6, 6, 8, (64,), (1,))),
-    "tpe": SearchSettings("tpe", tpe=TpeSettings(trials=16, batch=4, tokens=64)),
-    "gp": SearchSettings("gp", gp=GpSettings(trials=16, batch=4, tokens=64)),
-    "thompson": SearchSettings("thompson", thompson=ThompsonSettings(trials=16, batch=4, tokens=64)),
+    "evolution": SearchSettings(
+        method="evolution",
+        evolution=EvolutionSettings(generations=6, patience=6, offspring=8, tokens=(64,), survivors=(1,)),
+    ),
+    "tpe": SearchSettings(method="tpe", tpe=TpeSettings(trials=16, batch=4, tokens=64)),
+    "gp": SearchSettings(method="gp", gp=GpSettings(trials=16, batch=4, tokens=64)),
+    "thompson": SearchSettings(method="thompson", thompson=ThompsonSettings(trials=16, batch=4, tokens=64)),
 }
 
 
@@ -217,7 +221,11 @@ class _Landscape:
 
 def _searched(space, limit, name, seed, path):
     with Journal.create(path, JournalHeader(space=space)) as journal:
-        decision = decide(space, Budget(params=limit), METHODS[name], seed, 64, _Landscape(space), journal)
+        decision = run_study(
+            Study(space=space, budget=Budget(params=limit), settings=METHODS[name], seed=seed, selection_tokens=64),
+            _Landscape(space),
+            journal,
+        )
         return decision.searched, [outcome.request for outcome in journal]
 
 

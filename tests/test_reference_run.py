@@ -16,7 +16,7 @@ from allocator.core.protocols import Outcome, Request
 from allocator.report.marks import restore_allocations
 from allocator.run.config.load import load_config
 from allocator.searchers.coarse_to_fine import Round
-from allocator.searchers.decide import decide
+from allocator.searchers.study import Study, run_study
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "runs" / "reference"
@@ -42,16 +42,15 @@ def plan() -> Plan:
 
 def test_replaying_the_journal_gives_the_plan(journal: Journal, plan: Plan) -> None:
     config = load_config(REFERENCE / "run.yaml")
-    decision = decide(
-        plan.space,
-        plan.budget,
-        config.search,
-        config.seed,
-        config.tokens.selection,
-        NoModel(),
-        journal,
-        begun=Round.from_json(journal.header.round),
+    study = Study(
+        space=plan.space,
+        budget=plan.budget,
+        settings=config.search,
+        seed=config.seed,
+        selection_tokens=config.tokens.selection,
+        round=Round.from_json(journal.header.round),
     )
+    decision = run_study(study, NoModel(), journal)
     assert decision.searched == plan.allocation
     recorded = restore_allocations(plan.space, read_json(REFERENCE / "result.json", "result")["units"])
     assert recorded == {"uniform": decision.uniform, "two_rate": decision.two_rate, "searched": decision.searched}

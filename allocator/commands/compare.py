@@ -34,7 +34,7 @@ from allocator.run.prepare import prepare_job
 from allocator.run.recorder import Recorder
 from allocator.run.reporting import Reporter, Silent
 from allocator.searchers.loop import Measurer, search
-from allocator.searchers.rules.measured import MEASURED_RULES, Fidelity, Stepwise
+from allocator.searchers.rules.measured import MEASURED_RULES, RuleTokens, make_rule_searcher
 from allocator.searchers.rules.one_shot import RULES
 
 if TYPE_CHECKING:
@@ -318,9 +318,9 @@ def _collect_signals(job: Job, folder: Path, wanted: set[Signal], reporter: Repo
 
 def _run_measured_rule(job: Job, name: str, measurer: Measurer, reporter: Reporter) -> Allocation:
     reporter.start_phase(name)
-    tokens = Fidelity(job.config.search.fidelities[0], job.config.search.fidelities[-1])
+    tokens = RuleTokens(job.config.search.fidelities[0], job.config.search.fidelities[-1])
     procedure = MEASURED_RULES[name].run(job.space, job.budget, job.target, tokens)
-    searcher = Stepwise(procedure, (), tokens)
+    searcher = make_rule_searcher(procedure, (), tokens)
     batches = itertools.count(1)
     search(searcher, measurer, lambda o: reporter.advance(next(batches), f"{measurer.spent.evaluations} evaluations"))
     return searcher.finalists()[0]

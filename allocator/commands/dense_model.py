@@ -6,11 +6,11 @@ from pathlib import Path
 
 from allocator.core.errors import UserError
 from allocator.core.plan import Plan
-from allocator.model.checkpoint.headers import Checkpoint, locate
-from allocator.model.family.layout import Layout, open_model, resolve_layout
-from allocator.model.family.schema import Family, served_types
+from allocator.model.checkpoint.headers import Checkpoint, locate, read_checkpoint
+from allocator.model.family.layout import Layout, resolve_layout
+from allocator.model.family.schema import Family, load_shipped_families
 from allocator.model.family.space import build_space
-from allocator.model.live.load import check_stock
+from allocator.model.open import open_model
 from allocator.run.config.load import build_config
 from allocator.run.config.run import RunConfig
 
@@ -29,15 +29,13 @@ def open_dense(folder: Path, family: Path | None) -> tuple[Checkpoint, Family]:
     Raises:
         UserError: It cannot be read, or no family of the package serves it and none is named.
     """
-    checkpoint, found = open_model(folder, family)
-    kind = str(checkpoint.config.get("model_type"))
-    if family is None and kind not in served_types():
+    kind = str(read_checkpoint(folder).config.get("model_type"))
+    if family is None and kind not in load_shipped_families():
         raise UserError(
             f"family: no family file is shipped for the model type {kind!r}. Name the one that the search had, with "
             "--family FILE"
         )
-    check_stock(checkpoint, found)
-    return checkpoint, found
+    return open_model(folder, family)
 
 
 def open_plan_model(plan: Plan, folder: Path, family: Path | None) -> tuple[Checkpoint, Layout]:

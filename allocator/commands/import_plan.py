@@ -12,7 +12,8 @@ from allocator.core.errors import UserError
 from allocator.core.plan import Plan
 from allocator.core.provenance import make_plan
 from allocator.core.space import SearchSpace, Unit
-from allocator.interop.readers.ratios import Levels, read_ratios
+from allocator.interop.readers.levels import Levels
+from allocator.interop.readers.ratios import read_ratios
 from allocator.model.checkpoint.headers import Checkpoint
 from allocator.model.family.layout import retained_matrices
 from allocator.model.family.space import build_space

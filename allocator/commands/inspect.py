@@ -10,9 +10,9 @@ from allocator.core.budget import budget_for
 from allocator.core.costs import from_units
 from allocator.core.space import SearchSpace
 from allocator.model.checkpoint.headers import locate, read_checkpoint
-from allocator.model.family.draft import Covered, coverage, draft
-from allocator.model.family.layout import named_by
-from allocator.model.family.schema import find_family, served_types
+from allocator.model.family.draft import Covered, draft_family, list_coverage
+from allocator.model.family.layout import apply_family_names
+from allocator.model.family.schema import find_family, load_shipped_families
 from allocator.run.config.load import build_config
 from allocator.run.config.run import RunConfig
 from allocator.run.model import read_model
@@ -91,8 +91,8 @@ def explain(
     settings = build_config(model, config, options)
     checkpoint = read_checkpoint(locate(settings.model))
     kind = str(checkpoint.config.get("model_type"))
-    family = served_types().get(kind) if settings.family is None else find_family(kind, settings.family)
-    return coverage(checkpoint if family is None else named_by(family, checkpoint), family)
+    family = load_shipped_families().get(kind) if settings.family is None else find_family(kind, settings.family)
+    return list_coverage(checkpoint if family is None else apply_family_names(family, checkpoint), family)
 
 
 def suggest_family(model: str | Path | None = None, *, config: RunConfig | Path | str | None = None) -> str:
@@ -105,4 +105,4 @@ def suggest_family(model: str | Path | None = None, *, config: RunConfig | Path 
     Raises:
         UserError: The model cannot be read, or has no numbered blocks.
     """
-    return draft(read_checkpoint(locate(build_config(model, config).model)))
+    return draft_family(read_checkpoint(locate(build_config(model, config).model)))

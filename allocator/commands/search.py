@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from allocator.commands.evaluators import connect, open_evaluator
+from allocator.core.errors import UserError
 from allocator.core.files import write_json
 from allocator.core.journal import Journal
 from allocator.core.plan import Plan
 from allocator.core.protocols import Outcome
 from allocator.evaluation.spec import EngineSpec, Evaluator
 from allocator.pruning.levels.store import LevelStore
+from allocator.pruning.pruners.protocol import LocalPruner
 from allocator.run.config.load import build_config
 from allocator.run.config.run import RunConfig
 from allocator.run.directory import check_folder, create_run, reopen_run, start_next_round
@@ -30,8 +32,9 @@ from allocator.run.recorder import Recorder
 from allocator.run.reporting import Reporter, Silent
 from allocator.run.result import make_run_plan, summarise_run
 from allocator.run.rounds import prepare_next_round
-from allocator.searchers.decide import Decision, decide
-from allocator.searchers.fronts import decide_front
+from allocator.searchers.problem import MethodSettings
+from allocator.searchers.settings import CUSTOM
+from allocator.searchers.study import Decision, Study, run_study
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -69,6 +72,8 @@ def search(
     model: str | Path | None = None,
     *,
     config: RunConfig | Path | str | None = None,
+    searcher: MethodSettings | None = None,
+    pruner: LocalPruner | None = None,
     resume: bool = False,
     reporter: Reporter | None = None,
     **options: Unpack[RunOptions],
@@ -78,6 +83,8 @@ def search(
     Args:
         model: A Hugging Face folder or hub id. None for that of ``config``, or for the packaged model.
         config: A configuration or a run file, which options override.
+        searcher: Settings of a searcher of your own, in place of ``method``. Ray workers never see it.
+        pruner: A local pruner of your own, in place of ``pruner.name``. Ray workers must be able to import its class.
         resume: Continue the run of this name. What it measured is not measured again.
         reporter: Receives progress.
         options: See :class:`~allocator.run.config.options.RunOptions`.
@@ -85,27 +92,37 @@ def search(
     Raises:
         UserError: An input is wrong. The message says what to do. Nothing was written.
     """
-    return run_search(build_config(model, config, options, resume), resume, reporter)
+    given: dict[str, Any] = {**options}
+    if searcher is not None:
+        if options.get("method") is not None:
+            raise UserError("method: searcher takes its place. Leave one of them out")
+        given["method"] = CUSTOM
+    settings = build_config(model, config, given, resume)
+    if searcher is not None:
+        settings = settings.model_copy(update={"search": settings.search.with_custom(searcher)})
+    return run_search(settings, resume, reporter, pruner)
 
 
-def run_search(config: RunConfig, resume: bool = False, reporter: Reporter | None = None) -> SearchResult:
+def run_search(
+    config: RunConfig, resume: bool = False, reporter: Reporter | None = None, pruner: LocalPruner | None = None
+) -> SearchResult:
     """Search as a configuration says. See :func:`search`."""
     with Recorder(reporter or Silent()) as recorder:
-        return _Run(config, resume, recorder).run()
+        return _Run(config, resume, recorder, pruner).run()
 
 
 class _Run:
     """A search from its first check to its report."""
 
-    def __init__(self, config: RunConfig, resume: bool, recorder: Recorder) -> None:
-        self._config, self._resume, self._recorder = config, resume, recorder
+    def __init__(self, config: RunConfig, resume: bool, recorder: Recorder, pruner: LocalPruner | None) -> None:
+        self._config, self._resume, self._recorder, self._pruner = config, resume, recorder, pruner
         self._wall_s: dict[str, float] = {}
 
     def run(self) -> SearchResult:
         recorder, folder = self._recorder, self._config.folder
         check_folder(folder, self._resume)
         recorder.start_phase("checking")
-        job = prepare_job(self._config, recorder.notify)
+        job = prepare_job(self._config, recorder.notify, self._pruner)
         if job.config.device == "cuda" and job.config.search.training:
             recorder.notify("notice: GPUs sum gradients in an order of their own; the plan may differ by rounding")
         start_s = time.perf_counter()
@@ -121,7 +138,7 @@ class _Run:
             evaluator = workers.enter_context(open_evaluator(_engine_spec(job), job.tokens, job.config, recorder))
             recorder.attach(evaluator)
             decision = self._search_round(job, evaluator, journal, store)
-            while job.config.search.brief(job.round_number):
+            while not job.config.search.is_last_round(job.round_number):
                 shutil.rmtree(folder / TRAINING_FOLDER, ignore_errors=True)
                 job, previous = prepare_next_round(job, decision), journal
                 journal = journals.enter_context(start_next_round(job))
@@ -176,32 +193,16 @@ def _decide(job: Job, evaluator: Evaluator, journal: Journal, recorder: Recorder
     def phase(name: str) -> None:
         recorder.start_phase(f"{name}{name_round(job)}", settings.num_batches if name == "search" else None)
 
-    if job.config.objectives:
-        decision = decide_front(
-            job.space,
-            job.budget,
-            job.config.objectives,
-            settings,
-            job.config.seed,
-            job.config.tokens.selection,
-            evaluator,
-            journal,
-            job.config.target is None,
-            listen,
-            phase,
-        )
-    else:
-        decision = decide(
-            job.space,
-            job.budget,
-            settings,
-            job.config.seed,
-            job.config.tokens.selection,
-            evaluator,
-            journal,
-            listen,
-            phase,
-            job.round,
-        )
+    study = Study(
+        space=job.space,
+        budget=job.budget,
+        objectives=job.config.objectives,
+        settings=settings,
+        seed=job.config.seed,
+        selection_tokens=job.config.tokens.selection,
+        at_knee=job.config.target is None,
+        round=job.round,
+    )
+    decision = run_study(study, evaluator, journal, listen, phase)
     front.write()
     return decision

@@ -1,4 +1,4 @@
-"""Keeping an allocation exactly within a budget, and never below what the budget allows."""
+"""Budgets, and allocations that are exactly within one and as dense as it allows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from allocator.core.errors import UserError
 from allocator.core.space import Allocation, Cost, SearchSpace
 
 _NAMED = 3
-"""Units that a message names."""
+"""Most units that a message names."""
 
 
 @dataclass(frozen=True, slots=True, init=False)
@@ -25,13 +25,13 @@ class Budget:
 
 
 def budget_for(space: SearchSpace, target: float | None, bounds: Iterable[Bound] = ()) -> Budget:
-    """Return the budget that removes the share ``target`` of the parameters inside units, if any, and keeps bounds.
+    """Return the budget that removes the share ``target`` of the parameters inside units and keeps the bounds.
 
-    Where nothing is asked for, the dense model is within it, and what it costs is the limit.
+    Without a target and bounds, the limit is the cost of the dense model.
 
     Raises:
-        UserError: ``target`` is not in (0, 1), or no allocation of the ladders keeps the budget. The message says what
-            each cost that is bounded too low can reach, and what still holds it there.
+        UserError: ``target`` is not in (0, 1), or no allocation keeps the budget. For each cost whose bound is too low,
+            the message gives the range of the ladders and the units that hold most of the least cost.
     """
     limits: dict[Cost, int] = {}
     if target is not None:
@@ -48,7 +48,7 @@ def budget_for(space: SearchSpace, target: float | None, bounds: Iterable[Bound]
             )
     for bound in bounds:
         limit = bound.limit(space)
-        dense = space.cost(space.dense, bound.name)  # more than that bounds nothing, and may be more than numbers hold
+        dense = space.cost(space.dense, bound.name)  # a larger limit bounds nothing, and may exceed an int64
         limits[bound.name] = min(limit, limits.get(bound.name, dense), dense)
     missed = [cost for cost, limit in limits.items() if space.cost(space.sparsest, cost) > limit]
     if missed:
@@ -64,7 +64,7 @@ def budget_for(space: SearchSpace, target: float | None, bounds: Iterable[Bound]
 
 
 def _holders(space: SearchSpace, cost: Cost) -> str:
-    """Return what still holds a cost at the sparsest levels, most first."""
+    """Return in words which units hold most of a cost at the sparsest levels."""
     last = {unit.name: unit.costs(cost)[-1] for unit in space.units}
     held = {"what no unit holds": space.fixed[cost], **last}
     most = sorted((name for name in held if held[name]), key=lambda name: -held[name])
@@ -78,17 +78,17 @@ def fits(space: SearchSpace, allocation: Sequence[int], budget: Budget) -> bool:
     return all(space.cost(allocation, cost) <= limit for cost, limit in budget.limits.items())
 
 
-def spans(space: SearchSpace, budget: Budget, costs: Iterable[Cost]) -> dict[Cost, tuple[int, int]]:
-    """Return the least of every cost, and the most that is dense or within the budget."""
-    found = {}
+def find_ranges(space: SearchSpace, budget: Budget, costs: Iterable[Cost]) -> dict[Cost, tuple[int, int]]:
+    """Return for every cost its least value, and its largest value within the budget."""
+    ranges = {}
     for cost in costs:
         low, dense = space.cost(space.sparsest, cost), space.cost(space.dense, cost)
-        found[cost] = low, min(dense, budget.limits.get(cost, dense))
-    return found
+        ranges[cost] = low, min(dense, budget.limits.get(cost, dense))
+    return ranges
 
 
 def denser_moves(space: SearchSpace, allocation: Sequence[int], budget: Budget) -> list[int]:
-    """Return the units that could go one level denser and still fit; empty for a full budget."""
+    """Return the units that could be one level denser within the budget; empty for a full budget."""
     ledger = _Ledger(space, allocation, budget)
     return [index for index in range(len(space.units)) if ledger.can_densify(index)]
 
@@ -98,16 +98,16 @@ def repair(
 ) -> Allocation:
     """Move an allocation into the budget, then fill the budget.
 
-    Units go one level sparser, round after round in ``order``, until the budget holds; then units go one
-    level denser in ``order`` while they fit, until none can. Only costs are looked at, so unequal steps
-    are exact. No cost rises with sparsity, so that a budget that the sparsest allocation keeps can be met.
+    Round after round in ``order``, each unit is made one level sparser until the budget holds. Then, in the same order,
+    each unit is made one level denser while it fits, until none does. Costs are exact, so steps may be unequal. No cost
+    rises with sparsity, so a budget that the sparsest allocation keeps can always be met.
 
     Args:
         space: The search space.
         allocation: Any levels, within the ladders.
-        budget: What must hold.
-        order: Unit indices: who gives first, and who receives first.
-        spared: The other unit indices, if any: they move only when those in ``order`` no longer can.
+        budget: The limits to keep.
+        order: Unit indices, in the order in which units become sparser and then denser.
+        spared: The other unit indices, if any. They move only when those in ``order`` no longer can.
     """
     assert sorted([*order, *spared]) == list(range(len(space.units)))
     ledger = _Ledger(space, allocation, budget)
@@ -123,15 +123,15 @@ def repair(
     return tuple(ledger.levels)
 
 
-def trimmed(space: SearchSpace, allocation: Sequence[int], budget: Budget, order: Sequence[int]) -> Allocation:
-    """Move an allocation into the budget, as :func:`repair` does, and leave it there."""
+def trim(space: SearchSpace, allocation: Sequence[int], budget: Budget, order: Sequence[int]) -> Allocation:
+    """Move an allocation into the budget as :func:`repair` does, without filling the budget."""
     ledger = _Ledger(space, allocation, budget)
     ledger.trim(order)
     return tuple(ledger.levels)
 
 
 class _Ledger:
-    """Levels that move one at a time, and what each limit still leaves."""
+    """Levels that move one at a time, and the room that each limit leaves."""
 
     def __init__(self, space: SearchSpace, allocation: Sequence[int], budget: Budget) -> None:
         self.levels = list(allocation)
@@ -144,7 +144,7 @@ class _Ledger:
         return min(self._rooms) < 0
 
     def trim(self, *groups: Sequence[int]) -> None:
-        """Move units one level sparser, round after round, until the limits hold: a group once those before cannot."""
+        """Make units sparser, round after round, until the limits hold; a group moves once no earlier group can."""
         for group in groups:
             while self.short and (movable := [i for i in group if self.can_sparsify(i)]):
                 for i in movable:
@@ -169,7 +169,7 @@ class _Ledger:
         return True
 
     def move(self, unit: int, by: int) -> None:
-        """Move a unit by so many levels."""
+        """Move a unit by a number of levels."""
         level = self.levels[unit]
         for index, ladders in enumerate(self._ladders):
             self._rooms[index] += ladders[unit][level] - ladders[unit][level + by]

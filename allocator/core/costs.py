@@ -1,6 +1,6 @@
-"""Costs: what is known of an allocation without running the model, and how a limit on one is written.
+"""Costs: figures of an allocation that are known without running the model, and the notation for limits on them.
 
-All are integers. Times are nanoseconds, from a latency table.
+All costs are integers. Times are in nanoseconds and come from a latency table.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class Quantity:
     """What a cost counts.
 
     Attributes:
-        label: In words.
-        scale: Integers in one of what is written and shown, such as nanoseconds in a millisecond.
+        label: Its name in words.
+        scale: How many of the integers make one unit of the written figure, such as nanoseconds in a millisecond.
     """
 
     label: str
@@ -52,10 +52,10 @@ _SHAPE = re.compile(rf"\s*({_NAME})\s*<=\s*({_AMOUNT})\s*([A-Za-z]*)\s*")
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """An upper bound on a named figure, as it is written: ``params <= 0.5x``.
+    """An upper bound on a named figure, such as ``params <= 0.5x``.
 
     Attributes:
-        name: Of the figure.
+        name: The figure.
         amount: The bound.
         relative: Whether the amount is a share of the dense model's figure.
     """
@@ -69,11 +69,11 @@ class Bound:
         """Read ``latency_ms <= 12``, ``kv_bytes <= 2GiB`` or ``params <= 0.5x``.
 
         Args:
-            text: What was written.
+            text: The bound.
             known: Names that may be bounded.
 
         Raises:
-            UserError: It is none of these.
+            UserError: The text has another form, or names an unknown figure.
         """
         match = _SHAPE.fullmatch(text)
         if match is None or (match[3] != "x" and match[3] not in _SUFFIXES):
@@ -96,7 +96,7 @@ class Bound:
 
 
 def check_known(space: SearchSpace, cost: Cost) -> None:
-    """Raise if a space does not know a cost: there is no latency table, or the model does not generate."""
+    """Raise a UserError if a space lacks a cost: there is no latency table, or the model does not generate."""
     if cost not in space.fixed and COSTS[cost].scale == 1:
         raise UserError(
             f"{cost}: this model does not generate, and has no such cost. It has {', '.join(known_costs(space))}"
@@ -109,27 +109,27 @@ def check_known(space: SearchSpace, cost: Cost) -> None:
 
 
 def format_cost(cost: Cost, value: int) -> str:
-    """Return a cost as people read it."""
+    """Return a cost as text for people."""
     scale = COSTS[cost].scale
     return f"{value:,}" if scale == 1 else f"{value / scale:,.3f}"
 
 
 def known_costs(space: SearchSpace) -> list[Cost]:
-    """Return the costs that a space knows, in the order in which they are listed here."""
+    """Return the costs that a space has, in the order of :data:`COSTS`."""
     return [cost for cost in COSTS if cost in space.fixed]
 
 
 def to_units(cost: Cost, value: float) -> int:
-    """Return the integer that was written as :func:`from_units` writes it."""
+    """Return the integer of a written figure. The inverse of :func:`from_units`."""
     return round(value * COSTS[cost].scale)
 
 
 def costs_of(space: SearchSpace, allocation: Allocation) -> dict[Cost, float]:
-    """Return every cost of the whole model that is known, as it is written and shown: times in milliseconds."""
+    """Return all known costs of the whole model as written figures: times in milliseconds."""
     return {cost: from_units(cost, space.cost(allocation, cost)) for cost in known_costs(space)}
 
 
 def from_units(cost: Cost, value: int) -> float:
-    """Return a cost as it is written: an integer, or milliseconds."""
+    """Return the written figure of a cost: an integer, or milliseconds."""
     scale = COSTS[cost].scale
     return value if scale == 1 else value / scale

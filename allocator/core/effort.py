@@ -1,4 +1,4 @@
-"""What measuring costs: evaluations, candidate-tokens, time; and how much of one a search may spend."""
+"""The effort of measuring, in evaluations, candidate-tokens or time, and limits on it."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ _TRAINING_COST = 3
 """Forward passes that one training step over the same tokens takes."""
 
 EXPANSION_POSITIONS = 128
-"""Tokens, at most, from which an expansion takes the size of changes."""
+"""Most tokens on which an expansion measures the size of changes."""
 
 _EXPANSION_COST = 4
-"""Forward passes of the dense model that an expansion takes on its tokens: forward, again block by block, backward
-through activations, and the gradient in the weights."""
+"""Forward passes of the dense model that an expansion takes on its tokens: forward, forward again block by block,
+backward through activations, and the gradient in the weights."""
 
 _SHAPE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?(?:[eE]\+?[0-9]+)?)\s*([a-z]*)\s*")
 
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """What was spent.
+    """Effort that was spent.
 
     Attributes:
         evaluations: Allocations measured, at any fidelity.
-        tokens: Candidate-tokens, see :func:`candidate_tokens`.
+        tokens: Candidate-tokens; see :func:`candidate_tokens`.
         minutes: Wall-clock time.
     """
 
@@ -58,7 +58,7 @@ class Limit:
         """Read ``300``, ``300 evaluations``, ``2e6 tokens`` or ``20 minutes``.
 
         Raises:
-            UserError: It is none of these.
+            UserError: The text has another form.
         """
         match = _SHAPE.fullmatch(text)
         kinds: dict[str, Kind] = {"": "evaluations", **{kind: kind for kind in get_args(Kind)}}
@@ -72,52 +72,51 @@ class Limit:
         return f"{self.amount:,g} {self.kind}"
 
     def allows(self, effort: Effort) -> bool:
-        """Whether so much may be spent."""
+        """Whether an effort is within the limit."""
         return bool(getattr(effort, self.kind) <= self.amount)
 
 
 class Trained:
-    """How far the allocations of a search have been trained, as batch follows batch.
+    """How far the allocations of a search have been trained.
 
-    What is trained in one stage of a search is trained on in its next stages, on the same split. On another split
-    training begins anew.
+    On the same split, the next stages of a search continue the training of an allocation. On another split, training
+    starts from the beginning.
     """
 
     def __init__(self) -> None:
         self._tokens: dict[tuple[Allocation, str], int] = {}
 
     def before(self, request: Request) -> int:
-        """Tokens that a request need not be trained on again."""
+        """Return the tokens of a request on which its allocation was trained already."""
         return min(request.training, self._tokens.get((request.allocation, request.split), 0))
 
     def note(self, requests: Iterable[Request]) -> None:
-        """Take a batch as done."""
+        """Record that a batch is done."""
         for request in requests:
             if request.training:
                 self._tokens[request.allocation, request.split] = request.training
 
 
 def candidate_tokens(space: SearchSpace, requests: Sequence[Request], trained: Trained | None = None) -> list[float]:
-    """Return what each request of a batch costs: tokens times the share of the dense forward that is computed.
+    """Return the cost of each request of a batch: its tokens times the share of the dense forward that is computed.
 
-    A batch is a trie over blocks: in the order of their levels, each allocation goes on from the boundary between
-    blocks up to which it agrees with the one before. What is counted is what one worker with room for all boundaries
-    computes, in multiply-accumulates, the head included; several workers, each with a part of the batch, compute
-    somewhat more.
+    A batch is a trie over blocks. Sorted by levels, each allocation starts at the block boundary up to which it agrees
+    with the one before. The count is the multiply-accumulates, head included, of one worker that has room for all
+    boundary states. Several workers that share a batch compute somewhat more.
 
-    A request with training is measured twice. Before training it is one of the batch; after training it shares nothing
-    with others. Tokens that it is newly trained on count three times: backward takes twice what forward takes. The
-    gradient of what the model no longer has, or has masked, is counted as not computed, as is the forward.
+    A request with training is measured twice. Before training it is part of the batch; after training it shares nothing
+    with other requests. New training tokens count three times, because backward takes twice as long as forward. Neither
+    forward nor gradient is counted for weights that are removed or masked.
 
-    What runs some of the blocks is charged with these, and without the head.
+    A request that runs only some of the blocks costs these blocks, without the head.
 
-    An expansion shares nothing either: it runs in dense shapes, forward and backward, and every level once on a few
+    An expansion shares nothing either. It runs forward and backward in dense shapes, and every level once on a few
     tokens.
 
     Args:
         space: What may be pruned.
         requests: The batch.
-        trained: What was trained in batches before; None for nothing.
+        trained: Training in earlier batches; None for none.
     """
     macs = [np.array(unit.macs, dtype=float) for unit in space.units]
     blocks = np.array([unit.block for unit in space.units])
@@ -148,5 +147,5 @@ def candidate_tokens(space: SearchSpace, requests: Sequence[Request], trained: T
 
 
 def _end(request: Request) -> float:
-    """Return how many blocks a request runs."""
+    """Return the number of blocks that a request runs; infinity for the whole model."""
     return request.blocks or np.inf

@@ -1,4 +1,4 @@
-"""The one error that users see: what is wrong, where, what was found, what to do."""
+"""The one error that users see: what is wrong, where, what was found, and the remedy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class UserError(ValueError):
 
 
 def did_you_mean(found: str, known: Iterable[str]) -> str:
-    """Return a hint such as ``; did you mean 'target'?``, or the list of what is known."""
+    """Return a hint such as ``; did you mean 'target'?``, or the list of known names."""
     known = sorted(known)
     close = get_close_matches(found, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, and fingerprints of what they hold."""
+"""Files that are either whole or absent, and fingerprints of their content."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from allocator.core.errors import UserError
 
 
 def canonical_json(value: Any) -> str:
-    """Serialise so that equal values give equal bytes."""
+    """Serialise a value so that equal values give equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
@@ -34,7 +34,7 @@ def file_fingerprint(path: Path) -> str:
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
-    """Write a file through a temporary neighbour, so that a reader never sees half of it."""
+    """Write a file through a temporary one in the same folder, so that a reader never sees half of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -48,15 +48,15 @@ def write_atomic(path: Path, data: str | bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON atomically; keys keep their order."""
+    """Write indented JSON atomically, with keys in their order."""
     write_atomic(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def check_new_folder(out: Path) -> None:
-    """Check that nothing is at ``out``, and that a folder can be made there.
+    """Check that nothing exists at ``out`` and that a folder can be made there.
 
     Raises:
-        UserError: Something is, or none can.
+        UserError: Something exists, or no folder can be made.
     """
     if out.exists() or out.is_symlink():
         raise UserError(f"{out}: exists already. Name another folder with --out, or remove it")
@@ -64,10 +64,10 @@ def check_new_folder(out: Path) -> None:
 
 
 def check_apart(out: Path, folder: Path, what: str) -> None:
-    """Check that a new folder lies not in another, whose content is ``what`` others read.
+    """Check that a new folder is not inside another one, which is the ``what`` that a command reads.
 
     Raises:
-        UserError: It does.
+        UserError: It is inside.
     """
     if folder.resolve() in out.resolve().parents:
         raise UserError(f"{out}: lies inside of {what} {folder}, which stays as it is. Name another folder with --out")
@@ -75,10 +75,10 @@ def check_apart(out: Path, folder: Path, what: str) -> None:
 
 @contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
-    """Yield a new folder beside ``out``, which becomes it when the body ends and is removed when it fails.
+    """Yield a temporary folder next to ``out``. It is renamed to ``out`` at the end, and removed after an error.
 
     Raises:
-        UserError: There is something at ``out``, or no folder can be made there.
+        UserError: Something exists at ``out``, or no folder can be made there.
     """
     check_new_folder(out)
     partial = out.with_name(f".{out.name}.partial")
@@ -93,30 +93,30 @@ def whole_folder(out: Path) -> Iterator[Path]:
 
 
 def check_file(path: Path, flag: str) -> None:
-    """Check that a file can be written at a path, which was named by a flag.
+    """Check that a file can be written at a path that the user gave with a flag.
 
     Raises:
-        UserError: It is a folder, or in no folder.
+        UserError: The path is a folder, or its folder does not exist.
     """
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise UserError(f"{path}: no file can be written there. Name a file in a folder that exists with {flag}")
 
 
 def check_name(name: str, where: object) -> None:
-    """Check that a name read from a file, of a module or of a file, names nothing outside the folder that it is for.
+    """Check that the name of a module or file, read from a file, cannot lead out of its folder.
 
     Raises:
-        UserError: It is no plain name. ``where`` says which file holds it.
+        UserError: It is not a plain name. ``where`` says which file holds it.
     """
     if not name or name.startswith(".") or any(character in name for character in "/\\\0"):
         raise UserError(f"{where}: {name!r} is no name of a module or file: it leads elsewhere. Restore what holds it")
 
 
 def check_place(path: Path, remedy: str) -> None:
-    """Check that a folder could be made at ``path``, or is there and can be written to.
+    """Check that a folder at ``path`` exists and is writable, or could be made.
 
     Raises:
-        UserError: What is there, or the nearest thing above it, is not a folder that can be written to.
+        UserError: The path, or its nearest existing parent, is not a writable folder.
     """
     place = path.absolute()
     while not place.exists():
@@ -126,7 +126,11 @@ def check_place(path: Path, remedy: str) -> None:
 
 
 def read_json(path: Path, what: str) -> Any:
-    """Read a JSON object, or raise a :class:`UserError` that names the file as ``what``."""
+    """Read a JSON object from a file, which errors call ``what``.
+
+    Raises:
+        UserError: The file is missing, cannot be read, or holds no JSON object.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

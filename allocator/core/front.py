@@ -1,4 +1,4 @@
-"""The Pareto front of a run: outcomes that no other outcome beats in every objective."""
+"""The Pareto front of a run: the outcomes that no other outcome beats in every objective."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from allocator.core.space import SearchSpace
 
 
 def minimised(loss: str, objectives: Sequence[str]) -> list[str]:
-    """Return what a front minimises: the loss, or in its place that of the domains that are objectives; then costs."""
+    """Return the names that a search minimises: the loss, or the losses of domains in its place; then other figures."""
     measured = [name for name in objectives if name not in COSTS]
     apart = any(name.startswith(f"{loss}.") for name in measured)
     return [*([] if apart else [loss]), *measured, *(name for name in objectives if name in COSTS)]
 
 
 def figure(space: SearchSpace, outcome: Outcome, name: str) -> float:
-    """Return a figure of an outcome by name: a cost of its allocation, or what was measured."""
+    """Return a figure of an outcome by name: a cost of its allocation, or a measurement."""
     return space.cost(outcome.request.allocation, name) if name in space.fixed else outcome.measured[name]
 
 
 def pareto_front(space: SearchSpace, outcomes: Iterable[Outcome], objectives: Sequence[str]) -> list[Outcome]:
-    """Return the non-dominated outcomes, all objectives minimised, in the order of the first one.
+    """Return the non-dominated outcomes, all objectives minimised, in the order of the first objective.
 
-    Of outcomes with equal figures the first by allocation is kept. The caller passes outcomes of one split and one
-    fidelity, for only those can be compared.
+    Of outcomes with equal figures, the first by allocation is kept. Outcomes must be of one split and one fidelity,
+    because others cannot be compared.
     """
     ranked = sorted(outcomes, key=lambda outcome: outcome.request.allocation)
     figures = [[figure(space, outcome, name) for name in objectives] for outcome in ranked]
@@ -35,12 +35,12 @@ def pareto_front(space: SearchSpace, outcomes: Iterable[Outcome], objectives: Se
 
 
 def non_dominated(figures: np.ndarray) -> list[int]:
-    """Return the places of what nothing beats, in the order of their figures; of equals the first.
+    """Return the indices of the candidates that no other beats, in the order of their figures; of equals the first.
 
     Args:
-        figures: Of each candidate, [candidates, figures], all minimised.
+        figures: Figures of each candidate, [candidates, figures], all minimised.
     """
-    order = np.lexsort(figures.T[::-1])  # whatever beats a candidate comes before it
+    order = np.lexsort(figures.T[::-1])  # a candidate that beats another comes before it
     found: list[int] = []
     best = np.empty_like(figures)
     for place in order.tolist():
@@ -51,17 +51,15 @@ def non_dominated(figures: np.ndarray) -> list[int]:
 
 
 def knee(figures: np.ndarray, ideal: np.ndarray, reference: np.ndarray) -> int:
-    """Return the member of a front where it bends.
+    """Return the index of the member at the bend of a front: that of least sum of scaled figures.
 
-    A front's own ends are no measure: its sparsest member may have lost everything.
+    Figures are scaled from the ideal to the reference point. The ends of the front would be a poor scale, because its
+    sparsest member may have lost everything.
 
     Args:
-        figures: Of each member, [members, objectives], all minimised.
-        ideal: What cannot be beaten, [objectives].
-        reference: What is no good any more, [objectives].
-
-    Returns:
-        The place of the member with the least sum of figures, each scaled from the ideal to the reference point.
+        figures: Figures of each member, [members, objectives], all minimised.
+        ideal: The best conceivable figures, [objectives].
+        reference: The worst useful figures, [objectives].
     """
     extent = reference - ideal
     return int(((figures - ideal) / np.where(extent > 0, extent, 1.0)).sum(axis=1).argmin())

@@ -1,7 +1,7 @@
 """The append-only record of a run: a header, then one JSON line per measured outcome.
 
-The journal is the truth and a search is its fold: whoever rebuilds a searcher and answers its requests from
-the journal continues where the run stopped. There is one writer, the driver, which holds a lock.
+The journal is the truth, and the state of a search follows from it: a searcher that is rebuilt and whose requests are
+answered from the journal continues where the run stopped. There is one writer, the driver, which holds a lock.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from allocator.core.space import Allocation, SearchSpace
 SCHEMA = 3
 
 _LOOK_S = 0.5
-"""A lock that is held for less is not a writer's: somebody looks whether there is one."""
+"""A writer holds its lock for longer than this; a process that only tests the lock does not."""
 
 
 class Journal:
     """Outcomes by request, kept on disk. Open with :meth:`create`, :meth:`resume` or :meth:`read`.
 
     Attributes:
-        header: What the run is: space, versions, fingerprints, everything the outcomes depend on.
+        header: The run's space, versions and fingerprints: everything on which outcomes depend.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Journal:
 
     @classmethod
     def create(cls, path: Path, header: JournalHeader) -> Journal:
-        """Start a journal at a path where there is none."""
+        """Create a journal at a path where no file exists."""
         file = path.open("xb")
         _lock(file, path)
         journal = cls(path, header, {}, file)
@@ -60,7 +60,7 @@ class Journal:
 
     @classmethod
     def resume(cls, path: Path) -> Journal:
-        """Open for appending; a line torn by a crash is cut off.
+        """Open a journal for appending, and cut off a line that a crash left incomplete.
 
         Raises:
             UserError: The file is missing, damaged, or in use by another process.
@@ -81,7 +81,7 @@ class Journal:
 
     @classmethod
     def read(cls, path: Path) -> Journal:
-        """Open for reading only, also while a run is writing."""
+        """Open a journal for reading only, also while a run is writing it."""
         if not path.is_file():
             raise UserError(f"{path}: no such journal. Name the folder of a run")
         header, batches = _parse(path, path.read_bytes())
@@ -98,7 +98,7 @@ class Journal:
         return self.header.space
 
     def admits(self, allocation: Allocation) -> bool:
-        """Whether an allocation may be a member of the run's front: if a front is searched, it keeps to the budget."""
+        """Whether an allocation may be a member of the run's front. If a front is searched, it must keep the budget."""
         if not self.header.objectives or self.header.budget is None:
             return True
         return fits(self.space, allocation, self.header.budget)
@@ -107,24 +107,24 @@ class Journal:
         return len(self._outcomes)
 
     def __iter__(self) -> Iterator[Outcome]:
-        """Yield what was measured; failures are in :attr:`batches`."""
+        """Yield the outcomes that did not fail; :attr:`batches` has the others too."""
         return (outcome for outcome in self._outcomes.values() if not outcome.failed)
 
     def get(self, request: Request) -> Outcome | None:
-        """Return what is known of a request, though it be that it cannot be measured."""
+        """Return the recorded outcome of a request, failed or not; None if there is none."""
         return self._outcomes.get(request.key)
 
     def measured(self, request: Request) -> Outcome | None:
-        """Return what was measured for a request."""
+        """Return the outcome of a request; None if there is none or it failed."""
         outcome = self.get(request)
         return None if outcome is None or outcome.failed else outcome
 
     def append(self, outcome: Outcome, batch: int = 0) -> None:
-        """Record an outcome; flushed to the system at once, to the disk by :meth:`sync`.
+        """Record an outcome. It is flushed to the system at once, and to the disk by :meth:`sync`.
 
         Args:
-            outcome: What was measured.
-            batch: Number of the batch that it was asked in.
+            outcome: The outcome.
+            batch: Number of the batch that requested it.
         """
         self._remember(outcome, batch)
         request = outcome.request
@@ -147,16 +147,16 @@ class Journal:
 
     @property
     def batches(self) -> list[list[Outcome]]:
-        """Outcomes that were asked together, and so share the computation of what they have in common."""
+        """Outcomes by batch, failures included. The outcomes of one batch share computation."""
         return [[self._outcomes[key] for key in batch] for _, batch in sorted(self._batches.items())]
 
     def sync(self) -> None:
-        """Force what was appended to the disk; called once per batch."""
+        """Force appended lines to the disk. Called once per batch."""
         if self._file is not None:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Force what was appended to the disk, and release the file and its lock."""
+        """Force appended lines to the disk, and release the file and its lock."""
         if self._file is not None:
             file, self._file = self._file, None
             try:
@@ -194,7 +194,7 @@ def _lock(file: BinaryIO, path: Path) -> None:
 def _locked(file: BinaryIO, path: Path) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # who held it may have put the journal of a next round in its place meanwhile
+        # the last holder may have replaced the file by the journal of the next round
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except OSError:
         return False
@@ -221,7 +221,7 @@ def _parse(path: Path, data: bytes) -> tuple[JournalHeader, dict[int, list[Outco
                 raise ValueError("a level outside its unit's ladder")
             training, probe = int(entry.get("training", 0)), entry.get("also", "")
             if probe not in get_args(Probe):
-                raise ValueError(f"nothing is called {probe!r} that could be measured beside the loss")
+                raise ValueError(f"unknown probe {probe!r}")
             blocks = int(entry.get("blocks", 0))
             request = Request(allocation, int(entry["tokens"]), str(entry["split"]), training, probe, blocks)
             loss = FEATURES if blocks else minimised

@@ -1,4 +1,4 @@
-"""A latency table: how long every kind of sub-block takes at every shape, measured on one device, used on any."""
+"""A latency table: the time of every kind of sub-block at every shape, measured on one device, readable on any."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from allocator.core.strict import StrictModel
 
 
 class LatencySettings(StrictModel):
-    """What was measured.
+    """The workload and conditions of the measurements.
 
     Attributes:
         batch: Sequences at once.
-        prompt: Tokens of the prefill of each.
-        generate: Tokens decoded after it; decoding is measured half-way.
-        dtype: Of weights and activations.
+        prompt: Tokens of each prompt.
+        generate: Tokens decoded after the prompt. Decoding is measured at half of them.
+        dtype: Data type of weights and activations.
         threads: CPU threads.
         repeats: Measurements of each figure, after warm-up.
     """
@@ -35,13 +35,13 @@ class LatencySettings(StrictModel):
 
 
 class Timing(StrictModel):
-    """Medians at one shape.
+    """Median times at one shape.
 
     Attributes:
-        kept: Items.
-        prefill_ns: Of the prompt.
-        decode_ns: Of one decoded token.
-        spread: Half the range of the middle half of measurements, relative to the median; the larger of the two.
+        kept: Number of items.
+        prefill_ns: Time of the prompt.
+        decode_ns: Time of one decoded token.
+        spread: Half of the interquartile range relative to the median; the larger of the two times' values.
     """
 
     kept: int = Field(ge=0)
@@ -51,15 +51,15 @@ class Timing(StrictModel):
 
 
 class LatencyTable(StrictModel):
-    """The table.
+    """Times of one model's sub-blocks on one device.
 
     Attributes:
-        device: Its type, and the name of the processor as the system tells it.
-        versions: Of Python, torch and transformers.
-        settings: What was measured.
-        model: Hidden size, vocabulary and number of blocks of the model that it was measured on.
-        fixed: What no sub-block takes: embeddings, norms, residuals, the head, and Python in between. ``kept`` is 0.
-        units: By shape of a sub-block, its timings, from the most items to the fewest.
+        device: Type of the device, and the processor's name as the system reports it.
+        versions: Versions of Python, torch and transformers.
+        settings: The workload and conditions of the measurements.
+        model: Hidden size, vocabulary and number of blocks of the measured model.
+        fixed: Time outside sub-blocks: embeddings, norms, residuals, the head, and Python in between. ``kept`` is 0.
+        units: Timings by shape of a sub-block, from the most items to the fewest.
     """
 
     schema_: Literal[1] = Field(default=1, alias="schema")
@@ -80,7 +80,7 @@ class LatencyTable(StrictModel):
         """Read a table.
 
         Raises:
-            UserError: The file is missing or not a table.
+            UserError: The file is missing or not a latency table.
         """
         try:
             return cls.model_validate(read_json(path, "latency table"))
@@ -94,8 +94,8 @@ class LatencyTable(StrictModel):
     def ladder(self, shape: str, kept: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the nanoseconds of prefill and of a decoded token, for each level of a ladder.
 
-        Between shapes that were measured, times are interpolated. No level is counted as faster than a sparser one, so
-        that what is noise, or a width that a kernel dislikes, never makes removing items look dear.
+        Times between measured shapes are interpolated. No level counts as faster than a sparser one, so noise, or a
+        width for which a kernel is slow, never makes the removal of items look expensive.
 
         Raises:
             UserError: The table has no such shape, or fewer items than a level keeps.

@@ -29,13 +29,13 @@ def json_schema() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Plan:
-    """What each named part of a model gives up, and what came of it.
+    """An allocation with the name of every unit, what it costs, and what was measured.
 
     Attributes:
         model: ``id``, ``architecture`` and ``fingerprint`` of the dense model.
         space: The search space that the levels refer to.
         allocation: One level per unit of ``space``.
-        budget: What the allocation keeps to.
+        budget: The limits that the allocation keeps.
         pruner: Name, settings and calibration fingerprint of the local pruner.
         measured: Figures of the executed checkpoints, by name (``dense``, ``uniform``, ``searched``, ...).
         provenance: Configuration hash, searcher, seed and package versions.
@@ -102,7 +102,7 @@ class Plan:
         """Read and check a plan.
 
         Raises:
-            UserError: The file is missing, not JSON, against the schema, or its figures disagree.
+            UserError: The file is missing, not JSON, or not of the schema, or its figures disagree.
         """
         import jsonschema
 

@@ -1,4 +1,4 @@
-"""The seams of the search: what is asked, what comes back, who proposes and who measures."""
+"""The seams of the search: requests and outcomes, who proposes allocations and who measures them."""
 
 from __future__ import annotations
 
@@ -9,38 +9,39 @@ from typing import Literal, Protocol
 from allocator.core.space import Allocation
 
 Probe = Literal["", "influence", "expansion"]
-"""What is measured beside the loss; see :class:`Request`."""
+"""What is measured in addition to the loss; see :class:`Request`."""
 
 Key = tuple[Allocation, str, int, int, Probe, int]
 
 FEATURES = "features"
-"""The loss of what leaves some of the blocks; see :attr:`Request.blocks`."""
+"""Name of the loss of a request that runs only some blocks; see :attr:`Request.blocks`."""
 
 Fidelity = tuple[str, int, int, int]
 
 BEFORE = "_before"
-"""What a measurement's name ends in, if it was made before training."""
+"""Suffix of the name of a measurement that was made before training."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
     """Measure one allocation on the first ``tokens`` tokens of a split.
 
-    The tokens of a low fidelity are a prefix of a higher one's, so outcomes of one stage are paired. So are training
-    tokens.
+    The tokens of a low fidelity are a prefix of the tokens of a higher one, so outcomes of one stage are paired. The
+    same holds for training tokens.
 
     Attributes:
         allocation: One level per unit.
-        tokens: Of the split, on which it is measured.
-        split: Which text.
+        tokens: How many tokens of the split it is measured on.
+        split: The name of the text.
         training: Tokens on which it is trained before; 0 for none.
-        probe: What else to measure. ``influence``: ``influence.<block>``, for every block of the model at this
-            allocation: 1 - cosine of what enters and what leaves it, averaged over tokens. ``expansion``: how the
-            loss begins to change with the level of every unit, from one backward pass, without training; an evaluator
-            that has no gradients leaves it out.
-        blocks: How many blocks are run, from the first; 0 for the whole model. What leaves the last of them is compared
-            with what leaves it in the dense model: the loss is ``features``, the squared distance of the two relative
-            to the square of the latter, averaged over tokens. Units of blocks that are not run are dense.
+        probe: What else to measure. ``influence`` is one figure ``influence.<block>`` for every block of the model at
+            this allocation: 1 - cosine of the block's input and output, averaged over tokens. ``expansion`` is how the
+            loss changes with the level of every unit, from one backward pass, without training. An evaluator without
+            gradients leaves it out.
+        blocks: How many blocks are run, from the first; 0 for the whole model. The output of the last of them is
+            compared with its output in the dense model. The loss is then ``features``: the squared distance of the two
+            outputs relative to the square of the dense one, averaged over tokens. Units of blocks that are not run are
+            dense.
     """
 
     allocation: Allocation
@@ -57,19 +58,19 @@ class Request:
 
     @property
     def fidelity(self) -> Fidelity:
-        """What two outcomes that can be compared agree in: text, how much of it, how much training, blocks."""
+        """What comparable outcomes have in common: the split, its tokens, training tokens and blocks."""
         return (self.split, self.tokens, self.training, self.blocks)
 
 
 @dataclass(frozen=True, slots=True)
 class Expansion:
-    """How the loss begins to change around an allocation, for every level of every unit, the others staying.
+    """How the loss changes around an allocation, for every level of every unit while the others keep their levels.
 
-    To second order, putting unit u at level l changes the loss by ``slope[u][l]`` + c_u · ``size[u][l]``: a curvature
-    c_u for each unit, which a few measurements tell. Both are 0 at the unit's own level.
+    To second order, putting unit u at level l changes the loss by ``slope[u][l]`` + c_u · ``size[u][l]``. A few
+    measurements give the curvature c_u of each unit. Both figures are 0 at the level that the unit has.
 
     Attributes:
-        slope: Inner product of the loss's gradient in the unit's weights and of their change.
+        slope: Inner product of the loss's gradient in the unit's weights and the change of these weights.
         size: Mean over tokens of the squared change of the unit's output.
     """
 
@@ -79,19 +80,18 @@ class Expansion:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a request measured.
+    """The answer to a request.
 
     Attributes:
-        request: What was asked.
-        measured: By name: the loss, and ``nll``, the negative log-likelihood in nats per token; what else was asked
-            for; after training, also the loss before it as ``<loss>_before``.
-        wall_s: Seconds that it took; what a batch shares is counted once.
+        request: The request.
+        measured: Figures by name: the loss; ``nll``, the negative log-likelihood in nats per token; those of the probe;
+            after training, also the loss before it as ``<loss>_before``.
+        wall_s: Seconds that it took. Work that a batch shares is counted once.
         loss_name: The measurement that a search minimises.
-        sequence_losses: It for each sequence of the text, in order: two allocations measured on the same text differ by
-        the
-            mean of their differences part by part, whose spread tells how sure that is. Perhaps empty.
-        expansion: If it was asked for, and the evaluator has gradients.
-        failed: Why nothing could be measured; empty where it could.
+        sequence_losses: The loss on each sequence of the text, in order; may be empty. Two allocations measured on the
+            same text are compared sequence by sequence, and the spread of the differences gives their standard error.
+        expansion: The expansion, if it was requested and the evaluator has gradients.
+        failed: Why nothing could be measured; empty if it could.
     """
 
     request: Request
@@ -104,32 +104,32 @@ class Outcome:
 
     @property
     def loss(self) -> float:
-        """What a search minimises: ``kl`` (from the dense model, nats per token), unless the run chose another."""
+        """The loss that a search minimises: ``kl`` from the dense model in nats per token by default."""
         return self.measured[self.loss_name]
 
     @property
     def loss_before(self) -> float | None:
-        """The loss before training; None for what was not trained."""
+        """The loss before training; None if there was no training."""
         return self.measured.get(f"{self.loss_name}{BEFORE}")
 
 
 class Searcher(Protocol):
     """Proposes allocations and learns from outcomes.
 
-    All randomness is a function of the seed and of what was told, so that a searcher rebuilt from its
-    settings and told the same outcomes continues the same search.
+    All randomness is a function of the seed and of the outcomes so far. So a searcher that is rebuilt from its settings
+    and told the same outcomes continues the same search.
     """
 
     def ask(self) -> Sequence[Request]:
-        """Return the next batch to measure; empty when the search is over."""
+        """Return the next batch of requests; empty when the search is over."""
         ...
 
     def tell(self, outcomes: Sequence[Outcome]) -> None:
-        """Take the outcomes of the last batch, in the order of its requests."""
+        """Take the outcomes of the oldest batch that was not told yet, in the order of its requests."""
         ...
 
     def ended(self) -> str:
-        """Return why nothing more is asked, in words."""
+        """Return why the search ended, in words."""
         ...
 
     def finalists(self) -> Sequence[Allocation]:
@@ -141,9 +141,9 @@ class AllocationEvaluator(Protocol):
     """Measures allocations; in process, or on a pool of workers."""
 
     def evaluate(self, requests: Sequence[Request]) -> Iterator[Outcome]:
-        """Begin to measure where that goes on by itself, and yield outcomes as they come, in any order.
+        """Start measuring, in the background if there are workers, and yield outcomes as they come, in any order.
 
-        More may be asked for before all of it is there: then an iterator may yield what others would, and ends when
-        each of its own requests was answered by one of them.
+        It may be called again before all outcomes of an earlier call are there. An iterator may then yield outcomes of
+        another call. It ends when each of its own requests was answered by one of the iterators.
         """
         ...

@@ -1,4 +1,4 @@
-"""What allocation rules need to know about a dense model: a few numbers per block or unit, measured once."""
+"""Signals: a few numbers per block or unit of a dense model, measured once, from which rules allocate sparsity."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ Signal = Literal[
 - ``outliers`` [B]: share of a block's Wanda scores above five times their mean.
 - ``median`` [B]: median of a block's Wanda scores.
 - ``hill`` [B]: Hill exponent of the tail of the eigenvalues of WᵀW, averaged over a block's matrices.
-- ``influence`` [B]: 1 - cosine of what enters and what leaves a block, averaged over tokens.
+- ``influence`` [B]: 1 - cosine of a block's input and output, averaged over tokens.
 - ``angle`` [B]: the angle between the two over π, averaged over tokens.
 - ``dims`` [U, 2]: rows and columns of a unit's matrix.
 - ``magnitude`` [U, Q + 1]: quantiles of |w| in a unit's matrix, from the smallest weight to the largest.
-- ``lamp`` [U, Q + 1]: of the LAMP score w_u² / Σ_{v ≥ u} w_v², weights of the matrix in increasing order.
+- ``lamp`` [U, Q + 1]: quantiles of the LAMP score w_u² / Σ_{v ≥ u} w_v², weights of the matrix in increasing order.
 - ``fluctuation`` [U, items]: Var(X_j)·‖W_:j‖² of the columns of a unit's output projection, standardised within the
   unit and averaged over the columns of each item; NaN beyond the unit's last item.
-- ``gradient`` [U]: |L(θ + εz) - L(θ - εz)| / 2ε, where only the unit's weights move.
+- ``gradient`` [U]: |L(θ + εz) - L(θ - εz)| / 2ε, where z changes only the unit's weights.
 """
 
 SIGNALS: tuple[Signal, ...] = get_args(Signal)
 
 QUANTILES = 1024
-"""Q: a threshold meets a budget to within a thousandth of a matrix, and ladders are coarser than that."""
+"""Q. A threshold meets a budget to within a thousandth of a matrix, which is finer than any ladder."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Signals:
     """Signals of one dense model on one calibration text.
 
     Attributes:
-        values: Those that were collected, by name; see :data:`Signal`.
+        values: The collected signals by name; see :data:`Signal`.
     """
 
     values: Mapping[Signal, np.ndarray]
@@ -52,11 +52,11 @@ class Signals:
         return self.values[name]
 
     def missing(self, wanted: Collection[Signal]) -> set[Signal]:
-        """Return what was not collected of what is wanted."""
+        """Return the wanted signals that were not collected."""
         return set(wanted) - set(self.values)
 
     def merged(self, other: Signals) -> Signals:
-        """Return these signals and others of the same model."""
+        """Return these signals together with others of the same model."""
         return Signals({**self.values, **other.values})
 
     def save(self, path: Path) -> None:

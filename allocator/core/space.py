@@ -1,4 +1,4 @@
-"""The search space: what may be pruned, to which levels, at which exact cost."""
+"""The search space: the units that may be pruned, their levels, and the exact cost of each level."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ Allocation: TypeAlias = tuple[int, ...]
 """One level per unit, in the order of :attr:`SearchSpace.units`. The genome."""
 
 Cost: TypeAlias = str
-"""Name of what is known exactly without running the model; :mod:`allocator.core.costs` has them all."""
+"""Name of a figure that is known exactly without running the model; :mod:`allocator.core.costs` has them all."""
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What receives one level.
+    """A part of a model that receives one level.
 
     Attributes:
         name: Module name in the model, such as ``model.layers.0.mlp``.
-        kind: ``channels``, ``kv_groups``, ``query_heads``, ``experts`` or ``matrix``: what is counted in ``total`` and
-            ``kept``.
-        part: Which side of a block it belongs to, ``attention`` or ``mlp``.
-        block: Index of the block that holds it.
+        kind: What ``total`` and ``kept`` count: ``channels``, ``kv_groups``, ``query_heads``, ``experts``, or the
+            weights of a ``matrix``.
+        part: The side of its block, ``attention`` or ``mlp``.
+        block: Index of its block.
         total: Channels, KV groups, query heads or weights in the dense unit.
-        kept: How many of them each level keeps, strictly decreasing; ``kept[0] == total``.
-        params: Parameters left at each level.
+        kept: How many items each level keeps, strictly decreasing; ``kept[0] == total``.
+        params: Parameters at each level.
         macs: Multiply-accumulates of matrices per token at each level, as executed.
-        group: Every run of so many consecutive items loses the same number of them (the M weights of an N:M
-            pattern, in row-major order; the query heads of one KV group); None where items go freely.
+        group: Length of the runs of consecutive items of which each loses the same number: the M weights of an N:M
+            pattern in row-major order, or the query heads of one KV group. None if any items may be removed.
         others: Further costs of each level by name, none of which rises with sparsity.
     """
 
@@ -58,7 +58,7 @@ class Unit:
 
     @property
     def num_groups(self) -> int:
-        """Runs of items that lose the same number each; one where items go freely."""
+        """Number of runs of items that lose the same number each; 1 if any items may be removed."""
         return 1 if self.group is None else self.total // self.group
 
     @property
@@ -73,7 +73,7 @@ class Unit:
         return self.macs if cost == "macs" else self.others[cost]
 
     def sparsity(self, level: int) -> float:
-        """Share of the unit that ``level`` removes, in [0, 1]."""
+        """Return the share of the unit that a level removes, in [0, 1]."""
         return 1.0 - self.kept[level] / self.total
 
 
@@ -84,7 +84,7 @@ class SearchSpace:
     Attributes:
         pattern: ``structured``, ``unstructured`` or ``n:m``.
         units: In model order.
-        fixed: Cost of what no unit holds (embeddings, norms, head), for every cost that is known.
+        fixed: Cost outside units (embeddings, norms, head), for every known cost.
     """
 
     pattern: str
@@ -103,7 +103,7 @@ class SearchSpace:
 
     @cached_property
     def unit_params(self) -> int:
-        """Parameters inside units when dense: what ``--target`` is a share of."""
+        """Parameters inside units of the dense model. ``--target`` is a share of them."""
         return sum(unit.params[0] for unit in self.units)
 
     def cost(self, allocation: Sequence[int], cost: Cost = "params") -> int:
@@ -112,11 +112,11 @@ class SearchSpace:
         return self.fixed[cost] + sum(u.costs(cost)[level] for u, level in zip(self.units, allocation, strict=True))
 
     def compute_share(self, allocation: Sequence[int]) -> float:
-        """Share of the dense forward's multiply-accumulates that ``allocation`` really computes."""
+        """Return the share of the dense forward's multiply-accumulates that an allocation computes."""
         return self.cost(allocation, "macs") / self.cost(self.dense, "macs")
 
     def sparsity(self, allocation: Sequence[int]) -> float:
-        """Share of the parameters inside units that ``allocation`` removes."""
+        """Return the share of the parameters inside units that an allocation removes."""
         return 1.0 - (self.cost(allocation) - self.fixed["params"]) / self.unit_params
 
     def limit_for(self, target: float) -> int:
@@ -133,7 +133,7 @@ class SearchSpace:
         """Read what :meth:`to_json` wrote.
 
         Raises:
-            UserError: The name of a unit is none, but a path.
+            UserError: The name of a unit is a path, not a name.
         """
         for unit in data["units"]:
             check_name(unit["name"], "search space")

@@ -24,8 +24,8 @@ from allocator.core.latency import LatencySettings, LatencyTable, Timing
 from allocator.core.space import SearchSpace
 from allocator.model.checkpoint.headers import Checkpoint
 from allocator.model.family.layout import Layout
-from allocator.model.family.serving_costs import shape_of, size_of
-from allocator.model.live.load import shaped_model
+from allocator.model.family.serving_costs import describe_shape, describe_size
+from allocator.model.live.load import build_shaped_model
 
 _WARM_UP = 2
 
@@ -56,7 +56,7 @@ def make_table(
         step: Called with the number of levels done, after each.
     """
     ladders = {unit.name: unit.kept for unit in space.units}
-    shapes = {sub_block.name: shape_of(sub_block, checkpoint) for sub_block in layout.sub_blocks}
+    shapes = {sub_block.name: describe_shape(sub_block, checkpoint) for sub_block in layout.sub_blocks}
     deepest = max(len(ladder) for ladder in ladders.values())
     at = [{name: ladder[min(level, len(ladder) - 1)] for name, ladder in ladders.items()} for level in range(deepest)]
     found: dict[tuple[str, int], dict[str, list[float]]] = {}
@@ -79,7 +79,7 @@ def make_table(
         device=describe(device),
         versions=dict(versions),
         settings=settings,
-        model=size_of(checkpoint, layout),
+        model=describe_size(checkpoint, layout),
         fixed=_timing(0, fixed, max(map(_spread, fixed.values()))),
         units={shape: tuple(sorted(timings, key=lambda t: -t.kept)) for shape, timings in units.items()},
     )
@@ -145,7 +145,7 @@ def _in_turns(
         repeats = settings.repeats * (turn + 1) // turns - settings.repeats * turn // turns
         for place, kept in enumerate(shapes):
             with _placed(device, settings.threads):
-                model = shaped_model(checkpoint, layout, kept, getattr(torch, settings.dtype))
+                model = build_shaped_model(checkpoint, layout, kept, getattr(torch, settings.dtype))
                 _timed(model, layout, settings, repeats, device, found[place])
                 del model  # before the next one is made
             step((turn * len(shapes) + place + 1) // turns)

@@ -9,7 +9,7 @@ from typing import Any
 from allocator.core.files import write_json
 from allocator.interop.contract import Source
 from allocator.interop.writing import copy_script
-from allocator.model.live.write import stored_name
+from allocator.model.live.write import find_stored_name
 
 PLANNED = "planned.json"
 VERIFY = "verify.py"
@@ -40,7 +40,7 @@ def write_verify(
     modules = {}
     for matrix in source.matrices:
         shape = list(stored_shapes.get(matrix.module, matrix.kept_shape))
-        modules[stored_name(source.checkpoint, f"{matrix.module}.weight").removesuffix(".weight")] = {
+        modules[find_stored_name(source.checkpoint, f"{matrix.module}.weight").removesuffix(".weight")] = {
             "shape": shape if all(shape) else None,
             "zeros": max(0, shape[0] * shape[1] - kept_weights.get(matrix.module, matrix.kept)),
             "group": None if matrix.group is None else list(matrix.group),

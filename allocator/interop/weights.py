@@ -34,7 +34,7 @@ def open_executed(source: Source, target: str) -> Checkpoint:
     if folder is None or not folder.is_dir():
         where = "next to the plan" if folder is None else f"at {folder}"
         raise UserError(f"export: {target} carries weights, and there is no checkpoint {where}. {_REMEDY}")
-    checkpoint = read_checkpoint(folder).named_like(source.checkpoint)
+    checkpoint = read_checkpoint(folder).with_names_of(source.checkpoint)
     if difference := next(_find_differences(source, checkpoint), None):
         raise UserError(f"export: {folder} is no checkpoint of this plan: {difference}. {_REMEDY}")
     return checkpoint

@@ -111,9 +111,9 @@ def _connect(address: str | None) -> None:
         ray.init(address=address, **_QUIET)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        shown = "the address of the environment" if address is None else address.rpartition("@")[2]
+        target = "the address of the environment" if address is None else address.rpartition("@")[2]
         raise UserError(
-            f"address: no Ray cluster answers at {shown} ({reason}). Start one with 'ray start --head', "
+            f"address: no Ray cluster answers at {target} ({reason}). Start one with 'ray start --head', "
             "or leave --address out for a local one"
         ) from None
 

@@ -79,7 +79,7 @@ class RayPool:
 
         Args:
             spec: The settings of their engines.
-            tokens: Token ids [sequences, length] of each split, or other examples; one copy per node.
+            tokens: The examples of each split; one copy per node.
             workers: The number of workers. Those that find no room wait for nodes that join.
             notify: Called with messages for the user.
             demand: The resources of one worker; None for one CPU per thread.

@@ -1,6 +1,6 @@
-"""Figures: pure functions from data to matplotlib figures, and those to SVG that is the same every time.
+"""Figures as pure functions of data, and their deterministic SVG.
 
-Colours are from Okabe and Ito (2008), and no two things differ by colour alone. Nothing here touches pyplot.
+Colours are from Okabe and Ito (2008), and no two things differ by colour alone. pyplot is not used.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 PAPER, INK, MUTED, RULE = "#ffffff", "#24292f", "#6a737d", "#e1e4e8"
 SEARCHED, TWO_RATE = "#0072b2", "#d55e00"
 CELL_DARK, CELL_LIGHT = "#1b1b1b", "#fafafa"
-"""Text on the cells of a heat map, whose colours stay the same on a dark page."""
+"""Colours of text on the cells of a heat map, whose own colours are the same on a dark page."""
 
 _MARKS = {"uniform": ("s", INK), "two_rate": ("D", TWO_RATE), "searched": ("o", SEARCHED)}
 _LINES = {"uniform": (0, (4, 2)), "two_rate": (0, (1, 1.5))}
@@ -44,61 +44,64 @@ def front_figure(
     starts: Sequence[Figures] = (),
     budget: Mapping[Cost, int] = MappingProxyType({}),
 ) -> Figure:
-    """Draw the front, a panel for each objective after the first: the least of the first for at most so much of it.
+    """Draw the front, with one panel for each objective after the first.
 
-    Where there are more objectives, the other members of the front are dots above the steps.
+    The steps of a panel are the lowest first objective under an upper bound on the panel's objective. With three or
+    more objectives, the other members of the front are dots above the steps.
 
     Args:
         front: The content of ``front.json``.
         marks: Allocations to mark, measured on the same text: ``uniform``, ``two_rate``, ``searched``.
-        cloud: Everything that the front was chosen from.
-        starts: More uniform allocations.
-        budget: Limits.
+        cloud: The outcomes that the front was chosen from.
+        starts: Further uniform allocations.
+        budget: The limits on costs.
     """
     from matplotlib.figure import Figure
 
     first, *names = front["objectives"]
-    marked = [*(("uniform", each) for each in starts), *marks.items()]
+    marked = [*(("uniform", start) for start in starts), *marks.items()]
     figure = Figure(figsize=(_WIDTH if len(names) == 1 else _WIDE, _HEIGHT), layout="constrained")
     figure.set_facecolor(PAPER)
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for axes, name in zip(panels, names, strict=True):
-        _plain(axes)
-        _front_panel(axes, name, front, marked, cloud, budget[name] / COSTS[name].scale if name in budget else None)
-    panels[0].set_ylabel(f"{_axis(first)}\n({front['tokens']:,} tokens, search split)")
-    _legend(figure)
+        _style_axes(axes)
+        _draw_front_panel(
+            axes, name, front, marked, cloud, budget[name] / COSTS[name].scale if name in budget else None
+        )
+    panels[0].set_ylabel(f"{_label_axis(first)}\n({front['tokens']:,} tokens, search split)")
+    _draw_legend(figure)
     return figure
 
 
 def hypervolume_figure(curve: Sequence[tuple[int, int, float]]) -> Figure:
-    """Draw the hypervolume of the front against evaluations.
+    """Draw the hypervolume of the front against the number of evaluations.
 
     Args:
         curve: Evaluations, candidate-tokens and hypervolume after each batch.
     """
-    figure, axes = _figure()
+    figure, axes = _make_figure()
     counts, values = [count for count, _, _ in curve], [value for _, _, value in curve]
     axes.step(counts, values, where="post", color=SEARCHED, lw=1.6)
     axes.plot(counts[-1], values[-1], "o", color=SEARCHED, ms=5, mec=PAPER, mew=0.8, zorder=3)
     axes.set_xlim(0, counts[-1] * 1.03)
     axes.set_ylim(0, max(*values, _FLOOR) * 1.08)
-    axes.xaxis.set_major_formatter(_si)
+    axes.xaxis.set_major_formatter(_format_si)
     axes.set_xlabel("evaluations")
     axes.set_ylabel("hypervolume of the front")
     return figure
 
 
 def convergence_figure(curve: Sequence[tuple[float, float]], marks: Mapping[str, Figures], loss: str) -> Figure:
-    """Draw the lowest loss so far against candidate-tokens, with what the baselines reach on the same text.
+    """Draw the lowest loss so far against candidate-tokens, with the losses of the baselines on the same text.
 
-    The frame is for the search: a baseline far above it is named in the legend and not drawn.
+    The frame fits the search: a baseline far above it is only named in the legend.
 
     Args:
         curve: From :func:`allocator.core.spending.trace_convergence`, at least one point.
         marks: As for :func:`front_figure`.
         loss: Key of :data:`allocator.core.outcomes.LOSSES`.
     """
-    figure, axes = _figure()
+    figure, axes = _make_figure()
     spent, best = [x for x, _ in curve], [y for _, y in curve]
     baselines = {name: mark[loss] for name, mark in marks.items() if name in _LINES}
     closest = min(baselines.values(), default=best[0])
@@ -110,15 +113,15 @@ def convergence_figure(curve: Sequence[tuple[float, float]], marks: Mapping[str,
     axes.step(spent, best, where="post", color=SEARCHED, lw=1.6, label="best so far", zorder=2)
     axes.plot(spent[-1], best[-1], "o", color=SEARCHED, ms=5, mec=PAPER, mew=0.8, zorder=3)
     axes.set_xlim(0, spent[-1] * 1.03)
-    axes.xaxis.set_major_formatter(_si)
+    axes.xaxis.set_major_formatter(_format_si)
     axes.set_xlabel("candidate-tokens spent")
     axes.set_ylabel(f"{LOSSES[loss]}\n(within the budget, search split)")
-    _legend(figure)
+    _draw_legend(figure)
     return figure
 
 
 def sparsity_figure(units: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw what the plan removes from each block beside what uniform removes, a panel for each part.
+    """Draw the share that the plan removes from each block next to that of uniform, one panel per part.
 
     A part with one unit per block gets bars, with uniform as a line. A part with several (matrices) gets a
     heat map of the difference from uniform, with the plan's own sparsity written in the cells.
@@ -133,20 +136,20 @@ def sparsity_figure(units: Sequence[Mapping[str, Any]]) -> Figure:
     for unit in units:
         parts.setdefault(unit["part"], []).append(unit)
     blocks = sorted({unit["block"] for unit in units})
-    rows = {part: list(dict.fromkeys(_leaf(unit) for unit in own)) for part, own in parts.items()}
+    rows = {part: list(dict.fromkeys(_leaf_name(unit) for unit in own)) for part, own in parts.items()}
     heights = {part: 1.25 if len(rows[part]) == 1 else 0.32 * len(rows[part]) for part in parts}
     figure = Figure(figsize=(_WIDE, sum(heights.values()) + 0.5 * len(parts) + 0.9), layout="constrained")
     figure.set_facecolor(PAPER)
     panels = figure.subplots(len(parts), 1, sharex=True, squeeze=False, height_ratios=list(heights.values()))[:, 0]
     maps = []
-    reach = max(0.1, *(abs(_beside(unit)) for unit in units))
+    reach = max(0.1, *(abs(_difference_from_uniform(unit)) for unit in units))
     for axes, (part, own) in zip(panels, parts.items(), strict=True):
         if len(rows[part]) == 1:
-            _plain(axes)
-            _bars(axes, own)
+            _style_axes(axes)
+            _draw_bars(axes, own)
         else:
-            _plain(axes, grid=False)
-            maps.append((axes, _heat_map(axes, own, blocks, rows[part], reach)))
+            _style_axes(axes, grid=False)
+            maps.append((axes, _draw_heat_map(axes, own, blocks, rows[part], reach)))
         axes.set_title(part, fontsize=9.5, color=INK, loc="left", fontweight="bold")
     panels[-1].set_xlabel("block")
     panels[-1].xaxis.set_major_locator(MaxNLocator(nbins=24, integer=True))
@@ -155,18 +158,18 @@ def sparsity_figure(units: Sequence[Mapping[str, Any]]) -> Figure:
         bar = figure.colorbar(maps[0][1], ax=[axes for axes, _ in maps], pad=0.015, aspect=28)
         bar.outline.set_visible(False)
         bar.ax.tick_params(labelsize=_SMALL, colors=INK, length=0)
-        bar.ax.yaxis.set_major_formatter(_points)
-        bar.set_label("points beside uniform", fontsize=_SMALL, color=INK)
-    _legend(figure)
+        bar.ax.yaxis.set_major_formatter(_format_points)
+        bar.set_label("points against uniform", fontsize=_SMALL, color=INK)
+    _draw_legend(figure)
     return figure
 
 
 def to_svg(figure: Figure, name: str) -> str:
-    """Return a figure as SVG whose text is text, with no date in it and the same ids every time.
+    """Convert a figure to SVG: with text as text, without a date, and with the same ids every time.
 
     Args:
-        figure: What to write.
-        name: Begins every id, so that several figures can share a page.
+        figure: The figure.
+        name: Prefix of every id, so that several figures can share a page.
     """
     import matplotlib
 
@@ -178,18 +181,18 @@ def to_svg(figure: Figure, name: str) -> str:
     return "\n".join(line.rstrip() for line in svg.splitlines()) + "\n"
 
 
-def _figure() -> tuple[Figure, Axes]:
+def _make_figure() -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
     figure.set_facecolor(PAPER)
     axes = figure.subplots()
-    _plain(axes)
+    _style_axes(axes)
     return figure, axes
 
 
-def _plain(axes: Axes, grid: bool = True) -> None:
-    """Take away every line that carries no data."""
+def _style_axes(axes: Axes, grid: bool = True) -> None:
+    """Remove every line that carries no data."""
     axes.set_facecolor("none")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(MUTED)
@@ -203,7 +206,7 @@ def _plain(axes: Axes, grid: bool = True) -> None:
 
 
 def _scale_loss(axes: Axes, values: Sequence[float]) -> None:
-    """Frame the values; logarithmic where they span more than a glance can take in."""
+    """Frame the values; on a logarithmic axis where they span a large range."""
     low, high = max(min(values), _FLOOR), max(*values, _FLOOR)
     if high / low > _LOG_BEYOND:
         from matplotlib.ticker import LogLocator, NullFormatter
@@ -218,7 +221,7 @@ def _scale_loss(axes: Axes, values: Sequence[float]) -> None:
     axes.set_ylim(max(0.0, min(values) - margin), max(values) + margin)
 
 
-def _front_panel(
+def _draw_front_panel(
     axes: Axes,
     name: str,
     front: Mapping[str, Any],
@@ -226,7 +229,7 @@ def _front_panel(
     cloud: Sequence[Figures],
     limit: float | None,
 ) -> None:
-    """Draw the first objective against another."""
+    """Draw one panel: the first objective against another."""
     loss, members = front["objectives"][0], front["points"]
     shown = [*members, *(figures for _, figures in marked)]
     xs = [*(figures[name] for figures in shown), *([] if limit is None else [limit])]
@@ -247,21 +250,21 @@ def _front_panel(
     if limit is not None:
         axes.axvline(limit, color=MUTED, lw=1, ls=(0, (4, 2)), label="budget", zorder=0)
     for kind, figures in marked:
-        _mark(axes, kind, figures[name], figures[loss])
+        _draw_mark(axes, kind, figures[name], figures[loss])
     _scale_loss(axes, [figures[loss] for figures in shown])
     axes.set_xlim(middle - reach, middle + reach)
-    axes.xaxis.set_major_formatter(_si)
+    axes.xaxis.set_major_formatter(_format_si)
     axes.locator_params(axis="x", nbins=6)
-    axes.set_xlabel(_axis(name))
+    axes.set_xlabel(_label_axis(name))
 
 
-def _mark(axes: Axes, name: str, x: float, y: float) -> None:
+def _draw_mark(axes: Axes, name: str, x: float, y: float) -> None:
     shape, color = _MARKS[name]
     size, order = (9, 4) if name == "searched" else (6, 5)
     axes.plot(x, y, shape, color=color, ms=size, mec=PAPER, mew=1.0, ls="", label=LABELS[name], zorder=order)
 
 
-def _legend(figure: Figure) -> None:
+def _draw_legend(figure: Figure) -> None:
     handles: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -280,7 +283,7 @@ def _legend(figure: Figure) -> None:
         )
 
 
-def _bars(axes: Axes, units: Sequence[Mapping[str, Any]]) -> None:
+def _draw_bars(axes: Axes, units: Sequence[Mapping[str, Any]]) -> None:
     blocks = [unit["block"] for unit in units]
     searched = [unit["sparsity"]["searched"] for unit in units]
     uniform = [unit["sparsity"]["uniform"] for unit in units]
@@ -296,7 +299,7 @@ def _bars(axes: Axes, units: Sequence[Mapping[str, Any]]) -> None:
     axes.set_ylabel("removed")
 
 
-def _heat_map(
+def _draw_heat_map(
     axes: Axes, units: Sequence[Mapping[str, Any]], blocks: Sequence[int], rows: Sequence[str], reach: float
 ) -> Any:
     import matplotlib
@@ -306,11 +309,11 @@ def _heat_map(
     palette = ListedColormap(matplotlib.colormaps["PuOr_r"](np.linspace(0.12, 0.88, 21)))
     difference = np.full((len(rows), len(blocks)), np.nan)
     for unit in units:
-        row, column = rows.index(_leaf(unit)), blocks.index(unit["block"])
-        difference[row, column] = beside = _beside(unit)
+        row, column = rows.index(_leaf_name(unit)), blocks.index(unit["block"])
+        difference[row, column] = difference_here = _difference_from_uniform(unit)
         if len(blocks) <= _MOST_ANNOTATED:
             text = f"{100 * unit['sparsity']['searched']:.0f}"
-            color = CELL_LIGHT if abs(beside) > 0.65 * reach else CELL_DARK
+            color = CELL_LIGHT if abs(difference_here) > 0.65 * reach else CELL_DARK
             axes.text(unit["block"], row, text, ha="center", va="center", fontsize=7.5, color=color)
     mesh = axes.pcolormesh(
         blocks, range(len(rows)), difference, cmap=palette, vmin=-reach, vmax=reach, edgecolors=PAPER, lw=1
@@ -320,16 +323,16 @@ def _heat_map(
     return mesh
 
 
-def _leaf(unit: Mapping[str, Any]) -> str:
+def _leaf_name(unit: Mapping[str, Any]) -> str:
     return str(unit["name"].rpartition(".")[2])
 
 
-def _beside(unit: Mapping[str, Any]) -> float:
+def _difference_from_uniform(unit: Mapping[str, Any]) -> float:
     return float(unit["sparsity"]["searched"] - unit["sparsity"]["uniform"])
 
 
-def _axis(name: str) -> str:
-    """Return the label of an axis for a figure by name."""
+def _label_axis(name: str) -> str:
+    """Return the label of the axis for a measurement or a cost."""
     if name == "params":
         return "parameters of the whole model"
     if name in COSTS:
@@ -338,7 +341,7 @@ def _axis(name: str) -> str:
     return f"{LOSSES.get(loss, loss)}{f', on {domain}' if domain else ''}"
 
 
-def _si(value: float, _: object = None) -> str:
+def _format_si(value: float, _: object = None) -> str:
     """Format a tick of a large count: 1.25M, 300k."""
     for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
@@ -346,6 +349,6 @@ def _si(value: float, _: object = None) -> str:
     return f"{value:g}"
 
 
-def _points(value: float, _: object = None) -> str:
+def _format_points(value: float, _: object = None) -> str:
     """Format a difference of shares in percentage points."""
     return f"{round(100 * value):+d}".replace("-", "\N{MINUS SIGN}") if round(100 * value) else "0"

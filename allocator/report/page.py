@@ -1,4 +1,4 @@
-"""The report of a run: one page that needs nothing beside it, and its figures as files."""
+"""The report of a run: one self-contained page, and its figures as files."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def write_report(folder: Path) -> Path:
     """Write ``report.html`` and ``figures/*.svg`` into the folder of a run, finished or not.
 
     Args:
-        folder: The run: a journal, and ``result.json`` if the run is finished.
+        folder: The folder of the run, with a journal, and with ``result.json`` if the run is finished.
 
     Returns:
         The path of the page.
@@ -79,8 +79,8 @@ def write_report(folder: Path) -> Path:
     result = read_result(folder / "result.json")
     space = journal.space
     named = restore_allocations(space, result["units"]) if result else {}
-    front = _front(folder / "front.json", journal)
-    drawn = _draw(journal, front, named, result)
+    front = _load_front(folder / "front.json", journal)
+    drawn = _draw_figures(journal, front, named, result)
     environment = jinja2.Environment(
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -100,18 +100,18 @@ def write_report(folder: Path) -> Path:
         shown=list_headings(result["measured"]) if result else [],
         rows={row.key: row for row in list_results(result)} if result else {},
         predictions=list_predictions(result) if result else [],
-        gains=_gains(result["measured"]) if result else {},
-        units=_unit_rows(space, named),
+        gains=_compare_with_baselines(result["measured"]) if result else {},
+        units=_list_units(space, named),
         curve=trace_convergence(journal),
         loss=LOSSES[journal.loss].split(",")[0],
         front=front,
-        members=_members(front, named) if journal.header.objectives else None,
+        members=_list_members(front, named) if journal.header.objectives else None,
         spending=sum_spending(journal),
         training=summarise_training(journal),
         point=format_point,
-        figures={name: Markup(_inline(svg)) for name, svg in drawn.items()},
-        prints=_fingerprints(journal.header.to_json()),
-        pruner=_pruner(folder),
+        figures={name: Markup(_inline_svg(svg)) for name, svg in drawn.items()},
+        prints=_list_fingerprints(journal.header.to_json()),
+        pruner=_read_pruner(folder),
         files={
             name: what for name, what in _FILES.items() if (name == "figures" and drawn) or (folder / name).exists()
         },
@@ -123,22 +123,22 @@ def write_report(folder: Path) -> Path:
     return folder / "report.html"
 
 
-def _gains(measured: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Return how far the searched plan is from dense, relative to each baseline measured; below 0 is better."""
+def _compare_with_baselines(measured: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Return the distance of the searched plan from dense, relative to each baseline, minus 1; below 0 is better."""
     baselines = {name: find_distance(measured[name]) for name in ("uniform", "two_rate") if name in measured}
-    own = find_distance(measured.get("searched", {}))
-    return {} if own is None else {name: own / base - 1.0 for name, base in baselines.items() if base}
+    searched = find_distance(measured.get("searched", {}))
+    return {} if searched is None else {name: searched / base - 1.0 for name, base in baselines.items() if base}
 
 
-def _front(path: Path, journal: Journal) -> dict[str, Any]:
-    """Return the front of a run as it is on disk, where its members have the numbers by which plans are taken."""
+def _load_front(path: Path, journal: Journal) -> dict[str, Any]:
+    """Return the front on disk, whose numbering of members commands use; else build it from the journal."""
     return read_front(path) if path.exists() else build_front(journal)
 
 
-def _draw(
+def _draw_figures(
     journal: Journal, front: Mapping[str, Any], named: Mapping[str, Allocation], result: Mapping[str, Any] | None
 ) -> dict[str, str]:
-    """Return the figures that the run has data for, as SVG by name."""
+    """Draw the figures that the run has data for, as SVG by name."""
     curve, marks, space = trace_convergence(journal), collect_marks(journal, named), journal.space
     limits = journal.header.budget.limits.items() if journal.header.budget else ()
     budget = {cost: limit for cost, limit in limits if limit < space.cost(space.dense, cost)}
@@ -156,8 +156,8 @@ def _draw(
     return {name: figures.to_svg(figure, name) for name, figure in drawn.items()}
 
 
-def _inline(svg: str) -> str:
-    """Make a figure part of a page: no prologue, no namespaces, and the page's colours, light or dark."""
+def _inline_svg(svg: str) -> str:
+    """Fit an SVG into the page: without prologue and namespaces, and with the page's colours, light or dark."""
     svg = svg[svg.index("<svg") :].replace("xlink:href", "href")
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)
     svg = re.sub(r" font-family: [^;]*;", "", svg)
@@ -167,15 +167,15 @@ def _inline(svg: str) -> str:
     return svg
 
 
-def _members(front: Mapping[str, Any], named: Mapping[str, Allocation]) -> dict[str, Any]:
-    """Return the front as a table: ``headings``, ``rows``, and the numbers of those that are the plan, ``chosen``."""
+def _list_members(front: Mapping[str, Any], named: Mapping[str, Allocation]) -> dict[str, Any]:
+    """List the front as ``headings`` and ``rows``; ``chosen`` has the numbers of the members that are the plan."""
     headings, rows = list_front_rows(front)
     plan = list(named.get("searched", ()))
     chosen = [number for number, point in enumerate(front["points"]) if point["allocation"] == plan]
     return {"headings": headings, "rows": rows, "chosen": chosen}
 
 
-def _unit_rows(space: SearchSpace, named: Mapping[str, Allocation]) -> list[_UnitRow]:
+def _list_units(space: SearchSpace, named: Mapping[str, Allocation]) -> list[_UnitRow]:
     if not {"uniform", "searched"} <= set(named):
         return []
     return [
@@ -184,16 +184,16 @@ def _unit_rows(space: SearchSpace, named: Mapping[str, Allocation]) -> list[_Uni
     ]
 
 
-def _fingerprints(header: Mapping[str, Any]) -> dict[str, str]:
-    """Return what the run depended on, by hash."""
+def _list_fingerprints(header: Mapping[str, Any]) -> dict[str, str]:
+    """List the hashes of what the run depended on."""
     identity = header.get("identity", {})
     prints = {"model": header["model"]["fingerprint"], "search space": identity.get("space")}
     prints |= {f"{split} text": value for split, value in identity.get("text", {}).items()}
     return {name: value for name, value in prints.items() if value}
 
 
-def _pruner(folder: Path) -> dict[str, Any]:
-    """Return the local pruner and its settings, as the plan has them."""
+def _read_pruner(folder: Path) -> dict[str, Any]:
+    """Read the local pruner and its settings from the plan."""
     if not (folder / "plan.json").exists():
         return {}
     return {name.replace("_", " "): value for name, value in read_json(folder / "plan.json", "plan")["pruner"].items()}

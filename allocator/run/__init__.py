@@ -14,4 +14,5 @@
 - ``recorder``     progress in ``status.json``
 - ``status``       reading ``status.json``
 - ``job_package``  what travels with a job to a cluster
+- ``stopping``     what a stopped run says
 """

@@ -16,7 +16,7 @@ from allocator.evaluation.latency import describe, measure
 from allocator.evaluation.spec import Evaluator, Execution
 from allocator.run.job import Job
 from allocator.run.reporting import Reporter
-from allocator.searchers.decide import Decision
+from allocator.searchers.study import Decision
 
 Figures = dict[str, float]
 """Measured figures of one checkpoint, by name."""

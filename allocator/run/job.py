@@ -101,8 +101,8 @@ class Job:
     @property
     def inputs(self) -> str:
         """The inputs on which units are pruned; see :class:`~allocator.run.config.sections.PrunerSettings`."""
-        brief = self.config.search.brief(self.round_number)
-        return self.config.pruner.inputs or ("dense" if brief or self.pruner.refit is None else "expected")
+        is_last = self.config.search.is_last_round(self.round_number)
+        return self.config.pruner.inputs or ("expected" if is_last and self.pruner.refit is not None else "dense")
 
     @property
     def recompute(self) -> bool:
@@ -135,6 +135,7 @@ class Job:
             "text": self.text_fingerprints,
             "space": fingerprint(self.space.to_json()),
             **{f"pruner.{key}": value for key, value in self.pruner_id.items()},
+            **({"searcher": custom} if (custom := self.config.search.custom_identity()) else {}),
         }
 
     def engine_spec(self, store: LevelStore | None) -> EngineSpec:
@@ -181,11 +182,11 @@ class Job:
             model=self.model_id,
             pruner=self.pruner_id,
             asked=config.asked,
-            method=config.search.method,
+            method=config.search.method_name,
             seed=config.seed,
             loss=config.loss,
             objectives=config.objectives,
-            tokens=config.search.in_round(self.round_number).fidelities,
+            tokens=config.search.settings_for_round(self.round_number).fidelities,
             selection=config.tokens.selection,
             workload=self.workload_id,
             training=self.training_id.get("training"),

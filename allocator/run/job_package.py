@@ -16,8 +16,8 @@ import yaml
 
 from allocator.core.errors import UserError
 from allocator.model.checkpoint.headers import PACKAGED, list_model_files
-from allocator.model.data.text import text_files
-from allocator.model.family.schema import families_folder
+from allocator.model.data.text import list_text_files
+from allocator.model.family.schema import find_families_folder
 from allocator.run.config.load import read_keys, validate
 from allocator.run.config.run import RunConfig
 
@@ -162,7 +162,7 @@ def _input(label: str, named: Path, there: str) -> Iterator[tuple[str, Path]]:
     if named.is_file():
         yield there, named
         return
-    for path in list_model_files(named) if label == "model" else text_files(named):
+    for path in list_model_files(named) if label == "model" else list_text_files(named):
         inside = path.relative_to(named)
         if _NEVER & set(inside.parts):
             raise UserError(
@@ -180,7 +180,7 @@ def _package(model: str) -> Iterator[tuple[str, Path]]:
         wanted = path.suffix in _CODE and (model == PACKAGED or inside.parts[0] != "packaged")
         if wanted and not _NEVER & set(inside.parts):
             yield f"allocator/{inside.as_posix()}", path
-    for path in sorted(families_folder().glob("*.yaml")):
+    for path in sorted(find_families_folder().glob("*.yaml")):
         yield f"allocator/search_spaces/{path.name}", path
 
 

@@ -15,10 +15,10 @@ from allocator.core.space import SearchSpace
 from allocator.model.checkpoint.headers import Checkpoint, locate
 from allocator.model.data.examples import Examples
 from allocator.model.data.read import read_tokens
-from allocator.model.family.layout import Layout, open_model, resolve_layout
-from allocator.model.family.serving_costs import Workload, served
+from allocator.model.family.layout import Layout, resolve_layout
+from allocator.model.family.serving_costs import Workload, add_serving_costs
 from allocator.model.family.space import build_space
-from allocator.model.live.load import check_stock
+from allocator.model.open import open_model
 from allocator.run.config.run import RunConfig
 
 _OFFSET = ("roberta", "xlm-roberta", "camembert")
@@ -34,10 +34,7 @@ def read_model(config: RunConfig) -> tuple[Checkpoint, Layout, SearchSpace]:
     if config.target is not None and not 0.0 < config.target < 1.0:
         raise UserError(f"target: expected a share in (0, 1), found {config.target}. 0.5 removes half of the units")
     checkpoint, family = open_model(locate(config.model), config.family)
-    if "pruned" in checkpoint.config:
-        raise UserError(f"model: {checkpoint.folder} is pruned already. Give the dense model that it was made from")
     _check_ladders(config)
-    check_stock(checkpoint, family)
     ladder, structured = config.ladder, config.pattern == "structured"
     layout = resolve_layout(family, checkpoint, ladder.attention, ladder.experts if structured else "inside")
     build = partial(
@@ -62,7 +59,7 @@ def with_serving_costs(config: RunConfig, checkpoint: Checkpoint, layout: Layout
     """Return a space with the costs of serving the configured workload."""
     work = config.workload
     table = None if work.latency is None else LatencyTable.load(work.latency)
-    return served(space, layout, checkpoint, Workload(work.batch, work.prompt, work.generate), table)
+    return add_serving_costs(space, layout, checkpoint, Workload(work.batch, work.prompt, work.generate), table)
 
 
 def fingerprint_ladders(space: SearchSpace) -> str:

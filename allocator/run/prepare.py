@@ -22,12 +22,13 @@ from allocator.run.model import check_length, fingerprint_ladders, read_model, r
 from allocator.searchers.rules.baselines import uniform
 
 
-def prepare_job(config: RunConfig, notify: Notify = silent) -> Job:
+def prepare_job(config: RunConfig, notify: Notify = silent, pruner: LocalPruner | None = None) -> Job:
     """Read and check every input of a configuration.
 
     Args:
         config: The configuration. The job's own has a loss that fits the model.
         notify: Called with what a user should know of the examples.
+        pruner: A local pruner from Python. None for the configured one.
 
     Raises:
         UserError: An input is missing, damaged, too short or out of reach.
@@ -38,7 +39,7 @@ def prepare_job(config: RunConfig, notify: Notify = silent) -> Job:
     config = with_default_loss(config, checkpoint)
     _check_objectives(config, space)
     budget = budget_for(space, config.target, config.bounds)
-    pruner = _choose_pruner(config, space)
+    pruner = _choose_pruner(config, space) if pruner is None else _check_pruner(pruner, config)
     wanted, length = _count_tokens(config), config.tokens.sequence_length
     check_length(checkpoint, length, "tokens.sequence_length")
     along = _choose_path(config, checkpoint, space, budget)
@@ -68,6 +69,16 @@ def _check_objectives(config: RunConfig, space: SearchSpace) -> None:
                 f"objectives: no level of {config.pattern} pruning changes {cost}. Leave it out, "
                 "or use --pattern structured"
             )
+
+
+def _check_pruner(pruner: LocalPruner, config: RunConfig) -> LocalPruner:
+    """Return a pruner from Python, if it serves the pattern."""
+    if config.pattern not in pruner.patterns:
+        raise UserError(
+            f"pruner: {pruner.name!r} serves {', '.join(pruner.patterns)} pruning, and the pattern is "
+            f"{config.pattern}. Use --pattern {pruner.patterns[0]}"
+        )
+    return pruner
 
 
 def _choose_pruner(config: RunConfig, space: SearchSpace) -> LocalPruner:
@@ -129,7 +140,7 @@ def with_default_loss(config: RunConfig, checkpoint: Checkpoint) -> RunConfig:
                 f"loss: {checkpoint.architecture} cannot be measured by {config.loss}. Use {' or '.join(kind.losses)}"
             )
         config = config.model_copy(update={"loss": kind.losses[0]})
-        config.search.serve(config.loss, config.objectives)
+        config.search.check_objectives(config.loss, config.objectives)
     if "nll" in config.objectives and kind.answers != "classes":
         raise UserError(
             f"objectives: nll is of text that follows, or of labels, and {checkpoint.architecture} has neither"

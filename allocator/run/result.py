@@ -15,7 +15,7 @@ from allocator.core.training_effect import summarise_training
 from allocator.run.execution import Figures
 from allocator.run.job import Job
 from allocator.run.rounds import list_rounds
-from allocator.searchers.decide import Decision
+from allocator.searchers.study import Decision
 
 
 def make_run_plan(job: Job, decision: Decision, measured: Mapping[str, Figures]) -> Plan:
@@ -48,7 +48,7 @@ def summarise_run(
         "pattern": space.pattern,
         "asked": job.config.asked,
         "target": job.target,
-        "method": job.config.search.method,
+        "method": job.config.search.method_name,
         "seed": job.config.seed,
         "budget": plan.to_json()["budget"],
         "measured": {name: dict(figures) for name, figures in plan.measured.items()},

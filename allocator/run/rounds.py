@@ -11,8 +11,8 @@ from allocator.core.space import SearchSpace
 from allocator.model.family.space import build_space
 from allocator.run.job import Job
 from allocator.run.model import with_serving_costs
-from allocator.searchers.coarse_to_fine import Round, filled, recentre, translated
-from allocator.searchers.decide import Decision
+from allocator.searchers.coarse_to_fine import Round, fill_budget, refine_ladders, translate
+from allocator.searchers.study import Decision
 
 
 def prepare_next_round(job: Job, decision: Decision) -> Job:
@@ -23,14 +23,14 @@ def prepare_next_round(job: Job, decision: Decision) -> Job:
         job.checkpoint,
         config.pattern,
         job.target,
-        recentre(job.space, decision.searched, baselines),
+        refine_ladders(job.space, decision.searched, baselines),
         config.ladder.align,
         bias=config.pruner.bias,
     )
     space = with_serving_costs(config, job.checkpoint, job.layout, space)
-    chosen, uniform, two_rate = (translated(a, job.space, space) for a in (decision.searched, *baselines))
+    chosen, uniform, two_rate = (translate(a, job.space, space) for a in (decision.searched, *baselines))
     return _in_round(
-        job, space, Round(filled(space, chosen, job.budget), uniform, two_rate, list_rounds(job, decision))
+        job, space, Round(fill_budget(space, chosen, job.budget), uniform, two_rate, list_rounds(job, decision))
     )
 
 

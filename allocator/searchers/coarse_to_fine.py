@@ -1,19 +1,19 @@
-"""Coarse to fine: after a search, ladders are drawn anew around what it found, at half the step.
+"""Coarse to fine: after a search, new ladders of half the step are made around the chosen allocation.
 
-After Týr-the-Pruner (NeurIPS 2025): nine levels around each unit's present sparsity, at a step that is halved from
-round to round, units pruned afresh from dense weights on what their predecessors produce in expectation over those
-levels, and another search among them. It departs from the paper in seven ways:
+After Týr-the-Pruner (NeurIPS 2025). Each unit gets nine levels around its present sparsity, and the step is halved from
+round to round. Units are pruned again from dense weights, on the expected outputs of their predecessors over those
+levels, and the levels are searched. This differs from the paper in seven ways:
 
-- All rounds but the last are of units pruned on dense inputs, side by side, unless that is set otherwise. Rounds may
-  follow the incumbent's path in place of the expectation; then whatever differs from the incumbent has weights made for
-  another, and seems worse.
-- All rounds but the last only tell where finer ladders belong: they select nothing on text of its own, and ``auto``
-  ends them with its trust region.
-- Every ladder keeps its dense and its sparsest level, so that a whole sub-block may go, or come back, in any round.
-- Ladders also keep the levels of the baselines, which so stay what they are and are measured in every round.
-- Costs are exact and trade across kinds. The incumbent is filled up to the budget where finer levels leave room.
-- Items that are few keep every count, for a step is never less than one of them.
-- Any method searches, and the incumbent competes with what it finds on the selection split.
+- By default, units are pruned side by side on dense inputs in all rounds but the last. Rounds may also follow the
+  incumbent's path in place of the expectation. Then weights are made for the incumbent, and all other allocations seem
+  worse.
+- All rounds but the last only find where finer ladders belong. They select nothing on text of its own, and ``auto``
+  ends after its trust region.
+- Every ladder keeps its dense and its sparsest level, so a whole sub-block may be removed or restored in any round.
+- Ladders keep the levels of the baselines, so the baselines do not change and are measured in every round.
+- Costs are exact and trade across kinds. Where finer levels leave room, the incumbent is filled up to the budget.
+- A step is at least one item, so ladders of few items keep every count.
+- Any method may search, and the incumbent competes on the selection split with the allocations that it finds.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from allocator.core.budget import Budget, repair
 from allocator.core.space import Allocation, SearchSpace, Unit
 
 REACH = 4
-"""Levels on either side of the incumbent."""
+"""Levels on each side of the incumbent."""
 
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """What a round that follows another begins with; levels are those of its own space.
+    """What a later round begins with; levels are those of its own space.
 
     Attributes:
-        incumbent: What the round before chose, filled: where the search begins.
+        incumbent: The choice of the round before, filled: where the search begins.
         uniform: The first round's uniform baseline.
         two_rate: The first round's best two-rate baseline.
-        earlier: What each round before spent and reached, as ``result.json`` tells it.
+        earlier: What each round before spent and reached, as in ``result.json``.
     """
 
     incumbent: Allocation
@@ -49,7 +49,7 @@ class Round:
 
     @property
     def number(self) -> int:
-        """Which round this is, the first being 1."""
+        """Which round this is; the first is 1."""
         return len(self.earlier) + 1
 
     def to_json(self) -> dict[str, Any]:
@@ -63,13 +63,15 @@ class Round:
         return cls(**named, earlier=tuple(data["earlier"]))
 
 
-def recentre(space: SearchSpace, incumbent: Allocation, others: Sequence[Allocation]) -> dict[str, tuple[float, ...]]:
-    """Return the sparsities of the next round's levels beside dense, increasing, by unit.
+def refine_ladders(
+    space: SearchSpace, incumbent: Allocation, others: Sequence[Allocation]
+) -> dict[str, tuple[float, ...]]:
+    """Return the sparsities of the next round's levels without the dense one, increasing, by unit.
 
     Args:
-        space: What was searched.
-        incumbent: Around which ladders are drawn.
-        others: Allocations whose levels stay.
+        space: The space of this round.
+        incumbent: The allocation around which ladders are made.
+        others: Allocations whose levels are kept.
     """
     allocations = [incumbent, *others]
     return {
@@ -78,21 +80,21 @@ def recentre(space: SearchSpace, incumbent: Allocation, others: Sequence[Allocat
     }
 
 
-def translated(allocation: Allocation, space: SearchSpace, finer: SearchSpace) -> Allocation:
-    """Return the allocation of another space that keeps the same of every unit; its ladders must have those levels."""
+def translate(allocation: Allocation, space: SearchSpace, finer: SearchSpace) -> Allocation:
+    """Return the same allocation in the levels of another space, whose ladders must have the same counts."""
     pairs = zip(space.units, finer.units, allocation, strict=True)
     return tuple(after.kept.index(before.kept[level]) for before, after, level in pairs)
 
 
-def filled(space: SearchSpace, allocation: Allocation, budget: Budget) -> Allocation:
-    """Return an allocation within the budget with units made denser, in model order, where the budget has room."""
+def fill_budget(space: SearchSpace, allocation: Allocation, budget: Budget) -> Allocation:
+    """Make units of an allocation denser, in model order, until the budget is full."""
     return repair(space, allocation, budget, range(len(space.units)))
 
 
 def _ladder(unit: Unit, levels: Sequence[int]) -> tuple[float, ...]:
     if unit.num_levels == 1:
         return ()
-    # most gaps are of the present step; those beyond the reach of the incumbent are wider
+    # most gaps are of the present step; gaps beyond the reach of the incumbent are wider
     gap = median(before - after for before, after in pairwise(unit.kept))
     step = max(gap / 2, unit.num_groups) / unit.total
     centre, sparsest = unit.sparsity(levels[0]), unit.sparsity(unit.num_levels - 1)

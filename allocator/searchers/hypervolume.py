@@ -1,10 +1,10 @@
-"""The hypervolume of a front as its search goes, against a reference point that the search began with.
+"""The hypervolume of a front during its search, against a reference point from the search's first batch.
 
 It is the share of the box between two points that the front dominates. The ideal point has the costs of the sparsest
-model, 0 for distances from the dense model, and of likelihoods, which never come near 0, the least of the journal's
-first batch, to which the dense model belongs where one is an objective. The reference point has the costs of the dense
-model, and what is measured of the worst of that batch: uniform allocations with which every search of a front begins.
-An outcome that is beyond the reference point in any figure adds nothing.
+model and 0 for distances from the dense model. Likelihoods never come near 0, so theirs is the least of the journal's
+first batch, to which the dense model belongs if a likelihood is an objective. The reference point has the costs of the
+dense model and the worst measurements of that batch, which holds the uniform allocations with which every search of a
+front begins. An outcome beyond the reference point in any figure adds nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from allocator.core.protocols import Outcome, Request
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """What a batch led to; ``size`` is that of the batch, and the rest is since the journal began."""
+    """The state after a batch of ``size`` outcomes; the other figures count from the journal's beginning."""
 
     size: int
     evaluations: int
@@ -44,7 +44,7 @@ def is_likelihood(name: str) -> bool:
 
 
 def box(journal: Journal, objectives: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ideal and the reference point, [objectives] each; see the module's text."""
+    """Return the ideal and the reference point, [objectives] each. See the module's text."""
     space, begun = journal.space, [outcome for outcome in journal.batches[0] if not outcome.failed]
     points = [
         (space.cost(space.sparsest, name), space.cost(space.dense, name))
@@ -60,12 +60,12 @@ def box(journal: Journal, objectives: Sequence[str]) -> tuple[np.ndarray, np.nda
 
 
 class Hypervolume:
-    """The hypervolume of what a journal holds, batch by batch; each batch is looked at once.
+    """The hypervolume of a journal's front, batch by batch. Each batch is processed once.
 
     Args:
-        journal: Of a search of a front. It may grow.
-        objectives: What is minimised: costs, and names of what is measured.
-        tokens: The fidelity of which outcomes make up the front.
+        journal: The journal of a search of a front. It may grow.
+        objectives: Names of what is minimised: costs and measurements.
+        tokens: The fidelity of the outcomes that make up the front.
     """
 
     def __init__(self, journal: Journal, objectives: Sequence[str], tokens: int) -> None:
@@ -73,18 +73,18 @@ class Hypervolume:
         self._steps: list[_Step] = []
 
     def curve(self) -> list[tuple[int, int, float]]:
-        """Return, after every batch, evaluations and candidate-tokens since the journal began, and the hypervolume."""
+        """Return evaluations, candidate-tokens and hypervolume after every batch, from the journal's beginning."""
         batches = self._journal.batches
-        if self._steps and self._steps[-1].size < len(batches[len(self._steps) - 1]):  # a kill had cut it short
+        if self._steps and self._steps[-1].size < len(batches[len(self._steps) - 1]):  # a kill had cut this batch short
             self._steps.pop()
         for batch in batches[len(self._steps) :]:
             self._steps.append(self._after(self._steps[-1] if self._steps else _BEGUN, batch))
         return [(step.evaluations, round(step.tokens), step.volume) for step in self._steps]
 
     def to_json(self) -> dict[str, Any]:
-        """Return what ``front.json`` says: both points, by objective and in its unit; the hypervolume, and its curve.
+        """Return the entry of ``front.json``: both points by objective in written figures, the value and its curve.
 
-        At least one batch has been measured.
+        At least one batch must have been measured.
         """
         space, curve = self._journal.space, self.curve()
         ideal, reference = (
@@ -115,7 +115,7 @@ class Hypervolume:
         )
 
     def _volume(self, front: Sequence[Outcome]) -> float:
-        """Return the share of the box that a front dominates, to six digits; 0 for a box that is flat."""
+        """Return the share of the box that a front dominates, to six digits; 0 for a flat box."""
         ideal, reference = box(self._journal, self._objectives)
         extent = reference - ideal
         if not extent.all():

@@ -1,4 +1,4 @@
-"""The loop that every searcher runs under: ask, measure what is not known, record, tell."""
+"""The loop that runs every searcher: ask, measure what the journal does not hold, record, tell."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from allocator.core.protocols import AllocationEvaluator, Fidelity, Key, Outcome
 from allocator.core.space import Allocation
 
 Listener = Callable[[Sequence[Outcome]], None]
+"""Called with the outcomes of a batch."""
 
 _SYNC_S = 1.0
-"""The journal is forced to the disk with every batch, but not more often while others are under way."""
+"""The journal is forced to the disk with every batch, but at most this often while other batches are under way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,7 @@ class Batch:
 
     Attributes:
         requests: In the order in which they are answered.
-        outcomes: Of those that were not known, as they come.
+        outcomes: Outcomes of the requests that the journal does not hold, as they come.
     """
 
     requests: Sequence[Request]
@@ -33,13 +34,13 @@ class Batch:
 
 
 class Measurer:
-    """Answers requests from the journal, has an evaluator measure what that does not know, and counts the cost.
+    """Answers requests from the journal or by an evaluator, and counts their effort.
 
-    What cannot be measured is answered as twice as bad as the worst that was measured on the same text, so that no
-    searcher need know of it; whoever chooses leaves :attr:`failed` out.
+    An allocation that cannot be measured is answered with twice the worst figures on the same text, so searchers need
+    no special case. A choice must leave out the allocations in :attr:`failed`.
 
     Attributes:
-        spent: What the requests cost, each counted once, whether it was measured now or before a resume.
+        spent: Effort of the requests, each counted once, whether it was measured now or before a resume.
         failed: Allocations that could not be measured.
     """
 
@@ -50,14 +51,14 @@ class Measurer:
         self._trained = Trained()
         self._batch = 0
         self._worst: dict[tuple[Fidelity, Probe], Outcome] = {}
-        self._stand_ins: dict[Key, Outcome] = {}
+        self._penalised: dict[Key, Outcome] = {}
         self.failed: set[Allocation] = set()
         self._under_way = 0
         self._start_s = self._synced_s = time.perf_counter()
         self.spent = Effort()
 
     def cost(self, requests: Sequence[Request]) -> Effort:
-        """Return what will have been spent after a batch."""
+        """Return the effort that will be spent once a batch is measured."""
         new = list({r.key: r for r in requests if r.key not in self._asked}.values())
         return Effort(
             self.spent.evaluations + len(new),
@@ -69,12 +70,12 @@ class Measurer:
         """Return one outcome per request, in order.
 
         Raises:
-            UserError: Most of what was asked so far cannot be measured.
+            UserError: More than half of the requests so far cannot be measured.
         """
         return self.finish(self.begin(requests))
 
     def begin(self, requests: Sequence[Request]) -> Batch:
-        """Have a batch measured; batches are finished in the order in which they were begun."""
+        """Start measuring a batch. Batches are finished in the order in which they were begun."""
         self.spent = self.cost(requests)
         self._asked.update(request.key for request in requests)
         self._trained.note(requests)
@@ -85,7 +86,7 @@ class Measurer:
         return Batch(requests, self._evaluator.evaluate(list(unknown.values())) if unknown else iter(()))
 
     def finish(self, batch: Batch) -> list[Outcome]:
-        """Return the outcomes of a batch that was begun; see :meth:`measure`."""
+        """Wait for a batch that was begun, and return its outcomes; see :meth:`measure`."""
         self._record(batch.outcomes)
         self._under_way -= 1
         now_s = time.perf_counter()
@@ -98,7 +99,7 @@ class Measurer:
         self.failed.update(o.request.allocation for o in measured if o.failed and not o.request.probe)
         for outcome in measured:
             self._compare(outcome)
-        return [self._stand_in(outcome) if outcome.failed else outcome for outcome in measured]
+        return [self._penalise(outcome) if outcome.failed else outcome for outcome in measured]
 
     def _record(self, outcomes: Iterable[Outcome]) -> None:
         failures = []
@@ -108,7 +109,7 @@ class Measurer:
             else:
                 self._journal.append(outcome, self._numbers[outcome.request.key])
         count = len(self.failed) + len(failures)
-        if failures and 2 * count > len(self._asked):  # these are not recorded, for a resume shall try again
+        if failures and 2 * count > len(self._asked):  # these failures are not recorded, so a resume tries again
             raise UserError(
                 f"evaluation: {count} of {len(self._asked)} allocations cannot be measured; of the last, "
                 f"{failures[-1].failed}. Free some memory, use fewer workers or another dtype, then resume"
@@ -121,23 +122,23 @@ class Measurer:
         if not outcome.failed and (kind not in self._worst or outcome.loss > self._worst[kind].loss):
             self._worst[kind] = outcome
 
-    def _stand_in(self, failure: Outcome) -> Outcome:
+    def _penalise(self, failure: Outcome) -> Outcome:
         request = failure.request
-        if request.key not in self._stand_ins:
-            # an expansion that is left out says that there are no gradients
+        if request.key not in self._penalised:
+            # a missing expansion tells searchers that there are no gradients
             worst = self._worst.get((request.fidelity, "" if request.probe == "expansion" else request.probe))
             if worst is None or worst.loss <= 0:
                 raise UserError(f"evaluation: nothing can be measured on {request.tokens} tokens: {failure.failed}")
-            self._stand_ins[request.key] = replace(
+            self._penalised[request.key] = replace(
                 worst,
                 request=request,
                 measured={name: 2 * value for name, value in worst.measured.items()},
                 sequence_losses=tuple(2 * part for part in worst.sequence_losses),
             )
-        return self._stand_ins[request.key]
+        return self._penalised[request.key]
 
-    def require(self, allocations: Iterable[Allocation]) -> None:
-        """Check that allocations could be measured without which nothing can be decided.
+    def require_measured(self, allocations: Iterable[Allocation]) -> None:
+        """Check that allocations could be measured with which all others are compared.
 
         Raises:
             UserError: One could not.
@@ -145,16 +146,16 @@ class Measurer:
         if self.failed.intersection(allocations):
             raise _undecidable("an allocation that all others are compared with cannot be measured")
 
-    def sound(self, outcomes: Iterable[Outcome]) -> list[Outcome]:
-        """Return those outcomes that are of what could be measured.
+    def drop_failed(self, outcomes: Iterable[Outcome]) -> list[Outcome]:
+        """Return the outcomes of allocations that could be measured.
 
         Raises:
-            UserError: None is.
+            UserError: There are none.
         """
-        found = [outcome for outcome in outcomes if outcome.request.allocation not in self.failed]
-        if not found:
+        measured = [outcome for outcome in outcomes if outcome.request.allocation not in self.failed]
+        if not measured:
             raise _undecidable("none of the best allocations can be measured")
-        return found
+        return measured
 
 
 def _undecidable(what: str) -> UserError:
@@ -173,21 +174,21 @@ def search(
 ) -> str:
     """Run a searcher to its end, or until its next batch would exceed what may be spent.
 
-    A journal that already holds outcomes answers first, so a resumed search replays what was measured and
-    continues from there: the searcher cannot tell the difference.
+    The journal answers first. So a resumed search replays what was measured and continues from there, and the searcher
+    cannot tell the difference.
 
     Args:
-        searcher: Proposes, and is told.
-        measurer: Answers.
+        searcher: Proposes allocations and is told the outcomes.
+        measurer: Answers requests.
         listen: Called with the outcomes of every batch.
         limit: What may be spent.
-        lag: Batches that are asked for before the searcher is told of the oldest of them, beside that one: what it
-            knows when it is asked never depends on who is fast.
+        lag: Batches that are requested before the searcher is told the outcomes of the oldest, in addition to that one.
+            What a searcher knows when it is asked never depends on the speed of workers.
 
     Returns:
         Why the search ended, in words.
     """
-    begun = measurer.spent
+    spent_before = measurer.spent
     under_way: deque[Batch] = deque()
     ended = ""
     while True:
@@ -195,7 +196,7 @@ def search(
             requests = searcher.ask()
             if not requests:
                 break
-            if limit is not None and not limit.allows(measurer.cost(requests) - begun):
+            if limit is not None and not limit.allows(measurer.cost(requests) - spent_before):
                 ended = f"the budget of {limit} is spent"
             else:
                 under_way.append(measurer.begin(requests))

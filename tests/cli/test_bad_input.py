@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import Command
 
 from allocator.core.files import file_fingerprint
-from allocator.model.family.schema import served_types
+from allocator.model.family.schema import load_shipped_families
 
 Refused = Callable[..., str]
 Args = list[object]
@@ -29,16 +30,22 @@ def tree(folder: Path) -> dict[str, str]:
     return {str(p.relative_to(folder)): file_fingerprint(p) if p.is_file() else "/" for p in folder.rglob("*")}
 
 
-def refused_by_process(here: Path, *arguments: object) -> str:
-    """Run a real process that must refuse, and return its message."""
+def refused_by_process(here: Path, *arguments: object, fresh: bool = False) -> str:
+    """Run a process that must refuse, and return its message; a fresh one imports all anew."""
     before = tree(here)
-    command = [sys.executable, "-m", "allocator", *map(str, arguments)]
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (2, ""), done
-    lines = [line for line in done.stderr.splitlines() if line != "checking ..."]
-    assert len(lines) == 1, done.stderr
-    assert lines[0].startswith("error: "), done.stderr
+    if fresh:
+        line = [sys.executable, "-m", "allocator", *map(str, arguments)]
+        done = subprocess.run(line, cwd=here, env=environment, capture_output=True, text=True, check=False)
+        code, out, err = done.returncode, done.stdout, done.stderr
+    else:
+        command = Command(arguments, here, environment)
+        out, err = command.communicate()
+        code = command.wait()
+    assert (code, out) == (2, ""), err
+    lines = [line for line in err.splitlines() if line != "checking ..."]
+    assert len(lines) == 1, err
+    assert lines[0].startswith("error: "), err
     assert tree(here) == before
     return lines[0]
 
@@ -61,7 +68,7 @@ def edit_weights(model: Path, change: Callable[[Any], object]) -> None:
 
 
 def test_process_model_folder_missing(here: Path) -> None:
-    message = refused_by_process(here, "search", "--model", here / "no-such-model", "--workers", 0)
+    message = refused_by_process(here, "search", "--model", here / "no-such-model", "--workers", 0, fresh=True)
     assert f"{here / 'no-such-model'}: no such folder" in message
     assert "tiny-python-llama" in message
 
@@ -166,7 +173,7 @@ def test_unknown_architecture(refused: Refused, tiny_model: Path, here: Path) ->
     message = refused("search", "--model", here / "model")
     assert "'mamba'" in message
     known = message.partition("known: ")[2].partition(". ")[0].split(", ")
-    assert known == sorted(served_types())
+    assert known == sorted(load_shipped_families())
     assert "allocator inspect MODEL --suggest" in message
     assert "--set family=FILE" in message
 

@@ -17,7 +17,7 @@ import transformers
 import yaml
 from safetensors.torch import load_file, save_file
 
-from allocator.model.family.schema import families_folder
+from allocator.model.family.schema import find_families_folder
 
 Refused = Callable[..., str]
 Args = list[object]
@@ -53,7 +53,7 @@ def refused_by_all(refused: Refused, search_args: Args, model: Path) -> str:
 
 def family_file(here: Path, change: Change, shipped: str = "llama") -> list[str]:
     """Arguments that name a family file, made of a shipped one."""
-    data = yaml.safe_load((families_folder() / f"{shipped}.yaml").read_text())
+    data = yaml.safe_load((find_families_folder() / f"{shipped}.yaml").read_text())
     change(data)
     (here / "family.yaml").write_text(yaml.safe_dump(data))
     return ["--set", f"family={here / 'family.yaml'}"]
@@ -422,7 +422,7 @@ def test_family_file(refused: Refused, search_args: Args, tiny_model: Path, here
 
 
 def test_family_file_with_a_key_that_is_there_twice(refused: Refused, search_args: Args, here: Path) -> None:
-    content = (families_folder() / "llama.yaml").read_text()
+    content = (find_families_folder() / "llama.yaml").read_text()
     (here / "family.yaml").write_text(content + "blocks: 'model.layers.{block}'\n")
     message = refused(*search_args, "--set", f"family={here / 'family.yaml'}")
     assert f"{here / 'family.yaml'}: not YAML: the key 'blocks' is there twice" in message
@@ -436,9 +436,9 @@ def test_family_file_that_is_no_text(refused: Refused, search_args: Args, here: 
 def test_model_type_that_two_files_serve(
     refused: Refused, search_args: Args, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = shutil.copytree(families_folder(), here / "families")
+    folder = shutil.copytree(find_families_folder(), here / "families")
     shutil.copy(folder / "llama.yaml", folder / "mine.yaml")
-    monkeypatch.setattr("allocator.model.family.schema.families_folder", lambda: folder)
+    monkeypatch.setattr("allocator.model.family.schema.find_families_folder", lambda: folder)
     message = refused(*search_args)
     assert f"{folder / 'llama.yaml'} and {folder / 'mine.yaml'} both serve the model type 'llama'" in message
     assert "Take it out of one of them" in message
@@ -612,9 +612,9 @@ def test_plan_whose_family_file_is_not_at_hand(
     refused: Refused, own_run: Path, tiny_model: Path, here: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     """As where the search had a file of its own for the model type."""
-    shutil.copytree(families_folder(), here / "families")
+    shutil.copytree(find_families_folder(), here / "families")
     (here / "families" / "llama.yaml").unlink()
-    monkeypatch.setattr("allocator.model.family.schema.families_folder", lambda: here / "families")
+    monkeypatch.setattr("allocator.model.family.schema.find_families_folder", lambda: here / "families")
     plan = [own_run, "--to", "ratios"] if command == "export" else [own_run / "plan.json"]
     message = refused(command, *plan, "--model", tiny_model, "--out", here / "out")
     assert "no family file is shipped for the model type 'llama'" in message
@@ -660,7 +660,7 @@ IMPORTS = [
     ("a.json", '{"model.layers.0.mlp.down": 0.5}', "did you mean 'model.layers.0.mlp.down_proj'?"),
     ("a.json", '{"lm_head": 0.5}', "no prunable matrix 'lm_head'"),
     ("a.csv", "module,sparsity\nmodel.layers.9.mlp.down_proj,0.5\n", "no prunable matrix"),
-    ("a.json", "[0.5, 0.5, 1.5]", "would lose 1.5 of itself, and shares that go are in [0, 1]"),
+    ("a.json", "[0.5, 0.5, 1.5]", "would lose 1.5 of itself; removed shares are in [0, 1]"),
     ("a.json", "[0.5, 0.5, -0.5]", "would lose -0.5 of itself"),
     ("a.txt", "50 50 50", "would lose 50 of itself"),
     ("a.json", "[0.5, 0.5, NaN]", "would lose nan of itself"),

@@ -204,15 +204,27 @@ def test_json_is_alone_on_standard_output(cli: Cli, search_args: list[object], m
     assert "(raylet)" in answer.err
 
 
+OTHER_METHODS = {
+    "tpe": ["search.tpe.trials=6", "search.tpe.batch=3", "search.tpe.tokens=128"],
+    "gp": ["search.gp.trials=6", "search.gp.batch=3", "search.gp.tokens=128"],
+    "thompson": ["search.thompson.trials=9", "search.thompson.batch=3", "search.thompson.tokens=128"],
+}
+
+
 @pytest.mark.parametrize(
-    ("method", "settings"),
+    ("pattern", "method", "settings"),
     [
-        ("tpe", ["search.tpe.trials=6", "search.tpe.batch=3", "search.tpe.tokens=128"]),
-        ("gp", ["search.gp.trials=6", "search.gp.batch=3", "search.gp.tokens=128"]),
-        ("thompson", ["search.thompson.trials=9", "search.thompson.batch=3", "search.thompson.tokens=128"]),
+        pytest.param(
+            pattern,
+            method,
+            settings,
+            id=f"{pattern}-{method}-settings{number}",
+            marks=pytest.mark.slow if (pattern == "structured") == (method == "tpe") else (),
+        )
+        for pattern in ("structured", "unstructured")
+        for number, (method, settings) in enumerate(OTHER_METHODS.items())
     ],
 )
-@pytest.mark.parametrize("pattern", ["structured", "unstructured"])
 def test_search_by_other_methods(
     cli: Cli, search_args: list[object], method: str, settings: list[str], pattern: str
 ) -> None:

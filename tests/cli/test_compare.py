@@ -79,7 +79,7 @@ def test_a_plan_above_the_budget_is_marked(cli: Cli, compare_args: list[object],
     assert "plan finished *" in out
     assert "*: above the budget of" in out
     data = cli(*arguments, "--resume", "--json").json
-    assert not data["measured"]["plan finished"]["within_budget"]
+    assert not data.measured["plan finished"]["within_budget"]
     assert data["measured"]["uniform"]["within_budget"]
 
 
@@ -88,7 +88,7 @@ def test_a_plan_with_other_ladders(cli: Cli, compare_args: list[object], finishe
     expected = json.loads((finished / "result.json").read_text())["measured"]["searched"]
     ladder = ["--set", "ladder.sparsities=[0.25,0.5,0.75,1.0]"]
     data = cli(*compare_args, *ladder, "--plan", finished / "plan.json", "--json").json
-    found = data["measured"]["plan finished"]
+    found = data.measured["plan finished"]
     assert (found["params"], found["kl"]) == (expected["params"], expected["kl"])
 
 
@@ -111,7 +111,7 @@ def test_what_is_added_to_a_comparison_is_all_that_is_measured(
     assert (here / "runs" / "run" / "journal.jsonl").read_bytes() == journal
     more = cli("compare", "--resume", "--name", "run", "--rule", "shortgpt", "--json").json
     assert len(executed) == 1
-    assert set(more.measured) == {"dense", "uniform", "owl", "atp", "shortgpt"}
+    assert set(more["measured"]) == {"dense", "uniform", "owl", "atp", "shortgpt"}
 
 
 def test_stopped_at_any_point_it_goes_on(
@@ -204,4 +204,4 @@ def test_from_python(tiny_model: Path, text_folder: Path, tmp_path: Path, sets: 
     shutil.copy(finished / "plan.json", tmp_path / "mine.json")
     more = allocator.compare(tiny_model, plans=[tmp_path / "mine.json"], resume=True, **where)
     assert more.measured["plan mine"] == more.measured["plan finished"]
-    assert Plan.load(tmp_path / "mine.json").allocation == tuple(more["allocations"]["plan mine"]["levels"])
+    assert Plan.load(tmp_path / "mine.json").allocation == tuple(more.data["allocations"]["plan mine"]["levels"])

@@ -20,7 +20,7 @@ from allocator.core.journal import Journal
 from allocator.core.outcomes import find_front, select_comparable
 from allocator.core.plan import Plan
 from allocator.run.config.load import load_config
-from allocator.searchers.methods.sweep import budgets
+from allocator.searchers.methods.sweep import make_budgets
 from allocator.searchers.rules.baselines import uniform
 
 Cli = Callable[..., Any]
@@ -95,7 +95,7 @@ def test_the_hypervolume_is_kept_against_a_stated_point(swept: Path) -> None:
     kept, journal = json.loads((swept / "front.json").read_text())["hypervolume"], Journal.read(swept / "journal.jsonl")
     space, begun = journal.space, journal.batches[0]
     assert {outcome.request.allocation for outcome in begun} == {
-        uniform(space, budget) for budget in budgets(space, Budget(params=space.cost(space.dense)), ["params"], 3)
+        uniform(space, budget) for budget in make_budgets(space, Budget(params=space.cost(space.dense)), ["params"], 3)
     }
     assert kept["reference"] == {
         "kl": max(outcome.loss for outcome in begun),
@@ -176,7 +176,9 @@ def test_other_methods_find_fronts(method: str, tiny_model: Path, text_folder: P
     assert plan.space.cost(plan.allocation) <= plan.space.limit_for(0.3)
 
 
-@pytest.mark.parametrize("method", ["sweep", "auto", "nsga2", "tpe"])
+@pytest.mark.parametrize(
+    "method", ["sweep", "auto", *(pytest.param(m, marks=pytest.mark.slow) for m in ("nsga2", "tpe"))]
+)
 def test_killed_and_resumed_to_the_same_front(
     method: str, swept: Path, tiny_model: Path, text_folder: Path, tmp_path: Path
 ) -> None:

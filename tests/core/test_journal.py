@@ -258,8 +258,8 @@ def test_an_evaluator_without_gradients_may_leave_an_expansion_out(path, space):
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (lambda entry: {**entry, "also": "curvature"}, "nothing is called 'curvature'"),
-        (lambda entry: {**entry, "also": ["expansion"]}, "nothing is called"),
+        (lambda entry: {**entry, "also": "curvature"}, "unknown probe 'curvature'"),
+        (lambda entry: {**entry, "also": ["expansion"]}, "unknown probe "),
         (lambda entry: _with(entry, "slope", lambda rows: rows[1:]), "an expansion of other ladders"),
         (lambda entry: _with(entry, "slope", lambda rows: rows[::-1]), "an expansion of other ladders"),
         (lambda entry: _with(entry, "size", lambda rows: [rows[0][1:], *rows[1:]]), "an expansion of other ladders"),

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import Python
 from safetensors.torch import load_file, save_file
 
 import allocator as api
@@ -207,9 +206,10 @@ def test_the_command_is_run_as_it_says(structured: Any, tmp_path: Path) -> None:
     """In a process of its own, which ends with 0 or 1."""
     write_verify(tmp_path, structured.source)
     for folder, code in ((structured.checkpoint, 0), (structured.model, 1)):
-        done = subprocess.run([sys.executable, tmp_path / VERIFY, folder], capture_output=True, text=True, cwd="/")
-        assert done.returncode == code, done.stderr
-        assert "matrices are as planned" in done.stdout
+        done = Python([tmp_path / VERIFY, folder], Path("/"))
+        out, err = done.communicate()
+        assert done.returncode == code, err
+        assert "matrices are as planned" in out
 
 
 @pytest.mark.parametrize("name", ["structured", "query_heads", "unstructured", "n_m"])

@@ -287,7 +287,7 @@ class Dying(RayPool):
     marks: Path
     deadly: Any
 
-    def _hire(self) -> Any:
+    def _start_actor(self) -> Any:
         marks, deadly = self.marks, self.deadly
 
         @ray.remote(max_restarts=0)
@@ -372,7 +372,7 @@ def test_what_is_left_of_an_expansion_that_fails_is_dropped(bench: Bench, tmp_pa
 
         marks, deadly = tmp_path / "marks", None
 
-        def _hire(self) -> Any:
+        def _start_actor(self) -> Any:
             @ray.remote(max_restarts=0)
             class Mortal:
                 def ready(self) -> str:

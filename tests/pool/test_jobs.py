@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import yaml
+from forked import Command
 
 import allocator
 from allocator.commands.compare import run_comparison
@@ -233,13 +234,11 @@ def refused(tmp_path: Path) -> Callable[..., str]:
     (tmp_path / "run.yaml").write_text("target: 0.5\n")
 
     def run(*arguments: str, **variables: str) -> str:
-        command = [sys.executable, "-m", "allocator", "submit", "run.yaml", "--runs-dir", "/shared", *arguments]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | variables
-        done = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=30, check=False
-        )
-        assert (done.returncode, done.stdout) == (2, ""), done
-        (message,) = done.stderr.splitlines()
+        command = Command(["submit", "run.yaml", "--runs-dir", "/shared", *arguments], tmp_path, environment)
+        out, err = command.communicate(timeout=30)
+        assert (command.returncode, out) == (2, ""), err
+        (message,) = err.splitlines()
         return message
 
     return run

@@ -1,9 +1,9 @@
 """Nodes join and are lost in the middle of a search; the plan is that of one process."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
+
+from forked import Python
 
 import allocator
 
@@ -25,11 +25,10 @@ def test_nodes_that_join_are_used_and_lost_ones_survived(tiny_model: Path, text_
         str(tiny_model), text=text_folder, workers=0, name="local", runs_dir=tmp_path, settings=SETTINGS
     )
     script = Path(__file__).with_name("nodes.py")
-    done = subprocess.run(
-        [sys.executable, script, tmp_path, tiny_model, text_folder, *SETTINGS], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
+    done = Python([script, tmp_path, tiny_model, text_folder, *SETTINGS])
+    out, err = done.communicate()
+    assert done.returncode == 0, err
+    told = json.loads(out.splitlines()[-1])
     assert told["alive"][0] == 1
     assert max(told["alive"]) == 3
     assert told["alive"][-1] == 1

@@ -19,6 +19,7 @@ from allocator.model.family.schema import Attention, Experts
 from allocator.model.family.space import build_space
 from allocator.model.live.load import load_model
 from allocator.model.live.walk import BlockWalker
+from allocator.model.open import open_model
 from allocator.pruning.calibration.build import prune_on_dense_inputs
 from allocator.pruning.calibration.problem import Calibration
 from allocator.pruning.pruners.protocol import LocalPruner, PrunerSpec

@@ -72,7 +72,7 @@ def test_what_was_sent_runs_from_its_folder(tmp_path: Path) -> None:
     pack(keys()).write(tmp_path / "package.zip")
     zipfile.ZipFile(tmp_path / "package.zip").extractall(tmp_path / "job")
     families = "allocator.model.family.schema"
-    script = f"import allocator, {families} as f; print(allocator.__file__, *f.families_folder().iterdir())"
+    script = f"import allocator, {families} as f; print(allocator.__file__, *f.find_families_folder().iterdir())"
     environment = {"PATH": "/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", script],

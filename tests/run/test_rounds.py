@@ -29,8 +29,8 @@ from allocator.run.config.load import load_config
 from allocator.run.config.run import RunConfig
 from allocator.run.model import read_model
 from allocator.run.reporting import Silent
-from allocator.searchers.coarse_to_fine import recentre, translated
-from allocator.searchers.decide import decide
+from allocator.searchers.coarse_to_fine import refine_ladders, translate
+from allocator.searchers.study import Study, run_study
 
 SETTINGS = {
     "search.rounds": 2,
@@ -117,9 +117,9 @@ def test_finer_levels_cost_what_they_cost_in_any_ladder(tiny_model: Path, settin
         pattern, align, bias = config.pattern, config.ladder.align, config.pruner.bias
         return build_space(layout, checkpoint, pattern, config.target, ladder, align, bias=bias)
 
-    finer = build(recentre(space, incumbent, [other]))
+    finer = build(refine_ladders(space, incumbent, [other]))
     for allocation in (incumbent, other):
-        again = translated(allocation, space, finer)
+        again = translate(allocation, space, finer)
         assert [finer.cost(again, cost) for cost in ("params", "macs")] == [
             space.cost(allocation, cost) for cost in ("params", "macs")
         ]
@@ -151,7 +151,8 @@ def test_the_second_round_begins_where_the_first_ended(finished: dict[str, Any],
     first, second = (Journal.read(result.folder / name) for name in ("rounds/1/journal.jsonl", "journal.jsonl"))
     config = load_config(result.folder / "run.yaml")
     budget = budget_for(first.space, config.target)
-    decision = decide(first.space, budget, config.search, config.seed, 256, NoModel(), first)
+    study = Study(space=first.space, budget=budget, settings=config.search, seed=config.seed, selection_tokens=256)
+    decision = run_study(study, NoModel(), first)
     begun = second.header.round
     named = {"incumbent": decision.searched, "uniform": decision.uniform, "two_rate": decision.two_rate}
     for name, allocation in named.items():

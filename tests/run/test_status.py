@@ -120,7 +120,7 @@ def test_workers_are_those_alive(tmp_path: Path) -> None:
 
     with Recorder(Silent()) as recorder:
         recorder.start_recording(tmp_path, 0)
-        recorder.attach(object())
+        recorder.attach(None)
         recorder.start_phase("one")
         assert written(tmp_path)["workers"] == 0
         recorder.attach(Pool())

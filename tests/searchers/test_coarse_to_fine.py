@@ -10,9 +10,10 @@ from allocator.core.errors import UserError
 from allocator.core.header import JournalHeader
 from allocator.core.journal import Journal
 from allocator.core.space import SearchSpace, Unit
-from allocator.searchers.coarse_to_fine import REACH, Round, filled, recentre, translated
-from allocator.searchers.decide import SearchSettings, decide
+from allocator.searchers.coarse_to_fine import REACH, Round, fill_budget, refine_ladders, translate
 from allocator.searchers.methods.evolution import EvolutionSettings
+from allocator.searchers.settings import SearchSettings
+from allocator.searchers.study import Study, run_study
 
 
 def _unit(index, total, counts, price, group=None):
@@ -59,7 +60,7 @@ def _allocations(draw, space, count):
 def test_ladders_hold_what_is_named_and_both_ends(data):
     space = data.draw(_spaces())
     incumbent, *others = _allocations(data.draw, space, 3)
-    ladders = recentre(space, incumbent, others)
+    ladders = refine_ladders(space, incumbent, others)
     finer = _finer(space, ladders)
     for index, (before, after) in enumerate(zip(space.units, finer.units, strict=True)):
         ladder = ladders[before.name]
@@ -70,7 +71,7 @@ def test_ladders_hold_what_is_named_and_both_ends(data):
         assert {before.kept[a[index]] for a in (incumbent, *others)} <= set(after.kept)
         assert after.num_levels <= 2 * REACH + 1 + 2 + len(others)
     for allocation in (incumbent, *others):
-        assert finer.cost(translated(allocation, space, finer)) == space.cost(allocation)
+        assert finer.cost(translate(allocation, space, finer)) == space.cost(allocation)
 
 
 @given(data=st.data())
@@ -78,8 +79,8 @@ def test_what_an_incumbent_leaves_over_is_filled(data):
     space = data.draw(_spaces())
     budget = Budget(params=data.draw(st.integers(space.cost(space.sparsest), space.cost(space.dense))))
     incumbent = repair(space, space.dense, budget, range(len(space.units)))
-    finer = _finer(space, recentre(space, incumbent, []))
-    start = filled(finer, same := translated(incumbent, space, finer), budget)
+    finer = _finer(space, refine_ladders(space, incumbent, []))
+    start = fill_budget(finer, same := translate(incumbent, space, finer), budget)
     assert all(a <= b for a, b in zip(start, same, strict=True))
     assert fits(finer, start, budget)
     assert denser_moves(finer, start, budget) == []
@@ -91,28 +92,30 @@ def test_the_step_is_halved_in_every_round(level):
     space = _eighths(960, 960)
     allocation, centre = (level, 4), space.units[0].kept[level]
     for step in (60, 30, 15):
-        finer = _finer(space, recentre(space, allocation, []))
+        finer = _finer(space, refine_ladders(space, allocation, []))
         wanted = {centre + steps * step for steps in range(-REACH, REACH + 1)} & {*range(961)}
         assert {*finer.units[0].kept} == wanted | {960, 0}
-        allocation, space = translated(allocation, space, finer), finer
+        allocation, space = translate(allocation, space, finer), finer
 
 
 def test_few_items_keep_every_count():
     space = SearchSpace("structured", (_unit(0, 4, range(4), 5), _unit(1, 8, range(0, 8, 2), 5, 4)), {"params": 0})
     for _ in range(3):
-        space = _finer(space, recentre(space, (1, 2), []))
+        space = _finer(space, refine_ladders(space, (1, 2), []))
         assert space.units[0].kept == (4, 3, 2, 1, 0)
         assert space.units[1].kept == (8, 6, 4, 2, 0)
 
 
 def test_a_unit_that_never_moves_stays_so():
     space = SearchSpace("structured", (_unit(0, 9, [], 1), _unit(1, 8, [4, 0], 1)), {"params": 0})
-    assert recentre(space, (0, 1), []) == {"unit0": (), "unit1": (0.25, 0.5, 0.75, 1.0)}
+    assert refine_ladders(space, (0, 1), []) == {"unit0": (), "unit1": (0.25, 0.5, 0.75, 1.0)}
 
 
 # --- a round that follows another -----------------------------------------------------------------------------
 
-SETTINGS = SearchSettings(evolution=EvolutionSettings(4, 4, 6, (64, 128), (2, 1)), rounds=2)
+SETTINGS = SearchSettings(
+    evolution=EvolutionSettings(generations=4, patience=4, offspring=6, tokens=(64, 128), survivors=(2, 1)), rounds=2
+)
 
 
 @pytest.fixture
@@ -123,19 +126,19 @@ def begun():
     incumbent = repair(space, (1, 7, 3, 2, 5, 4), budget, range(6))
     even = repair(space, (3,) * 6, budget, range(6))
     uneven = repair(space, (8, 3) * 3, budget, range(6))
-    finer = _finer(space, recentre(space, incumbent, [even, uneven]))
-    chosen, even, uneven = (translated(a, space, finer) for a in (incumbent, even, uneven))
-    return finer, budget, Round(filled(finer, chosen, budget), even, uneven, ({"evaluations": 3},))
+    finer = _finer(space, refine_ladders(space, incumbent, [even, uneven]))
+    chosen, even, uneven = (translate(a, space, finer) for a in (incumbent, even, uneven))
+    return finer, budget, Round(fill_budget(finer, chosen, budget), even, uneven, ({"evaluations": 3},))
 
 
 def test_the_incumbent_competes_with_what_is_found(begun, landscape, refusing, tmp_path):
     space, budget, round_ = begun
-    arguments = (space, budget, SETTINGS, 3, 256)
+    study = Study(space=space, budget=budget, settings=SETTINGS, seed=3, selection_tokens=256, round=round_)
     with Journal.create(tmp_path / "journal.jsonl", JournalHeader(space=space)) as journal:
-        decision = decide(*arguments, landscape(space), journal, begun=round_)
+        decision = run_study(study, landscape(space), journal)
         selected = {o.request.allocation: o.loss for o in journal if o.request.split == "selection"}
         first = next(iter(journal)).request.allocation
-        assert decide(*arguments, refusing, journal, begun=round_) == decision
+        assert run_study(study, refusing, journal) == decision
     assert first == round_.uniform == decision.uniform
     assert decision.two_rate == round_.two_rate
     assert decision.losses["incumbent"] == selected[round_.incumbent]
@@ -156,7 +159,8 @@ def test_an_incumbent_that_nothing_beats_is_chosen(begun, landscape, tmp_path):
                 yield outcome
 
     with Journal.create(tmp_path / "journal.jsonl", JournalHeader(space=space)) as journal:
-        decision = decide(space, budget, SETTINGS, 3, 256, Jealous(space), journal, begun=round_)
+        study = Study(space=space, budget=budget, settings=SETTINGS, seed=3, selection_tokens=256, round=round_)
+        decision = run_study(study, Jealous(space), journal)
     assert decision.searched == round_.incumbent
 
 
@@ -170,7 +174,8 @@ def test_a_round_that_another_follows_is_brief(begun, landscape, tmp_path):
     space, budget, _ = begun
     settings = SearchSettings(rounds=2, tokens=(64, 128, 256))
     with Journal.create(tmp_path / "journal.jsonl", JournalHeader(space=space)) as journal:
-        decision = decide(space, budget, settings, 0, 256, landscape(space), journal)
+        study = Study(space=space, budget=budget, settings=settings, seed=0, selection_tokens=256)
+        decision = run_study(study, landscape(space), journal)
     assert {outcome.request.split for outcome in journal} == {"search"}
     assert {outcome.request.tokens for outcome in journal} == {64, 128}
     assert decision.losses.keys() == {"search"}

@@ -10,7 +10,6 @@ from allocator.core.budget import Budget, budget_for, denser_moves, fits, repair
 from allocator.core.header import JournalHeader
 from allocator.core.journal import Journal
 from allocator.core.protocols import Outcome
-from allocator.searchers.decide import SearchSettings, make_searcher
 from allocator.searchers.loop import Measurer, search
 from allocator.searchers.methods.bayesian import GpSettings, TpeSettings
 from allocator.searchers.methods.evolution import EvolutionSettings
@@ -18,35 +17,37 @@ from allocator.searchers.methods.guided import GuidedSettings
 from allocator.searchers.methods.steady import SteadySettings
 from allocator.searchers.methods.thompson import ThompsonSettings
 from allocator.searchers.methods.trust_region import TrustRegionSettings
+from allocator.searchers.problem import SearchProblem
 from allocator.searchers.rules.baselines import uniform
-from allocator.searchers.rules.measured import MEASURED_RULES, Fidelity, Stepwise
+from allocator.searchers.rules.measured import MEASURED_RULES, RuleTokens, make_rule_searcher
+from allocator.searchers.settings import SearchSettings
 
 NEAR = TrustRegionSettings(rounds=3, radius=2)
 FAR = GuidedSettings(generations=4, proposals=64, entrants=6, survivors=2)
 SEARCHERS = {
     "evolution": SearchSettings(
-        "evolution", evolution=EvolutionSettings(generations=5, offspring=6, tokens=(64, 128), survivors=(2, 1))
+        method="evolution", evolution=EvolutionSettings(generations=5, offspring=6, tokens=(64, 128), survivors=(2, 1))
     ),
     "evolution, one stage": SearchSettings(
-        "evolution", evolution=EvolutionSettings(generations=5, offspring=6, tokens=(128,), survivors=(1,))
+        method="evolution", evolution=EvolutionSettings(generations=5, offspring=6, tokens=(128,), survivors=(1,))
     ),
     "evolution with training": SearchSettings(
-        "evolution",
+        method="evolution",
         evolution=EvolutionSettings(generations=5, offspring=6, tokens=(64, 128), survivors=(2, 1), training=(0, 256)),
     ),
     "evolution within kinds": SearchSettings(
-        "evolution",
+        method="evolution",
         evolution=EvolutionSettings(generations=5, offspring=6, tokens=(64, 128), survivors=(2, 1), within_kind=True),
     ),
-    "auto": SearchSettings("auto", tokens=(64, 128), trust_region=NEAR, guided=FAR),
-    "auto, three fidelities": SearchSettings("auto", tokens=(32, 64, 128), trust_region=NEAR, guided=FAR),
-    "auto, one fidelity": SearchSettings("auto", tokens=(128,), trust_region=NEAR, guided=FAR),
-    "trust_region": SearchSettings("trust_region", tokens=(64, 128), trust_region=NEAR),
-    "guided": SearchSettings("guided", tokens=(64, 128), guided=FAR),
-    "steady": SearchSettings("steady", steady=SteadySettings(trials=60, lag=0, tokens=(64, 128))),
-    "tpe": SearchSettings("tpe", tpe=TpeSettings(trials=26, batch=4, tokens=128)),
-    "gp": SearchSettings("gp", gp=GpSettings(trials=18, batch=4, tokens=128)),
-    "thompson": SearchSettings("thompson", thompson=ThompsonSettings(trials=30, batch=4, tokens=128)),
+    "auto": SearchSettings(method="auto", tokens=(64, 128), trust_region=NEAR, guided=FAR),
+    "auto, three fidelities": SearchSettings(method="auto", tokens=(32, 64, 128), trust_region=NEAR, guided=FAR),
+    "auto, one fidelity": SearchSettings(method="auto", tokens=(128,), trust_region=NEAR, guided=FAR),
+    "trust_region": SearchSettings(method="trust_region", tokens=(64, 128), trust_region=NEAR),
+    "guided": SearchSettings(method="guided", tokens=(64, 128), guided=FAR),
+    "steady": SearchSettings(method="steady", steady=SteadySettings(trials=60, lag=0, tokens=(64, 128))),
+    "tpe": SearchSettings(method="tpe", tpe=TpeSettings(trials=26, batch=4, tokens=128)),
+    "gp": SearchSettings(method="gp", gp=GpSettings(trials=18, batch=4, tokens=128)),
+    "thompson": SearchSettings(method="thompson", thompson=ThompsonSettings(trials=30, batch=4, tokens=128)),
 }
 
 LEARNING = ("auto", "auto, three fidelities", "auto, one fidelity", "trust_region", "guided")
@@ -77,15 +78,17 @@ def landscape(name, landscape):
 
 
 def _searcher(name):
-    return lambda space, budget, start, seed: make_searcher(space, budget, start, SEARCHERS[name], seed)
+    return lambda space, budget, start, seed: SEARCHERS[name].configured.make(
+        SearchProblem(space=space, budget=budget, objectives=("kl",), start=start, seed=seed)
+    )
 
 
 def _rule(name):
-    tokens = Fidelity(64, 128)
+    tokens = RuleTokens(64, 128)
 
     def make(space, budget, start, seed):
         target = min(0.99, max(0.01, space.sparsity(uniform(space, budget))))
-        return Stepwise(MEASURED_RULES[name].run(space, budget, target, tokens), start, tokens)
+        return make_rule_searcher(MEASURED_RULES[name].run(space, budget, target, tokens), start, tokens)
 
     return make
 

@@ -16,31 +16,35 @@ from allocator.core.header import JournalHeader
 from allocator.core.journal import Journal
 from allocator.core.protocols import Outcome, Request
 from allocator.core.space import SearchSpace
-from allocator.searchers.decide import ONE_LOSS, SearchSettings
-from allocator.searchers.fronts import decide_front, make_front_searcher
 from allocator.searchers.methods import nsga as nsga_module
 from allocator.searchers.methods.bayesian import GpSettings, TpeSettings
 from allocator.searchers.methods.emo_pms import EmoPmsSettings
 from allocator.searchers.methods.guided import GuidedSettings
 from allocator.searchers.methods.nsga import NsgaSettings
-from allocator.searchers.methods.sweep import SweepSettings, budgets
+from allocator.searchers.methods.sweep import SweepSettings, make_budgets
+from allocator.searchers.problem import SearchProblem
+from allocator.searchers.registry import METHODS as REGISTERED
 from allocator.searchers.rules.baselines import uniform
+from allocator.searchers.settings import SearchSettings
 from allocator.searchers.solvers.knapsack import additive_front
+from allocator.searchers.study import Study, run_study
 
 NSGA = NsgaSettings(generations=5, population=8, profile=64, tokens=128)
 EMO = EmoPmsSettings(groups=3, rounds=2, generations=3, population=6, schemes=8, profile=64, tokens=128)
 METHODS = {
-    "sweep": SearchSettings("sweep", tokens=(64, 128), sweep=SweepSettings(points=4, entrants=4)),
-    "sweep, twice": SearchSettings("sweep", tokens=(32, 64, 128), sweep=SweepSettings(points=3, entrants=3, passes=2)),
-    "nsga2": SearchSettings("nsga2", nsga=NSGA),
-    "nsga3": SearchSettings("nsga3", nsga=NSGA),
-    "emo_pms": SearchSettings("emo_pms", emo_pms=EMO),
-    "tpe": SearchSettings("tpe", tpe=TpeSettings(trials=40, batch=8, tokens=128)),
-    "gp": SearchSettings("gp", gp=GpSettings(trials=19, batch=7, tokens=128)),
+    "sweep": SearchSettings(method="sweep", tokens=(64, 128), sweep=SweepSettings(points=4, entrants=4)),
+    "sweep, twice": SearchSettings(
+        method="sweep", tokens=(32, 64, 128), sweep=SweepSettings(points=3, entrants=3, passes=2)
+    ),
+    "nsga2": SearchSettings(method="nsga2", nsga=NSGA),
+    "nsga3": SearchSettings(method="nsga3", nsga=NSGA),
+    "emo_pms": SearchSettings(method="emo_pms", emo_pms=EMO),
+    "tpe": SearchSettings(method="tpe", tpe=TpeSettings(trials=40, batch=8, tokens=128)),
+    "gp": SearchSettings(method="gp", gp=GpSettings(trials=19, batch=7, tokens=128)),
 }
 
 
-SEVERAL = [name for name, settings in METHODS.items() if settings.method not in ONE_LOSS]
+SEVERAL = [name for name, settings in METHODS.items() if REGISTERED[settings.method].front == "any"]
 
 
 @pytest.fixture(params=METHODS)
@@ -77,8 +81,9 @@ def _follow(settings, space, evaluator, seed=0, budget=None, objectives=("params
     budget = budget or _whole(space)
     names = minimised("kl", objectives)
     costs = [name for name in names if name in space.fixed]
-    start = [uniform(space, each) for each in (budgets(space, budget, costs[:1], 3) if costs else [budget])]
-    return Followed(make_front_searcher(space, budget, names, start, settings, seed), evaluator, known)
+    start = [uniform(space, each) for each in (make_budgets(space, budget, costs[:1], 3) if costs else [budget])]
+    problem = SearchProblem(space=space, budget=budget, objectives=names, start=start, seed=seed)
+    return Followed(settings.configured.make(problem), evaluator, known)
 
 
 @pytest.fixture
@@ -187,7 +192,7 @@ def test_budgets_are_reachable_different_and_inside(spaces, data):
     space = data.draw(spaces)
     objectives = data.draw(st.sampled_from([["params"], ["macs"], ["params", "macs"]]))
     within = Budget(params=data.draw(st.integers(space.cost(space.sparsest), space.cost(space.dense))))
-    found = budgets(space, within, objectives, data.draw(st.integers(1, 16)))
+    found = make_budgets(space, within, objectives, data.draw(st.integers(1, 16)))
     assert found
     for budget in found:
         assert fits(space, space.sparsest, budget)
@@ -197,12 +202,12 @@ def test_budgets_are_reachable_different_and_inside(spaces, data):
 
 def test_budgets_go_from_loose_to_tight(space):
     dense = Budget(params=space.cost(space.dense))
-    limits = [budget.limits["params"] for budget in budgets(space, dense, ["params"], 12)]
+    limits = [budget.limits["params"] for budget in make_budgets(space, dense, ["params"], 12)]
     assert len(limits) == 12
     assert limits == sorted(set(limits), reverse=True)
     assert limits[0] < space.cost(space.dense)
     assert limits[-1] > space.cost(space.sparsest)
-    grid = budgets(space, dense, ["params", "macs"], 12)
+    grid = make_budgets(space, dense, ["params", "macs"], 12)
     assert len(grid) == 15
     assert len({tuple(budget.limits.values()) for budget in grid}) == 15
 
@@ -225,7 +230,7 @@ def test_a_sweep_is_ahead_of_nsga2_for_less(seed):
     found = {}
     for method in ("sweep", "nsga2"):
         nsga = NsgaSettings(generations=40, population=24, profile=32, tokens=128)
-        settings = SearchSettings(method, tokens=(32, 64, 128), nsga=nsga)
+        settings = SearchSettings(method=method, tokens=(32, 64, 128), nsga=nsga)
         followed = _follow(settings, space, landscapes.bowl(seed, reach=3, space=space, length=16), seed)
         spent = sum(sum(candidate_tokens(space, [o.request for o in batch])) for batch in followed.told)
         found[method] = spent, _hypervolume(space, followed.measured, worst)
@@ -240,10 +245,10 @@ def _middle(space):
 def test_a_front_of_an_additive_loss_is_exact_where_budgets_are(make_space, landscape):
     space = make_space([[100, 80, 60, 40, 20, 0], [70, 50, 30, 10], [90, 60, 30, 0], [50, 40, 30, 20]])
     evaluator = landscape(space, interaction=0.0)
-    settings = SearchSettings("sweep", tokens=(64, 128), sweep=SweepSettings(points=6, entrants=12, passes=4))
+    settings = SearchSettings(method="sweep", tokens=(64, 128), sweep=SweepSettings(points=6, entrants=12, passes=4))
     measured = _follow(settings, space, evaluator).measured
     exact = additive_front(space, "params", [term.tolist() for term in evaluator.terms])
-    for budget in budgets(space, _whole(space), ["params"], 6):
+    for budget in make_budgets(space, _whole(space), ["params"], 6):
         least = min(value for cost, value, _ in exact if cost <= budget.limits["params"])
         found = min(evaluator.kl(o.request.allocation) for o in measured if fits(space, o.request.allocation, budget))
         assert found <= 1.02 * least
@@ -255,17 +260,16 @@ def decided(space, landscape, tmp_path):
         path = tmp_path / f"{name}.jsonl"
         header = JournalHeader(space=space)
         with Journal.resume(path) if path.exists() else Journal.create(path, header) as journal:
-            chosen = decide_front(
-                space,
-                budget or _whole(space),
-                objectives,
-                settings,
-                0,
-                256,
-                evaluator or landscape(space),
-                journal,
-                knee_,
+            study = Study(
+                space=space,
+                budget=budget or _whole(space),
+                objectives=objectives,
+                settings=settings,
+                seed=0,
+                selection_tokens=256,
+                at_knee=knee_,
             )
+            chosen = run_study(study, evaluator or landscape(space), journal)
             return chosen, list(journal)
 
     return decide_with

@@ -3,14 +3,15 @@ import pytest
 from allocator.core.effort import Limit
 from allocator.core.errors import UserError
 from allocator.run.config.load import load_config
-from allocator.searchers.decide import FRONTS, SearchSettings
 from allocator.searchers.methods.bayesian import GpSettings, TpeSettings
 from allocator.searchers.methods.evolution import EvolutionSettings
 from allocator.searchers.methods.guided import GuidedSettings
 from allocator.searchers.methods.nsga import NsgaSettings
-from allocator.searchers.methods.presets import PRESETS, preset
+from allocator.searchers.methods.presets import PRESETS, read_preset
 from allocator.searchers.methods.thompson import ThompsonSettings
 from allocator.searchers.methods.trust_region import TrustRegionSettings
+from allocator.searchers.registry import METHODS
+from allocator.searchers.settings import SearchSettings
 
 
 @pytest.mark.parametrize("wrong", [{"generations": 0}, {"population": 3}, {"tokens": 0}, {"profile": 9000}])
@@ -20,15 +21,15 @@ def test_nsga(wrong):
 
 
 def test_methods_serve_a_front_or_the_loss_alone():
-    for method in FRONTS:
-        SearchSettings(method).serve("kl", ["params", "kv_bytes"])
+    for method in (name for name, method in METHODS.items() if method.front != "none"):
+        SearchSettings(method=method).check_objectives("kl", ["params", "kv_bytes"])
     for method in ("nsga2", "nsga3", "tpe", "gp"):
-        SearchSettings(method).serve("kl", ["params", "nll"])
-        SearchSettings(method).serve("kl", ["kl.a", "kl.b"])
-        SearchSettings(method).serve("kl", ["kl.a", "params"])
+        SearchSettings(method=method).check_objectives("kl", ["params", "nll"])
+        SearchSettings(method=method).check_objectives("kl", ["kl.a", "kl.b"])
+        SearchSettings(method=method).check_objectives("kl", ["kl.a", "params"])
     for method in ("auto", "evolution", "tpe", "gp"):
-        SearchSettings(method).serve("kl", [])
-    SearchSettings("nsga3", nsga=NsgaSettings(population=4)).serve("kl", ["kl.a", "kl.b"])
+        SearchSettings(method=method).check_objectives("kl", [])
+    SearchSettings(method="nsga3", nsga=NsgaSettings(population=4)).check_objectives("kl", ["kl.a", "kl.b"])
     refused = {
         r"thompson serves the loss alone. Use --method sweep or nsga2": ("thompson", ["params"]),
         r"sweep serves the loss beside costs. Use --method nsga2 or nsga3 or tpe": ("sweep", ["params", "nll"]),
@@ -38,11 +39,11 @@ def test_methods_serve_a_front_or_the_loss_alone():
     }
     for message, (method, objectives) in refused.items():
         with pytest.raises(UserError, match=message):
-            SearchSettings(method).serve("kl", objectives)
+            SearchSettings(method=method).check_objectives("kl", objectives)
     with pytest.raises(UserError, match=r"search\.nsga\.population: 3 objectives take at least 6 members, found 4"):
-        SearchSettings("nsga3", nsga=NsgaSettings(population=4)).serve("kl", ["params", "macs"])
+        SearchSettings(method="nsga3", nsga=NsgaSettings(population=4)).check_objectives("kl", ["params", "macs"])
     with pytest.raises(UserError, match=r"search\.rounds: a front is searched in one round"):
-        SearchSettings("sweep", rounds=2).serve("kl", ["params"])
+        SearchSettings(method="sweep", rounds=2).check_objectives("kl", ["params"])
 
 
 @pytest.mark.parametrize("wrong", [{"trials": 0}, {"batch": 0}, {"tokens": 0}])
@@ -53,11 +54,11 @@ def test_tpe(wrong):
 
 def test_evolution_alone_trains():
     trained = EvolutionSettings(training=(0, 512))
-    assert SearchSettings("evolution", evolution=trained).training == 512
-    assert SearchSettings("evolution").training == 0
+    assert SearchSettings(method="evolution", evolution=trained).training == 512
+    assert SearchSettings(method="evolution").training == 0
     for method in ("nsga2", "tpe", "gp", "thompson"):
         with pytest.raises(UserError, match=rf"evolution alone trains .* {method}\. Use search\.method=evolution"):
-            SearchSettings(method, evolution=trained)
+            SearchSettings(method=method, evolution=trained)
 
 
 @pytest.mark.parametrize("wrong", [{"trials": 0}, {"batch": 0}, {"tokens": 0}])
@@ -92,13 +93,13 @@ def test_tokens_are_those_of_the_method():
         "gp": GpSettings(tokens=128),
         "thompson": ThompsonSettings(tokens=256),
     }
-    assert SearchSettings("evolution", **own).fidelities == (8, 16)
-    assert SearchSettings("nsga2", **own).fidelities == (16, 32)
-    assert SearchSettings("tpe", **own).fidelities == (64,)
-    assert SearchSettings("gp", **own).fidelities == (128,)
+    assert SearchSettings(method="evolution", **own).fidelities == (8, 16)
+    assert SearchSettings(method="nsga2", **own).fidelities == (16, 32)
+    assert SearchSettings(method="tpe", **own).fidelities == (64,)
+    assert SearchSettings(method="gp", **own).fidelities == (128,)
     for method in ("auto", "trust_region", "guided"):
-        assert SearchSettings(method, tokens=(4, 12), **own).fidelities == (4, 12)
-    assert SearchSettings("thompson", **own).fidelities == (256,)
+        assert SearchSettings(method=method, tokens=(4, 12), **own).fidelities == (4, 12)
+    assert SearchSettings(method="thompson", **own).fidelities == (256,)
 
 
 @pytest.mark.parametrize("tokens", [(), (0, 8), (16, 8), (8, 8)])
@@ -132,16 +133,16 @@ def test_presets_hold_published_numbers_and_no_others():
     for name, patterns in PRESETS.items():
         for pattern in patterns:
             settings = EvolutionSettings(
-                **{k: tuple(v) if isinstance(v, list) else v for k, v in preset(name, pattern).items()}
+                **{k: tuple(v) if isinstance(v, list) else v for k, v in read_preset(name, pattern).items()}
             )
-            assert SearchSettings(name, evolution=settings).fidelities == settings.tokens
-    assert preset("evopress", "unstructured")["offspring"] == 64
-    assert preset("darwinlm", "structured")["tokens"] == [1024, 2048, 4096, 8192]
-    assert preset("tyr", "structured")["max_exchanges"] == 4
+            assert SearchSettings(method=name, evolution=settings).fidelities == settings.tokens
+    assert read_preset("evopress", "unstructured")["offspring"] == 64
+    assert read_preset("darwinlm", "structured")["tokens"] == [1024, 2048, 4096, 8192]
+    assert read_preset("tyr", "structured")["max_exchanges"] == 4
     with pytest.raises(UserError, match=r"darwinlm publishes numbers for structured .* none for n:m\. Use evolution"):
-        preset("darwinlm", "n:m")
+        read_preset("darwinlm", "n:m")
     with pytest.raises(UserError, match=r"tyr publishes .* none for unstructured\. Use evopress, evolution"):
-        preset("tyr", "unstructured")
+        read_preset("tyr", "unstructured")
 
 
 @pytest.mark.parametrize(

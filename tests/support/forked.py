@@ -1,4 +1,4 @@
-"""Commands in processes of their own that start at once: forked from one process that has imported what they need.
+"""Commands and scripts in processes of their own that start at once: forked from one that has imported what they need.
 
 A command that is started with ``python -m allocator`` imports torch and transformers anew, which takes seconds. What is
 tested of such a process (its exit code, its session, signals, kills) is the same here.
@@ -7,8 +7,10 @@ tested of such a process (its exit code, its session, signals, kills) is the sam
 from __future__ import annotations
 
 import atexit
+import importlib
 import multiprocessing
 import os
+import runpy
 import signal
 import sys
 import tempfile
@@ -25,8 +27,8 @@ def _context() -> ForkServerContext:
     return context
 
 
-def _command(arguments: list[str], folder: str, environment: dict[str, str], out: str, err: str) -> None:
-    """Run a command as ``python -m allocator`` does."""
+def _command(program: str, arguments: list[str], folder: str, environment: dict[str, str], out: str, err: str) -> None:
+    """Run a command as ``python -m allocator`` does, a script, or some code."""
     os.setsid()
     os.chdir(folder)
     os.environ.clear()
@@ -37,11 +39,16 @@ def _command(arguments: list[str], folder: str, environment: dict[str, str], out
         os.close(target)
     # as in a terminal; a shell in the background starts what it starts with SIGINT ignored
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.argv = ["allocator", *arguments]
-    from allocator.cli import main
-
+    sys.argv = [program, *arguments]
     try:
-        main()
+        if program == "allocator":
+            importlib.import_module("allocator.cli").main()
+        elif program == "-c":
+            code = sys.argv.pop(1)
+            exec(code, {"__name__": "__main__"})
+        else:
+            sys.path.insert(0, str(Path(program).resolve().parent))
+            runpy.run_path(program, run_name="__main__")
     finally:
         atexit._run_exitfuncs()
 
@@ -50,13 +57,17 @@ class Command:
     """A command of this package, in a session of its own; it looks like a :class:`subprocess.Popen`."""
 
     def __init__(
-        self, arguments: Sequence[object], folder: Path | None = None, environment: Mapping[str, str] | None = None
+        self,
+        arguments: Sequence[object],
+        folder: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+        program: object = "allocator",
     ) -> None:
         logs = tempfile.mkdtemp(prefix="command")
         self._out, self._err = Path(logs, "out"), Path(logs, "err")
         for log in (self._out, self._err):
             log.touch()
-        given = (list(map(str, arguments)), str(folder or Path.cwd()), dict(environment or os.environ))
+        given = (str(program), list(map(str, arguments)), str(folder or Path.cwd()), dict(environment or os.environ))
         self._process = _context().Process(target=_command, args=(*given, str(self._out), str(self._err)))
         self._process.start()
 
@@ -97,8 +108,11 @@ class Command:
         self.send_signal(signal.SIGKILL)
 
 
-def run(arguments: Sequence[object], folder: Path, environment: Mapping[str, str]) -> tuple[int, str, str]:
-    """Run a command to its end, and return its exit code and what it wrote to either stream."""
-    command = Command(arguments, folder, environment)
-    out, err = command.communicate()
-    return command.wait(), out, err
+class Python(Command):
+    """What Python runs: ``Python(["script.py", *arguments])`` or ``Python(["-c", code])``."""
+
+    def __init__(
+        self, arguments: Sequence[object], folder: Path | None = None, environment: Mapping[str, str] | None = None
+    ) -> None:
+        program, *rest = arguments
+        super().__init__(rest, folder, environment, program)

@@ -1,4 +1,4 @@
-"""Text as sequences of tokens, to calibrate with."""
+"""Calibration text as sequences of tokens."""
 
 import json
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def documents(path):
-    """Yield the texts of a file, or of a folder's .txt and .jsonl files: JSON has one a line, under the key "text"."""
+    """Yield the texts of a file, or of the .txt and .jsonl files (one text per line, key "text") of a folder."""
     inside = sorted(file for file in path.rglob("*") if file.suffix in (".txt", ".jsonl"))
     for file in inside if path.is_dir() else [path]:
         text = file.read_text(encoding="utf-8")
@@ -23,4 +23,4 @@ def sequences(path, tokenizer, samples, length):
         tokens += tokenizer(text, add_special_tokens=False)["input_ids"] + end
         if len(tokens) >= samples * length:
             return [tokens[start : start + length] for start in range(0, samples * length, length)]
-    sys.exit(f"{path} holds {len(tokens)} tokens, and {samples} sequences of {length} are asked for")
+    sys.exit(f"{path} holds {len(tokens)} tokens, and {samples} sequences of {length} are needed")

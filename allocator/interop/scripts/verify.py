@@ -1,9 +1,9 @@
-"""Compare a checkpoint with the plan that it should follow.
+"""Compare a checkpoint with its plan.
 
     python verify.py CHECKPOINT
 
-For every matrix of planned.json, which lies beside this script: its shape, its zeros, and the zeros of every group
-where those are planned. Ends with code 1 if one differs. Needs torch and safetensors.
+Checks every matrix of planned.json, next to this script: its shape, its number of zeros, and the zeros of every group
+where groups are planned. Exits with code 1 if one differs. Needs torch and safetensors.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def read(folder):
 
 
 def compare(weight, planned, tolerance):
-    """Return what is wrong with a matrix, and its zeros."""
+    """Return the difference of a matrix from the plan, and its number of zeros."""
     if list(weight.shape) != planned["shape"]:
         return f"has the shape {list(weight.shape)}, and {planned['shape']} is planned", 0
     zeros = int((weight == 0).sum())
@@ -40,7 +40,7 @@ def compare(weight, planned, tolerance):
 
 
 def main():
-    """Print one line for each matrix, and what differs."""
+    """Print one line per matrix, with its difference from the plan."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path, help="folder with *.safetensors")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -1,4 +1,4 @@
-"""DarwinLM: a level for the heads and for the channels of every layer."""
+"""DarwinLM: one level for the heads and one for the channels of every layer."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ from allocator.interop.writing import format_command
 
 
 class DarwinLM(Target):
-    """Writes levels of output projections, each of which is a head, and as large a share of the channels.
+    """Writes levels of output projections. A level is one head, or the same share of the channels.
 
-    Level l takes ``cols_removed_attn[l]`` columns of ``o_proj`` and ``cols_removed_mlp[l]`` of ``down_proj``, in every
-    layer the same; the lists are in ``metadata.pth``, which ``struct_prune.py`` writes from its arguments. They are of
-    one length and without repetition, and attention's are whole heads. ``evo_struct_prune_search.py`` exchanges one for
-    one within each kind, so that the levels of either keep their sum.
+    Level l removes ``cols_removed_attn[l]`` columns of ``o_proj`` and ``cols_removed_mlp[l]`` of ``down_proj``, the
+    same in every layer. The lists are in ``metadata.pth``, which ``struct_prune.py`` writes from its arguments. Both
+    lists have one length and no repetition; attention's are whole heads. ``evo_struct_prune_search.py`` exchanges one
+    level for one within each kind, so the sum of the levels of a kind stays the same.
 
-    Attention has a level for every number of heads, and nothing is rounded there; the published lists have 11. Channels
-    have as many levels, and theirs are rounded, and moved to the sum that is the nearest to the plan's. The peer's own
-    search begins with one whole level for all, which a plan's mean need not be. Channels come first, as there.
+    Attention has one level per number of heads, so nothing is rounded there; the published lists have 11 levels.
+    Channels have as many levels. They are rounded, and then moved so that their sum is nearest to the plan's.
+    DarwinLM's own search begins with one level for all, which the mean of a plan need not be. Channels come first, as
+    in DarwinLM.
     """
 
     name = "darwinlm"
@@ -41,25 +42,29 @@ class DarwinLM(Target):
     patterns = ("structured",)
 
     def check(self, source: Source) -> None:
-        """Check what DarwinLM supposes of heads."""
+        """Check that heads have the size that DarwinLM assumes.
+
+        Raises:
+            UserError: They have another.
+        """
         attention, heads = select_outputs(source)[0], count_heads(source)
         if attention.shape[0] % heads or attention.shape[1] != attention.shape[0]:
             raise UserError(
-                f"export: DarwinLM takes the size of a head for hidden_size / {heads}, and {attention.module} is "
+                f"export: DarwinLM assumes that a head has size hidden_size / {heads}, and {attention.module} is "
                 f"{list(attention.shape)}. See 'allocator export --list' for another target"
             )
 
     def write(self, source: Source, folder: Path) -> list[str]:
-        """Write them."""
+        """Write the levels and their metadata."""
         heads = count_heads(source)
         rows, columns, lists = [], {}, {}
         for part, key in (("mlp", "cols_removed_mlp"), ("attention", "cols_removed_attn")):
-            own = [matrix for matrix in select_outputs(source) if matrix.part == part]
-            width = own[0].shape[1]
+            outputs = [matrix for matrix in select_outputs(source) if matrix.part == part]
+            width = outputs[0].shape[1]
             lists[key] = [round(level * width / heads) for level in range(heads + 1)]
-            wanted = [matrix.sparsity * heads for matrix in own]
-            levels = apportion(wanted, [(0, heads)] * len(own), round(sum(wanted)))
-            for matrix, level in zip(own, levels, strict=True):
+            targets = [matrix.sparsity * heads for matrix in outputs]
+            levels = apportion(targets, [(0, heads)] * len(outputs), round(sum(targets)))
+            for matrix, level in zip(outputs, levels, strict=True):
                 columns[matrix.module] = width - lists[key][level]
                 rows.append(RoundedLevel(matrix.module, level, matrix.sparsity, lists[key][level] / width))
         write_levels(folder, rows, lists, _readme(lists))
@@ -68,8 +73,8 @@ class DarwinLM(Target):
         )
         return [
             *describe_loss(rows, sum(m.kept for m in source.matrices), count_kept_if_shrunk(source, columns)),
-            "DarwinLM zeroes columns of output projections, and shrinks a model afterwards; it chooses single heads, "
-            "and keys and values that heads share stay",
+            "DarwinLM zeroes columns of output projections, and shrinks the model afterwards; it chooses single "
+            "heads, and keeps keys and values that heads share",
             f"next: README.txt; then, before it is shrunk, {verify}",
         ]
 
@@ -96,5 +101,5 @@ def _readme(lists: dict[str, list[int]]) -> list[str]:
         f"  {prune}",
         f"  {measure}",
         "",
-        "metadata.pth is what the first command writes into DATABASE, too.",
+        "The first command writes the same metadata.pth into DATABASE.",
     ]

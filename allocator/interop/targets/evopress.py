@@ -1,4 +1,4 @@
-"""EvoPress: a level for every matrix, each step of which is the same number of weights."""
+"""EvoPress: one level per matrix; every step of a level is the same number of weights."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class EvoPress(Target):
     """Writes levels around the plan's mean sparsity.
 
     Level l of a matrix of n weights is the sparsity s + l · d / n; ``metadata.pth`` has s (``sparsity``) and d
-    (``weights_diff``). ``prune.py`` makes up to ``num_levels`` of them on either side, as far as they stay within
+    (``weights_diff``). ``prune.py`` makes up to ``num_levels`` levels on either side, as far as they stay within
     [0, 1]. ``evo_prune_search.py`` begins with zeros and exchanges one for one, so the levels of a model add up to
     zero.
 
-    A plan's levels do too: each is rounded, kept to what ``prune.py`` makes, and then the cheapest are moved. The step
-    is the smallest with which 16 levels on either side reach all that the plan asks for; the default of ``prune.py``
-    reaches less far. Lines are in the order of names, as there.
+    The levels of a plan add up to zero too: each is rounded within the levels that ``prune.py`` makes, and then those
+    with the smallest error are moved. The step is the smallest with which 16 levels on either side reach every sparsity
+    of the plan; the default of ``prune.py`` reaches less far. Lines are sorted by name, as in EvoPress.
     """
 
     name = "evopress"
@@ -34,38 +34,44 @@ class EvoPress(Target):
     patterns = ("unstructured",)
 
     def check(self, source: Source) -> None:
-        """Raise where a matrix has a name that ``prune.py`` is not told to look for."""
+        """Check that ``prune.py`` looks for the names of all matrices.
+
+        Raises:
+            UserError: It does not.
+        """
         for matrix in source.matrices:
             if not re.fullmatch(MODULES, matrix.module):
                 raise UserError(
-                    f"export: {self.name} looks for matrices of Llama's names, such as layers.0.mlp.up_proj, and this "
-                    f"model has {matrix.module}. Use --to ratios, or --to hf for the executed plan"
+                    f"export: {self.name} looks for matrices with Llama's names, such as layers.0.mlp.up_proj, and "
+                    f"this model has {matrix.module}. Use --to ratios, or --to hf for the executed plan"
                 )
 
     def write(self, source: Source, folder: Path) -> list[str]:
-        """Write them."""
+        """Write the levels and their metadata."""
         matrices = sorted(source.matrices, key=lambda matrix: matrix.module)
         kept, size = sum(m.kept for m in matrices), sum(m.size for m in matrices)
         base = 1 - kept / size
         excess = [m.size - m.kept - base * m.size for m in matrices]
         step = max(1, ceil(max(map(abs, excess)) / _STEPS))
-        levels = apportion([each / step for each in excess], [limits(base, step / m.size) for m in matrices], 0)
+        levels = apportion(
+            [weights / step for weights in excess], [find_limits(base, step / m.size) for m in matrices], 0
+        )
         rows = [
             RoundedLevel(m.module, level, m.sparsity, base + level * step / m.size)
             for m, level in zip(matrices, levels, strict=True)
         ]
-        left = {m.module: round(m.size * (1 - row.rounded)) for m, row in zip(matrices, rows, strict=True)}
+        kept_by_module = {m.module: round(m.size * (1 - row.rounded)) for m, row in zip(matrices, rows, strict=True)}
         metadata = {"sparsity": base, "weights_diff": step, "num_levels": _STEPS}
         write_levels(folder, rows, metadata, _readme(base, step))
-        verify = write_verify(folder, source, tolerance=_TOLERANCE, kept=left)
-        return [*describe_loss(rows, kept, sum(left.values())), f"next: README.txt; then {verify}"]
+        verify = write_verify(folder, source, tolerance=_TOLERANCE, kept=kept_by_module)
+        return [*describe_loss(rows, kept, sum(kept_by_module.values())), f"next: README.txt; then {verify}"]
 
 
 TARGET = EvoPress()
 
 
-def limits(base: float, step: float) -> tuple[int, int]:
-    """Return the lowest and the highest level that ``prune.py`` makes of a matrix; floating point as it has it."""
+def find_limits(base: float, step: float) -> tuple[int, int]:
+    """Return the lowest and the highest level that ``prune.py`` makes of a matrix, in the same floating point."""
     return -min(int(base // step), _STEPS), min(int((1 - base) // step), _STEPS)
 
 
@@ -81,11 +87,11 @@ def _readme(base: float, step: int) -> list[str]:
         *("--sparse_weights_path", "DATABASE", "--sparse_config_path", LEVELS),
     )
     return [
-        "A plan as levels of EvoPress (https://github.com/IST-DASLab/EvoPress). In its folder:",
+        "A plan as levels of EvoPress (https://github.com/IST-DASLab/EvoPress). Run in its folder:",
         "",
         f"  {prune}",
         f"  cp {LEVELS} DATABASE/",
         f"  {measure}",
         "",
-        "metadata.pth is what the first command writes into DATABASE, too.",
+        "The first command writes the same metadata.pth into DATABASE.",
     ]

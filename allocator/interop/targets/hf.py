@@ -1,4 +1,4 @@
-"""The executed plan as other programs load it, with the sizes of its layers in the configuration."""
+"""Hugging Face: the executed plan, with the sizes of its layers in the configuration."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from allocator.model.live.write import write_config
 class HuggingFace(Target):
     """Writes the checkpoint as it is, and for structured plans ``per_layer_config`` into its configuration.
 
-    That key, of transformers from 5.14 on, maps the index of a layer to what differs in it from the rest of the
-    configuration. Stock classes of the Llama kind do not build from it yet, and raise where they read for the whole
-    model what differs in a layer, unless the configuration allows that. It is allowed: ``LlamaConfig`` reads the number
-    of heads whenever it is made. (transformers then warns, once for each key.) Models are built by the modelling file
-    beside the weights, which has the shapes from ``pruned`` and hides the key from the stock class, today's and one
-    that builds from it. Configurations without Llama's keys, or of fused matrices, go without it.
+    That key, in transformers since 5.14, maps the index of a layer to its differences from the rest of the
+    configuration. Llama-like stock classes do not build from it yet. They raise when they read a value for the whole
+    model that differs in a layer, unless the configuration allows it. It is allowed here, because ``LlamaConfig``
+    always reads the number of heads; transformers then warns once per key. Models are built by the modelling file next
+    to the weights. It takes the shapes from ``pruned`` and hides the key from the stock class, so that a future class
+    that builds from the key works too. Configurations without Llama's keys, or with fused matrices, do not get the key.
     """
 
     name = "hf"
@@ -30,20 +30,20 @@ class HuggingFace(Target):
     any_kind = True
 
     def check(self, source: Source) -> None:
-        """Check the checkpoint."""
+        """Check the checkpoint of the plan."""
         open_executed(source, self.name)
 
     def write(self, source: Source, folder: Path) -> list[str]:
-        """Copy the checkpoint, and say in its configuration how layers differ."""
+        """Copy the checkpoint, and write the differences of layers into its configuration."""
         assert source.executed is not None
         for path in source.executed.iterdir():
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)
         config = read_json(source.executed / "config.json", "model configuration")
-        write_config(folder, {**config, **_heterogeneous(source)})
+        write_config(folder, {**config, **_describe_layers(source)})
         write_verify(folder, source)
         if "auto_map" in config:
-            how = "it loads in transformers with trust_remote_code=True: stock classes do not build from such a key yet"
+            how = "it loads in transformers with trust_remote_code=True: stock classes cannot build it yet"
         else:
             how = "it loads in transformers as the dense model does; its zeros save neither memory nor time"
         return [how, COMPARE]
@@ -52,8 +52,8 @@ class HuggingFace(Target):
 TARGET = HuggingFace()
 
 
-def _heterogeneous(source: Source) -> dict[str, Any]:
-    """Return what a configuration says of layers that differ: nothing where none does, or it has no keys for it."""
+def _describe_layers(source: Source) -> dict[str, Any]:
+    """Return the configuration of layers that differ; empty where none does, or where it has no keys for them."""
     plan, config, layers = source.plan, source.checkpoint.config, dict[str, dict[str, Any]]()
     if not source.checkpoint.kind.generates or not uses_llama_keys(source):
         return {}

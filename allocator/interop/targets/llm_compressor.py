@@ -14,22 +14,22 @@ from allocator.interop.contract import Source, Target, require_linear_layers
 from allocator.interop.matrices import Matrix, round_share_up
 from allocator.interop.verification import write_verify
 from allocator.interop.writing import copy_script, format_command
-from allocator.model.live.load import shaped_model
+from allocator.model.live.load import build_shaped_model
 
 _MODIFIERS = {"sparsegpt": "SparseGPTModifier", "wanda": "WandaPruningModifier"}
 
 _COLUMNS = 128
-"""What SparseGPT solves at once; of each such part it removes a weight more than its share."""
+"""Columns that SparseGPT solves at once; it removes one weight too many from each such part."""
 
 _TIES = 0.0005
-"""Share of a matrix that SparseGPT may remove beyond that, as it also removes what equals the last weight to go."""
+"""Share of a matrix that SparseGPT may remove in addition, because it also removes ties with the last weight."""
 
 
 class LlmCompressor(Target):
     """Writes ``recipe.yaml`` and ``run.py``.
 
-    A modifier gives out its list of sparsities in the order in which the model has its modules, whatever the order of
-    its targets, so that is the order of both.
+    A modifier assigns its list of sparsities in the order of the model's modules, independent of the order of its
+    targets. Both lists are therefore in that order.
     """
 
     name = "llm-compressor"
@@ -37,7 +37,11 @@ class LlmCompressor(Target):
     patterns = ("unstructured", "n:m")
 
     def check(self, source: Source) -> None:
-        """Raise unless LLM Compressor has the plan's pruner, and something to do."""
+        """Check that LLM Compressor has the plan's pruner, and that the plan removes something.
+
+        Raises:
+            UserError: One of these is not so.
+        """
         require_linear_layers(self, source)
         pruner = source.plan.pruner.get("name")
         if pruner not in _MODIFIERS:
@@ -49,16 +53,16 @@ class LlmCompressor(Target):
             raise UserError("export: the plan removes nothing, and llm-compressor runs no empty recipe. Give another")
 
     def write(self, source: Source, folder: Path) -> list[str]:
-        """Write them."""
+        """Write the recipe and the scripts."""
         pruner = source.plan.pruner
         modifiers: dict[tuple[str, str], list[Matrix]] = defaultdict(list)
-        for matrix in _in_order(source):
-            # SparseGPT cannot take everything; Wanda can, and by which score does not matter then
+        for matrix in _sort_by_model(source):
+            # SparseGPT cannot remove all weights; Wanda can, and then the score does not matter
             name = _MODIFIERS["wanda" if matrix.kept == 0 else pruner["name"]]
             modifiers[name, _structure(matrix)].append(matrix)
         groups = {
-            f"pruning_{number}_modifiers": {name: _settings(name, structure, own, pruner.get("damping"))}
-            for number, ((name, structure), own) in enumerate(modifiers.items())
+            f"pruning_{number}_modifiers": {name: _settings(name, structure, matrices, pruner.get("damping"))}
+            for number, ((name, structure), matrices) in enumerate(modifiers.items())
         }
         recipe = yaml.safe_dump({"pruning_stage": groups}, sort_keys=False)
         (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
@@ -76,20 +80,20 @@ class LlmCompressor(Target):
 TARGET = LlmCompressor()
 
 
-def _in_order(source: Source) -> list[Matrix]:
-    """Return the matrices that lose something, in the order of the model's modules."""
+def _sort_by_model(source: Source) -> list[Matrix]:
+    """Return the pruned matrices in the order of the model's modules."""
     with torch.device("meta"):
-        model = shaped_model(source.checkpoint, source.layout, {}, torch.float32)
+        model = build_shaped_model(source.checkpoint, source.layout, {}, torch.float32)
     order = {name: number for number, (name, _) in enumerate(model.named_modules())}
     return sorted((m for m in source.matrices if m.kept < m.size), key=lambda matrix: order[matrix.module])
 
 
 def _structure(matrix: Matrix) -> str:
-    """Return how many of how many weights go; ``0:0`` where they go freely."""
+    """Return the mask structure: removed weights and group size; ``0:0`` without groups."""
     return "0:0" if matrix.group is None else f"{matrix.group[1] - matrix.group[0]}:{matrix.group[1]}"
 
 
-def _settings(modifier: str, structure: str, own: list[Matrix], damping: float | None) -> dict[str, Any]:
+def _settings(modifier: str, structure: str, matrices: list[Matrix], damping: float | None) -> dict[str, Any]:
     settings: dict[str, Any] = {"mask_structure": structure, "ignore": ["re:.*lm_head"]}
     if modifier == _MODIFIERS["sparsegpt"]:
         group = int(structure.split(":")[1]) or 1
@@ -97,13 +101,13 @@ def _settings(modifier: str, structure: str, own: list[Matrix], damping: float |
         settings |= {} if damping is None else {"dampening_frac": damping}
     return {
         **settings,
-        "sparsity": [round_share_up(matrix.size - matrix.kept, matrix.size) for matrix in own],
-        "targets": [matrix.module for matrix in own],
+        "sparsity": [round_share_up(matrix.size - matrix.kept, matrix.size) for matrix in matrices],
+        "targets": [matrix.module for matrix in matrices],
     }
 
 
 def _tolerance(modifiers: dict[tuple[str, str], list[Matrix]]) -> float:
-    """Return by which share of a matrix its zeros may differ from the plan's."""
+    """Return the share of a matrix by which its number of zeros may differ from the plan's."""
     free = modifiers.get((_MODIFIERS["sparsegpt"], "0:0"), [])
     return max((max(_TIES, -(-m.shape[1] // _COLUMNS) / m.size) for m in free), default=0.0)
 

@@ -1,4 +1,4 @@
-"""MLflow: a search as a run, and the members of its front as runs inside it."""
+"""MLflow: a search as a run, and the members of its front as nested runs."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ from allocator.interop.writing import format_command
 STORE, ARTIFACTS = "mlflow.db", "artifacts"
 
 _BATCH = 1000
-"""Metrics that MLflow takes at once."""
+"""Number of metrics that MLflow takes at once."""
 
 _BEGIN_MS = 1
-"""When all was: a run keeps no dates, and MLflow takes 0 for none."""
+"""The time of every entry: our runs have no dates, and MLflow takes 0 for no date."""
 
 
 class MLflow(SearchTarget):
-    """Writes an SQLite store with the search as one run, and a run inside it for every member of the front.
+    """Writes an SQLite store with the search as one run, and a nested run for every member of the front.
 
-    The search has its settings for parameters, the hypervolume by the number of evaluations, whose reference point is
-    among the parameters, and what was measured of the plan. Where one cost is bounded and no front is searched, the
-    best loss by candidate-tokens stands for the hypervolume. Members have their figures and costs, and what they take
-    of every unit. Other evaluations are in the run's journal, and with ``optuna``.
+    The parameters of the search are its settings and the reference point of the hypervolume. Its metrics are the
+    hypervolume by the number of evaluations, and the measurements of the plan. A search at one budget without a front
+    has the best loss by candidate-tokens in place of the hypervolume. Members have their figures and costs, and their
+    levels of every unit. Other evaluations are in the run's journal, and in exports to ``optuna``.
 
-    MLflow draws the names of runs at random, so that the store differs with every export. Its times are fixed, and its
-    places relative to the folder.
+    MLflow draws the ids of runs at random, so the store differs with every export. Its times are fixed, and its paths
+    are relative to the folder.
     """
 
     name = "mlflow"
@@ -51,25 +51,29 @@ class MLflow(SearchTarget):
     varies = (STORE, f"{ARTIFACTS}/**")
 
     def check(self, source: Source) -> None:
-        """Check that there is a search, and MLflow."""
+        """Check that there is a search, and that MLflow is installed.
+
+        Raises:
+            UserError: One of these is missing.
+        """
         super().check(source)
         if find_spec("mlflow") is None:
             raise UserError("export: mlflow is not installed. Add it with pip install 'allocator[mlflow]'")
 
     def write(self, source: Source, folder: Path) -> list[str]:
-        """Write it."""
+        """Write the store."""
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         run = require_run(source)
         front = read_front(run / "front.json")
-        # MLflow keeps connections to every store by its path, so that this one has a path of its own
+        # MLflow keeps a connection per path of a store, so this store is written at a new path
         with tempfile.TemporaryDirectory(dir=folder.absolute()) as scratch:
-            _log(source, Journal.read(run / "journal.jsonl"), front, Path(scratch))
-            _settle(Path(scratch))
+            _log_search(source, Journal.read(run / "journal.jsonl"), front, Path(scratch))
+            _fix_paths_and_times(Path(scratch))
             for name in (STORE, ARTIFACTS):
                 shutil.move(Path(scratch) / name, folder / name)
         show = format_command("mlflow", "ui", "--backend-store-uri", f"sqlite:///{STORE}")
         return [
-            f"1 search and {len(front['points'])} members of its front; a run keeps no dates, so that all have one",
+            f"1 search and {len(front['points'])} members of its front; a run keeps no dates, so all have the same",
             f"next: in the folder, {show}",
         ]
 
@@ -77,7 +81,7 @@ class MLflow(SearchTarget):
 TARGET = MLflow()
 
 
-def _log(source: Source, journal: Journal, front: Mapping[str, Any], scratch: Path) -> None:
+def _log_search(source: Source, journal: Journal, front: Mapping[str, Any], scratch: Path) -> None:
     import mlflow
     from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
@@ -96,7 +100,9 @@ def _log(source: Source, journal: Journal, front: Mapping[str, Any], scratch: Pa
         return run
 
     folder = require_run(source)
-    search = log(folder.absolute().name, {}, _parameters(journal, front), [*_course(journal, front, source)])
+    search = log(
+        folder.absolute().name, {}, _list_parameters(journal, front), [*_iterate_metrics(journal, front, source)]
+    )
     for name in ("plan.json", "front.json"):
         client.log_artifact(search, str(folder / name))
     space, planned = journal.space, (source.plan.space, source.plan.allocation)
@@ -105,11 +111,11 @@ def _log(source: Source, journal: Journal, front: Mapping[str, Any], scratch: Pa
         tags = {MLFLOW_PARENT_RUN_ID: search, "plan": json.dumps((space, allocation) == planned)}
         figures = [(name, value, 0) for name, value in point.items() if name != "allocation"]
         member = log(f"member {number}", tags, {}, figures)
-        write_json(scratch / "allocation.json", _units(space, allocation))
+        write_json(scratch / "allocation.json", _list_units(space, allocation))
         client.log_artifact(member, str(scratch / "allocation.json"))
 
 
-def _parameters(journal: Journal, front: Mapping[str, Any]) -> dict[str, Any]:
+def _list_parameters(journal: Journal, front: Mapping[str, Any]) -> dict[str, Any]:
     header = journal.header
     points = {name: front.get("hypervolume", {}).get(name, {}) for name in ("ideal", "reference")}
     return {
@@ -122,7 +128,7 @@ def _parameters(journal: Journal, front: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _course(journal: Journal, front: Mapping[str, Any], source: Source) -> Iterator[tuple[str, float, int]]:
+def _iterate_metrics(journal: Journal, front: Mapping[str, Any], source: Source) -> Iterator[tuple[str, float, int]]:
     """Yield metrics of the search: name, value and step."""
     if "hypervolume" in front:
         for evaluations, tokens, volume in front["hypervolume"]["curve"]:
@@ -135,7 +141,7 @@ def _course(journal: Journal, front: Mapping[str, Any], source: Source) -> Itera
         yield from ((f"{name}.{key}", value, 0) for key, value in figures.items())
 
 
-def _units(space: SearchSpace, allocation: Sequence[int]) -> dict[str, Any]:
+def _list_units(space: SearchSpace, allocation: Sequence[int]) -> dict[str, Any]:
     return {
         unit.name: {
             "level": level,
@@ -147,10 +153,10 @@ def _units(space: SearchSpace, allocation: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def _settle(scratch: Path) -> None:
-    """Make places relative, and fix times, of which MLflow chooses its own."""
+def _fix_paths_and_times(scratch: Path) -> None:
+    """Make paths relative, and set the times that MLflow chooses itself."""
     with closing(sqlite3.connect(scratch / STORE, isolation_level=None)) as store:
         store.execute("UPDATE experiments SET creation_time = ?, last_update_time = ?", (_BEGIN_MS, _BEGIN_MS))
         store.execute("UPDATE experiments SET artifact_location = ?", (ARTIFACTS,))
         store.execute("UPDATE runs SET artifact_uri = replace(artifact_uri, ?, '')", (f"{scratch}/",))
-        store.execute("VACUUM")  # what was overwritten is in the file until then
+        store.execute("VACUUM")  # until then the file contains the overwritten values

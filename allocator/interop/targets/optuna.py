@@ -1,4 +1,4 @@
-"""Optuna: a search as a study, for its analyses and for optuna-dashboard."""
+"""Optuna: a search as a study, for Optuna's analyses and for optuna-dashboard."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ _BEGIN = datetime(1970, 1, 1, tzinfo=timezone.utc)
 class Optuna(SearchTarget):
     """Writes a study for each round of a search, with a trial for every evaluation, in Optuna's journal format.
 
-    What was measured on all tokens of the search split, and could be a member of the front, is complete, and has
-    values; the losses of all others cannot be compared with these, so that they are pruned trials with figures. What
-    could not be measured has failed. Bounds are constraints, so that the best trials are within them.
+    A trial is complete, with values, if it was measured on all tokens of the search split and could be a member of the
+    front. All others are pruned trials with their figures, because their losses cannot be compared with the values.
+    Failed measurements are failed trials. Bounds are constraints, so the best trials keep to them.
 
-    A run keeps seconds and no dates, so that trials come one after the other from 1970 on.
+    A run records durations and no dates, so trials follow each other from 1970 on.
     """
 
     name = "optuna"
     writes = "a study with every evaluation, as Optuna's journal"
 
     def write(self, source: Source, folder: Path) -> list[str]:
-        """Write it."""
+        """Write the studies."""
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -51,15 +51,15 @@ class Optuna(SearchTarget):
         storage = optuna.storages.JournalStorage(logs)  # type: ignore[arg-type]
         lines = []
         for name, journal in iterate_rounds(require_run(source)):
-            names = _objectives(journal)
+            names = _name_objectives(journal)
             study = optuna.create_study(storage=storage, study_name=name, directions=["minimize"] * len(names))
             _name_metrics(study, names)
             for key in ("model", "pattern", "asked", "method", "seed", "budget"):
                 study.set_user_attr(key, {**journal.header.to_json(), "pattern": journal.space.pattern}[key])
-            study.add_trials(trials := [*_trials(journal, names, source.plan)])
-            lines.append(f"study {name!r}: {_counts(trials)}")
+            study.add_trials(trials := [*_build_trials(journal, names, source.plan)])
+            lines.append(f"study {name!r}: {_count_states(trials)}")
         write_lines(folder / FILE, (json.dumps({**log, "worker_id": "allocator"}) for log in logs.kept))
-        dates = "a run keeps no dates: trials come one after the other from 1970 on"
+        dates = "a run keeps no dates: trials follow each other from 1970 on"
         return [*lines, dates, f"next: {format_command('optuna-dashboard', FILE)}"]
 
 
@@ -67,7 +67,7 @@ TARGET = Optuna()
 
 
 class _Logs:
-    """A journal in memory: one write in the end, and no trace of the process that wrote it."""
+    """A journal in memory. It is written once at the end, without traces of the writing process."""
 
     def __init__(self) -> None:
         self.kept: list[dict[str, Any]] = []
@@ -87,18 +87,18 @@ def _name_metrics(study: Study, names: list[str]) -> None:
         study.set_metric_names(names)
 
 
-def _objectives(journal: Journal) -> list[str]:
+def _name_objectives(journal: Journal) -> list[str]:
     return list_objectives(journal) if journal.header.objectives else [journal.loss]
 
 
-def _trials(journal: Journal, names: Sequence[str], plan: Plan) -> Iterator[FrozenTrial]:
+def _build_trials(journal: Journal, names: Sequence[str], plan: Plan) -> Iterator[FrozenTrial]:
     import optuna
     from optuna.distributions import BaseDistribution
     from optuna.trial import TrialState
 
     space, begin, planned = journal.space, _BEGIN, (plan.space, plan.allocation)
     complete = {outcome.request.key for outcome in select_comparable(journal)}
-    members = {outcome.request.key: place for place, outcome in enumerate(find_front(journal))}
+    members = {outcome.request.key: index for index, outcome in enumerate(find_front(journal))}
     bounds = [] if journal.header.budget is None else [*journal.header.budget.limits.items()]
     distributions: dict[str, BaseDistribution] = {
         unit.name: optuna.distributions.IntDistribution(0, unit.num_levels - 1) for unit in space.units
@@ -112,12 +112,12 @@ def _trials(journal: Journal, names: Sequence[str], plan: Plan) -> Iterator[Froz
                 number=-1,
                 trial_id=-1,
                 value=None,
-                values=[_figure(space, outcome, name) for name in names] if key in complete else None,
+                values=[_scale_figure(space, outcome, name) for name in names] if key in complete else None,
                 state=TrialState.COMPLETE if key in complete else state,
                 params={unit.name: level for unit, level in zip(space.units, allocation, strict=True)},
                 distributions=distributions,
                 user_attrs={
-                    **_attributes(space, outcome, number),
+                    **_list_attributes(space, outcome, number),
                     **({"front": members[key]} if key in members else {}),
                     **({"plan": True} if key in complete and (space, allocation) == planned else {}),
                 },
@@ -129,12 +129,12 @@ def _trials(journal: Journal, names: Sequence[str], plan: Plan) -> Iterator[Froz
             begin = end
 
 
-def _figure(space: SearchSpace, outcome: Outcome, name: str) -> float:
-    found = figure(space, outcome, name)
-    return from_units(name, int(found)) if name in space.fixed else found
+def _scale_figure(space: SearchSpace, outcome: Outcome, name: str) -> float:
+    value = figure(space, outcome, name)
+    return from_units(name, int(value)) if name in space.fixed else value
 
 
-def _attributes(space: SearchSpace, outcome: Outcome, batch: int) -> dict[str, Any]:
+def _list_attributes(space: SearchSpace, outcome: Outcome, batch: int) -> dict[str, Any]:
     request = outcome.request
     return {
         "split": request.split,
@@ -149,7 +149,7 @@ def _attributes(space: SearchSpace, outcome: Outcome, batch: int) -> dict[str, A
     }
 
 
-def _counts(trials: Sequence[FrozenTrial]) -> str:
+def _count_states(trials: Sequence[FrozenTrial]) -> str:
     states = [trial.state.name for trial in trials]
     return (
         f"{len(trials)} evaluations; {states.count('COMPLETE')} complete, on all tokens; {states.count('PRUNED')} "

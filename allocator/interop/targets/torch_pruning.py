@@ -1,4 +1,4 @@
-"""Torch-Pruning: ratios by module name, and a script that resolves them and applies them."""
+"""Torch-Pruning: ratios by module name, and a script that applies them."""
 
 from __future__ import annotations
 
@@ -24,13 +24,17 @@ class TorchPruning(Target):
     patterns = ("structured",)
 
     def check(self, source: Source) -> None:
-        """Raise where the plan takes whole sub-blocks, adds biases, or takes KV groups of several query heads."""
+        """Check that Torch-Pruning can express the plan.
+
+        Raises:
+            UserError: The plan removes whole sub-blocks, adds biases, or removes KV groups of several query heads.
+        """
         if not uses_llama_keys(source):
             raise UserError(
-                f"export: torch-pruning is told of heads in the way of Llama-like models, and this is a "
+                f"export: torch-pruning knows the heads of Llama-like models, and this is a "
                 f"{source.checkpoint.architecture}. Use --to ratios, or --to hf for the executed plan"
             )
-        grouped = source.checkpoint.config["num_attention_heads"] != _kv_heads(source)
+        grouped = source.checkpoint.config["num_attention_heads"] != _count_kv_heads(source)
         for unit, level in zip(source.plan.space.units, source.plan.allocation, strict=True):
             if unit.kept[level] == 0:
                 raise UserError(
@@ -44,19 +48,19 @@ class TorchPruning(Target):
                 )
         if source.plan.pruner.get("bias"):
             raise UserError(
-                "export: torch-pruning adds no bias, and the plan has them for what is lost. "
+                "export: torch-pruning adds no bias, and the plan has biases in place of removed items. "
                 "Search with --set pruner.bias=false, or use --to hf"
             )
 
     def write(self, source: Source, folder: Path) -> list[str]:
-        """Write them."""
-        write_json(folder / "ratios.json", _arguments(source))
+        """Write the ratios and the script."""
+        write_json(folder / "ratios.json", _build_arguments(source))
         copy_script("torch_pruning/apply.py", folder)
         write_modelling(folder, source.checkpoint.architecture)
         write_verify(folder, source)
         return [
-            "ratios.json has ratios half an item below the plan's, as Torch-Pruning rounds up what it removes",
-            "the widths are the plan's; which channels and heads go, Torch-Pruning chooses by their norms, "
+            "ratios.json has ratios half an item below the plan's, because Torch-Pruning rounds up",
+            "the widths are the plan's; Torch-Pruning chooses by norms which channels and heads it removes, "
             "and it refits nothing: train the result, or expect a higher loss",
             "run: python apply.py MODEL OUT && python verify.py OUT",
         ]
@@ -65,11 +69,11 @@ class TorchPruning(Target):
 TARGET = TorchPruning()
 
 
-def _arguments(source: Source) -> dict[str, Any]:
-    """Return arguments of Torch-Pruning's pruner with names for modules.
+def _build_arguments(source: Source) -> dict[str, Any]:
+    """Return the arguments of Torch-Pruning's pruner, with names in place of modules.
 
-    Query, key and value have a width ratio beside that of heads: without one Torch-Pruning leaves their heads too. Its
-    value does not matter, as the width of a head stays.
+    Query, key and value have a width ratio in addition to that of heads, because without one Torch-Pruning keeps their
+    heads too. Its value does not matter, because the width of a head stays.
     """
     units = {
         unit.name: (unit, level) for unit, level in zip(source.plan.space.units, source.plan.allocation, strict=True)
@@ -82,32 +86,32 @@ def _arguments(source: Source) -> dict[str, Any]:
         if level == 0:
             continue
         ratio = _ratio(unit, level)
-        modules = _narrowed(sub_block, source)
+        modules = _find_narrowed(sub_block, source)
         widths |= dict.fromkeys(modules, ratio)
         if sub_block.part == "attention":
             heads |= dict.fromkeys(modules, ratio)
-            counts |= {m: sub_block.total if m in sub_block.rows else _kv_heads(source) for m in modules}
+            counts |= {m: sub_block.total if m in sub_block.rows else _count_kv_heads(source) for m in modules}
     return {
         "pruning_ratio_dict": widths,
         "head_pruning_ratio_dict": heads,
         "num_heads": counts,
-        "ignored_layers": _ignored(source),
+        "ignored_layers": _find_ignored(source),
     }
 
 
 def _ratio(unit: Unit, level: int) -> float:
-    """Return the share of a unit that goes, less half an item: Torch-Pruning rounds up what it removes."""
+    """Return the removed share of a unit, less half an item, because Torch-Pruning rounds up."""
     return (unit.total - unit.kept[level] - 0.5) / unit.total
 
 
-def _narrowed(sub_block: SubBlock, source: Source) -> list[str]:
-    """Return the matrices of a sub-block whose rows are its items, key and value of query heads included."""
+def _find_narrowed(sub_block: SubBlock, source: Source) -> list[str]:
+    """Return the matrices of a sub-block whose rows are its items, including key and value of query heads."""
     return [m.module for m in source.matrices if m.unit == sub_block.name and m.module != sub_block.output]
 
 
-def _ignored(source: Source) -> list[str]:
-    """Return what keeps its width: the head, embeddings, output projections, and norms of queries and keys."""
-    inputs = {module for sub_block in source.layout.sub_blocks for module in _narrowed(sub_block, source)}
+def _find_ignored(source: Source) -> list[str]:
+    """Return the modules that keep their width: head, embeddings, output projections, norms of queries and keys."""
+    inputs = {module for sub_block in source.layout.sub_blocks for module in _find_narrowed(sub_block, source)}
     names = {
         name.removesuffix(".weight"): shape
         for name, shape in source.checkpoint.shapes.items()
@@ -120,6 +124,6 @@ def _ignored(source: Source) -> list[str]:
     return sorted({*matrices, *norms, source.layout.tail[-1]})
 
 
-def _kv_heads(source: Source) -> int:
+def _count_kv_heads(source: Source) -> int:
     config = source.checkpoint.config
     return int(config.get("num_key_value_heads") or config["num_attention_heads"])

@@ -1,4 +1,4 @@
-"""Týr-the-Pruner: the plan as what its next iteration refines."""
+"""Týr-the-Pruner: the plan as the start of its next iteration."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ _ABOVE = 1 / 1024
 
 
 class Tyr(Target):
-    """Writes a supernet's metadata whose level zero is the plan, and levels that are zero.
+    """Writes the metadata of a supernet whose level zero is the plan, and levels of zero.
 
     Level l of an output projection of n weights is the sparsity s + l · d / n. ``metadata.pth`` has an s for every
     layer, ``mha_sparsity`` and ``ffn_sparsity``, and one step d for heads and one for channels, ``weights_diff_mha``
-    and ``weights_diff_mlp``. ``prune_to_supernet.py`` reads both files where a supernet and its configuration are
-    named, and makes the levels of the next supernet around them. ``search_sparsity_dist.py`` exchanges one for one
-    among heads, and among channels, so that the levels of either add up to zero.
+    and ``weights_diff_mlp``. ``prune_to_supernet.py`` reads both files as a supernet and its configuration, and
+    makes the levels of the next supernet around them. ``search_sparsity_dist.py`` exchanges one level for one among
+    heads, and among channels, so that the levels of each kind add up to zero.
 
-    Since every layer has its own s, nothing is rounded to levels. Týr keeps int(k · (1 - s)) of k heads or channels,
-    and floating point may fall just below a whole number, so that s is for a thousandth of one more.
+    Every layer has its own s, so nothing is rounded to levels. Týr keeps int(k · (1 - s)) of k heads or channels. Since
+    floating point may fall just below a whole number, s is chosen for a thousandth of an item more.
     """
 
     name = "tyr"
@@ -45,17 +45,21 @@ class Tyr(Target):
     patterns = ("structured",)
 
     def check(self, source: Source) -> None:
-        """Check what Týr knows of models."""
-        found = str(source.checkpoint.config.get("model_type"))
-        if found not in _TYPES:
+        """Check that Týr knows the type of the model.
+
+        Raises:
+            UserError: It does not.
+        """
+        model_type = str(source.checkpoint.config.get("model_type"))
+        if model_type not in _TYPES:
             raise UserError(
-                f"export: Týr serves models of type {', '.join(_TYPES)}, and this one is of type {found!r}. "
+                f"export: Týr takes models of type {', '.join(_TYPES)}, and this one is of type {model_type!r}. "
                 "See 'allocator export --list' for another target"
             )
         select_outputs(source)
 
     def write(self, source: Source, folder: Path) -> list[str]:
-        """Write them."""
+        """Write the levels and their metadata."""
         columns, heads = count_kept_columns(source), count_heads(source)
         shares: dict[str, list[float]] = {"attention": [], "mlp": []}
         rows = []
@@ -83,8 +87,8 @@ class Tyr(Target):
         )
         return [
             *describe_loss(rows, sum(m.kept for m in source.matrices), count_kept_if_shrunk(source, columns)),
-            "Týr zeroes columns of output projections and keeps every shape; it chooses single heads, and keys and "
-            "values that heads share stay",
+            "Týr zeroes columns of output projections and keeps every shape; it chooses single heads, and keeps "
+            "keys and values that heads share",
             f"next: README.txt; then {verify}",
         ]
 

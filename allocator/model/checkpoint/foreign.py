@@ -37,16 +37,16 @@ def check_folder(folder: Path) -> None:
     Raises:
         UserError: It holds an adapter, or weights of another format alone.
     """
-    if found := _first(folder, _ADAPTERS):
+    if found := _find_first(folder, _ADAPTERS):
         beside = ", or move the adapter's files elsewhere" if (folder / "config.json").is_file() else ""
         raise UserError(
             f"model: {folder / found}: an adapter (LoRA, PEFT), which is not part of the weights. Merge it: load the "
             f"folder with peft's AutoPeftModelForCausalLM, and save_pretrained what merge_and_unload() gives{beside}"
         )
-    if _first(folder, ("*.safetensors", "*.safetensors.index.json")):
+    if _find_first(folder, ("*.safetensors", "*.safetensors.index.json")):
         return
     for pattern, kind in _OTHER.items():
-        if found := _first(folder, (pattern,)):
+        if found := _find_first(folder, (pattern,)):
             loaded = _GGUF if kind == "GGUF" else "from_pretrained"
             raise UserError(
                 f"model: {folder / found}: weights of another format ({kind}), and there is no *.safetensors file. "
@@ -65,15 +65,15 @@ def check_tensors(folder: Path, config: Mapping[str, Any], dtypes: Mapping[str, 
             f"model: {folder}: {name} is part of an adapter (LoRA, PEFT) that is not merged. Load the model with peft, "
             "and save_pretrained what merge_and_unload() gives"
         )
-    packed = (found for name, dtype in dtypes.items() if (found := _packed(name, dtype)))
-    if found := _quantisation(config) or next(packed, None):
+    packed = (found for name, dtype in dtypes.items() if (found := _describe_packed(name, dtype)))
+    if found := _describe_quantisation(config) or next(packed, None):
         raise UserError(
             f"model: {folder}: quantised weights: {found}. Give the model in floats of 16 or 32 bits that it was made "
             "from, or save_pretrained what transformers' dequantize() gives; quantise what comes out here"
         )
 
 
-def _quantisation(config: Mapping[str, Any]) -> str | None:
+def _describe_quantisation(config: Mapping[str, Any]) -> str | None:
     """Return what a configuration, or one of its parts, says of how weights are quantised."""
     for part in (config, *(value for value in config.values() if isinstance(value, Mapping))):
         for key in _QUANTISED:
@@ -83,12 +83,12 @@ def _quantisation(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _packed(name: str, dtype: str) -> str | None:
+def _describe_packed(name: str, dtype: str) -> str | None:
     # other integers are masks and positions that some checkpoints keep
     if _PACKED.search(name) or dtype.startswith("F8") or (name.endswith(".weight") and dtype not in _PLAIN):
         return f"{name} is of type {dtype}"
     return None
 
 
-def _first(folder: Path, patterns: Sequence[str]) -> str | None:
+def _find_first(folder: Path, patterns: Sequence[str]) -> str | None:
     return min((path.name for pattern in patterns for path in folder.glob(pattern) if path.is_file()), default=None)

@@ -22,7 +22,7 @@ _EXPONENTS = {
 """By safetensors data type: unsigned integers of its width, and the bits that only NaN and infinity have all set."""
 
 
-def weights_fingerprint(path: Path) -> str:
+def fingerprint_weights(path: Path) -> str:
     """Return ``sha256:<hex>`` of a safetensors file's bytes.
 
     Raises:
@@ -40,7 +40,7 @@ def weights_fingerprint(path: Path) -> str:
             while chunk := file.read(min(_CHUNK_BYTES, end - start)):
                 start += len(chunk)
                 digest.update(chunk)
-                if not _finite(chunk, entry["dtype"]):
+                if not _is_finite(chunk, entry["dtype"]):
                     raise UserError(f"model: {path}: {name} holds NaN or infinity. Repair or replace the model")
     return "sha256:" + digest.hexdigest()
 
@@ -48,7 +48,7 @@ def weights_fingerprint(path: Path) -> str:
 def same_values(first: tuple[Path, str], second: tuple[Path, str]) -> bool:
     """Whether two tensors, each of a file and by its name, are the same: type, shape and every byte."""
     with first[0].open("rb") as one, second[0].open("rb") as other:
-        left, right = _found(one, first[1]), _found(other, second[1])
+        left, right = _seek_tensor(one, first[1]), _seek_tensor(other, second[1])
         if left[0] != right[0]:
             return False
         size = left[1]
@@ -60,7 +60,7 @@ def same_values(first: tuple[Path, str], second: tuple[Path, str]) -> bool:
     return True
 
 
-def _found(file: BinaryIO, name: str) -> tuple[tuple[Any, ...], int]:
+def _seek_tensor(file: BinaryIO, name: str) -> tuple[tuple[Any, ...], int]:
     """Go to the first byte of a tensor, and return its type and shape, and its size in bytes."""
     header_bytes = int.from_bytes(file.read(8), "little")
     entry = json.loads(file.read(header_bytes))[name]
@@ -69,7 +69,7 @@ def _found(file: BinaryIO, name: str) -> tuple[tuple[Any, ...], int]:
     return (entry["dtype"], entry["shape"]), end - start
 
 
-def _finite(chunk: bytes, dtype: str) -> bool:
+def _is_finite(chunk: bytes, dtype: str) -> bool:
     if dtype not in _EXPONENTS:
         return True
     width, exponent = _EXPONENTS[dtype]

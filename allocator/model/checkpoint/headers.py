@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from allocator.core.errors import UserError
 from allocator.core.files import check_name, fingerprint, read_json
 from allocator.model.checkpoint.foreign import check_folder, check_tensors
-from allocator.model.checkpoint.hashing import same_values, weights_fingerprint
-from allocator.model.checkpoint.kinds import ENDINGS, Kind, kind_of
+from allocator.model.checkpoint.hashing import fingerprint_weights, same_values
+from allocator.model.checkpoint.kinds import ENDINGS, Kind, find_kind
 
 PACKAGED = "tiny-python-llama"
 """Name of the model inside the package, the default of every command."""
@@ -30,7 +30,7 @@ _WANTED = ("*.json", "*.safetensors", "tokenizer*", "*.txt", "*.jinja", "*.model
 _REMEDY = "Give a local Hugging Face folder with config.json and *.safetensors"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """A checkpoint in the Hugging Face format, known without loading a weight.
 
@@ -59,11 +59,11 @@ class Checkpoint:
     @property
     def kind(self) -> Kind:
         """What kind of model it is."""
-        kind = kind_of(self.config)
+        kind = find_kind(self.config)
         assert kind is not None, "checked when the headers were read"
         return kind
 
-    def named(self, names: Mapping[str, str]) -> Checkpoint:
+    def with_names(self, names: Mapping[str, str]) -> Checkpoint:
         """Return the same files with other names for some tensors; what the files call them stays known."""
         every = {name: names.get(name, name) for name in self.shapes}
         return replace(
@@ -75,20 +75,20 @@ class Checkpoint:
             stored={new: old for name, new in every.items() if new != (old := self.stored.get(name, name))},
         )
 
-    def named_like(self, dense: Checkpoint) -> Checkpoint:
+    def with_names_of(self, dense: Checkpoint) -> Checkpoint:
         """Return a checkpoint with the names that tensors have in the model that it was made from."""
-        return self.named({old: new for new, old in dense.stored.items()})
+        return self.with_names({old: new for new, old in dense.stored.items()})
 
-    def renamed(self, table: Mapping[str, str]) -> Checkpoint:
+    def with_renamed_parts(self, table: Mapping[str, str]) -> Checkpoint:
         """Return the same files with parts of names replaced, as ``{"block_sparse_moe": "mlp"}`` says.
 
         Raises:
             UserError: Two tensors would have one name.
         """
-        names = {name: _renamed(name, table) for name in self.shapes}
+        names = {name: _replace_parts(name, table) for name in self.shapes}
         if len({*names.values()}) < len(names):
             raise UserError(f"family: renamed {dict(table)} gives two tensors of {self.folder} one name")
-        return replace(self.named(names), renames=dict(table)) if table else self
+        return replace(self.with_names(names), renames=dict(table)) if table else self
 
     @property
     def architecture(self) -> str:
@@ -103,7 +103,7 @@ class Checkpoint:
             UserError: A tensor holds NaN or infinity.
         """
         names = sorted(set(self.shards.values()))
-        return fingerprint({"config": self.config, "files": {n: weights_fingerprint(self.folder / n) for n in names}})
+        return fingerprint({"config": self.config, "files": {n: fingerprint_weights(self.folder / n) for n in names}})
 
 
 def list_model_files(folder: Path) -> list[Path]:
@@ -136,7 +136,7 @@ def locate(model: str | Path) -> Path:
         ) from None
 
 
-def _renamed(name: str, table: Mapping[str, str]) -> str:
+def _replace_parts(name: str, table: Mapping[str, str]) -> str:
     for old, new in table.items():
         name = f".{name}.".replace(f".{old}.", f".{new}.")[1:-1]
     return name
@@ -154,8 +154,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     if not (folder / "config.json").is_file():
         raise UserError(f"model: {folder / 'config.json'}: no such file. {_REMEDY}")
     config = read_json(folder / "config.json", "model configuration")
-    architectures = _architectures(folder, config)
-    kind = kind_of(config)
+    architectures = _read_architectures(folder, config)
+    kind = find_kind(config)
     if kind is None:
         raise UserError(
             f"model: {folder}/config.json names the architecture {architectures[0]!r}, which is not a causal "
@@ -177,7 +177,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             with safe_open(folder / name, framework="numpy") as file:
                 for key in file.keys():
                     view = file.get_slice(key)
-                    if not _computed(key, view.get_shape()):
+                    if not _is_computed(key, view.get_shape()):
                         shapes[key], shards[key], dtypes[key] = tuple(view.get_shape()), name, view.get_dtype()
         except (SafetensorError, OSError, json.JSONDecodeError) as error:
             raise UserError(
@@ -194,21 +194,23 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         if config.get("model_type") in _CONV1D and len(shape) == 2 and re.search(r"\.\d+\.", name)
     )
     shapes |= {name: shapes[name][::-1] for name in transposed}
-    checkpoint = Checkpoint(folder, config, shapes, shards, dtypes, transposed)
-    return checkpoint if kind.generates else _as_in_the_model(checkpoint)
+    checkpoint = Checkpoint(
+        folder=folder, config=config, shapes=shapes, shards=shards, dtypes=dtypes, transposed=transposed
+    )
+    return checkpoint if kind.generates else _use_model_names(checkpoint)
 
 
-def _computed(name: str, shape: Sequence[int]) -> bool:
+def _is_computed(name: str, shape: Sequence[int]) -> bool:
     """Whether a tensor is one that old checkpoints hold and transformers passes over: frequencies, attention masks."""
     return name.endswith(("rotary_emb.inv_freq", ".masked_bias")) or (name.endswith(".bias") and len(shape) == 4)
 
 
-def _as_in_the_model(checkpoint: Checkpoint) -> Checkpoint:
+def _use_model_names(checkpoint: Checkpoint) -> Checkpoint:
     """Return files with tensors under the names that they have in the model."""
-    from allocator.model.checkpoint.names import model_names
+    from allocator.model.checkpoint.names import map_names
 
     dense = checkpoint.config.get("pruned", {}).get("architecture", checkpoint.architecture)
-    names, settings = model_names(checkpoint.folder, checkpoint.config, dense, checkpoint.shapes)
+    names, settings = map_names(checkpoint.folder, checkpoint.config, dense, checkpoint.shapes)
     shapes = {new: checkpoint.shapes[old] for old, new in names.items()}
     shards, dtypes = (
         {new: table[old] for old, new in names.items()} for table in (checkpoint.shards, checkpoint.dtypes)
@@ -229,7 +231,7 @@ def _check_tied(folder: Path, shards: Mapping[str, str]) -> None:
         )
 
 
-def _architectures(folder: Path, config: Mapping[str, Any]) -> list[str]:
+def _read_architectures(folder: Path, config: Mapping[str, Any]) -> list[str]:
     """Return the classes that a configuration names.
 
     Raises:

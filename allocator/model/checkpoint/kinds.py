@@ -73,7 +73,7 @@ ENDINGS = ", ".join(_ENDINGS)
 """How names of architectures end that can be served."""
 
 
-def kind_of(config: Mapping[str, Any]) -> Kind | None:
+def find_kind(config: Mapping[str, Any]) -> Kind | None:
     """Return the kind of model that a configuration is of, a pruned one too; None for one that is not served."""
     pruned = config.get("pruned") or {}
     name = str(pruned.get("architecture") or (config.get("architectures") or [""])[0])

@@ -10,10 +10,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from allocator.core.errors import UserError
-from allocator.model.checkpoint.stock import stock_model
+from allocator.model.checkpoint.stock import build_stock_model
 
 
-def model_names(
+def map_names(
     folder: Path, config: Mapping[str, Any], architecture: str, stored: Iterable[str]
 ) -> tuple[dict[str, str], dict[str, Any]]:
     """Return the name in the model of every tensor in the files, and the configuration with every default.
@@ -29,7 +29,7 @@ def model_names(
     Raises:
         UserError: transformers has no such class, or makes several parameters of one tensor, or misses one.
     """
-    model = stock_model(folder, architecture, config)
+    model = build_stock_model(folder, architecture, config)
     own = {name for name, _ in model.named_parameters()}
     conversions = get_model_conversion_mapping(model)
     renamings = [each for each in conversions if isinstance(each, WeightRenaming)]

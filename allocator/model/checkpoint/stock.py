@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from allocator.core.errors import UserError
 
 
-def stock_class(folder: Path, architecture: str) -> Any:
+def find_stock_class(folder: Path, architecture: str) -> Any:
     """Return the class of an architecture.
 
     Raises:
@@ -25,14 +25,14 @@ def stock_class(folder: Path, architecture: str) -> Any:
     return found
 
 
-def stock_config(folder: Path, architecture: str, config: Mapping[str, Any]) -> Any:
+def build_stock_config(folder: Path, architecture: str, config: Mapping[str, Any]) -> Any:
     """Return a configuration as the class of an architecture understands it.
 
     Raises:
         UserError: transformers has no such class, or it refuses a value.
     """
     try:
-        return stock_class(folder, architecture).config_class.from_dict(dict(config))
+        return find_stock_class(folder, architecture).config_class.from_dict(dict(config))
     except (StrictDataclassError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
@@ -40,11 +40,11 @@ def stock_config(folder: Path, architecture: str, config: Mapping[str, Any]) -> 
         ) from None
 
 
-def stock_model(folder: Path, architecture: str, config: Mapping[str, Any]) -> Any:
+def build_stock_model(folder: Path, architecture: str, config: Mapping[str, Any]) -> Any:
     """Return the model that a class makes of a configuration, without memory for its weights.
 
     Raises:
-        UserError: See :func:`stock_config`.
+        UserError: See :func:`build_stock_config`.
     """
     with torch.device("meta"):
-        return stock_class(folder, architecture)(stock_config(folder, architecture, config))
+        return find_stock_class(folder, architecture)(build_stock_config(folder, architecture, config))

@@ -18,8 +18,8 @@ from allocator.core.errors import UserError
 from allocator.core.notify import Notify, silent
 from allocator.model.checkpoint.headers import Checkpoint
 from allocator.model.data.examples import LABELS, Examples
-from allocator.model.data.text import in_hash_order, json_line, pack, read_documents, split_of
-from allocator.model.live.load import load_tokenizer, raw_tokenizer
+from allocator.model.data.text import choose_split, pack_documents, parse_json_line, read_documents, sort_by_hash
+from allocator.model.live.load import load_encoder, load_tokenizer
 
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
@@ -94,14 +94,14 @@ def read_tokens(
         UserError: A split holds too few tokens.
     """
     documents = read_documents(text)
-    encode, separator = load_tokenizer(checkpoint.folder)
-    first = None if checkpoint.kind.generates else raw_tokenizer(checkpoint.folder).cls_token_id
+    encode, separator = load_encoder(checkpoint.folder)
+    first = None if checkpoint.kind.generates else load_tokenizer(checkpoint.folder).cls_token_id
     examples = {}
     for split, count in wanted.items():
         source = "calibration" if split == "training" else split
-        own = [document for document in documents if split_of(document.name) == source]
+        own = [document for document in documents if choose_split(document.name) == source]
         try:
-            packed = pack(own, encode, count // length, length - (first is not None), separator)
+            packed = pack_documents(own, encode, count // length, length - (first is not None), separator)
         except ValueError as error:
             raise UserError(f"{split} split: {error}") from None
         ids = packed if first is None else np.pad(packed, ((0, 0), (1, 0)), constant_values=first)
@@ -113,9 +113,9 @@ def _read_labelled(
     path: Path | None, checkpoint: Checkpoint, counts: Mapping[str, int], length: int, notify: Notify
 ) -> dict[str, Examples]:
     """Return documents as one sequence each, with their labels where they have some. Shorter ones are left out."""
-    labels = _labels_in(path) if path is not None and path.is_file() and path.suffix == ".jsonl" else {}
+    labels = _read_labels(path) if path is not None and path.is_file() and path.suffix == ".jsonl" else {}
     items = [Item(each.name, each.text, labels.get(each.name)) for each in read_documents(path)]
-    tokenizer = raw_tokenizer(checkpoint.folder)
+    tokenizer = load_tokenizer(checkpoint.folder)
     short = 0
     long: list[Item] = []
     for item in items:
@@ -128,15 +128,15 @@ def _read_labelled(
             f"notice: {short} of {len(items)} documents are shorter than {length} tokens and left out. "
             "A smaller tokens.sequence_length takes more of them"
         )
-    numbered = _numbered(long, checkpoint, path)
-    return _made(numbered, counts, length, path, lambda own: {"input_ids": np.array([i.content for i in own])})
+    numbered = _number_labels(long, checkpoint, path)
+    return _build_splits(numbered, counts, length, path, lambda own: {"input_ids": np.array([i.content for i in own])})
 
 
-def _labels_in(path: Path) -> dict[str, str]:
+def _read_labels(path: Path) -> dict[str, str]:
     """Return the label, as it is written, of every document of a .jsonl file that has one."""
     labels = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        record = _record(path, number, line)
+        record = _parse_record(path, number, line)
         if record is not None and record.get("label") is not None:
             labels[f"{path.name}#{number}"] = str(record["label"])
     return labels
@@ -154,13 +154,13 @@ def _read_images(folder: Path, checkpoint: Checkpoint, counts: Mapping[str, int]
         place = path.relative_to(folder)
         label = place.parts[0] if checkpoint.kind.answers == "classes" and len(place.parts) > 1 else None
         items.append(Item(place.as_posix(), path, label))
-    prepare = _processor(checkpoint)
-    return _made(
-        _numbered(items, checkpoint, folder),
+    prepare = _load_processor(checkpoint)
+    return _build_splits(
+        _number_labels(items, checkpoint, folder),
         counts,
         length,
         folder,
-        lambda own: {"pixel_values": _pixels([item.content for item in own], prepare, checkpoint)},
+        lambda own: {"pixel_values": _load_pixels([item.content for item in own], prepare, checkpoint)},
     )
 
 
@@ -172,7 +172,7 @@ def _read_pairs(path: Path, checkpoint: Checkpoint, counts: Mapping[str, int], l
         )
     items = []
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        record = _record(path, number, line)
+        record = _parse_record(path, number, line)
         if record is None:
             continue
         image, text = record.get("image"), record.get("text")
@@ -183,7 +183,7 @@ def _read_pairs(path: Path, checkpoint: Checkpoint, counts: Mapping[str, int], l
         if not (path.parent / image).is_file():
             raise UserError(f"text: {path}, line {number}: {path.parent / image} does not exist. Paths are beside it")
         items.append(Item(f"{path.name}#{number}", (path.parent / image, text)))
-    prepare, tokenizer = _processor(checkpoint), raw_tokenizer(checkpoint.folder)
+    prepare, tokenizer = _load_processor(checkpoint), load_tokenizer(checkpoint.folder)
     longest = int(checkpoint.settings["text_config"]["max_position_embeddings"])
     if tokenizer.pad_token_id is None:
         raise UserError(
@@ -196,10 +196,10 @@ def _read_pairs(path: Path, checkpoint: Checkpoint, counts: Mapping[str, int], l
         ids = tokenizer(texts, padding="max_length", truncation=True, max_length=longest)["input_ids"]
         return {
             "input_ids": np.array(ids, dtype=np.int64),
-            "pixel_values": _pixels([item.content[0] for item in own], prepare, checkpoint),
+            "pixel_values": _load_pixels([item.content[0] for item in own], prepare, checkpoint),
         }
 
-    return _made([(item, None) for item in items], counts, length, path, make)
+    return _build_splits([(item, None) for item in items], counts, length, path, make)
 
 
 def _read_arrays(path: Path, checkpoint: Checkpoint, counts: Mapping[str, int], length: int) -> dict[str, Examples]:
@@ -233,10 +233,10 @@ def _read_arrays(path: Path, checkpoint: Checkpoint, counts: Mapping[str, int], 
         ids = {"input_ids": arrays["input_ids"][chosen].astype(np.int64)} if "input_ids" in names else {}
         return {**ids, "pixel_values": pixels[chosen]}
 
-    return _made(_numbered(items, checkpoint, path), counts, length, path, make)
+    return _build_splits(_number_labels(items, checkpoint, path), counts, length, path, make)
 
 
-def _made(
+def _build_splits(
     items: Sequence[tuple[Item, int | None]],
     counts: Mapping[str, int],
     length: int,
@@ -245,10 +245,10 @@ def _made(
 ) -> dict[str, Examples]:
     """Return as many examples of every split as it wants, in the order of the hash of their names."""
     known = {item.name: number for item, number in items}
-    ordered = in_hash_order([item for item, _ in items])
+    ordered = sort_by_hash([item for item, _ in items])
     made = {}
     for split, count in counts.items():
-        own = [item for item in ordered if split_of(item.name) == split][:count]
+        own = [item for item in ordered if choose_split(item.name) == split][:count]
         if len(own) < count:
             raise UserError(
                 f"{split} split: text: {count} examples are needed, {path} holds {len(own)}; give more, or ask for "
@@ -263,7 +263,7 @@ def _made(
     return made
 
 
-def _numbered(items: Sequence[Item], checkpoint: Checkpoint, path: Path | None) -> list[tuple[Item, int | None]]:
+def _number_labels(items: Sequence[Item], checkpoint: Checkpoint, path: Path | None) -> list[tuple[Item, int | None]]:
     """Return items with the numbers of their labels, for a model that classifies.
 
     Raises:
@@ -289,17 +289,17 @@ def _numbered(items: Sequence[Item], checkpoint: Checkpoint, path: Path | None) 
     return found
 
 
-def _record(path: Path, number: int, line: str) -> dict[str, Any] | None:
+def _parse_record(path: Path, number: int, line: str) -> dict[str, Any] | None:
     """Return what a line of a .jsonl file holds; None for an empty one."""
     if not line.strip():
         return None
-    record = json_line(path, number, line)
+    record = parse_json_line(path, number, line)
     if not isinstance(record, dict):
         raise UserError(f"text: {path}, line {number} is no JSON object; put one on each line")
     return record
 
 
-def _processor(checkpoint: Checkpoint) -> Callable[[list[Any]], np.ndarray]:
+def _load_processor(checkpoint: Checkpoint) -> Callable[[list[Any]], np.ndarray]:
     """Return what makes pixels of images, as the model's preprocessor_config.json says."""
     try:
         processor: Any = transformers.AutoImageProcessor.from_pretrained(
@@ -315,7 +315,9 @@ def _processor(checkpoint: Checkpoint) -> Callable[[list[Any]], np.ndarray]:
     return lambda images: np.asarray(processor(images=images, return_tensors="np")["pixel_values"], dtype=np.float32)
 
 
-def _pixels(paths: Sequence[Path], prepare: Callable[[list[Any]], np.ndarray], checkpoint: Checkpoint) -> np.ndarray:
+def _load_pixels(
+    paths: Sequence[Path], prepare: Callable[[list[Any]], np.ndarray], checkpoint: Checkpoint
+) -> np.ndarray:
     from PIL import Image, UnidentifiedImageError
 
     rows = []

@@ -39,7 +39,7 @@ class Document:
     text: str
 
 
-def split_of(name: str) -> str:
+def choose_split(name: str) -> str:
     """Return the split a document belongs to, decided by the hash of its name alone.
 
     Args:
@@ -48,7 +48,7 @@ def split_of(name: str) -> str:
     Returns:
         One of `SPLITS`: 6 % search, 4 % selection, 10 % test, the rest calibration.
     """
-    share = int.from_bytes(_digest(name)[:6], "big") / 2**48
+    share = int.from_bytes(_hash_name(name)[:6], "big") / 2**48
     if share < 0.06:
         return "search"
     if share < 0.10:
@@ -56,7 +56,7 @@ def split_of(name: str) -> str:
     return "test" if share < 0.20 else "calibration"
 
 
-def standard_library() -> list[Document]:
+def read_standard_library() -> list[Document]:
     """Read the running interpreter's standard library, without its tests.
 
     Returns:
@@ -65,7 +65,7 @@ def standard_library() -> list[Document]:
     """
     root = Path(sysconfig.get_path("stdlib"))
     documents = []
-    for path in _library_files(root):
+    for path in _list_library_files(root):
         data = path.read_bytes()
         if len(data) < SHORTEST_LIBRARY_FILE:
             continue
@@ -73,11 +73,11 @@ def standard_library() -> list[Document]:
             text = data.decode("utf-8")
         except UnicodeDecodeError:
             continue
-        documents.append(Document(path.relative_to(root).as_posix(), next(_pieces(text, LONGEST_LIBRARY_DOCUMENT))))
-    return in_hash_order(documents)
+        documents.append(Document(path.relative_to(root).as_posix(), next(_cut_pieces(text, LONGEST_LIBRARY_DOCUMENT))))
+    return sort_by_hash(documents)
 
 
-def _library_files(root: Path) -> Iterator[Path]:
+def _list_library_files(root: Path) -> Iterator[Path]:
     for folder, inside, names in os.walk(root):
         inside[:] = [name for name in inside if name not in _EXCLUDED_FOLDERS and not name.startswith("config-")]
         yield from (Path(folder, name) for name in names if name.endswith(".py"))
@@ -99,11 +99,11 @@ def read_documents(path: Path | None) -> list[Document]:
         UserError: If the path is missing, a file cannot be read as it should, or there is no document.
     """
     if path is None:
-        documents = standard_library()
+        documents = read_standard_library()
     elif path.is_dir():
-        documents = in_hash_order(_read_folder(path))
+        documents = sort_by_hash(_read_folder(path))
     elif path.is_file():
-        documents = in_hash_order(_read_file(path, path.name, whole=False))
+        documents = sort_by_hash(_read_file(path, path.name, whole=False))
     else:
         raise UserError(f"text: {path} does not exist; give a .jsonl file, a text file or a folder of them")
     if not documents:
@@ -114,7 +114,7 @@ def read_documents(path: Path | None) -> list[Document]:
     return documents
 
 
-def text_files(path: Path) -> list[Path]:
+def list_text_files(path: Path) -> list[Path]:
     """Return the files that the documents at a path are read from."""
     if path.is_file():
         return [path]
@@ -122,7 +122,7 @@ def text_files(path: Path) -> list[Path]:
     return every if (path / "dataset_info.json").exists() else [f for f in every if f.suffix in _FOLDER_SUFFIXES]
 
 
-def pack(
+def pack_documents(
     documents: Iterable[Document],
     encode: Callable[[str], list[int]],
     num_sequences: int,
@@ -160,7 +160,7 @@ def pack(
     return np.asarray(tokens[:needed], dtype=np.int64).reshape(num_sequences, sequence_length)
 
 
-def _digest(name: str) -> bytes:
+def _hash_name(name: str) -> bytes:
     return hashlib.sha256(name.encode("utf-8")).digest()
 
 
@@ -175,9 +175,9 @@ class Named(Protocol):
 Something = TypeVar("Something", bound=Named)
 
 
-def in_hash_order(documents: Iterable[Something]) -> list[Something]:
+def sort_by_hash(documents: Iterable[Something]) -> list[Something]:
     """Return documents, or other examples, in the order of the hash of their names."""
-    return sorted(documents, key=lambda document: (_digest(document.name), document.name))
+    return sorted(documents, key=lambda document: (_hash_name(document.name), document.name))
 
 
 def _read_folder(folder: Path) -> Iterator[Document]:
@@ -187,7 +187,7 @@ def _read_folder(folder: Path) -> Iterator[Document]:
     if (folder / "dataset_info.json").exists():
         yield from _read_dataset(folder)
         return
-    for path in text_files(folder):
+    for path in list_text_files(folder):
         yield from _read_file(path, path.relative_to(folder).as_posix(), whole=True)
 
 
@@ -221,7 +221,7 @@ def _read_file(path: Path, name: str, whole: bool) -> Iterator[Document]:
         if text:
             yield Document(name, text)
         return
-    for number, piece in enumerate(_pieces(text, PIECE_BYTES)):
+    for number, piece in enumerate(_cut_pieces(text, PIECE_BYTES)):
         yield Document(f"{name}#{number}", piece)
 
 
@@ -229,7 +229,7 @@ def _read_json_lines(path: Path, name: str, text: str) -> Iterator[Document]:
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
-        record = json_line(path, number, line)
+        record = parse_json_line(path, number, line)
         content = record.get("text") if isinstance(record, dict) else None
         if type(content) is not str:
             found = f"the keys {sorted(record)}" if isinstance(record, dict) else type(record).__name__
@@ -241,7 +241,7 @@ def _read_json_lines(path: Path, name: str, text: str) -> Iterator[Document]:
             yield Document(f"{name}#{number}", content)
 
 
-def json_line(path: Path, number: int, line: str) -> Any:
+def parse_json_line(path: Path, number: int, line: str) -> Any:
     """Return what a line of a .jsonl file holds.
 
     Raises:
@@ -255,7 +255,7 @@ def json_line(path: Path, number: int, line: str) -> Any:
         ) from None
 
 
-def _pieces(text: str, size: int) -> Iterator[str]:
+def _cut_pieces(text: str, size: int) -> Iterator[str]:
     """Cut text at line ends into pieces of at most `size` bytes; a longer line is a piece of its own."""
     lines: list[str] = []
     used = 0

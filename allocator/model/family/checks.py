@@ -21,7 +21,7 @@ def check_depth(blocks: str, numbers: Sequence[int], checkpoint: Checkpoint) -> 
         UserError: There are none, numbers are left out, or the configuration says another number of layers.
     """
     if not numbers:
-        there = numbered(checkpoint)
+        there = find_numbered_modules(checkpoint)
         hint = "" if there is None else f", whose numbered modules are {there}"
         raise UserError(
             f"family: blocks {blocks!r} matches no module of {checkpoint.architecture}{hint}. Name its blocks "
@@ -33,7 +33,7 @@ def check_depth(blocks: str, numbers: Sequence[int], checkpoint: Checkpoint) -> 
             f"family: blocks {blocks!r} matches {len(numbers)} blocks of {checkpoint.architecture} up to number "
             f"{numbers[-1]}, and number {gap} is not there. Copy the model again, or correct the line"
         )
-    stated = sorted({*_depths(checkpoint.config)})
+    stated = sorted({*_list_depths(checkpoint.config)})
     if stated and len(numbers) not in stated:
         raise UserError(
             f"family: blocks {blocks!r} matches {len(numbers)} blocks of {checkpoint.architecture}, and config.json "
@@ -43,16 +43,16 @@ def check_depth(blocks: str, numbers: Sequence[int], checkpoint: Checkpoint) -> 
         )
 
 
-def _depths(config: Mapping[str, Any]) -> Iterator[int]:
+def _list_depths(config: Mapping[str, Any]) -> Iterator[int]:
     """Yield every number of layers that a configuration states."""
     for key, value in config.items():
         if isinstance(value, int) and _DEPTH.match(key):
             yield value
         elif isinstance(value, Mapping):
-            yield from _depths(value)
+            yield from _list_depths(value)
 
 
-def numbered(checkpoint: Checkpoint) -> str | None:
+def find_numbered_modules(checkpoint: Checkpoint) -> str | None:
     """Return how most of the numbered modules are called, with ``{block}`` for the number; None where none has one."""
     found = Counter(match[1] for name in checkpoint.shapes if (match := re.match(r"^(.*?\.)\d+\.", name)))
     return f"{found.most_common(1)[0][0]}{{block}}" if found else None
@@ -85,7 +85,7 @@ def check_skipped(
     idle = [line for module, line in skipped.items() if module not in there]
     for module, shape in there.items():
         if len(shape) >= 2 and module not in owned and module not in skipped:
-            near = get_close_matches(_numberless(module), idle, n=1) if idle else []
+            near = get_close_matches(_drop_numbers(module), idle, n=1) if idle else []
             hint = f". 'skip' names {near[0]!r}, which is not there: correct it" if near else ""
             raise UserError(
                 f"family: matrix {module} {list(shape)} of {checkpoint.architecture} is in no unit{hint}. "
@@ -99,16 +99,16 @@ def check_heads(inputs: Sequence[str], output: str, fused: bool, checkpoint: Che
     Raises:
         UserError: They do not.
     """
-    heads = num_heads(checkpoint)
+    heads = read_num_heads(checkpoint)
     rows = {module: checkpoint.shapes[f"{module}.weight"][0] for module in inputs}
     columns = checkpoint.shapes[f"{output}.weight"][1]
     if columns % heads:
-        _refuse(output, f"{columns} columns, which {heads} query heads do not divide")
+        _raise_mismatch(output, f"{columns} columns, which {heads} query heads do not divide")
     width = columns // heads
     if fused:
         rest = rows[inputs[0]] - columns
         if rest <= 0 or rest % (2 * width):
-            _refuse(
+            _raise_mismatch(
                 inputs[0],
                 f"{rows[inputs[0]]} rows, which are not {heads} heads of {width} queries and as many keys as values",
             )
@@ -125,30 +125,30 @@ def check_heads(inputs: Sequence[str], output: str, fused: bool, checkpoint: Che
             (value, groups, "kv_groups"),
         ):
             if rows[module] % count:
-                _refuse(module, f"{rows[module]} rows, which {count} {kind} do not divide")
+                _raise_mismatch(module, f"{rows[module]} rows, which {count} {kind} do not divide")
         if rows[query] * groups != rows[key] * heads:
-            _refuse(
+            _raise_mismatch(
                 key,
                 f"{rows[key]} rows for {groups} KV groups, and {query} {rows[query]} for {heads} query heads, so that "
                 "their heads differ in width",
             )
         if rows[value] * heads != columns * groups:
-            _refuse(
+            _raise_mismatch(
                 value,
                 f"{rows[value]} rows for {groups} KV groups, and {output} {columns} columns for {heads} query heads, "
                 "so that their heads differ in width",
             )
     if heads % groups:
-        _refuse(inputs[0], f"{heads} query heads, which {groups} kv_groups do not divide")
+        _raise_mismatch(inputs[0], f"{heads} query heads, which {groups} kv_groups do not divide")
 
 
-def _refuse(module: str, found: str) -> NoReturn:
+def _raise_mismatch(module: str, found: str) -> NoReturn:
     raise UserError(
         f"family: {module} has {found}. Correct the counts of heads in config.json, or the names in the family file"
     )
 
 
-def num_heads(checkpoint: Checkpoint) -> int:
+def read_num_heads(checkpoint: Checkpoint) -> int:
     """Return the query heads of a layer.
 
     Raises:
@@ -181,13 +181,13 @@ def check_biases(owned: Collection[str], checkpoint: Checkpoint) -> None:
             raise UserError(
                 f"model: {module}.bias has the shape {list(bias or ())}, and {name} has {shape[0]} rows. {remedy}"
             )
-        other = first.setdefault(_numberless(module), module) if module in owned else module
+        other = first.setdefault(_drop_numbers(module), module) if module in owned else module
         if (f"{other}.bias" in checkpoint.shapes) != (bias is not None):
             there, absent = (module, other) if bias is not None else (other, module)
             raise UserError(f"model: {checkpoint.folder}: {there}.bias is there and {absent}.bias is not. {remedy}")
 
 
-def _numberless(module: str) -> str:
+def _drop_numbers(module: str) -> str:
     return re.sub(r"\.\d+\.", ".{block}.", module)
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from allocator.core.errors import UserError
 from allocator.model.checkpoint.headers import Checkpoint
-from allocator.model.family.checks import numbered
-from allocator.model.family.layout import named_as_in
+from allocator.model.family.checks import find_numbered_modules
+from allocator.model.family.layout import adapt_family
 from allocator.model.family.schema import EXPERT_INPUTS, EXPERT_OUTPUT, Family
 
 _OUTPUT = re.compile(r"(^|[._])(o|out|dense|wo|w2|c_proj|down|fc2|fc_out|dense_4h_to_h)(_proj)?$")
@@ -34,12 +34,12 @@ class Covered:
     by: str | None
 
 
-def coverage(checkpoint: Checkpoint, family: Family | None) -> list[Covered]:
+def list_coverage(checkpoint: Checkpoint, family: Family | None) -> list[Covered]:
     """Return every matrix of a model, and what covers it in a family; in none, where there is none."""
-    prefixes = [_prefix(checkpoint)]
+    prefixes = [_find_prefix(checkpoint)]
     owners: dict[str, str] = {}
     if family is not None:
-        family = named_as_in(checkpoint, family)
+        family = adapt_family(checkpoint, family)
         prefixes = family.chains
         owners = {module.removesuffix("?"): "entry" for module in family.entry}
         owners |= {module.removesuffix("?"): "tail" for module in family.tail}
@@ -49,20 +49,20 @@ def coverage(checkpoint: Checkpoint, family: Family | None) -> list[Covered]:
     counts: dict[tuple[str, tuple[int, ...]], int] = {}
     for name, shape in checkpoint.shapes.items():
         if len(shape) >= 2:
-            key = _general(name.removesuffix(".weight"), prefixes), shape
+            key = _generalise(name.removesuffix(".weight"), prefixes), shape
             counts[key] = counts.get(key, 0) + 1
     return [Covered(name, shape, count, owners.get(name)) for (name, shape), count in sorted(counts.items())]
 
 
-def draft(checkpoint: Checkpoint) -> str:
+def draft_family(checkpoint: Checkpoint) -> str:
     """Return a family file for a model, guessed from names and shapes, with comments where a guess wants a look.
 
     Raises:
         UserError: No part of its names looks like numbered blocks.
     """
-    prefix = _prefix(checkpoint)
+    prefix = _find_prefix(checkpoint)
     inside = {
-        _general(name.removesuffix(".weight"), [prefix]).removeprefix(f"{prefix}."): shape
+        _generalise(name.removesuffix(".weight"), [prefix]).removeprefix(f"{prefix}."): shape
         for name, shape in checkpoint.shapes.items()
         if name.startswith(prefix.split("{")[0]) and name.endswith(".weight")
     }
@@ -85,26 +85,26 @@ def draft(checkpoint: Checkpoint) -> str:
     if experts := next((name.partition(".{expert}.")[0] for name in own if ".{expert}." in name), None):
         around = f"{experts.rpartition('.')[0]}."
         mixture = {name: shape for name, shape in own.items() if name.startswith(around)}
-        lines += _mixture(experts, mixture)
+        lines += _draft_mixture(experts, mixture)
         own = {name: shape for name, shape in own.items() if name not in mixture}
         named = set(re.findall(r"[\w.]+", "\n".join(lines)))
         matrices += [f"{prefix}.{name}" for name in mixture if name not in named and not name.startswith(experts)]
     folders = dict.fromkeys(name.rpartition(".")[0] for name in own)
     for folder in sorted(folders, key=lambda folder: "att" not in folder):  # in the order of the forward pass
         its, beside = ({n: s for n, s in of.items() if n.rpartition(".")[0] == folder} for of in (own, vectors))
-        lines += _unit(folder, its, beside)
+        lines += _draft_unit(folder, its, beside)
     if not checkpoint.kind.generates:
         return "\n".join([*lines, f"skip: [{', '.join(dict.fromkeys(matrices))}]"]) + "\n"
     lines += [f"entry: [{', '.join(entry)}]  # between the embeddings and the blocks"] if entry else []
     staying = [name for name in dict.fromkeys([*matrices, head]) if name not in (*entry, *leaving)]
     lines += [
         f"tail: [{', '.join([*norms[-1:], *leaving, head])}]  # what follows the blocks; the head last",
-        f"skip: [{', '.join(map(_quoted, staying))}]",
+        f"skip: [{', '.join(map(_quote, staying))}]",
     ]
     return "\n".join(lines) + "\n"
 
 
-def _mixture(experts: str, own: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+def _draft_mixture(experts: str, own: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
     """Yield the lines of a mixture of experts, from the matrices of the module that holds them."""
     around, parts = experts.rpartition(".")[0], [n.rpartition(".")[2] for n in own if n.startswith(f"{experts}.")]
     beside = [name for name in own if not name.startswith(f"{experts}.")]
@@ -123,7 +123,9 @@ def _mixture(experts: str, own: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
         yield f"    {key}: {{kind: channels, inputs: [{inputs}], output: {output}}}"
 
 
-def _unit(folder: str, own: Mapping[str, tuple[int, ...]], vectors: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+def _draft_unit(
+    folder: str, own: Mapping[str, tuple[int, ...]], vectors: Mapping[str, tuple[int, ...]]
+) -> Iterator[str]:
     """Yield the lines of one sub-block, from its matrices and its norms."""
     output = next((name for name in own if _OUTPUT.search(name)), list(own)[-1])
     inputs = [name for name in own if name != output]
@@ -154,19 +156,19 @@ def _unit(folder: str, own: Mapping[str, tuple[int, ...]], vectors: Mapping[str,
         yield f"    output: {output}"
 
 
-def _quoted(name: str) -> str:
+def _quote(name: str) -> str:
     """Return a name as YAML takes it inside of a list."""
     return f'"{name}"' if "{" in name else name
 
 
-def _prefix(checkpoint: Checkpoint) -> str:
-    found = numbered(checkpoint)
+def _find_prefix(checkpoint: Checkpoint) -> str:
+    found = find_numbered_modules(checkpoint)
     if found is None:
         raise UserError(f"model: {checkpoint.folder}: no name of a tensor has a number in it, so no blocks can be told")
     return found
 
 
-def _general(name: str, prefixes: list[str]) -> str:
+def _generalise(name: str, prefixes: list[str]) -> str:
     for prefix in prefixes:
         before = re.escape(prefix.split("{")[0])
         name = re.sub(rf"^{before}\d+\.", f"{prefix}.", name)

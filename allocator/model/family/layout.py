@@ -6,17 +6,16 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from allocator.core.errors import UserError, did_you_mean
-from allocator.model.checkpoint.headers import Checkpoint, read_checkpoint
+from allocator.model.checkpoint.headers import Checkpoint
 from allocator.model.checkpoint.kinds import CAUSAL, Kind
 from allocator.model.family.checks import check_biases, check_depth, check_skipped, check_vectors
-from allocator.model.family.schema import Attention, Experts, Family, find_family
-from allocator.model.family.sub_blocks import SubBlock, lengths, sub_blocks_of
+from allocator.model.family.schema import Attention, Experts, Family
+from allocator.model.family.sub_blocks import SubBlock, list_removed_lengths, resolve_sub_blocks
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
     """Where things are in one model.
 
@@ -39,35 +38,20 @@ class Layout:
     mixtures: tuple[SubBlock, ...] = ()
 
 
-def open_model(folder: Path, file: Path | None = None) -> tuple[Checkpoint, Family]:
-    """Return a model with the names that transformers has for its modules, and its family.
-
-    Args:
-        folder: The model.
-        file: The family's file; None for one of those shipped.
-
-    Raises:
-        UserError: See :func:`~allocator.model.checkpoint.headers.read_checkpoint` and :func:`~.family.find_family`.
-    """
-    checkpoint = read_checkpoint(folder)
-    family = find_family(str(checkpoint.config.get("model_type")), file)
-    return named_by(family, checkpoint), family
-
-
-def named_by(family: Family, checkpoint: Checkpoint) -> Checkpoint:
+def apply_family_names(family: Family, checkpoint: Checkpoint) -> Checkpoint:
     """Return files with the names of a family.
 
     A causal language model may have been saved by its base, whose names lack what the whole model has in front.
     """
-    checkpoint = checkpoint.renamed(family.renamed)
+    checkpoint = checkpoint.with_renamed_parts(family.renamed)
     base, _, rest = family.chains[0].partition(".")
     if (
         not checkpoint.kind.generates
-        or block_numbers(checkpoint, family.chains[0])
-        or not block_numbers(checkpoint, rest)
+        or find_block_numbers(checkpoint, family.chains[0])
+        or not find_block_numbers(checkpoint, rest)
     ):
         return checkpoint
-    return checkpoint.named(
+    return checkpoint.with_names(
         {name: f"{base}.{name}" for name in checkpoint.shapes if not name.startswith(f"{family.tail[-1]}.")}
     )
 
@@ -88,18 +72,18 @@ def resolve_layout(
             missing, shapes do not divide into items, each KV group has but one query head to lose, or what lies beside
             the matrices of a unit has the width that they lose.
     """
-    shapes, family, kind = checkpoint.shapes, named_as_in(checkpoint, family), checkpoint.kind
-    numbers = [block_numbers(checkpoint, chain) for chain in family.chains]
+    shapes, family, kind = checkpoint.shapes, adapt_family(checkpoint, family), checkpoint.kind
+    numbers = [find_block_numbers(checkpoint, chain) for chain in family.chains]
     blocks: list[str] = []
     sub_blocks: list[SubBlock] = []
     mixtures: list[SubBlock] = []
     towers: dict[str, Checkpoint] = {}
     for chain, own in zip(family.chains, numbers, strict=True):
         check_depth(chain, own, checkpoint)
-        tower = tower_files(checkpoint, chain)
+        tower = select_tower(checkpoint, chain)
         for number in own:
             blocks.append(chain.format(block=number))
-            found, mixed = sub_blocks_of(family, blocks[-1], len(blocks) - 1, tower, attention, experts)
+            found, mixed = resolve_sub_blocks(family, blocks[-1], len(blocks) - 1, tower, attention, experts)
             sub_blocks += found
             mixtures += mixed
             towers |= {sub_block.name: tower for sub_block in found}
@@ -110,12 +94,12 @@ def resolve_layout(
     # old configurations do not say what goes without saying for their class
     absent = kind.generates and f"{family.tail[-1]}.weight" not in shapes
     tied = {family.tail[-1]} if absent and checkpoint.config.get("tie_word_embeddings", True) else set()
-    entry, tail = (_there(names if kind.generates else (), shapes) for names in (family.entry, family.tail))
+    entry, tail = (_drop_absent(names if kind.generates else (), shapes) for names in (family.entry, family.tail))
     for key, module in (*(("entry", module) for module in entry), *(("tail", module) for module in tail)):
         if f"{module}.weight" not in shapes and module not in tied:
             raise UserError(
                 f"family: {key} names {module}, which {checkpoint.architecture} "
-                f"lacks{did_you_mean(module, _outside(checkpoint))}"
+                f"lacks{did_you_mean(module, _list_outside(checkpoint))}"
             )
     around = tuple(module for module in (*entry, *tail[:-1]) if len(shapes[f"{module}.weight"]) == 2)
     owned = {module for sub_block in sub_blocks for module in sub_block.modules}
@@ -128,7 +112,7 @@ def resolve_layout(
         inside = {name: shape for name, shape in shapes.items() if sub_block.owns(name)}
         check_vectors(
             sub_block.name,
-            lengths(sub_block, towers[sub_block.name]),
+            list_removed_lengths(sub_block, towers[sub_block.name]),
             sub_block.rows,
             sub_block.output,
             skipped,
@@ -143,32 +127,40 @@ def resolve_layout(
     ]
     around += tuple(module for module in beside if module not in pruned)
     extents = tuple(map(len, numbers)) if len(numbers) > 1 else ()
-    return Layout(tuple(blocks), tail, tuple(sub_blocks), around, kind, extents, tuple(mixtures))
+    return Layout(
+        blocks=tuple(blocks),
+        tail=tail,
+        sub_blocks=tuple(sub_blocks),
+        around=around,
+        kind=kind,
+        towers=extents,
+        mixtures=tuple(mixtures),
+    )
 
 
-def _there(modules: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
+def _drop_absent(modules: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
     """Return names of modules without those that a model may lack, and does."""
     names = [(module, module.removesuffix("?")) for module in modules]
     return tuple(name for module, name in names if module == name or f"{name}.weight" in shapes)
 
 
-def named_as_in(checkpoint: Checkpoint, family: Family) -> Family:
+def adapt_family(checkpoint: Checkpoint, family: Family) -> Family:
     """Return a family with the names of a model that is more, or less, than the one its file was written for.
 
     A model with a head has its base under a name of its own: what is ``encoder.layer.0`` in one is
     ``bert.encoder.layer.0`` in the other. Names that lie outside of the base stay.
     """
     first = family.chains[0]
-    if checkpoint.kind.generates or block_numbers(checkpoint, first):
+    if checkpoint.kind.generates or find_block_numbers(checkpoint, first):
         return family
     before, _, rest = first.partition(".")
-    if block_numbers(checkpoint, rest):  # the base of a model that the file was written for
+    if find_block_numbers(checkpoint, rest):  # the base of a model that the file was written for
         chains = [chain.removeprefix(f"{before}.") for chain in family.chains]
         return family.model_copy(
             update={"blocks": chains, "skip": [name.removeprefix(f"{before}.") for name in family.skip]}
         )
     for base in dict.fromkeys(name.partition(".")[0] for name in checkpoint.shapes):
-        if block_numbers(checkpoint, f"{base}.{first}"):
+        if find_block_numbers(checkpoint, f"{base}.{first}"):
             chains = [f"{base}.{chain}" for chain in family.chains]
             return family.model_copy(
                 update={"blocks": chains, "skip": [*family.skip, *(f"{base}.{name}" for name in family.skip)]}
@@ -176,7 +168,7 @@ def named_as_in(checkpoint: Checkpoint, family: Family) -> Family:
     return family
 
 
-def tower_files(checkpoint: Checkpoint, chain: str) -> Checkpoint:
+def select_tower(checkpoint: Checkpoint, chain: str) -> Checkpoint:
     """Return a model's files with the configuration, defaults and all, of the tower that a chain of blocks is in."""
     settings = checkpoint.settings or checkpoint.config
     own = settings.get(f"{chain.partition('.')[0].removesuffix('_model')}_config")
@@ -199,17 +191,17 @@ def unpruned_matrices(layout: Layout, checkpoint: Checkpoint, pattern: str) -> t
     )
 
 
-def block_numbers(checkpoint: Checkpoint, blocks: str) -> list[int]:
+def find_block_numbers(checkpoint: Checkpoint, blocks: str) -> list[int]:
     """Return the numbers of a model's blocks, in order."""
     pattern = re.compile(re.escape(blocks).replace(r"\{block\}", r"(\d+)") + r"\.")
     return sorted({int(match[1]) for name in checkpoint.shapes if (match := pattern.match(name))})
 
 
-def hidden_size(layout: Layout, checkpoint: Checkpoint) -> int:
+def read_hidden_size(layout: Layout, checkpoint: Checkpoint) -> int:
     """Return the width of what blocks pass on."""
     return checkpoint.shapes[f"{layout.sub_blocks[0].modules[-1]}.weight"][0]
 
 
-def _outside(checkpoint: Checkpoint) -> list[str]:
+def _list_outside(checkpoint: Checkpoint) -> list[str]:
     """Return modules that lie in no numbered block."""
     return [name.removesuffix(".weight") for name in checkpoint.shapes if not re.search(r"\.\d+\.", name)]

@@ -73,7 +73,7 @@ class KvGroups(_Parts):
     @property
     def names(self) -> list[str]:
         """Names of its matrices in a block."""
-        return each_name(*self.inputs, self.output)
+        return split_names(*self.inputs, self.output)
 
 
 class Channels(_Parts):
@@ -89,7 +89,7 @@ class Channels(_Parts):
     @property
     def names(self) -> list[str]:
         """Names of its matrices in a block."""
-        return each_name(*self.inputs, self.output)
+        return split_names(*self.inputs, self.output)
 
 
 class Mixture(_Strict):
@@ -150,11 +150,11 @@ class Family(_Strict):
         for part, unit in self.units.items():
             if isinstance(unit, Mixture):
                 for module in dict.fromkeys(unit.names):
-                    _own(owners, module, f"unit {part!r}")
+                    _claim(owners, module, f"unit {part!r}")
                 continue
-            for module in dict.fromkeys(each_name(*unit.inputs)):
-                _own(owners, module, f"unit {part!r}")
-            _own(owners, unit.output, f"the output of unit {part!r}")
+            for module in dict.fromkeys(split_names(*unit.inputs)):
+                _claim(owners, module, f"unit {part!r}")
+            _claim(owners, unit.output, f"the output of unit {part!r}")
         return self
 
     def skipped(self, numbers: Sequence[int]) -> dict[str, str]:
@@ -163,18 +163,18 @@ class Family(_Strict):
         return {name.replace("{block}", str(number)): line for name, line in lines for number in numbers}
 
 
-def _own(owners: dict[str, str], module: str, owner: str) -> None:
+def _claim(owners: dict[str, str], module: str, owner: str) -> None:
     if module in owners:
         raise ValueError(f"{module} is in {owners[module]} and in {owner}, and a matrix has one place")
     owners[module] = owner
 
 
-def each_name(*names: str) -> list[str]:
+def split_names(*names: str) -> list[str]:
     """Return every name, of ``a | b`` both."""
     return [name.strip() for each in names for name in each.split("|")]
 
 
-def families_folder() -> Path:
+def find_families_folder() -> Path:
     """Return the folder of the family files, in a wheel or beside an editable install."""
     inside = Path(str(resources.files("allocator") / "search_spaces"))
     return inside if inside.is_dir() else Path(str(resources.files("allocator"))).parent / "search_spaces"
@@ -199,7 +199,9 @@ def load_family(path: Path) -> Family:
     try:
         return Family.model_validate(_Once(path.read_text(encoding="utf-8")).get_single_data())
     except OSError as error:
-        raise UserError(f"family: {path}: {error.strerror}. Name a file like those in {families_folder()}") from None
+        raise UserError(
+            f"family: {path}: {error.strerror}. Name a file like those in {find_families_folder()}"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"family: {path}: not YAML: {reason}. Compare with llama.yaml") from None
@@ -220,7 +222,7 @@ def find_family(model_type: str, file: Path | None = None) -> Family:
         if model_type not in family.model_types:
             raise UserError(f"family: {file}: serves {family.model_types}, and the model is of type {model_type!r}")
         return family
-    families = served_types()
+    families = load_shipped_families()
     if model_type not in families:
         raise UserError(
             f"model: no family file serves the model type {model_type!r}; known: {', '.join(sorted(families))}. "
@@ -229,7 +231,7 @@ def find_family(model_type: str, file: Path | None = None) -> Family:
     return families[model_type]
 
 
-def served_types() -> dict[str, Family]:
+def load_shipped_families() -> dict[str, Family]:
     """Return the families that are shipped, by the model types that they serve.
 
     Raises:
@@ -237,7 +239,7 @@ def served_types() -> dict[str, Family]:
     """
     homes: dict[str, Path] = {}
     served: dict[str, Family] = {}
-    for path in sorted(families_folder().glob("*.yaml")):
+    for path in sorted(find_families_folder().glob("*.yaml")):
         family = load_family(path)
         for model_type in family.model_types:
             if (other := homes.setdefault(model_type, path)) != path:

@@ -30,7 +30,7 @@ from allocator.core.latency import LatencyTable
 from allocator.core.space import Cost, SearchSpace, Unit
 from allocator.model.checkpoint.headers import Checkpoint
 from allocator.model.checkpoint.kinds import Kind
-from allocator.model.family.layout import Layout, hidden_size, retained_matrices, unpruned_matrices
+from allocator.model.family.layout import Layout, read_hidden_size, retained_matrices, unpruned_matrices
 from allocator.model.family.sub_blocks import SubBlock
 
 GENERATING: tuple[Cost, ...] = ("decode_macs", "kv_bytes", "decode_ms", "latency_ms")
@@ -67,7 +67,7 @@ class Workload:
         return self.prompt + self.generate
 
 
-def served(
+def add_serving_costs(
     space: SearchSpace, layout: Layout, checkpoint: Checkpoint, work: Workload, table: LatencyTable | None = None
 ) -> SearchSpace:
     """Return a space with the costs of serving, and with times where there is a table of them.
@@ -78,7 +78,7 @@ def served(
     if table is not None:
         check_timed(layout)
         _check(table, checkpoint, layout, work)
-    works = [_work_of(sub_block, layout, checkpoint, work) for sub_block in layout.sub_blocks]
+    works = [_fit_workload(sub_block, layout, checkpoint, work) for sub_block in layout.sub_blocks]
     serving = {
         s.name: _Serving(s, checkpoint, own, table, layout.kind)
         for s, own in zip(layout.sub_blocks, works, strict=True)
@@ -93,13 +93,13 @@ def served(
         others = [
             {
                 cost: (value,) * unit.num_levels
-                for cost, value in {**nothing, **_masked(unit, checkpoint, by_block[unit.block])}.items()
+                for cost, value in {**nothing, **_list_masked_costs(unit, checkpoint, by_block[unit.block])}.items()
                 if cost in nothing
             }
             for unit in space.units
         ]
         beside = {cost: sum(each[cost] for each in dense) for cost in dense[0]}
-    bytes_ = sum(prod(shape) * width_of(checkpoint, name) for name, shape in checkpoint.shapes.items())
+    bytes_ = sum(prod(shape) * count_number_bytes(checkpoint, name) for name, shape in checkpoint.shapes.items())
     fixed: dict[Cost, int] = {**space.fixed, **beside}
     if layout.kind.generates:
         for cost in ("prefill_macs", "decode_macs"):
@@ -120,14 +120,14 @@ def served(
     return replace(space, units=units, fixed=fixed)
 
 
-def shape_of(sub_block: SubBlock, checkpoint: Checkpoint) -> str:
+def describe_shape(sub_block: SubBlock, checkpoint: Checkpoint) -> str:
     """Return what two sub-blocks have in common that take the same time: kind, items, and the rows that one item owns.
 
     Such as ``channels of 704: 1+1 in, 1 out, hidden 192``.
     """
     rows = "+".join(str(own.rows) for own in sub_block.inputs)
-    staying = "".join(f", {rows} rows stay" for rows in [_staying_rows(sub_block, checkpoint)] if rows)
-    window = _window(checkpoint.config, sub_block.block) if sub_block.part == "attention" else None
+    staying = "".join(f", {rows} rows stay" for rows in [_count_retained_rows(sub_block, checkpoint)] if rows)
+    window = _find_window(checkpoint.config, sub_block.block) if sub_block.part == "attention" else None
     seen = "" if window is None else f", window {window}"
     hidden = checkpoint.shapes[f"{sub_block.modules[-1]}.weight"][0]
     if sub_block.experts:
@@ -163,7 +163,7 @@ class _Serving:
             table,
             kind,
         )
-        self._bytes = width_of(checkpoint, f"{sub_block.modules[-1]}.weight")
+        self._bytes = count_number_bytes(checkpoint, f"{sub_block.modules[-1]}.weight")
 
     def costs(self, unit: Unit) -> dict[Cost, tuple[int, ...]]:
         """Return the costs of every level."""
@@ -184,7 +184,7 @@ class _Serving:
         if not self._kind.generates:
             return {cost: ladder for cost, ladder in found.items() if cost not in GENERATING}
         if self._table is not None:
-            first, next_ = self._table.ladder(shape_of(sub_block, self._checkpoint), unit.kept)
+            first, next_ = self._table.ladder(describe_shape(sub_block, self._checkpoint), unit.kept)
             whole = tuple(a + work.generate * b for a, b in zip(first, next_, strict=True))
             found |= {"prefill_ms": first, "decode_ms": next_, "latency_ms": whole}
         return found
@@ -204,7 +204,7 @@ class _Serving:
         if not self._kind.generates:
             return {cost: value for cost, value in found.items() if cost not in GENERATING}
         if self._table is not None:
-            ((first,), (next_,)) = self._table.ladder(shape_of(sub_block, self._checkpoint), (sub_block.total,))
+            ((first,), (next_,)) = self._table.ladder(describe_shape(sub_block, self._checkpoint), (sub_block.total,))
             found |= {"prefill_ms": first, "decode_ms": next_, "latency_ms": first + work.generate * next_}
         return found
 
@@ -222,7 +222,10 @@ class _Serving:
         """Of a whole expert, whose share of the router may be of another type than its matrices."""
         shapes = self._checkpoint.shapes
         owned = (name for name in shapes if self._sub_block.owns(name))
-        return sum(prod(shapes[name]) * width_of(self._checkpoint, name) for name in owned) // self._sub_block.total
+        return (
+            sum(prod(shapes[name]) * count_number_bytes(self._checkpoint, name) for name in owned)
+            // self._sub_block.total
+        )
 
     @property
     def _expanded_macs(self) -> int:
@@ -236,14 +239,16 @@ class _Serving:
         sub_block, work = self._sub_block, self._work
         if sub_block.part != "attention":
             return 0
-        rows = (sum(sub_block.rows.values()) - sub_block.width) * kept or _staying_rows(sub_block, self._checkpoint)
+        rows = (sum(sub_block.rows.values()) - sub_block.width) * kept or _count_retained_rows(
+            sub_block, self._checkpoint
+        )
         if sub_block.cached is not None:
             rows = self._checkpoint.shapes[f"{sub_block.cached}.weight"][0]
         rows = rows if kept else 2  # what holds the place
         return work.batch * self._held(work.context) * self._bytes * rows
 
     def _held(self, context: int) -> int:
-        window = _window(self._checkpoint.config, self._sub_block.block)
+        window = _find_window(self._checkpoint.config, self._sub_block.block)
         return context if window is None else min(context, window - 1)
 
     def _seen(self, context: int) -> int:
@@ -251,7 +256,7 @@ class _Serving:
         return min(context, self._held(context) + 1)
 
 
-def _work_of(sub_block: SubBlock, layout: Layout, checkpoint: Checkpoint, work: Workload) -> Workload:
+def _fit_workload(sub_block: SubBlock, layout: Layout, checkpoint: Checkpoint, work: Workload) -> Workload:
     """Return what a sub-block reads of a workload: all of it, or as many tokens as its tower has positions for."""
     if layout.kind.reads == "text":
         return work
@@ -264,12 +269,12 @@ def _work_of(sub_block: SubBlock, layout: Layout, checkpoint: Checkpoint, work: 
     return replace(work, prompt=positions[0] if positions else work.prompt)
 
 
-def _masked(unit: Unit, checkpoint: Checkpoint, work: Workload) -> dict[Cost, int]:
+def _list_masked_costs(unit: Unit, checkpoint: Checkpoint, work: Workload) -> dict[Cost, int]:
     """Return what a matrix costs at any level."""
     return {
         "prefill_macs": work.batch * work.prompt * unit.macs[0],
         "decode_macs": work.batch * unit.macs[0],
-        "weight_bytes": unit.total * width_of(checkpoint, f"{unit.name}.weight"),
+        "weight_bytes": unit.total * count_number_bytes(checkpoint, f"{unit.name}.weight"),
     }
 
 
@@ -282,23 +287,23 @@ def _check(table: LatencyTable, checkpoint: Checkpoint, layout: Layout, work: Wo
             f"workload.latency: the table is for {measured}, and the run asks for {work}. Make one for this workload "
             "with 'allocator latency', or set workload.batch, workload.prompt and workload.generate as in the table"
         )
-    if table.model != (own := size_of(checkpoint, layout)):
+    if table.model != (own := describe_size(checkpoint, layout)):
         raise UserError(
             f"workload.latency: the table is for a model of {table.model}, and this one has {own}. "
             "Make one of this model with 'allocator latency'"
         )
 
 
-def size_of(checkpoint: Checkpoint, layout: Layout) -> dict[str, int]:
+def describe_size(checkpoint: Checkpoint, layout: Layout) -> dict[str, int]:
     """Return what the time beside sub-blocks depends on."""
     return {
-        "hidden": hidden_size(layout, checkpoint),
+        "hidden": read_hidden_size(layout, checkpoint),
         "vocabulary": int(checkpoint.config["vocab_size"]),
         "blocks": len(layout.blocks),
     }
 
 
-def width_of(checkpoint: Checkpoint, name: str) -> int:
+def count_number_bytes(checkpoint: Checkpoint, name: str) -> int:
     """Return the bytes of one number of a tensor."""
     kind = checkpoint.dtypes[name]
     if kind not in _BYTES:
@@ -308,12 +313,12 @@ def width_of(checkpoint: Checkpoint, name: str) -> int:
     return _BYTES[kind]
 
 
-def _staying_rows(sub_block: SubBlock, checkpoint: Checkpoint) -> int:
+def _count_retained_rows(sub_block: SubBlock, checkpoint: Checkpoint) -> int:
     """Return the rows of matrices that stay as long as any item does."""
     return sum(checkpoint.shapes[f"{module}.weight"][0] for module in retained_matrices(sub_block, checkpoint))
 
 
-def _window(config: Mapping[str, Any], block: int) -> int | None:
+def _find_window(config: Mapping[str, Any], block: int) -> int | None:
     """Return how many tokens a layer sees, where it does not see all."""
     window = config.get("sliding_window")
     if window is None or config.get("use_sliding_window") is False:

@@ -45,31 +45,32 @@ def build_space(
     ladders = ladder if isinstance(ladder, Mapping) else defaultdict[str, Sequence[float] | None](lambda: ladder)
     if pattern == "structured":
         units = [
-            _experts_unit(sub_block, checkpoint, ladders[sub_block.name])
+            _build_experts_unit(sub_block, checkpoint, ladders[sub_block.name])
             if sub_block.experts
-            else _structured_unit(sub_block, checkpoint, ladders[sub_block.name], align, bias)
+            else _build_structured_unit(sub_block, checkpoint, ladders[sub_block.name], align, bias)
             for sub_block in layout.sub_blocks
         ]
     else:
         matrices = [(m, sub_block) for sub_block in layout.sub_blocks for m in sub_block.modules]
         if pattern == "n:m":
             units = [
-                _grouped_unit(module, sub_block, shapes[f"{module}.weight"], patterns) for module, sub_block in matrices
+                _build_grouped_unit(module, sub_block, shapes[f"{module}.weight"], patterns)
+                for module, sub_block in matrices
             ]
         else:
             units = [
-                _matrix_unit(module, sub_block, shapes[f"{module}.weight"], ladders[module], target)
+                _build_matrix_unit(module, sub_block, shapes[f"{module}.weight"], ladders[module], target)
                 for module, sub_block in matrices
             ]
     total = sum(_size(shape) for shape in shapes.values())
-    macs = _head_size(layout, checkpoint) + sum(
+    macs = _count_head(layout, checkpoint) + sum(
         _size(shapes[f"{module}.weight"]) for module in unpruned_matrices(layout, checkpoint, pattern)
     )
     fixed = {"params": total - sum(unit.params[0] for unit in units), "macs": macs}
     return SearchSpace(pattern, tuple(units), fixed)
 
 
-def _head_size(layout: Layout, checkpoint: Checkpoint) -> int:
+def _count_head(layout: Layout, checkpoint: Checkpoint) -> int:
     """Return the size of the matrix that gives logits of every position; what runs once for an example counts as 0."""
     if layout.kind.answers not in ("next", "tokens"):
         return 0
@@ -87,7 +88,7 @@ def _size(shape: Sequence[int]) -> int:
     return size
 
 
-def _structured_unit(
+def _build_structured_unit(
     sub_block: SubBlock, checkpoint: Checkpoint, ladder: Sequence[float] | None, align: int, bias: bool
 ) -> Unit:
     shapes = checkpoint.shapes
@@ -124,7 +125,7 @@ def _structured_unit(
     )
 
 
-def _experts_unit(sub_block: SubBlock, checkpoint: Checkpoint, ladder: Sequence[float] | None) -> Unit:
+def _build_experts_unit(sub_block: SubBlock, checkpoint: Checkpoint, ladder: Sequence[float] | None) -> Unit:
     """Return whole experts: as many as the router picks stay, or none does. A token passes as many as before."""
     shapes, step = checkpoint.shapes, sub_block.total // (sub_block.group or sub_block.total)
     if ladder is None:
@@ -151,7 +152,7 @@ def _experts_unit(sub_block: SubBlock, checkpoint: Checkpoint, ladder: Sequence[
     )
 
 
-def _matrix_unit(
+def _build_matrix_unit(
     module: str, sub_block: SubBlock, shape: Sequence[int], ladder: Sequence[float] | None, target: float
 ) -> Unit:
     rows, columns = shape
@@ -163,7 +164,7 @@ def _matrix_unit(
     return Unit(module, "matrix", sub_block.part, sub_block.block, rows * columns, kept, kept, macs)
 
 
-def _grouped_unit(module: str, sub_block: SubBlock, shape: Sequence[int], patterns: Sequence[str]) -> Unit:
+def _build_grouped_unit(module: str, sub_block: SubBlock, shape: Sequence[int], patterns: Sequence[str]) -> Unit:
     """Return a matrix of which every group along a row loses the same number of weights."""
     total, columns = _size(shape), shape[1]
     counts, groups = zip(*(map(int, pattern.split(":")) for pattern in patterns), strict=True)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from allocator.core.errors import UserError
 from allocator.model.checkpoint.headers import Checkpoint
-from allocator.model.family.checks import check_heads, num_heads
+from allocator.model.family.checks import check_heads, read_num_heads
 from allocator.model.family.schema import (
     EXPERT_INPUTS,
     EXPERT_OUTPUT,
@@ -22,7 +22,7 @@ from allocator.model.family.schema import (
     KvGroups,
     Mixture,
     Part,
-    each_name,
+    split_names,
 )
 
 
@@ -34,12 +34,12 @@ class Rows(NamedTuple):
     start: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SubBlock:
     """A prunable sub-block of one block, with concrete module names.
 
     It holds ``total`` items (channels, KV groups or query heads). Item i owns rows of the input modules, as ``inputs``
-    says, and columns [i·width, (i+1)·width) of the output module. A matrix in which several parts are fused has as
+    says, and columns [i·width, (i+1)·width) of the output module. A matrix in which several spec are fused has as
     many entries in ``inputs``, which cover it from the first row to the last. Query heads own no rows of key and value,
     which stay as long as any head does, and each run of ``group`` of them, which share a KV group, loses the same
     number. ``counts`` are attributes of its ``parent`` that are proportional to items.
@@ -87,7 +87,7 @@ class SubBlock:
     @property
     def parent(self) -> str:
         """The module that its matrices share: the sub-block, or the block."""
-        return _shared(self.modules)
+        return _find_parent(self.modules)
 
     @property
     def removal(self) -> dict[str, str]:
@@ -95,46 +95,48 @@ class SubBlock:
         if len(self.modules_removed) == 1:
             return {self.modules_removed[0]: self.part}
         inner = "attention" if self.part == "attention" else "input"
-        return {root: "output" if root == self.output else inner for root in self.modules_removed}
+        return {module: "output" if module == self.output else inner for module in self.modules_removed}
 
     def owns(self, tensor: str) -> bool:
         """Whether a tensor is one of its own, and goes with it."""
-        return any(tensor.startswith(f"{root}.") for root in self.modules_removed)
+        return any(tensor.startswith(f"{module}.") for module in self.modules_removed)
 
 
-def sub_blocks_of(
+def resolve_sub_blocks(
     family: Family, block: str, index: int, checkpoint: Checkpoint, attention: Attention, experts: Experts
 ) -> tuple[list[SubBlock], list[SubBlock]]:
     """Return the sub-blocks of one block, and its mixtures of experts with whole experts for items."""
     sub_blocks: list[SubBlock] = []
     mixtures: list[SubBlock] = []
-    for part, parts in family.units.items():
-        if isinstance(parts, Mixture) and (
-            f"{block}.{parts.router}.weight" in checkpoint.shapes or parts.dense is None
-        ):
-            mixtures.append(_mixture(part, parts, block, index, checkpoint))
-            sub_blocks += _mixture_parts(mixtures[-1], parts, family, block, checkpoint, experts)
+    for part, spec in family.units.items():
+        if isinstance(spec, Mixture) and (f"{block}.{spec.router}.weight" in checkpoint.shapes or spec.dense is None):
+            mixtures.append(_build_mixture(part, spec, block, index, checkpoint))
+            sub_blocks += _build_mixture_parts(mixtures[-1], spec, family, block, checkpoint, experts)
         else:
-            own = parts.dense if isinstance(parts, Mixture) else parts
+            own = spec.dense if isinstance(spec, Mixture) else spec
             assert own is not None
-            sub_blocks.append(_sub_block(part, own, family, block, index, checkpoint, attention))
+            sub_blocks.append(_build_sub_block(part, own, family, block, index, checkpoint, attention))
     return sub_blocks, mixtures
 
 
-def _mixture_parts(
-    mixture: SubBlock, parts: Mixture, family: Family, block: str, checkpoint: Checkpoint, experts: Experts
+def _build_mixture_parts(
+    mixture: SubBlock, spec: Mixture, family: Family, block: str, checkpoint: Checkpoint, experts: Experts
 ) -> list[SubBlock]:
     """Return the sub-blocks of a mixture: whole experts or each of them, and what all tokens pass."""
-    around = _shared(mixture.modules_removed)
-    own = [mixture] if experts == "whole" else [_inside(mixture, number, checkpoint) for number in range(mixture.total)]
-    if parts.shared is not None and any(f"{block}.{name}.weight" in checkpoint.shapes for name in parts.shared.names):
-        own.append(_sub_block(mixture.part, parts.shared, family, block, mixture.block, checkpoint, "kv_groups"))
+    around = _find_parent(mixture.modules_removed)
+    own = (
+        [mixture]
+        if experts == "whole"
+        else [_build_expert(mixture, number, checkpoint) for number in range(mixture.total)]
+    )
+    if spec.shared is not None and any(f"{block}.{name}.weight" in checkpoint.shapes for name in spec.shared.names):
+        own.append(_build_sub_block(mixture.part, spec.shared, family, block, mixture.block, checkpoint, "kv_groups"))
     return [replace(sub_block, routed=around) for sub_block in own]
 
 
-def _mixture(part: Part, parts: Mixture, block: str, index: int, checkpoint: Checkpoint) -> SubBlock:
+def _build_mixture(part: Part, spec: Mixture, block: str, index: int, checkpoint: Checkpoint) -> SubBlock:
     """Return whole experts as items."""
-    router, name = f"{block}.{parts.router}", f"{block}.{parts.experts}"
+    router, name = f"{block}.{spec.router}", f"{block}.{spec.experts}"
     for module in (router, f"{name}.0.{EXPERT_OUTPUT}"):
         if f"{module}.weight" not in checkpoint.shapes:
             near = ", ".join(sorted(n for n in checkpoint.shapes if n.startswith(f"{block}."))[:12])
@@ -150,7 +152,7 @@ def _mixture(part: Part, parts: Mixture, block: str, index: int, checkpoint: Che
     shapes = {tuple(checkpoint.shapes.get(f"{module}.weight", ()) for module in expert) for expert in experts}
     if len(shapes) > 1 or any(len(shape) != 2 for shape in next(iter(shapes))):
         raise UserError(f"family: {router} has {total} rows, and there are not as many experts of one shape in {name}")
-    groups, least = _routing(checkpoint, total)
+    groups, least = _read_routing(checkpoint, total)
     return SubBlock(
         name=name,
         modules_removed=(router, name),
@@ -168,7 +170,7 @@ def _mixture(part: Part, parts: Mixture, block: str, index: int, checkpoint: Che
     )
 
 
-def _routing(checkpoint: Checkpoint, total: int) -> tuple[int, int]:
+def _read_routing(checkpoint: Checkpoint, total: int) -> tuple[int, int]:
     """Return in how many groups a router sees its experts, and how many must stay for it to pick what it picks."""
     picked = int(checkpoint.config["num_experts_per_tok"])
     groups = int(checkpoint.config.get("n_group") or 1)
@@ -181,7 +183,7 @@ def _routing(checkpoint: Checkpoint, total: int) -> tuple[int, int]:
     return groups, groups * max(each, 2) if checkpoint.config.get("n_group") else picked
 
 
-def _inside(mixture: SubBlock, number: int, checkpoint: Checkpoint) -> SubBlock:
+def _build_expert(mixture: SubBlock, number: int, checkpoint: Checkpoint) -> SubBlock:
     """Return one expert with channels as items."""
     *inputs, output = mixture.experts[number]
     return SubBlock(
@@ -198,21 +200,21 @@ def _inside(mixture: SubBlock, number: int, checkpoint: Checkpoint) -> SubBlock:
     )
 
 
-def _shared(modules: Iterable[str]) -> str:
+def _find_parent(modules: Iterable[str]) -> str:
     """Return the innermost module that holds all of some modules."""
     return os.path.commonpath([module.replace(".", "/") for module in modules]).replace("/", ".")
 
 
-def _sub_block(
+def _build_sub_block(
     part: Part,
-    parts: KvGroups | Channels,
+    spec: KvGroups | Channels,
     family: Family,
     block: str,
     index: int,
     checkpoint: Checkpoint,
     attention: Attention,
 ) -> SubBlock:
-    inputs, output = [_either(block, names, checkpoint) for names in parts.inputs], f"{block}.{parts.output}"
+    inputs, output = [_choose_module(block, names, checkpoint) for names in spec.inputs], f"{block}.{spec.output}"
     for module in (*inputs, output):
         if f"{module}.weight" not in checkpoint.shapes:
             near = ", ".join(sorted(n for n in checkpoint.shapes if n.startswith(f"{block}."))[:12])
@@ -221,54 +223,54 @@ def _sub_block(
             )
     columns = checkpoint.shapes[f"{output}.weight"][1]
     rows = {module: checkpoint.shapes[f"{module}.weight"][0] for module in inputs}
-    if isinstance(parts, KvGroups) and (parts.fused is not None or len(inputs) == 3):
-        check_heads(inputs, output, parts.fused is not None, checkpoint)
-    total = columns if isinstance(parts, Channels) else _num_groups(parts, checkpoint, rows[inputs[0]], columns)
-    parent = _shared([*inputs, output])
+    if isinstance(spec, KvGroups) and (spec.fused is not None or len(inputs) == 3):
+        check_heads(inputs, output, spec.fused is not None, checkpoint)
+    total = columns if isinstance(spec, Channels) else _count_groups(spec, checkpoint, rows[inputs[0]], columns)
+    parent = _find_parent([*inputs, output])
     others = [f"{block}.{m}" for other, its in family.units.items() if other != part for m in its.names]
     alone = parent != block and not any(module.startswith(f"{parent}.") for module in others)
-    runs = {module: inputs.count(module) if isinstance(parts, Channels) else 1 for module in inputs}
+    runs = {module: inputs.count(module) if isinstance(spec, Channels) else 1 for module in inputs}
     for module, size in {**rows, output: columns}.items():
         if size % (total * runs.get(module, 1)):
-            raise UserError(f"family: {module} has {size} rows or columns, which {total} {parts.kind} do not divide")
+            raise UserError(f"family: {module} has {size} rows or columns, which {total} {spec.kind} do not divide")
     sub_block = SubBlock(
         name=parent if alone else output,
-        modules_removed=_modules_removed(part, parts, block, parent if alone else None, checkpoint),
-        kind=parts.kind,
+        modules_removed=_list_modules_removed(part, spec, block, parent if alone else None, checkpoint),
+        kind=spec.kind,
         part=part,
         block=index,
         total=total,
-        inputs=_rows(parts, inputs, rows, total, columns // total),
+        inputs=_assign_rows(spec, inputs, rows, total, columns // total),
         output=output,
         width=columns // total,
-        counts=tuple(parts.counts) if isinstance(parts, KvGroups) else (),
-        cached=f"{block}.{parts.cache}" if isinstance(parts, KvGroups) and parts.cache else None,
+        counts=tuple(spec.counts) if isinstance(spec, KvGroups) else (),
+        cached=f"{block}.{spec.cache}" if isinstance(spec, KvGroups) and spec.cache else None,
     )
-    if isinstance(parts, Channels):
+    if isinstance(spec, Channels):
         return sub_block
-    _check_norms(sub_block, parts, block, checkpoint)
-    return _heads(sub_block, parts, checkpoint) if attention == "query_heads" else sub_block
+    _check_norms(sub_block, spec, block, checkpoint)
+    return _with_query_heads(sub_block, spec, checkpoint) if attention == "query_heads" else sub_block
 
 
-def _modules_removed(
-    part: Part, parts: KvGroups | Channels, block: str, parent: str | None, checkpoint: Checkpoint
+def _list_modules_removed(
+    part: Part, spec: KvGroups | Channels, block: str, parent: str | None, checkpoint: Checkpoint
 ) -> tuple[str, ...]:
     """Return the modules that a sub-block consists of, in the order of the forward pass; ``parent`` may be one."""
-    inputs, output = [_either(block, names, checkpoint) for names in parts.inputs], f"{block}.{parts.output}"
-    modules_removed = [f"{block}.{name}" for name in parts.remove]
+    inputs, output = [_choose_module(block, names, checkpoint) for names in spec.inputs], f"{block}.{spec.output}"
+    modules_removed = [f"{block}.{name}" for name in spec.remove]
     if not modules_removed and parent is not None:
         return (parent,)
     if not modules_removed:
-        leading = [_shared(inputs)] if part == "attention" else [*dict.fromkeys(inputs)]
+        leading = [_find_parent(inputs)] if part == "attention" else [*dict.fromkeys(inputs)]
         modules_removed = [*leading, output]
-    held = {root: [m for m in (*inputs, output) if f"{m}.".startswith(f"{root}.")] for root in modules_removed}
-    wrong = [root for root, modules in held.items() if not modules]
+    held = {removed: [m for m in (*inputs, output) if f"{m}.".startswith(f"{removed}.")] for removed in modules_removed}
+    wrong = [removed for removed, modules in held.items() if not modules]
     wrong += sorted({*inputs, output} - {module for modules in held.values() for module in modules})
     if len(modules_removed) > 1 and output not in modules_removed:
         wrong.append(output)
     # attention returns more than a matrix does, and keeps its place in the cache
     if part == "attention":
-        wrong += [root for root in modules_removed if root in (block, *inputs)]
+        wrong += [module for module in modules_removed if module in (block, *inputs)]
     if wrong:
         raise UserError(
             f"family: unit {part!r} of {checkpoint.architecture} cannot be removed as {', '.join(modules_removed)}, "
@@ -279,9 +281,9 @@ def _modules_removed(
     return tuple(modules_removed)
 
 
-def _check_norms(sub_block: SubBlock, parts: KvGroups, block: str, checkpoint: Checkpoint) -> None:
+def _check_norms(sub_block: SubBlock, spec: KvGroups, block: str, checkpoint: Checkpoint) -> None:
     """Raise where a norm over all heads is not named as one, or what is named is none."""
-    named = {f"{block}.{norm}.weight" for norm in parts.norms}
+    named = {f"{block}.{norm}.weight" for norm in spec.norms}
     if missing := sorted(named - checkpoint.shapes.keys()):
         raise UserError(
             f"family: norms of unit {sub_block.part!r} names {missing[0]}, which {checkpoint.architecture} lacks"
@@ -302,48 +304,48 @@ def _check_norms(sub_block: SubBlock, parts: KvGroups, block: str, checkpoint: C
         )
 
 
-def _either(block: str, names: str, checkpoint: Checkpoint) -> str:
+def _choose_module(block: str, names: str, checkpoint: Checkpoint) -> str:
     """Return the module of a block that has one of the names ``a | b``; the first, if there is none."""
-    modules = [f"{block}.{name}" for name in each_name(names)]
+    modules = [f"{block}.{name}" for name in split_names(names)]
     return next((module for module in modules if f"{module}.weight" in checkpoint.shapes), modules[0])
 
 
-def _rows(
-    parts: KvGroups | Channels, inputs: Sequence[str], rows: Mapping[str, int], total: int, width: int
+def _assign_rows(
+    spec: KvGroups | Channels, inputs: Sequence[str], rows: Mapping[str, int], total: int, width: int
 ) -> tuple[Rows, ...]:
     """Return the rows of input modules that items own; an item of attention has as many queries as ``width``."""
-    if isinstance(parts, Channels):
+    if isinstance(spec, Channels):
         run = {module: rows[module] // inputs.count(module) for module in inputs}
         before = [inputs[:place].count(module) for place, module in enumerate(inputs)]
         return tuple(
             Rows(module, run[module] // total, run[module] * number)
             for module, number in zip(inputs, before, strict=True)
         )
-    if parts.fused is None:
+    if spec.fused is None:
         return tuple(Rows(module, rows[module] // total) for module in inputs)
     module = inputs[0]
     each = rows[module] // total
-    if parts.fused == "by_group":
+    if spec.fused == "by_group":
         return (Rows(module, each),)
     rest = (each - width) // 2
     return Rows(module, width), Rows(module, rest, total * width), Rows(module, rest, total * (width + rest))
 
 
-def _heads(sub_block: SubBlock, parts: KvGroups, checkpoint: Checkpoint) -> SubBlock:
+def _with_query_heads(sub_block: SubBlock, spec: KvGroups, checkpoint: Checkpoint) -> SubBlock:
     """Return the same attention with query heads for items."""
-    if parts.fused is not None:
+    if spec.fused is not None:
         raise UserError(
             f"ladder.attention: queries, keys and values of {checkpoint.architecture} are one matrix, so query heads "
             f"cannot "
             "go alone. Use --set ladder.attention=kv_groups"
         )
-    if parts.norms:
+    if spec.norms:
         raise UserError(
             f"ladder.attention: {checkpoint.architecture} has norms over all heads, so that query heads cannot go "
             f"alone. "
             "Use --set ladder.attention=kv_groups, which takes the whole attention"
         )
-    heads = num_heads(checkpoint)
+    heads = read_num_heads(checkpoint)
     if heads == sub_block.total:
         raise UserError(
             f"ladder.attention: {checkpoint.architecture} has one query head per KV group, so query heads cannot go "
@@ -367,23 +369,23 @@ def _heads(sub_block: SubBlock, parts: KvGroups, checkpoint: Checkpoint) -> SubB
     )
 
 
-def _num_groups(parts: KvGroups, checkpoint: Checkpoint, rows: int, columns: int) -> int:
+def _count_groups(spec: KvGroups, checkpoint: Checkpoint, rows: int, columns: int) -> int:
     """Return the KV groups of attention, from the rows of its first input and the columns of its output projection.
 
     Those that cannot go one without the other count as one.
     """
-    if parts.norms:
+    if spec.norms:
         return 1
-    if parts.fused is not None:
-        return (rows - columns) * num_heads(checkpoint) // (2 * columns)
+    if spec.fused is not None:
+        return (rows - columns) * read_num_heads(checkpoint) // (2 * columns)
     # models from before grouped queries name query heads alone
-    return int(checkpoint.config.get("num_key_value_heads") or num_heads(checkpoint))
+    return int(checkpoint.config.get("num_key_value_heads") or read_num_heads(checkpoint))
 
 
-def lengths(sub_block: SubBlock, checkpoint: Checkpoint) -> set[int]:
+def list_removed_lengths(sub_block: SubBlock, checkpoint: Checkpoint) -> set[int]:
     """Return the lengths of what a sub-block loses a part of; the width of a head is none, whatever it equals."""
     lengths = {sub_block.width * sub_block.total, *(own.rows * sub_block.total for own in sub_block.inputs)}
     if sub_block.kind == "channels":
         return lengths
-    heads = num_heads(checkpoint)
+    heads = read_num_heads(checkpoint)
     return {*lengths, sub_block.total, heads} - {sub_block.width * sub_block.total // heads}

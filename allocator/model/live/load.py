@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from allocator.core.errors import UserError
 from allocator.model.checkpoint.headers import Checkpoint
-from allocator.model.checkpoint.stock import stock_class, stock_model
-from allocator.model.family.layout import Layout, block_numbers, named_as_in
+from allocator.model.checkpoint.stock import build_stock_model, find_stock_class
+from allocator.model.family.layout import Layout, adapt_family, find_block_numbers
 from allocator.model.family.schema import Family
 from allocator.model.live import modeling_pruned
 
@@ -30,7 +30,7 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> nn
     """
     pruned = checkpoint.config.get("pruned")
     name = pruned["architecture"] if pruned else checkpoint.architecture
-    architecture = stock_class(checkpoint.folder, name)
+    architecture = find_stock_class(checkpoint.folder, name)
     if pruned:
         architecture = modeling_pruned.pruned_class(architecture)
     transformers.utils.logging.disable_progress_bar()
@@ -59,7 +59,9 @@ def straighten(model: nn.Module) -> None:
             model.set_submodule(name, new)
 
 
-def shaped_model(checkpoint: Checkpoint, layout: Layout, kept: Mapping[str, int], dtype: torch.dtype) -> nn.Module:
+def build_shaped_model(
+    checkpoint: Checkpoint, layout: Layout, kept: Mapping[str, int], dtype: torch.dtype
+) -> nn.Module:
     """Return a model of random weights whose sub-blocks keep so many items, on the default device.
 
     Args:
@@ -71,7 +73,7 @@ def shaped_model(checkpoint: Checkpoint, layout: Layout, kept: Mapping[str, int]
     Raises:
         UserError: transformers has no such architecture.
     """
-    architecture = stock_class(checkpoint.folder, checkpoint.architecture)
+    architecture = find_stock_class(checkpoint.folder, checkpoint.architecture)
     config = transformers.AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
     shapes: dict[str, list[int]] = {}
     removed: dict[str, str] = {}
@@ -100,13 +102,13 @@ def shaped_model(checkpoint: Checkpoint, layout: Layout, kept: Mapping[str, int]
     return model.eval().requires_grad_(False)
 
 
-def stock_shapes(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def list_stock_shapes(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Return the shape of every parameter of the stock model that has a configuration; tied ones once.
 
     Raises:
         UserError: transformers has no such class, or it refuses a value.
     """
-    model = stock_model(checkpoint.folder, checkpoint.architecture, config)
+    model = build_stock_model(checkpoint.folder, checkpoint.architecture, config)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
@@ -120,7 +122,7 @@ def check_stock(checkpoint: Checkpoint, family: Family) -> None:
             unit is one tensor with another, or transformers has no such class or cannot build it.
     """
     try:
-        model = stock_model(checkpoint.folder, checkpoint.architecture, checkpoint.config)
+        model = build_stock_model(checkpoint.folder, checkpoint.architecture, checkpoint.config)
     except UserError:
         raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -130,8 +132,8 @@ def check_stock(checkpoint: Checkpoint, family: Family) -> None:
             f"Copy the "
             "model again, or save it again with save_pretrained"
         ) from None
-    chains = named_as_in(checkpoint, family).chains
-    blocks = [chain.format(block=number) for chain in chains for number in block_numbers(checkpoint, chain)]
+    chains = adapt_family(checkpoint, family).chains
+    blocks = [chain.format(block=number) for chain in chains for number in find_block_numbers(checkpoint, chain)]
     units = {f"{b}.{n}" for b in blocks for unit in family.units.values() for n in unit.names}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     _check_shared(checkpoint, units, parameters)
@@ -173,7 +175,7 @@ def _check_shared(checkpoint: Checkpoint, units: Collection[str], parameters: Ma
             )
 
 
-def raw_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
     """Return a model's tokenizer.
 
     Raises:
@@ -186,13 +188,13 @@ def raw_tokenizer(folder: Path) -> Any:
         raise UserError(f"model: {folder}: no readable tokenizer: {reason}. Copy the model again") from None
 
 
-def load_tokenizer(folder: Path) -> tuple[Callable[[str], list[int]], int]:
+def load_encoder(folder: Path) -> tuple[Callable[[str], list[int]], int]:
     """Return a function from text to ids, without special tokens, and the id that separates documents.
 
     Raises:
         UserError: The folder has no tokenizer, or the tokenizer has no end-of-text token.
     """
-    tokenizer = raw_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     known = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.sep_token_id)
     separator = next((token for token in known if token is not None), None)
     if separator is None:

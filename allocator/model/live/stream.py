@@ -11,7 +11,7 @@ from torch import nn
 
 from allocator.core.errors import UserError
 from allocator.model.checkpoint.headers import Checkpoint
-from allocator.model.checkpoint.stock import stock_class
+from allocator.model.checkpoint.stock import find_stock_class
 from allocator.model.family.layout import Layout
 from allocator.model.live.load import straighten
 from allocator.model.live.walk import BlockWalker
@@ -27,7 +27,7 @@ class StreamedWalker(BlockWalker):
         Raises:
             UserError: The checkpoint's tensors are not the parameters of its architecture.
         """
-        architecture = stock_class(checkpoint.folder, checkpoint.architecture)
+        architecture = find_stock_class(checkpoint.folder, checkpoint.architecture)
         with init_empty_weights(include_buffers=False):
             model = architecture(architecture.config_class.from_dict(dict(checkpoint.config)))
         straighten(model)

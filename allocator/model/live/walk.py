@@ -76,7 +76,7 @@ class BlockWalker:
             entered[module] = args[0] if args else kwargs["hidden_states"]
             arguments[module] = args[1:], {key: value for key, value in kwargs.items() if key != "hidden_states"}
 
-        with _replaced({block: _identity for block in self.blocks}):
+        with _replace_forwards({block: _identity for block in self.blocks}):
             handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in self.blocks]
             try:
                 self._backbone(**examples.inputs, **self._settings)
@@ -126,7 +126,7 @@ class BlockWalker:
         found = [(self._find(index, root, name), answer) for name, answer in instead.items()]
         answers = {module: lambda *_, answer=answer, **__: answer for module, answer in found if module is not None}
         args, kwargs = self._arguments[tuple(hidden_btd.shape[:2])][index]
-        with _replaced(answers), torch.set_grad_enabled(hidden_btd.requires_grad):
+        with _replace_forwards(answers), torch.set_grad_enabled(hidden_btd.requires_grad):
             parts = self.parts(hidden_btd)
             output = root(parts[self._tower[index]], *args, **kwargs)
             output = output[0] if isinstance(output, tuple) else output
@@ -148,7 +148,7 @@ class BlockWalker:
 
             return hook
 
-        with self._hooked(index, self.blocks[index], {name: listener(name) for name in modules}):
+        with self._attach_hooks(index, self.blocks[index], {name: listener(name) for name in modules}):
             yield inputs, outputs
 
     @torch.no_grad()
@@ -178,7 +178,7 @@ class BlockWalker:
 
         there = [name for name in dict.fromkeys(modules) if self._find(index, root, name) is not None]
         hooks = {name: listener(name) for name in there}
-        with suppress(_AllCaptured), self._hooked(index, root, hooks, before=entering):
+        with suppress(_AllCaptured), self._attach_hooks(index, root, hooks, before=entering):
             self.run(index, hidden_btd, root, instead)
         return heard
 
@@ -189,7 +189,7 @@ class BlockWalker:
         return hidden_btd
 
     @contextmanager
-    def _hooked(
+    def _attach_hooks(
         self, index: int, root: nn.Module, hooks: Mapping[str, Callable[..., Any]], before: bool = False
     ) -> Iterator[None]:
         found = {name: self._find(index, root, name) for name in hooks}
@@ -269,7 +269,7 @@ class BlockWalker:
         with torch.set_grad_enabled(hidden.requires_grad):
             for end, part_btd in zip(ends, self.parts(hidden), strict=True):
                 stand_ins[self.blocks[end - 1]] = lambda *_, part_btd=part_btd, **__: part_btd
-            with _replaced(stand_ins):
+            with _replace_forwards(stand_ins):
                 yield
 
     def logits(self, hidden_nd: torch.Tensor) -> torch.Tensor:
@@ -279,7 +279,10 @@ class BlockWalker:
         """
         states_nd = self.states(hidden_nd)
         entering = _Output(last_hidden_state=states_nd.view(1, -1, states_nd.shape[-1]))
-        with _replaced({self._backbone: lambda *_, **__: entering}), torch.set_grad_enabled(hidden_nd.requires_grad):
+        with (
+            _replace_forwards({self._backbone: lambda *_, **__: entering}),
+            torch.set_grad_enabled(hidden_nd.requires_grad),
+        ):
             logits = self.model(use_cache=False).logits
         return logits.view(*states_nd.shape[:-1], -1)
 
@@ -313,7 +316,7 @@ def _identity(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.T
 
 
 @contextmanager
-def _replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+def _replace_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Let modules run something else."""
     for module, forward in forwards.items():
         module.forward = forward

@@ -51,7 +51,7 @@ def read_tensors(checkpoint: Checkpoint, names: list[str]) -> dict[str, torch.Te
     for shard in sorted({checkpoint.shards[name] for name in names}):
         with safe_open(checkpoint.folder / shard, framework="pt") as file:
             own = [name for name in names if checkpoint.shards[name] == shard]
-            tensors.update({name: file.get_tensor(stored_name(checkpoint, name)) for name in own})
+            tensors.update({name: file.get_tensor(find_stored_name(checkpoint, name)) for name in own})
     return {
         name: tensor.T.contiguous() if name in checkpoint.transposed else tensor for name, tensor in tensors.items()
     }
@@ -93,7 +93,7 @@ def _write(checkpoint: Checkpoint, layout: Layout, replace: Callable[[str], Repl
         give_back()
         with safe_open(checkpoint.folder / shard, framework="pt") as file:
             for name in sorted(key for key, parent in checkpoint.shards.items() if parent == shard):
-                owner, stored = owners.get(name), stored_name(checkpoint, name)
+                owner, stored = owners.get(name), find_stored_name(checkpoint, name)
                 if owner is not None and cached[0] != owner:
                     cached = (owner, replace(owner))
                 new = cached[1].get(name, ...) if owner is not None else ...
@@ -105,12 +105,12 @@ def _write(checkpoint: Checkpoint, layout: Layout, replace: Callable[[str], Repl
                     tensors[stored] = file.get_tensor(stored)
                     continue
                 as_stored = new.T if name in checkpoint.transposed else new
-                tensors[stored] = as_stored.to(dtype_of(checkpoint.dtypes[name])).contiguous()
+                tensors[stored] = as_stored.to(find_dtype(checkpoint.dtypes[name])).contiguous()
                 if name.endswith(".weight") and tuple(new.shape) != checkpoint.shapes[name]:
                     shapes[name.removesuffix(".weight")] = list(new.shape)
                     bias = name.removesuffix("weight") + "bias"
                     if bias not in checkpoint.shapes and (gained := cached[1].get(bias)) is not None:
-                        gained_name = stored_name(checkpoint, bias)
+                        gained_name = find_stored_name(checkpoint, bias)
                         tensors[gained_name] = gained.to(tensors[stored].dtype).contiguous()
                         weight_map[gained_name] = shard
                         added.append(bias.removesuffix(".bias"))
@@ -129,7 +129,7 @@ def _write(checkpoint: Checkpoint, layout: Layout, replace: Callable[[str], Repl
             for sub_block in layout.sub_blocks
             if sub_block.counts and sub_block.output in shapes
         }
-        experts = {each.name: [*each.rows, _kept_experts(each, layout, gone)] for each in layout.mixtures}
+        experts = {each.name: [*each.rows, _list_kept_experts(each, layout, gone)] for each in layout.mixtures}
         routers = {router for router, _ in experts.values()}
         config["pruned"] = {
             "architecture": checkpoint.architecture,
@@ -147,7 +147,7 @@ def _write(checkpoint: Checkpoint, layout: Layout, replace: Callable[[str], Repl
     write_companions(folder, checkpoint, config, weight_map)
 
 
-def stored_name(checkpoint: Checkpoint, name: str) -> str:
+def find_stored_name(checkpoint: Checkpoint, name: str) -> str:
     """Return the name in a checkpoint's files of one of the model's tensors, or of a bias that it gains."""
     if name not in checkpoint.shapes and name.endswith(".bias"):
         weight = f"{name.removesuffix('bias')}weight"
@@ -155,7 +155,7 @@ def stored_name(checkpoint: Checkpoint, name: str) -> str:
     return checkpoint.stored.get(name, name)
 
 
-def _kept_experts(mixture: SubBlock, layout: Layout, gone: set[str]) -> list[int]:
+def _list_kept_experts(mixture: SubBlock, layout: Layout, gone: set[str]) -> list[int]:
     """Return the numbers of experts that a router still knows; of those that lost all channels it does."""
     whole = mixture.name in {sub_block.name for sub_block in layout.sub_blocks}
     matrices = [f"{expert[0]}.weight" for expert in mixture.experts]
@@ -203,7 +203,7 @@ def count_params(folder: Path, space: SearchSpace, dense: Checkpoint) -> int:
     zero, and kept weights may happen to be zero; so what is counted is the dense count less the zeros of
     unit matrices.
     """
-    checkpoint = read_checkpoint(folder).named_like(dense)
+    checkpoint = read_checkpoint(folder).with_names_of(dense)
     total = 0
     matrices = {f"{unit.name}.weight" for unit in space.units if unit.kind == "matrix"}
     for name, shape in checkpoint.shapes.items():
@@ -214,7 +214,7 @@ def count_params(folder: Path, space: SearchSpace, dense: Checkpoint) -> int:
     return total
 
 
-def dtype_of(name: str) -> torch.dtype:
+def find_dtype(name: str) -> torch.dtype:
     """Return torch's type of a safetensors data type (``BF16``, ``F32``, ...)."""
     table = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
     return table[name]

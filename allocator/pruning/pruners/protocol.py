@@ -89,6 +89,11 @@ class LocalPruner(Protocol):
         ...
 
     @property
+    def patterns(self) -> tuple[str, ...]:
+        """The patterns that it serves: ``structured``, ``unstructured`` or ``n:m``."""
+        ...
+
+    @property
     def need(self) -> Need:
         """Which statistics of the inputs it uses; ``gram`` if it refits."""
         ...

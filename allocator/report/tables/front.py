@@ -26,18 +26,18 @@ _MOST_POINTS = 24
 def front_table(front: Mapping[str, Any]) -> Table:
     """Return the front, from large to small; a long one is thinned to evenly spaced points."""
     headings, rows = list_front_rows(front)
-    places = list(range(len(rows)))
+    indices = list(range(len(rows)))
     if len(rows) > _MOST_POINTS:
         last = len(rows) - 1
-        places = [round(step * last / (_MOST_POINTS - 1)) for step in range(_MOST_POINTS)]
+        indices = [round(step * last / (_MOST_POINTS - 1)) for step in range(_MOST_POINTS)]
     table = make_table(f"Pareto front: {format_plural(len(rows), 'point')}")
     for heading in ("", *headings):
         table.add_column(heading, justify="right")
-    for place in places:
-        table.add_row(str(place), *rows[place])
+    for index in indices:
+        table.add_row(str(index), *rows[index])
     table.caption = f"{_name_loss(front)}: {format_count(front['tokens'])} search tokens"
-    if len(places) < len(rows):
-        table.caption += f"\n{len(places)} shown; front.json has all"
+    if len(indices) < len(rows):
+        table.caption += f"\n{len(indices)} shown; front.json has all"
     return table
 
 
@@ -81,5 +81,5 @@ def format_front_csv(front: Mapping[str, Any]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["index", *names])
-    writer.writerows([place, *(point.get(name, "") for name in names)] for place, point in enumerate(points))
+    writer.writerows([index, *(point.get(name, "") for name in names)] for index, point in enumerate(points))
     return text.getvalue()

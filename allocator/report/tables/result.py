@@ -103,8 +103,8 @@ def _format_scores(columns: Sequence[str], perplexity: float | None, accuracy: f
 def _format_caption(columns: Sequence[str]) -> str:
     if "distance" in columns:
         return "Held-out examples. Distance: relative, of hidden states from dense. Removed: share of the units."
-    what, each = ("text", "token") if "perplexity" in columns else ("examples", "answer")
-    return f"Held-out {what}. KL: from dense, nats per {each}. Removed: share of the units."
+    examples, sample = ("text", "token") if "perplexity" in columns else ("examples", "answer")
+    return f"Held-out {examples}. KL: from dense, nats per {sample}. Removed: share of the units."
 
 
 def result_table(result: Mapping[str, Any]) -> Table:
@@ -172,11 +172,11 @@ def prediction_table(result: Mapping[str, Any]) -> Table:
 
 
 def format_figures(figures: Mapping[str, float]) -> str:
-    """Format the figures of one checkpoint on one line."""
-    scores = [f"{name} {figures[name]:.3f}" for name in ("perplexity", "accuracy") if name in figures]
+    """Format the measurements of one checkpoint in one line."""
+    measured = [f"{name} {figures[name]:.3f}" for name in ("perplexity", "accuracy") if name in figures]
     if "hidden" in figures:
         distance = f"relative distance of states from dense {figures['hidden']:.4f}"
     else:
         distance = f"KL from dense {figures['kl']:.4f} nats"
     per_token = " per token" if "perplexity" in figures else ""
-    return ", ".join([f"{figures['params']:,} parameters", *scores, distance + per_token])
+    return ", ".join([f"{figures['params']:,} parameters", *measured, distance + per_token])

@@ -23,8 +23,8 @@ from allocator.run.config.sections import (
     WorkerSettings,
     WorkloadSettings,
 )
-from allocator.searchers.decide import SearchSettings, best_for
-from allocator.searchers.methods.presets import PRESETS, preset
+from allocator.searchers.methods.presets import PRESETS, read_preset
+from allocator.searchers.settings import SearchSettings, choose_method
 
 DomainName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")]
 
@@ -139,7 +139,7 @@ class RunConfig(StrictModel):
                 raise ValueError(f"objectives: unknown {name!r}{did_you_mean(name, known)}")
         if self.domains and self.text is not None:
             raise ValueError("domains: they take the place of text. Leave one of them out")
-        self.search.serve(self.loss, self.objectives)
+        self.search.check_objectives(self.loss, self.objectives)
         return self
 
     @field_validator("constraints")
@@ -205,10 +205,10 @@ def _fill_search(data: dict[str, Any]) -> Any:
     search, ladder = dict(search), data.get("ladder") or {}
     method, objectives = search.get("method", "auto"), _list_names(data.get("objectives"))
     if method in PRESETS:
-        published = preset(method, data.get("pattern", RunConfig.model_fields["pattern"].default))
+        published = read_preset(method, data.get("pattern", RunConfig.model_fields["pattern"].default))
         search["evolution"] = {**published, **(search.get("evolution") or {})}
     if method == "auto" and objectives:
-        search["method"] = best_for(objectives)
+        search["method"] = choose_method(objectives)
     elif method == "auto" and data.get("pattern") != "n:m" and _has_default_ladder(ladder):
         search.setdefault("rounds", _DEFAULT_ROUNDS)
     return search

@@ -1,62 +1,89 @@
-"""The searches that learn a model of the loss, put together: what a user should get without knowing any of this.
+"""The searches that learn a model of the loss, alone and together: ``auto``, ``trust_region`` and ``guided``.
 
-Where there are gradients, one expansion of the loss and one step of every unit tell nearly all that a large move needs
-to know: the first round of the trust region does most of the work, and guided evolution, expanding as it moves, the
-rest. Without gradients the profile at the operating point does most of the work where units are many; the races of
-guided evolution find what units do to each other, which no profile shows. All feed one model and one memory.
+If the evaluator has gradients, one expansion of the loss and one step of every unit tell nearly all that a large move
+needs to know. The first round of the trust region then does most of the work. Guided evolution does the rest, and
+expands the loss as it moves. Without gradients, the profile at the operating point does most of the work where units
+are many. The races of guided evolution then find how units affect each other, which no profile shows. All of them feed
+one model and one memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Literal
+from dataclasses import dataclass, field, replace
 
-from allocator.core.budget import Budget
-from allocator.core.space import Allocation, SearchSpace
+from allocator.core.protocols import Searcher
+from allocator.searchers.generator import GeneratorSearcher, Script
 from allocator.searchers.methods.guided import GuidedSettings, guided
 from allocator.searchers.methods.trust_region import TrustRegionSettings, probe, trust_region
-from allocator.searchers.script import Memory, Script, Scripted
+from allocator.searchers.problem import MethodSettings, SearchProblem
+from allocator.searchers.surrogates.memory import Memory
 
-ModelBased = Literal["auto", "trust_region", "guided"]
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelBasedMethod(MethodSettings):
+    """What the three methods share.
 
-def model_based(
-    method: ModelBased,
-    space: SearchSpace,
-    budget: Budget,
-    start: Sequence[Allocation],
-    tokens: Sequence[int],
-    near: TrustRegionSettings,
-    far: GuidedSettings,
-    seed: int,
-    brief: bool = False,
-) -> Scripted:
-    """Return the searcher of a name, beginning at the best of ``start``, which are within the budget.
-
-    A ``brief`` search of ``auto`` is done after the trust region: enough to tell where finer ladders belong.
+    Attributes:
+        tokens: Fidelities, increasing. The first is for profiles.
     """
-    memory = Memory(space, budget, start, tokens)
-    return Scripted(_script(method, memory, start, near, far, seed, brief), memory.ranked)
+
+    tokens: tuple[int, ...] = (512, 2048, 8192)
+
+    @property
+    def fidelities(self) -> tuple[int, ...]:
+        """Tokens of the measurements."""
+        return self.tokens
+
+    def make(self, problem: SearchProblem) -> Searcher:
+        """Return the searcher, which begins at the best start."""
+        memory = Memory(problem.space, problem.budget, problem.start, self.tokens)
+        return GeneratorSearcher(self._run(problem, memory), memory.rank)
+
+    def _run(self, problem: SearchProblem, memory: Memory) -> Script:
+        yield from memory.begin(problem.start)
+        yield from memory.expand()
+        return (yield from self._search(problem, memory))
+
+    def _search(self, problem: SearchProblem, memory: Memory) -> Script:
+        raise NotImplementedError
 
 
-def _script(
-    method: ModelBased,
-    memory: Memory,
-    start: Sequence[Allocation],
-    near: TrustRegionSettings,
-    far: GuidedSettings,
-    seed: int,
-    brief: bool,
-) -> Script:
-    yield from memory.begin(start)
-    yield from memory.expand()
-    if method == "trust_region":
-        return (yield from trust_region(memory, near))
-    if method == "auto":
-        ended = yield from trust_region(memory, replace(near, rounds=1) if memory.gradients else near)
-        if brief:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrustRegionMethod(ModelBasedMethod):
+    """The trust-region knapsack alone."""
+
+    trust_region: TrustRegionSettings = field(default_factory=TrustRegionSettings)
+
+    def _search(self, problem: SearchProblem, memory: Memory) -> Script:
+        return (yield from trust_region(memory, self.trust_region))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuidedMethod(ModelBasedMethod):
+    """Guided evolution alone. Without gradients, it begins with a profile."""
+
+    guided: GuidedSettings = field(default_factory=GuidedSettings)
+
+    def _search(self, problem: SearchProblem, memory: Memory) -> Script:
+        if not memory.gradients:
+            yield from probe(memory, memory.tokens[0], 2 * len(memory.centre))
+        return (yield from guided(memory, self.guided, problem.seed))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AutoMethod(ModelBasedMethod):
+    """The trust-region knapsack, then guided evolution.
+
+    If another round follows, the search ends after the trust region, which is enough to find where finer ladders
+    belong.
+    """
+
+    trust_region: TrustRegionSettings = field(default_factory=TrustRegionSettings)
+    guided: GuidedSettings = field(default_factory=GuidedSettings)
+
+    def _search(self, problem: SearchProblem, memory: Memory) -> Script:
+        near = replace(self.trust_region, rounds=1) if memory.gradients else self.trust_region
+        ended = yield from trust_region(memory, near)
+        if not problem.is_last_round:
             return ended
-    elif not memory.gradients:
-        yield from probe(memory, memory.tokens[0], 2 * len(memory.centre))
-    return (yield from guided(memory, far, seed))
+        return (yield from guided(memory, self.guided, problem.seed))

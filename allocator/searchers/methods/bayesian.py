@@ -2,19 +2,18 @@
 
 Two samplers: the tree-structured Parzen estimator (Bergstra et al., 2011; of fronts, Ozaki et al., 2022) and a Gaussian
 process with log expected improvement, of the loss or of a front's hypervolume (Ament et al., 2023). Both degrade in
-many discrete dimensions under a constraint; here there are at most 16 and one for each cost, real, and every point of
-the box is an allocation that fills its budget. What they see is therefore piecewise constant: points that draw the same
-allocation share its figures, and cost one measurement.
+many discrete dimensions under a constraint. Here there are at most 16 real dimensions and one for each cost, and every
+point of the box is an allocation that fills its budget. So the objective is piecewise constant: points that give the
+same allocation share its figures and cost one measurement.
 
-A cost that is an objective adds a share in [0, 1]: where between the sparsest model's and the loosest one's the limit
-of a point lies. Points draw allocations within the run's budget and their own limits, exactly, so no trial is
-infeasible, and there is nothing to tell Optuna as a constraint (``Trial.set_constraint``). What an allocation costs is
-told as it is, beside the loss.
+A cost that is an objective adds a share in [0, 1]: the limit of a point, between the cost of the sparsest model and the
+largest allowed cost. Allocations keep the run's budget and the limits of their point exactly, so no trial is
+infeasible, and Optuna needs no constraint (``Trial.set_constraint``). It is told the true costs together with the loss.
 
-Optuna's study lives in memory and holds no truth, and its samplers keep random numbers that no replay could find
-again. So each batch is asked of a new study, made of the trials told so far, and a new sampler, whose seed is a
-function of the search's seed and the trial's number. Within a batch, Optuna counts what is pending as its own
-methods do: the Parzen estimator among the bad trials (constant liar), the Gaussian process by integrating over it.
+Optuna's study is kept in memory only, and its samplers hold random numbers that a replay could not restore. So each
+batch comes from a new study, made of the trials so far, and a new sampler, whose seed is a function of the search's
+seed and the trial's number. Within a batch, each of Optuna's samplers counts pending trials in its own way: the Parzen
+estimator among the bad trials (constant liar), the Gaussian process by integrating over them.
 """
 
 from __future__ import annotations
@@ -27,30 +26,31 @@ from typing import TypeAlias
 import numpy as np
 import optuna
 
-from allocator.core.budget import Budget, spans
+from allocator.core.budget import Budget, find_ranges
 from allocator.core.errors import UserError
 from allocator.core.front import figure
-from allocator.core.protocols import Outcome, Request
-from allocator.core.space import Allocation, SearchSpace
+from allocator.core.protocols import Outcome, Request, Searcher
+from allocator.core.space import Allocation
+from allocator.searchers.problem import MethodSettings, SearchProblem
 from allocator.searchers.surrogates.shapes import Shapes
 
 GP_MAX_TRIALS = 300
-"""A Gaussian process factorises a matrix of trials squared, many times for one proposal."""
+"""Most trials of a Gaussian process, which factorises a square matrix of this size many times for one proposal."""
 
 _STARTUP_TRIALS = 16
-"""Proposals drawn at random, over which a first model is made."""
+"""Proposals drawn at random, from which the first model is made."""
 
 Point: TypeAlias = tuple[float, ...]
 """A share of each cost that is an objective, and the coefficients of a shape."""
 
 
 @dataclass(frozen=True, slots=True)
-class TpeSettings:
+class TpeSettings(MethodSettings):
     """Settings of the Parzen-estimator search.
 
     Attributes:
-        trials: Proposals in all.
-        batch: Proposals asked for at once, which workers measure side by side.
+        trials: Number of proposals.
+        batch: Proposals that are measured side by side.
         tokens: Tokens of every measurement.
     """
 
@@ -62,17 +62,31 @@ class TpeSettings:
         if min(self.trials, self.batch, self.tokens) < 1:
             raise UserError("search.tpe: trials, batch and tokens must be at least 1")
 
+    @property
+    def fidelities(self) -> tuple[int, ...]:
+        """Tokens of the measurements, increasing."""
+        return (self.tokens,)
+
+    @property
+    def num_batches(self) -> int:
+        """Batches at most, baselines included."""
+        return 2 + -(-self.trials // self.batch)
+
+    def make(self, problem: SearchProblem) -> Searcher:
+        """Return the searcher for a problem."""
+        return Bayesian(problem, self)
+
 
 @dataclass(frozen=True, slots=True)
-class GpSettings:
+class GpSettings(MethodSettings):
     """Settings of the Gaussian-process search.
 
-    A proposal takes about a second after a hundred trials, and some four times as long for every objective beside the
-    loss and one cost.
+    After a hundred trials, a proposal takes about a second. Every objective in addition to the loss and one cost makes
+    it about four times as long.
 
     Attributes:
-        trials: Proposals in all, at most 300.
-        batch: Proposals asked for at once, which workers measure side by side.
+        trials: Number of proposals, at most 300.
+        batch: Proposals that are measured side by side.
         tokens: Tokens of every measurement.
     """
 
@@ -89,31 +103,34 @@ class GpSettings:
                 f"found {self.trials}. Ask for fewer, or search with search.method=tpe"
             )
 
+    @property
+    def fidelities(self) -> tuple[int, ...]:
+        """Tokens of the measurements, increasing."""
+        return (self.tokens,)
+
+    @property
+    def num_batches(self) -> int:
+        """Batches at most, baselines included."""
+        return 2 + -(-self.trials // self.batch)
+
+    def make(self, problem: SearchProblem) -> Searcher:
+        """Return the searcher for a problem."""
+        return Bayesian(problem, self)
+
 
 class Bayesian:
-    """Optuna's sampler behind ask/tell: the loss, or losses and costs, all minimised within a budget."""
+    """Optuna's sampler behind ask and tell: the loss, or losses and costs, all minimised within a budget."""
 
-    def __init__(
-        self,
-        space: SearchSpace,
-        budget: Budget,
-        names: Sequence[str],
-        start: Sequence[Allocation],
-        settings: TpeSettings | GpSettings,
-        seed: int,
-    ) -> None:
-        """Begin with ``start``, allocations within the budget, and with the points that come nearest to them.
-
-        ``names`` are what a front minimises; without any, it is the loss.
-        """
+    def __init__(self, problem: SearchProblem, settings: TpeSettings | GpSettings) -> None:
+        """Begin with the starts, and with the points that come nearest to them."""
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self._space, self._budget, self._names = space, budget, tuple(names)
-        self._settings, self._seed = settings, seed
-        self._start = list(dict.fromkeys(start))
-        self._shapes = Shapes(space)
-        self._spans = spans(space, budget, [name for name in names if name in space.fixed])
+        self._space, self._budget, self._names = problem.space, problem.budget, tuple(problem.objectives)
+        self._settings, self._seed = settings, problem.seed
+        self._start = list(dict.fromkeys(problem.start))
+        self._shapes = Shapes(problem.space)
+        self._ranges = find_ranges(problem.space, problem.budget, problem.costs)
         self._box: dict[str, optuna.distributions.BaseDistribution] = {
-            **{f"share of {cost}": optuna.distributions.FloatDistribution(0.0, 1.0) for cost in self._spans},
+            **{f"share of {cost}": optuna.distributions.FloatDistribution(0.0, 1.0) for cost in self._ranges},
             **{name: optuna.distributions.FloatDistribution(-1.0, 1.0) for name in self._shapes.names},
         }
         self._asked: list[tuple[Point, Allocation]] = []
@@ -121,7 +138,7 @@ class Bayesian:
         self._known: dict[Allocation, list[float]] = {}
 
     def ask(self) -> Sequence[Request]:
-        """Return the next batch of proposals; before the first of them, the starts themselves."""
+        """Return the next batch of proposals; the first also has the starts."""
         first = not self._trials
         if first:
             points = list(dict.fromkeys(map(self._nearest, self._start)))[: self._settings.trials]
@@ -133,7 +150,7 @@ class Bayesian:
         return [Request(allocation, self._settings.tokens) for allocation in allocations]
 
     def tell(self, outcomes: Sequence[Outcome]) -> None:
-        """Add the outcomes to the trials of which the next proposals are asked."""
+        """Add the outcomes to the trials from which the next proposals are made."""
         self._known.update({outcome.request.allocation: self._values(outcome) for outcome in outcomes})
         for point, allocation in self._asked:
             params = dict(zip(self._box, point, strict=True))
@@ -141,38 +158,37 @@ class Bayesian:
             self._trials.append(optuna.trial.create_trial(params=params, distributions=self._box, values=values))
 
     def ended(self) -> str:
-        """Return why nothing more is asked."""
+        """Return why the search ended."""
         if not self._box:
             return "units of one kind in one block leave no curve to choose"
         return f"all {self._settings.trials} trials are done"
 
     def finalists(self) -> Sequence[Allocation]:
-        """Return what was measured, ordered by what is minimised."""
+        """Return the measured allocations, ordered by the objectives."""
         return sorted(self._known, key=lambda allocation: (self._known[allocation], allocation))
 
     def _values(self, outcome: Outcome) -> list[float]:
-        """Return what is minimised, costs as shares: Optuna takes 1.1 of the worst for a reference point."""
-        figures = [self._scaled(name, figure(self._space, outcome, name)) for name in self._names]
-        return figures or [outcome.loss]
+        """Return the objectives, costs as shares of their range: Optuna's reference point is 1.1 times the worst."""
+        return [self._scaled(name, figure(self._space, outcome, name)) for name in self._names]
 
     def _scaled(self, name: str, value: float) -> float:
-        low, high = self._spans.get(name, (0, 1))
+        low, high = self._ranges.get(name, (0, 1))
         return (value - low) / max(high - low, 1)
 
     def _draw(self, point: Point) -> Allocation:
-        shares, coefficients = point[: len(self._spans)], point[len(self._spans) :]
+        shares, coefficients = point[: len(self._ranges)], point[len(self._ranges) :]
         return self._shapes.allocation(coefficients, self._within(shares))
 
     def _nearest(self, allocation: Allocation) -> Point:
-        """Return the shares of an allocation's own costs, and the coefficients nearest to it within them."""
-        shares = tuple(self._scaled(cost, self._space.cost(allocation, cost)) for cost in self._spans)
+        """Return the shares of an allocation's costs, and the coefficients nearest to it within these costs."""
+        shares = tuple(self._scaled(cost, self._space.cost(allocation, cost)) for cost in self._ranges)
         return (*shares, *self._shapes.nearest(allocation, self._within(shares)))
 
     def _within(self, shares: Sequence[float]) -> Budget:
-        """Return the run's budget, with each cost limited to a share of its span, exactly."""
+        """Return the run's budget with each cost limited to a share of its range, exactly."""
         limits = {
             cost: low + round(Fraction(share) * (high - low))
-            for (cost, (low, high)), share in zip(self._spans.items(), shares, strict=True)
+            for (cost, (low, high)), share in zip(self._ranges.items(), shares, strict=True)
         }
         return Budget(**{**self._budget.limits, **limits})
 

@@ -1,19 +1,19 @@
-"""EMO-PMS: evolutionary multi-objective search, divided over runs of blocks and put together by what each impairs.
+"""EMO-PMS: evolutionary multi-objective search, divided over runs of blocks whose fronts are merged.
 
 After Shang et al., "An EMO joint pruning with multiple sub-networks", 2023 (arXiv 2303.16212, first version). The
-network is cut into contiguous groups of blocks. In every round each group has an evolution of its own, NSGA-II over its
-units, against costs and the error of the features that leave it; features enter it as its pruned predecessors leave
-them. A group's evaluation runs that group alone, so that of K groups it costs 1/K of a whole one; groups evolve side
-by side. Then the joint step: every member of every local front takes its group's place in the current network, the
-global impairment is measured, fronts are merged by exact (min, +) combination of impairments, and the best merged
-schemes are measured for real.
+network is cut into contiguous groups of blocks. In every round each group evolves on its own: NSGA-II over its units
+minimises costs and the error of the group's output features. Its input features come from its pruned predecessors. An
+evaluation runs one group alone, so with K groups it costs 1/K of a whole one. Groups evolve side by side. Then comes
+the joint step: every member of every local front replaces its group in the current network, and the impairment of the
+whole network is measured. Fronts are merged by an exact (min, +) combination of impairments, and the best merged
+schemes are measured.
 
-The paper prunes convolutional networks filter by filter and trains sub-networks to take pruned features; here levels
-come from a store whose pruner has refitted them, and nothing is trained. It speaks of one current network. Where the
-answer is a whole front there is none, and it leaves the choice open: here a round goes on from the known member
-nearest to a place on the first cost's range, first the middle, then the quarters, the eighths and so on. Features are
-compared with those of the dense model at the same place, token by token, without a feature selector. How impairments
-are combined is open too; (min, +) takes them to add up, which the last measurement then checks.
+The paper prunes convolutional networks filter by filter, and trains sub-networks to accept pruned features. Here levels
+come from a store whose pruner has refitted them, and nothing is trained. The paper assumes one current network. A front
+has none, and the paper leaves the choice open. Here a round continues from the known member nearest to a target on the
+first cost's range: first the middle, then the quarters, the eighths and so on. Features are compared with those of the
+dense model after the same block, token by token, without a feature selector. The paper also leaves open how impairments
+are combined. (min, +) assumes that they add up, which the last measurement checks.
 """
 
 from __future__ import annotations
@@ -24,30 +24,31 @@ from typing import Any
 
 import numpy as np
 
-from allocator.core.budget import Budget, fits, spans
+from allocator.core.budget import Budget, find_ranges, fits
 from allocator.core.errors import UserError
 from allocator.core.front import non_dominated
-from allocator.core.protocols import Outcome, Request
+from allocator.core.protocols import Outcome, Request, Searcher
 from allocator.core.space import Allocation, Cost, SearchSpace
+from allocator.searchers.generator import GeneratorSearcher, Script
 from allocator.searchers.methods.nsga import make_nsga
-from allocator.searchers.script import Script
+from allocator.searchers.problem import MethodSettings, SearchProblem
 
 Levels = tuple[int, ...]
 """One level for each unit of a group."""
 
 
-@dataclass(frozen=True, slots=True)
-class EmoPmsSettings:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmoPmsSettings(MethodSettings):
     """Settings of EMO-PMS.
 
     Attributes:
-        groups: Into how many runs of blocks the network is cut.
-        rounds: How often groups evolve and are put together.
-        generations: Of each group's evolution, in every round.
-        population: Members of it, at most as many of whose front take part in the joint step.
-        schemes: Merged schemes that are measured on all tokens, in every round.
+        groups: Number of runs of blocks into which the network is cut.
+        rounds: How often groups evolve and are merged.
+        generations: Generations of each group's evolution in a round.
+        population: Members of each group's evolution. At most as many of its front take part in the joint step.
+        schemes: Merged schemes that are measured on all tokens in a round.
         profile: Tokens on which groups and impairments are measured.
-        tokens: Tokens of schemes.
+        tokens: Tokens on which schemes are measured.
     """
 
     groups: int = 4
@@ -67,25 +68,49 @@ class EmoPmsSettings:
                 f"{self.tokens}"
             )
 
+    @property
+    def fidelities(self) -> tuple[int, ...]:
+        """Tokens of the measurements, increasing."""
+        return tuple(sorted({self.profile, self.tokens}))
 
-def emo_pms(
-    space: SearchSpace,
-    budget: Budget,
-    objectives: Sequence[Cost],
-    start: Sequence[Allocation],
-    settings: EmoPmsSettings,
-    seed: int,
-) -> Script:
-    """Search the front of the loss and of costs within a budget, from ``start``. See the module's text."""
-    groups, span = _groups(space, settings.groups), spans(space, budget, objectives[:1])[objectives[0]]
+    @property
+    def num_batches(self) -> int:
+        """Batches at most, baselines included."""
+        return 3 + self.rounds * (3 + self.generations)
+
+    def make(self, problem: SearchProblem) -> Searcher:
+        """Return the searcher for a problem."""
+        known: dict[Allocation, float] = {}
+        return GeneratorSearcher(emo_pms(problem, self, known), lambda: rank_front(problem, known))
+
+
+def rank_front(problem: SearchProblem, known: Mapping[Allocation, float]) -> list[Allocation]:
+    """Return the members of the front of measured allocations, of least loss first."""
+    allocations = sorted(known, key=lambda allocation: (known[allocation], allocation))
+    if not allocations:
+        return []
+    figures = [[known[a], *(problem.space.cost(a, cost) for cost in problem.costs)] for a in allocations]
+    return [allocations[member] for member in sorted(non_dominated(np.array(figures, dtype=float)))]
+
+
+def emo_pms(problem: SearchProblem, settings: EmoPmsSettings, known: dict[Allocation, float]) -> Script:
+    """Search the front of the loss and of costs within a budget. See the module's text.
+
+    Args:
+        problem: Its objectives are the loss and costs.
+        settings: Of the method.
+        known: Filled with the loss of every scheme that is measured on all tokens.
+    """
+    space, budget, objectives = problem.space, problem.budget, problem.costs
+    groups, span = _make_groups(space, settings.groups), find_ranges(space, budget, objectives[:1])[objectives[0]]
     bounded = [cost for cost, limit in budget.limits.items() if limit < space.cost(space.dense, cost)]
     costs = list(dict.fromkeys([*objectives, *bounded]))
-    known = _losses((yield [Request(allocation, settings.tokens) for allocation in start]))
+    known.update(_collect_losses((yield [Request(allocation, settings.tokens) for allocation in problem.start])))
     bred: list[list[Levels]] = [[] for _ in groups]
     for number in range(settings.rounds):
-        base = _nearest(space, objectives[0], known, _place(number), span)
+        base = _find_nearest(space, objectives[0], known, _find_place(number), span)
         locals_ = [
-            _Local(space, group, base, costs, first, settings, [seed, number, place])
+            _Local(space, group, base, costs, first, settings, [problem.seed, number, place])
             for place, (group, first) in enumerate(zip(groups, bred, strict=True))
         ]
         for _ in range(settings.generations + 1):
@@ -99,13 +124,13 @@ def emo_pms(
         options = [list(dict.fromkeys([group.of(base), *front])) for group, front in zip(groups, bred, strict=True)]
         plugged = [[group.into(base, levels) for levels in own] for group, own in zip(groups, options, strict=True)]
         wanted = dict.fromkeys(allocation for own in plugged for allocation in own)
-        losses = _losses((yield [Request(allocation, settings.profile) for allocation in wanted]))
+        losses = _collect_losses((yield [Request(allocation, settings.profile) for allocation in wanted]))
         impairments = [[losses[allocation] - losses[base] for allocation in own] for own in plugged]
-        merged = _merged(space, budget, objectives, costs, groups, options, impairments)
+        merged = _merge(space, budget, objectives, costs, groups, options, impairments)
         new = [scheme for scheme in merged if scheme not in known]
         chosen = dict.fromkeys(round(place) for place in np.linspace(0, len(new) - 1, min(settings.schemes, len(new))))
         if chosen:
-            known |= _losses((yield [Request(new[place], settings.tokens) for place in chosen]))
+            known.update(_collect_losses((yield [Request(new[place], settings.tokens) for place in chosen])))
     return f"all {settings.rounds} rounds over {len(groups)} groups are done"
 
 
@@ -114,9 +139,9 @@ class _Group:
     """A contiguous run of blocks.
 
     Attributes:
-        places: Of its units in the space.
+        places: Indices of its units in the space.
         start: Its first block.
-        end: The block after its last.
+        end: The block after its last one.
     """
 
     places: tuple[int, ...]
@@ -133,8 +158,8 @@ class _Group:
         return tuple(own.get(place, level) for place, level in enumerate(allocation))
 
 
-def _groups(space: SearchSpace, count: int) -> list[_Group]:
-    """Cut the blocks that have units into so many runs of nearly equal length, or one for each if they are fewer."""
+def _make_groups(space: SearchSpace, count: int) -> list[_Group]:
+    """Cut the blocks that have units into ``count`` runs of nearly equal length, or one per block if they are fewer."""
     blocks = sorted({unit.block for unit in space.units})
     found = []
     for run in np.array_split(blocks, min(count, len(blocks))):
@@ -145,7 +170,7 @@ def _groups(space: SearchSpace, count: int) -> list[_Group]:
 
 
 class _Local:
-    """The evolution of one group in one round: costs, also those that are bounded, against the error of what leaves."""
+    """The evolution of one group in one round: its costs, also the bounded ones, against the error of its output."""
 
     def __init__(
         self,
@@ -158,16 +183,16 @@ class _Local:
         seed: Sequence[int],
     ) -> None:
         self._space, self._group, self._costs, self._settings = space, group, costs, settings
-        # what comes after is not run
+        # later blocks are not run
         self._before = tuple(lv if unit.block < group.end else 0 for lv, unit in zip(base, space.units, strict=True))
         units = [space.units[place] for place in group.places]
         drawn = int(np.random.SeedSequence(seed).generate_state(1)[0])
-        population = _population([unit.num_levels for unit in units], [group.of(base), *first], settings, drawn)
+        population = _make_population([unit.num_levels for unit in units], [group.of(base), *first], settings, drawn)
         self._nsga = make_nsga("nsga2", units, population, settings.population, 1 + len(costs), drawn)
         self._bred: Any = None
 
     def ask(self) -> list[Request]:
-        """Return the next generation; empty when nothing new is bred."""
+        """Return the next generation; empty if it holds nothing new."""
         self._bred = self._nsga.ask()
         return [self._request(row) for row in (() if self._bred is None else self._bred.get("X"))]
 
@@ -180,7 +205,7 @@ class _Local:
         self._nsga.tell(infills=self._bred)
 
     def front(self) -> list[Levels]:
-        """Return the members of the front, in the order of the first cost; evenly spaced ones, if they are many."""
+        """Return the members of the front in the order of the first cost; evenly spaced ones if there are many."""
         best = self._nsga.opt
         order = np.lexsort((best.get("F")[:, 0], best.get("F")[:, 1]))
         places = dict.fromkeys(np.linspace(0, len(order) - 1, min(len(order), self._settings.population)).round())
@@ -191,10 +216,10 @@ class _Local:
         return Request(allocation, self._settings.profile, blocks=self._group.end)
 
 
-def _population(
+def _make_population(
     lengths: Sequence[int], first: Sequence[Levels], settings: EmoPmsSettings, seed: int
 ) -> list[list[int]]:
-    """Return what is given, equal shares of every ladder, and random levels, all different."""
+    """Return distinct levels: the given ones, equal shares of every ladder, and random ones."""
     size, upper = settings.population, np.array(lengths) - 1
     rng = np.random.default_rng(seed)
     even = [tuple(np.round(share * upper).astype(int).tolist()) for share in np.linspace(0.0, 1.0, size)]
@@ -207,16 +232,16 @@ def _population(
     return [list(levels) for levels in found][:size]
 
 
-def _place(number: int) -> float:
-    """Return 1/2, 1/4, 3/4, 1/8, 5/8, ...: numbers from 1 on, their binary digits mirrored at the point."""
+def _find_place(number: int) -> float:
+    """Return 1/2, 1/4, 3/4, 1/8, 5/8, ...: the numbers from 1 with their binary digits mirrored at the point."""
     digits = f"{number + 1:b}"[::-1]
     return int(digits, 2) / float(1 << len(digits))
 
 
-def _nearest(
+def _find_nearest(
     space: SearchSpace, cost: Cost, known: Mapping[Allocation, float], place: float, span: tuple[int, int]
 ) -> Allocation:
-    """Return the member of the front of what is known that is nearest to a place on the span of a cost."""
+    """Return the member of the known front that is nearest to a share of the range of a cost."""
     allocations = list(known)
     spent = np.array([space.cost(allocation, cost) for allocation in allocations])
     front = non_dominated(np.column_stack([spent, [known[allocation] for allocation in allocations]]))
@@ -224,7 +249,7 @@ def _nearest(
     return allocations[min(front, key=lambda member: abs(spent[member] - low - place * (high - low)))]
 
 
-def _merged(
+def _merge(
     space: SearchSpace,
     budget: Budget,
     objectives: Sequence[Cost],
@@ -233,10 +258,10 @@ def _merged(
     options: Sequence[Sequence[Levels]],
     impairments: Sequence[Sequence[float]],
 ) -> list[Allocation]:
-    """Return the front within the budget of the sum of impairments and objectives: one option for each group, exactly.
+    """Return the exact front within the budget of the sum of impairments and the objectives: one option per group.
 
-    ``costs`` are the objectives, and what else the budget bounds: what is ahead in these may yet fit where the other
-    does not.
+    ``costs`` are the objectives and the other costs that the budget bounds. A scheme that is better in those may fit
+    where another does not.
     """
     figures, schemes = np.zeros((1, 1 + len(costs))), np.zeros((1, 0), dtype=np.int64)
     for group, own, losses in zip(groups, options, impairments, strict=True):
@@ -261,5 +286,5 @@ def _merged(
     return [inside[place] for place in non_dominated(figures[rows, : 1 + len(objectives)])]
 
 
-def _losses(outcomes: Sequence[Outcome]) -> dict[Allocation, float]:
+def _collect_losses(outcomes: Sequence[Outcome]) -> dict[Allocation, float]:
     return {outcome.request.allocation: outcome.loss for outcome in outcomes}

@@ -2,28 +2,29 @@
 
 After EvoPress (Sieberling et al., ICML 2025): offspring are the parent with min(U{1..m}, U{1..m}) exchanges,
 selection is staged over growing token sets, and the parent competes in the last stage. It departs from the
-paper in five ways: an exchange may cross unit kinds and step sizes, for the budget is an exact integer sum
-that is repaired and filled after it; where blocks can be removed, one offspring in eight removes or restores a
-contiguous run of them, which single exchanges do not find; the tokens of a stage are a prefix of the next
-stage's and the same in every generation, so all comparisons are paired; the search ends when nothing improves;
-and no allocation is proposed twice, so that random allocations take over when exchanges reach nothing new.
+paper in five ways. An exchange may cross unit kinds and step sizes, because the budget is an exact integer sum that is
+repaired and filled after it. Where blocks can be removed, one offspring in eight removes or restores a contiguous run
+of them, which single exchanges do not find. The tokens of a stage are a prefix of the next stage's and the same in
+every generation, so all comparisons are paired. The search ends when nothing improves. No allocation is proposed twice,
+so random allocations take over when exchanges reach nothing new.
 
-After DarwinLM (Tang et al., COLM 2026), candidates may be trained for a while before each stage scores them: what
-recovers is worth more than what is good at once. There candidates are trained anew in every stage; here a stage goes
-on where the stage before ended, which gives the same weights as training from the start.
+As in DarwinLM (Tang et al., COLM 2026), candidates may be trained for a while before each stage scores them, because an
+allocation that recovers is worth more than one that is good at once. The paper trains candidates from the start in
+every stage. Here a stage continues where the stage before ended, which gives the same weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from allocator.core.budget import Budget, repair
 from allocator.core.errors import UserError
-from allocator.core.protocols import Outcome, Request
+from allocator.core.protocols import Outcome, Request, Searcher
 from allocator.core.space import Allocation, SearchSpace, Unit
+from allocator.searchers.problem import MethodSettings, SearchProblem
 
 _ATTEMPTS_PER_OFFSPRING = 16
 
@@ -33,21 +34,21 @@ _RUN_SHARE = 0.125
 _LONGEST_RUN = 4
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EvolutionSettings:
     """Settings of exchange evolution.
 
     Attributes:
-        generations: How often the parent is challenged, at most.
+        generations: Most generations.
         patience: Generations without a better parent after which the search ends.
         offspring: λ, proposals per generation.
         tokens: Tokens of each stage, increasing.
-        survivors: How many stay after each stage; the last is 1, the next parent.
-        max_exchanges: m; an offspring differs by min(U{1..m}, U{1..m}) exchanges.
+        survivors: How many are left after each stage; the last is 1, the next parent.
+        max_exchanges: m. An offspring differs from its parent by min(U{1..m}, U{1..m}) exchanges.
         within_kind: Whether levels are exchanged between units of one kind and part only, as DarwinLM and Týr do.
         training: Tokens of each stage on which candidates are trained before they are scored, never fewer than in the
-            stage before; empty for none. The paper of DarwinLM has 10K, 50K, 100K and 200K. What is trained so is
-            thrown away: the plan is executed without training, for whoever makes the final model trains that.
+            stage before; empty for no training. The paper of DarwinLM has 10K, 50K, 100K and 200K. The trained weights
+            are thrown away, and the plan is executed without training.
     """
 
     generations: int = 16
@@ -82,13 +83,39 @@ class EvolutionSettings:
             )
         if self.training and (list(self.training) != sorted(self.training) or self.training[0] < 0):
             raise UserError(
-                "search.evolution.training: expected counts that never fall, for what one stage has trained the next "
-                f"trains on, found {list(self.training)}"
+                "search.evolution.training: expected counts that never fall, because each stage continues the training "
+                f"of the one before, found {list(self.training)}"
             )
         if self.training and self.training[-1] == 0:
             raise UserError(
                 "search.evolution.training: the last stage trains on no tokens. Ask for some, or leave it out"
             )
+
+
+@dataclass(frozen=True, slots=True)
+class EvolutionMethod(MethodSettings):
+    """Exchange evolution as a search method, with its settings under ``search.evolution``."""
+
+    evolution: EvolutionSettings = field(default_factory=EvolutionSettings)
+
+    @property
+    def fidelities(self) -> tuple[int, ...]:
+        """Tokens of the stages."""
+        return self.evolution.tokens
+
+    @property
+    def num_batches(self) -> int:
+        """Batches at most, baselines included."""
+        return 2 + self.evolution.generations * len(self.evolution.tokens)
+
+    @property
+    def training(self) -> int:
+        """Tokens on which a candidate is trained before the last stage; 0 for none."""
+        return self.evolution.training[-1] if self.evolution.training else 0
+
+    def make(self, problem: SearchProblem) -> Searcher:
+        """Return the searcher for a problem."""
+        return ExchangeEvolution(problem, self.evolution)
 
 
 def exchange(
@@ -102,8 +129,8 @@ def exchange(
     """Return ``parent`` after ``times`` exchanges, within the budget and with the budget full.
 
     One exchange makes a random unit one level sparser and another one level denser, of the same kind and part if
-    ``within_kind``. What the unequal costs of the two leave over or short is settled by units that were not
-    touched, in random order, if they can.
+    ``within_kind``. The two steps may differ in cost. Units that were not touched make up for the difference, in random
+    order, as far as they can.
     """
     levels = list(parent)
     touched: dict[int, None] = {}
@@ -131,22 +158,22 @@ def _sort(unit: Unit) -> tuple[str, str]:
 def move_run(space: SearchSpace, parent: Allocation, budget: Budget, rng: np.random.Generator) -> Allocation:
     """Return ``parent`` with a contiguous run of whole blocks removed, or made dense again, and the budget full.
 
-    The run is of min(U{1..4}, U{1..4}) blocks, at most half of all. It is made dense if it was removed, and removed
-    otherwise; the other blocks settle the budget, in random order.
+    The run has min(U{1..4}, U{1..4}) blocks, at most half of all. It is made dense if it was removed, and removed
+    otherwise. The other blocks make up for the cost, in random order.
     """
     blocks = sorted({unit.block for unit in space.units})
     length = min(int(rng.integers(1, _LONGEST_RUN + 1, size=2).min()), max(1, len(blocks) // 2))
     start = int(rng.integers(len(blocks) - length + 1))
     inside = [i for i, unit in enumerate(space.units) if unit.block in blocks[start : start + length]]
     levels = list(parent)
-    gone = all(levels[i] == space.units[i].num_levels - 1 for i in inside)
+    is_removed = all(levels[i] == space.units[i].num_levels - 1 for i in inside)
     for i in inside:
-        levels[i] = 0 if gone else space.units[i].num_levels - 1
+        levels[i] = 0 if is_removed else space.units[i].num_levels - 1
     rest = [i for i in rng.permutation(len(levels)).tolist() if i not in set(inside)]
     return repair(space, levels, budget, rest, inside)
 
 
-def proposals(
+def propose_children(
     space: SearchSpace,
     parent: Allocation,
     budget: Budget,
@@ -157,7 +184,7 @@ def proposals(
 ) -> Iterator[Allocation]:
     """Yield ``attempts`` children of a parent: the first half by exchanges and moves of runs, the others at random.
 
-    What exchanges reach may all be seen, as happens in small spaces.
+    In small spaces, all allocations that exchanges reach may be known already.
     """
     blocks_go = all(unit.kept[-1] == 0 for unit in space.units)
     for attempt in range(attempts):
@@ -174,14 +201,12 @@ def proposals(
 class ExchangeEvolution:
     """Exchange evolution for one budget. See the module's text for the method and its source."""
 
-    def __init__(
-        self, space: SearchSpace, budget: Budget, start: Sequence[Allocation], settings: EvolutionSettings, seed: int
-    ) -> None:
-        """Begin at the best of ``start``, allocations within the budget."""
-        self._space, self._budget, self._settings, self._seed = space, budget, settings, seed
+    def __init__(self, problem: SearchProblem, settings: EvolutionSettings) -> None:
+        """Begin at the best start."""
+        self._problem, self._settings = problem, settings
         self._generation = 0
         self._stage = len(settings.tokens) - 1
-        self._candidates: list[Allocation] = list(dict.fromkeys(start))
+        self._candidates: list[Allocation] = list(dict.fromkeys(problem.start))
         self._seen: set[Allocation] = set(self._candidates)
         self._scored: dict[Allocation, float] = {}
         self._parent = self._candidates[0]
@@ -189,7 +214,7 @@ class ExchangeEvolution:
         self._end = ""
 
     def ask(self) -> Sequence[Request]:
-        """Return one stage of one generation."""
+        """Return the requests of one stage of one generation."""
         if not self._candidates:
             return []
         tokens = self._settings.tokens[self._stage]
@@ -225,20 +250,26 @@ class ExchangeEvolution:
             self._candidates.append(self._parent)
 
     def ended(self) -> str:
-        """Return why nothing more is asked."""
+        """Return why the search ended."""
         return self._end
 
     def finalists(self) -> Sequence[Allocation]:
-        """Return what was scored on all tokens, best first."""
+        """Return the allocations that were scored on all tokens, best first."""
         return sorted(self._scored, key=lambda allocation: (self._scored[allocation], allocation))
 
     def _offspring(self) -> list[Allocation]:
         settings = self._settings
-        rng = np.random.default_rng([self._seed, self._generation])
+        rng = np.random.default_rng([self._problem.seed, self._generation])
         attempts = settings.offspring * _ATTEMPTS_PER_OFFSPRING
         children: list[Allocation] = []
-        for child in proposals(
-            self._space, self._parent, self._budget, rng, settings.max_exchanges, settings.within_kind, attempts
+        for child in propose_children(
+            self._problem.space,
+            self._parent,
+            self._problem.budget,
+            rng,
+            max_exchanges=settings.max_exchanges,
+            within_kind=settings.within_kind,
+            attempts=attempts,
         ):
             if child not in self._seen:
                 self._seen.add(child)

@@ -1,7 +1,7 @@
-"""Exchange evolution as three papers publish it: their numbers, for the patterns for which they give them.
+"""Presets of exchange evolution: the numbers of three papers, for the patterns for which they publish some.
 
-What they have in common, and how exchanges and budgets differ here, is in :mod:`allocator.searchers.methods.evolution`.
-All begin at uniform. They prune differently, which is the local pruner's matter, and evaluate as our engine does.
+The module :mod:`~allocator.searchers.methods.evolution` says what they share and how exchanges and budgets differ here.
+All begin at uniform. The local pruner and the engine are those of the run, not of the papers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
             "within_kind": False,
         }
     },
-    # Tang et al., COLM 2026: exchanges as in EvoPress, inside one type of module; its training is a setting of its own
+    # Tang et al., COLM 2026: exchanges as in EvoPress, within one type of module; training is a separate setting
     "darwinlm": {
         "structured": {
             "generations": 200,
@@ -36,7 +36,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
             "within_kind": True,
         }
     },
-    # Li et al., NeurIPS 2025: one of its coarse-to-fine iterations; of the last stage's two, the better is the parent
+    # Li et al., NeurIPS 2025: one coarse-to-fine iteration; the better of the last stage's two is the parent
     "tyr": {
         "structured": {
             "generations": 50,
@@ -52,11 +52,11 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
 """By name, then by pattern: settings of exchange evolution."""
 
 
-def preset(name: str, pattern: str) -> dict[str, Any]:
+def read_preset(name: str, pattern: str) -> dict[str, Any]:
     """Return the published settings of a method for a pattern.
 
     Raises:
-        UserError: Its paper gives none for the pattern; names the presets that have some.
+        UserError: The paper publishes none for the pattern. The message names the presets that have some.
     """
     published = PRESETS[name]
     if pattern not in published:

@@ -1,15 +1,16 @@
-"""Steady-state evolution with a fixed lag: proposals one by one, for workers that must not wait for a generation.
+"""Steady-state evolution with a fixed lag: proposals one by one, so that no worker waits for a generation.
 
-Proposal t sees exactly the outcomes of proposals up to t - lag - 1, whoever is fast and however many workers there are:
-so the search is a function of its seed and lag. Up to lag + 1 proposals are measured at once, and none waits for the
-slowest of a generation. What it costs is that parents are lag proposals old.
+Proposal t sees exactly the outcomes of proposals up to t - lag - 1, for any number and any speed of workers. So the
+search is a function of its seed and lag. Up to lag + 1 proposals are measured at once, and none waits for the slowest
+of a generation. The price is that parents are lag proposals old.
 
-A proposal is a child of the best that is known (by the exchanges of :mod:`allocator.searchers.methods.evolution`), on
-the first of the token sets; or, where one in ``reduction`` of what a set has scored has not gone on to the next, the
-best of these goes on. This is the asynchronous successive halving of ASHA (Li et al., "A system for massively parallel
-hyperparameter tuning", MLSys 2020), with children of the incumbent for its random draws, and promotions from the
-highest set first. It departs from ASHA in what a promotion sees: there whatever has come in, here what the lag lets
-through.
+A proposal is either a child of the best known allocation (by the exchanges of
+:mod:`allocator.searchers.methods.evolution`), measured on the first of the token sets, or a promotion. If fewer than
+one in ``reduction`` of the allocations that a set has scored were promoted to the next set, the best of the others is
+promoted. This is the asynchronous successive halving of ASHA (Li et al., "A system for massively parallel
+hyperparameter tuning", MLSys 2020), with children of the incumbent in place of random draws, and promotions from the
+highest set first. It differs from ASHA in one way: there a promotion sees all outcomes so far, here those up to the
+lag.
 """
 
 from __future__ import annotations
@@ -19,27 +20,27 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from allocator.core.budget import Budget
 from allocator.core.errors import UserError
-from allocator.core.protocols import Outcome, Request
-from allocator.core.space import Allocation, SearchSpace
-from allocator.searchers.methods.evolution import proposals
+from allocator.core.protocols import Outcome, Request, Searcher
+from allocator.core.space import Allocation
+from allocator.searchers.methods.evolution import propose_children
+from allocator.searchers.problem import MethodSettings, SearchProblem
 
 _ATTEMPTS = 512
-"""How often a child is drawn until it is one that was not proposed."""
+"""Most draws of a child until a new one is found."""
 
 
-@dataclass(frozen=True, slots=True)
-class SteadySettings:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SteadySettings(MethodSettings):
     """Settings of steady-state evolution.
 
     Attributes:
-        trials: Proposals, those included that go on to more tokens.
+        trials: Proposals, promotions included.
         patience: Proposals without a better allocation after which the search ends.
-        lag: Proposals that are measured at once beside the oldest. Two or three for each worker keep workers busy; it
-            is part of the search, so two runs with one lag are the same search on any number of workers.
+        lag: Proposals that are measured at once in addition to the oldest. Two or three for each worker keep workers
+            busy. The lag is part of the search: with one lag, it is the same search on any number of workers.
         tokens: Token sets, increasing.
-        reduction: One in so many of what a token set has scored goes on to the next.
+        reduction: One in this many allocations of a token set is promoted to the next.
         max_exchanges: A child differs by min(U{1..m}, U{1..m}) exchanges.
     """
 
@@ -58,16 +59,28 @@ class SteadySettings:
         if list(self.tokens) != sorted(set(self.tokens)) or not self.tokens or self.tokens[0] < 1:
             raise UserError(f"search.steady.tokens: expected increasing counts, found {list(self.tokens)}")
 
+    @property
+    def fidelities(self) -> tuple[int, ...]:
+        """Tokens of the measurements, increasing."""
+        return self.tokens
+
+    @property
+    def num_batches(self) -> int:
+        """Batches at most, baselines included."""
+        return 2 + self.trials
+
+    def make(self, problem: SearchProblem) -> Searcher:
+        """Return the searcher for a problem."""
+        return SteadyEvolution(problem, self)
+
 
 class SteadyEvolution:
     """Steady-state evolution for one budget. See the module's text for the method and its source."""
 
-    def __init__(
-        self, space: SearchSpace, budget: Budget, start: Sequence[Allocation], settings: SteadySettings, seed: int
-    ) -> None:
-        """Begin at the best of ``start``, allocations within the budget."""
-        self._space, self._budget, self._settings, self._seed = space, budget, settings, seed
-        self._start = list(dict.fromkeys(start))
+    def __init__(self, problem: SearchProblem, settings: SteadySettings) -> None:
+        """Begin at the best start."""
+        self._problem, self._settings = problem, settings
+        self._start = list(dict.fromkeys(problem.start))
         self._seen = set(self._start)
         self._scored: list[dict[Allocation, float]] = [{} for _ in settings.tokens]
         self._promoted: list[set[Allocation]] = [set() for _ in settings.tokens]
@@ -76,9 +89,9 @@ class SteadyEvolution:
         self._end = ""
 
     def ask(self) -> Sequence[Request]:
-        """Return the next proposal, which goes by what was told so far; the first are the starts, on all tokens.
+        """Return the next proposal, given the outcomes so far; the first batch are the starts, on all tokens.
 
-        It is none where the search is over, unless what is told yet changes that.
+        The batch is empty if the search is over; a later outcome may change that.
         """
         if self._asked == 0:
             self._asked += 1
@@ -97,7 +110,7 @@ class SteadyEvolution:
         return [request]
 
     def tell(self, outcomes: Sequence[Outcome]) -> None:
-        """Take what the oldest proposal came to."""
+        """Take the outcome of the oldest proposal."""
         self._told += 1
         last = len(self._settings.tokens) - 1
         for outcome in outcomes:
@@ -107,16 +120,16 @@ class SteadyEvolution:
                 self._loss, self._parent, self._better = outcome.loss, allocation, self._told
 
     def ended(self) -> str:
-        """Return why nothing more is asked."""
+        """Return why the search ended."""
         return self._end
 
     def finalists(self) -> Sequence[Allocation]:
-        """Return what was scored on all tokens, best first."""
+        """Return the allocations that were scored on all tokens, best first."""
         scored = self._scored[-1]
         return sorted(scored, key=lambda allocation: (scored[allocation], allocation))
 
     def _promotion(self) -> Request | None:
-        """Return the best that may go on to more tokens, from the highest set that has any."""
+        """Return the request of the next promotion, from the highest set that has one."""
         for rung in reversed(range(len(self._settings.tokens) - 1)):
             scored, promoted = self._scored[rung], self._promoted[rung]
             if len(promoted) < len(scored) // self._settings.reduction:
@@ -127,9 +140,16 @@ class SteadyEvolution:
         return None
 
     def _child(self) -> Request | None:
-        rng = np.random.default_rng([self._seed, self._asked])
-        exchanges = self._settings.max_exchanges
-        for child in proposals(self._space, self._parent, self._budget, rng, exchanges, False, _ATTEMPTS):
+        rng = np.random.default_rng([self._problem.seed, self._asked])
+        for child in propose_children(
+            self._problem.space,
+            self._parent,
+            self._problem.budget,
+            rng,
+            max_exchanges=self._settings.max_exchanges,
+            within_kind=False,
+            attempts=_ATTEMPTS,
+        ):
             if child not in self._seen:
                 self._seen.add(child)
                 return Request(child, self._settings.tokens[0])

@@ -1,20 +1,20 @@
 """Trust-region knapsack: a model at the operating point, the best of it nearby, and real evaluations to decide.
 
-Each round learns what units lose from where the search is, solves the additive problem exactly within several numbers
-of levels of the centre, and races the answers. The best moves the centre if it is better; the radius grows with success
-and shrinks without.
+Each round learns what a step of each unit loses at the centre, solves the additive problem exactly within several radii
+around the centre, and races the answers. The best answer becomes the centre if it is better. The radius grows after
+success and shrinks after failure.
 
-A profile at the dense model, an unbounded step, or a layer's own error in its place are all much worse: additivity
-holds nearby, and for the end-to-end loss only.
+A profile at the dense model, an unbounded step, or a layer's own error in place of the loss are all much worse, because
+additivity holds only nearby and only for the end-to-end loss.
 
-Where the evaluator has gradients, an expansion of the loss tells every level of every unit at once, but for curvatures,
-which take a step of each unit on few tokens. A round that gains little has them measured on more.
+If the evaluator has gradients, an expansion of the loss tells the slope of every level of every unit at once. Each
+curvature takes a step of its unit on few tokens. After a round that gains little, they are measured on more tokens.
 
-Without gradients, single steps are measured: few tokens, common random numbers, and in a batch they share all blocks
-before the one that differs. Between probes the model interpolates; beyond them it extrapolates with a deviation that
-grows, and the knapsack is shown pessimistic losses. While rounds gain much, every round has a whole profile on few
-tokens, for what units lose changes as the centre moves. A round that gains little raises the tokens, and then only
-those steps are probed on which the decision hangs: uncertain ones whose loss per cost is near the going rate.
+Without gradients, single steps are measured: on few tokens, with common random numbers, and in one batch, where they
+share all blocks before the one that differs. The model interpolates between probes. Beyond them it extrapolates with a
+growing deviation, and the knapsack gets pessimistic losses. While rounds gain much, every round has a whole profile on
+few tokens, because losses change as the centre moves. After a round that gains little, the tokens are raised and only
+the decisive steps are probed: uncertain ones whose loss per cost is near the median.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ import numpy as np
 
 from allocator.core.errors import UserError
 from allocator.core.space import Allocation
+from allocator.searchers.generator import Script, Steps
 from allocator.searchers.methods.race import race
-from allocator.searchers.script import Memory, Script, Steps
 from allocator.searchers.solvers.knapsack import knapsack_nearby
+from allocator.searchers.surrogates.memory import Memory
 
 _SURVIVORS = 2
-"""Answers of a round that may be measured on all tokens."""
+"""Most answers of a round that are measured on all tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +39,9 @@ class TrustRegionSettings:
     """Settings of the trust-region knapsack.
 
     Attributes:
-        rounds: Profiles, at most.
-        radius: Largest step of a unit, in levels, at the beginning.
-        least_gain: Share of the loss that a round must gain for another to follow.
+        rounds: Most rounds, each with a profile.
+        radius: Largest step of a unit at the beginning, in levels.
+        least_gain: Share of the loss that a round must gain; after a smaller gain, the tokens are raised.
     """
 
     rounds: int = 12
@@ -55,7 +56,7 @@ class TrustRegionSettings:
 
 
 def trust_region(memory: Memory, settings: TrustRegionSettings) -> Script:
-    """Search from the memory's centre. See the module's text."""
+    """Search from the memory's centre, and return why the search ended. See the module's text."""
     radius, fidelity = settings.radius, 0
     units = len(memory.centre)
     for _ in range(settings.rounds):
@@ -63,12 +64,12 @@ def trust_region(memory: Memory, settings: TrustRegionSettings) -> Script:
         yield from memory.expand(memory.tokens[fidelity])
         if not memory.gradients:
             yield from probe(memory, memory.tokens[fidelity], 2 * units if fidelity == 0 else max(1, units // 2))
-        found = _answers(memory, radius)
-        yield from race(memory, list(found), _SURVIVORS)
+        answers = _find_answers(memory, radius)
+        yield from race(memory, list(answers), _SURVIVORS)
         if memory.advance():
-            radius = min(settings.radius, 2 * found.get(memory.centre, radius))
+            radius = min(settings.radius, 2 * answers.get(memory.centre, radius))
         else:
-            radius = max(1, min(radius, max(found.values(), default=1)) // 2)
+            radius = max(1, min(radius, max(answers.values(), default=1)) // 2)
         if before - memory.loss < settings.least_gain * abs(before):
             fidelity += 1
             if fidelity >= len(memory.tokens) - memory.gradients:  # curvatures are never measured on all tokens
@@ -77,34 +78,34 @@ def trust_region(memory: Memory, settings: TrustRegionSettings) -> Script:
 
 
 def probe(memory: Memory, tokens: int, count: int) -> Steps:
-    """Measure single steps from the centre, those that matter most; the model sees them."""
-    yield from memory.compare(_probes(memory, tokens, count), tokens)
+    """Measure the single steps from the centre that matter most, and show them to the model."""
+    yield from memory.compare(_choose_probes(memory, tokens, count), tokens)
 
 
-def _answers(memory: Memory, radius: int) -> dict[Allocation, int]:
-    """Return new allocations, the best of the model within each radius, with the radius."""
+def _find_answers(memory: Memory, radius: int) -> dict[Allocation, int]:
+    """Return the model's best allocations within each radius that were not measured yet, with their radius."""
     table_ul = memory.surrogate.cautious()
-    found: dict[Allocation, int] = {}
-    for each in sorted({radius, *(2**power for power in range(radius.bit_length()))}):
-        answer = knapsack_nearby(memory.ladders, table_ul, memory.centre, each)
-        if not memory.seen(answer):
-            found.setdefault(answer, each)
-    return found
+    radii: dict[Allocation, int] = {}
+    for within in sorted({radius, *(2**power for power in range(radius.bit_length()))}):
+        answer = knapsack_nearby(memory.arrays, table_ul, memory.centre, within)
+        if not memory.is_measured_at_all(answer):
+            radii.setdefault(answer, within)
+    return radii
 
 
-def _probes(memory: Memory, tokens: int, count: int) -> list[Allocation]:
-    """Return single steps from the centre that matter most and are not known on so many tokens."""
-    surrogate, ladders = memory.surrogate, memory.ladders
+def _choose_probes(memory: Memory, tokens: int, count: int) -> list[Allocation]:
+    """Return the single steps from the centre that matter most and were not measured on so many tokens."""
+    surrogate, arrays = memory.surrogate, memory.arrays
     deviation_ul = surrogate.deviation()
     steps = []
     for unit, level in enumerate(memory.centre):
         for other in (level - 1, level + 1):
-            if not 0 <= other <= ladders.last_u[unit]:
+            if not 0 <= other <= arrays.last_u[unit]:
                 continue
             step = (*memory.centre[:unit], other, *memory.centre[unit + 1 :])
-            if not memory.knows(step, tokens):
+            if not memory.is_measured(step, tokens):
                 loss = float(surrogate.table_ul[unit, other] - surrogate.table_ul[unit, level])
-                price = float(ladders.price_ul[unit, level] - ladders.price_ul[unit, other])
+                price = float(arrays.price_ul[unit, level] - arrays.price_ul[unit, other])
                 steps.append((step, loss, price, float(deviation_ul[unit, other])))
     rate = float(np.median([loss / price for _, loss, price, _ in steps if price] or [0.0]))
 

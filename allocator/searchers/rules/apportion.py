@@ -1,10 +1,9 @@
-"""From real-valued sparsities to an allocation: the step that the field's rules leave open, once for all of them.
+"""From real-valued sparsities to an allocation: the step that the field's rules leave open.
 
-A rule gives a curve: one sparsity for each unit as a function of one number, at which everything grows sparser or
-everything denser. The member of the curve that meets the budget is taken, each unit clamped to what its ladder offers,
-so that what clamping leaves over is borne by the others. Most published rules normalise once, by the plain mean over
-layers, and clamp afterwards or never, so that with layers of unequal sizes they miss the target. Then sparsities become
-levels by the method of largest remainders.
+A rule gives a curve: the sparsity of each unit as a monotone function of one number. The member of the curve that meets
+the budget is taken, with each unit clamped to its ladder, so the other units compensate for clamped ones. Most
+published rules normalise once, by the plain mean over layers, and clamp afterwards or never, so they miss the target if
+layers have unequal sizes. Then sparsities become levels by the method of largest remainders.
 """
 
 from __future__ import annotations
@@ -17,24 +16,24 @@ from allocator.core.budget import Budget, repair
 from allocator.core.space import Allocation, SearchSpace
 
 Curve = Callable[[float], np.ndarray]
-"""From one number to the sparsity of every unit, not decreasing in any of them; values beyond [0, 1] are clamped."""
+"""Maps a number to the sparsity of every unit, none of which decreases. Values outside [0, 1] are clamped."""
 
 _BISECTIONS = 100
 _TOLERANCE = 1e-6
-"""A sparsity that exceeds a level by less is at it: bisection has a last digit."""
+"""A sparsity that exceeds a level by less is at the level, because bisection is not exact."""
 
 
-def on_budget(space: SearchSpace, budget: Budget, curve: Curve, low: float, high: float) -> np.ndarray:
+def meet_budget(space: SearchSpace, budget: Budget, curve: Curve, low: float, high: float) -> np.ndarray:
     """Return the sparsities [units] of the first member of a curve whose cost is within the budget.
 
-    Costs between levels are interpolated. Where even the last member costs more, it is returned.
+    Costs between levels are interpolated. If even the last member costs more, it is returned.
 
     Args:
         space: The search space.
-        budget: What is to be met.
+        budget: The limits to meet.
         curve: Sparsities as a function of one number.
-        low: Where it is densest.
-        high: Where it is sparsest.
+        low: The number of the densest member.
+        high: The number of the sparsest member.
     """
     places = [_sparsities(space, index) for index in range(len(space.units))]
     most = np.array([sparsities[-1] for sparsities in places])
@@ -59,10 +58,10 @@ def on_budget(space: SearchSpace, budget: Budget, curve: Curve, low: float, high
     return member(high)
 
 
-def to_levels(space: SearchSpace, budget: Budget, sparsities: Sequence[float] | np.ndarray) -> Allocation:
+def round_to_levels(space: SearchSpace, budget: Budget, sparsities: Sequence[float] | np.ndarray) -> Allocation:
     """Return the allocation at the budget that is nearest to real-valued sparsities, by largest remainders.
 
-    Every unit takes the next level that is at least as sparse. Then units go a level denser while the budget
+    Every unit takes the next level that is at least as sparse. Then units are made one level denser while the budget
     allows, first those that the first step moved furthest, as a share of the step between levels.
     """
     levels, excess = [], []
@@ -76,13 +75,13 @@ def to_levels(space: SearchSpace, budget: Budget, sparsities: Sequence[float] | 
     return repair(space, levels, budget, order.tolist())
 
 
-def apportioned(space: SearchSpace, budget: Budget, curve: Curve, low: float, high: float) -> Allocation:
-    """Return the allocation of a curve's member at the budget. See :func:`on_budget` and :func:`to_levels`."""
-    return to_levels(space, budget, on_budget(space, budget, curve, low, high))
+def apportion(space: SearchSpace, budget: Budget, curve: Curve, low: float, high: float) -> Allocation:
+    """Return the allocation of a curve's member at the budget. See :func:`meet_budget` and :func:`round_to_levels`."""
+    return round_to_levels(space, budget, meet_budget(space, budget, curve, low, high))
 
 
-def refilled(space: SearchSpace, levels: Sequence[int], budget: Budget, last: Collection[int]) -> Allocation:
-    """Return levels within the budget with it filled: by the units that were sparsified last, if they can."""
+def refill(space: SearchSpace, levels: Sequence[int], budget: Budget, last: Collection[int]) -> Allocation:
+    """Fill the budget of an allocation within it, first with the units that were sparsified last."""
     return repair(space, levels, budget, [*last], [i for i in range(len(levels)) if i not in last])
 
 

@@ -1,4 +1,4 @@
-"""Allocations that need no search: uniform, and one rate for attention with one for the rest."""
+"""The baselines: uniform, and one rate for attention with one for the rest."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ import numpy as np
 from allocator.core.budget import Budget, fits, repair
 from allocator.core.errors import UserError
 from allocator.core.space import Allocation, SearchSpace, Unit
-from allocator.searchers.rules.apportion import apportioned
+from allocator.searchers.rules.apportion import apportion
 
 _TOLERANCE = 1e-9
 
 
 def _level_at_most(unit: Unit, sparsity: float) -> int:
-    """Return the sparsest level that removes no more than ``sparsity``; dense if there is none."""
+    """Return the sparsest level that removes no more than ``sparsity``; the dense level if there is no other."""
     return max(level for level in range(unit.num_levels) if level == 0 or unit.sparsity(level) <= sparsity + _TOLERANCE)
 
 
 def uniform(space: SearchSpace, budget: Budget) -> Allocation:
     """Give every unit the sparsity that meets the budget, and the levels nearest to it by largest remainders."""
-    return apportioned(space, budget, lambda sparsity: np.full(len(space.units), sparsity), 0.0, 1.0)
+    return apportion(space, budget, lambda sparsity: np.full(len(space.units), sparsity), 0.0, 1.0)
 
 
 def two_rate(space: SearchSpace, budget: Budget) -> list[Allocation]:
     """Return the sweep of two-rate allocations: one sparsity for attention, another for the rest.
 
-    Every sparsity on a ladder of attention is tried; the rest gets the largest common sparsity that the
-    budget asks for, and is then repaired alone, so that attention keeps its rate wherever it can. The best
-    of the sweep, measured, is the baseline that a clever person would try.
+    Attention gets each sparsity of its ladders in turn. The rest gets the least common sparsity that meets the budget,
+    and is then repaired alone, so attention keeps its rate if possible. The best of the sweep by measurement is the
+    baseline that a clever person would try.
 
     Raises:
-        UserError: The space has no attention units, or nothing but them.
+        UserError: The space has no attention units, or no other units.
     """
     attention = [i for i, unit in enumerate(space.units) if unit.part == "attention"]
     others = [i for i, unit in enumerate(space.units) if unit.part != "attention"]

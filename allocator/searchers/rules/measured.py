@@ -1,7 +1,7 @@
-"""Rules that measure the model as they go: procedures of a few steps, run as searchers.
+"""Rules that measure the model in several steps, run as searchers.
 
-A procedure is a generator: it yields the batches that it wants measured, is sent their outcomes, and returns its
-allocation. All it knows is what it was told, so that a replay of the outcomes continues it.
+A procedure is a generator: it yields batches of requests, is sent their outcomes, and returns its allocation. It
+depends only on the outcomes, so a replay of them continues it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import numpy as np
 from allocator.core.budget import Budget, fits
 from allocator.core.protocols import Outcome, Request
 from allocator.core.space import Allocation, SearchSpace
-from allocator.searchers.rules.apportion import apportioned, on_budget, refilled, to_levels
+from allocator.searchers.generator import GeneratorSearcher, Script
+from allocator.searchers.rules.apportion import apportion, meet_budget, refill, round_to_levels
 from allocator.searchers.rules.baselines import two_rate
 from allocator.searchers.rules.one_shot import EVERY, ITEMS
 from allocator.searchers.solvers.knapsack import knapsack
@@ -24,20 +25,20 @@ Procedure = Generator[list[Request], Sequence[Outcome], Allocation]
 
 
 @dataclass(frozen=True, slots=True)
-class Fidelity:
+class RuleTokens:
     """Tokens of the search split on which a procedure measures.
 
     Attributes:
-        few: For the many measurements by which it finds its way.
-        all: For those between which it chooses its answer.
+        few: For the many measurements that guide the procedure.
+        all: For the measurements among which it chooses its answer.
     """
 
     few: int
     all: int
 
 
-def sweep_two_rate(space: SearchSpace, budget: Budget, target: float, tokens: Fidelity) -> Procedure:
-    """Measure every two-rate allocation, and take the best. See ``baselines.two_rate``."""
+def sweep_two_rate(space: SearchSpace, budget: Budget, target: float, tokens: RuleTokens) -> Procedure:
+    """Measure every two-rate allocation and return the best. See ``baselines.two_rate``."""
     outcomes = yield [Request(allocation, tokens.all) for allocation in two_rate(space, budget)]
     return _best(outcomes).request.allocation
 
@@ -45,7 +46,7 @@ def sweep_two_rate(space: SearchSpace, budget: Budget, target: float, tokens: Fi
 _SLOPES = 8
 
 
-def atp(space: SearchSpace, budget: Budget, target: float, tokens: Fidelity) -> Procedure:
+def atp(space: SearchSpace, budget: Budget, target: float, tokens: RuleTokens) -> Procedure:
     """Let sparsity grow in a straight line over depth: s_i = S - β(L - 1)/2 + iβ, the best of eight slopes β.
 
     ATP (Huang et al., "Determining layer-wise sparsity for LLMs through a theoretical perspective", ICML 2025). Slopes
@@ -58,18 +59,18 @@ def atp(space: SearchSpace, budget: Budget, target: float, tokens: Fidelity) -> 
     candidates: dict[Allocation, None] = {}
     for step in range(1, _SLOPES + 1):
         line = steepest * step / _SLOPES * depth
-        candidates[apportioned(space, budget, partial(np.add, line), -1.0, 2.0)] = None
+        candidates[apportion(space, budget, partial(np.add, line), -1.0, 2.0)] = None
     outcomes = yield [Request(allocation, tokens.all) for allocation in candidates]
     return _best(outcomes).request.allocation
 
 
-def finercut(space: SearchSpace, budget: Budget, target: float, tokens: Fidelity) -> Procedure:
+def finercut(space: SearchSpace, budget: Budget, target: float, tokens: RuleTokens) -> Procedure:
     """Drop the attention or the feed-forward network whose removal changes the output least, until the budget holds.
 
-    All that are left are scored again after each removal (Zhang et al., "FinerCut: finer-grained interpretable layer
-    pruning", 2024). The change is the run's loss; the source takes distances between logits. It removes a number of
-    sub-blocks; here the last one dropped takes back what the budget leaves. To drop a unit is to put it at its last
-    level.
+    After each removal, all remaining sub-blocks are scored again (Zhang et al., "FinerCut: finer-grained interpretable
+    layer pruning", 2024). The change is the run's loss; the source takes distances between logits. The source removes a
+    number of sub-blocks; here the last dropped sub-block takes back what the budget leaves. A dropped unit is at its
+    last level.
     """
     parts: dict[tuple[int, str], list[int]] = {}
     for index, unit in enumerate(space.units):
@@ -77,19 +78,19 @@ def finercut(space: SearchSpace, budget: Budget, target: float, tokens: Fidelity
             parts.setdefault((unit.block, unit.part), []).append(index)
     allocation, last = space.dense, list[int]()
     while not fits(space, allocation, budget):
-        candidates = {_dropped(space, allocation, inside): key for key, inside in parts.items()}
+        candidates = {_drop(space, allocation, inside): key for key, inside in parts.items()}
         outcomes = yield [Request(candidate, tokens.few) for candidate in candidates]
         allocation = _best(outcomes).request.allocation
         last = parts.pop(candidates[allocation])
-    return refilled(space, allocation, budget, last)
+    return refill(space, allocation, budget, last)
 
 
 _STEP = 0.05
 _AMPLITUDE = 0.03
 
 
-def adapt_pruner(space: SearchSpace, budget: Budget, target: float, tokens: Fidelity) -> Procedure:
-    """Prune in small steps, each a little less where a block of the model as pruned so far does more.
+def adapt_pruner(space: SearchSpace, budget: Budget, target: float, tokens: RuleTokens) -> Procedure:
+    """Prune in small steps, each smaller for blocks with more influence in the model as pruned so far.
 
     s_l ← s_l + Δ - A·Î_l with Δ about 0.05 and A = 0.03; Î is the block's influence, 1 - cosine of its input and
     output, less the mean over blocks and scaled to max |Î| = 1 (Pan et al., "Adapt-Pruner", 2025). After each step the
@@ -107,17 +108,17 @@ def adapt_pruner(space: SearchSpace, budget: Budget, target: float, tokens: Fide
         scale = float(np.abs(centred).max()) or 1.0
         base = sparsities - _AMPLITUDE * centred[blocks] / scale
         due = Budget(**{cost: whole[cost] - (whole[cost] - budget.limits[cost]) * step // steps for cost in whole})
-        sparsities = on_budget(space, due, partial(np.add, base), -1.0, 2.0)
-        allocation = to_levels(space, due, sparsities)
+        sparsities = meet_budget(space, due, partial(np.add, base), -1.0, 2.0)
+        allocation = round_to_levels(space, due, sparsities)
     return allocation
 
 
-def rd(space: SearchSpace, budget: Budget, target: float, tokens: Fidelity) -> Procedure:
+def rd(space: SearchSpace, budget: Budget, target: float, tokens: RuleTokens) -> Procedure:
     """Minimise Σ δ_u(s_u) within the budget, δ being the distortion with one unit alone pruned, for every level.
 
     Xu et al., "Efficient joint optimization of layer-adaptive weight pruning", ICCV 2023: distortions of the output are
-    taken to add up. Theirs is the squared distance of outputs, ours the run's loss; their dynamic program counts single
-    weights, ours is exact too.
+    assumed to add up. The source takes the squared distance of outputs, and a dynamic program that counts single
+    weights. Here the distortion is the run's loss, and the knapsack is exact too.
     """
     single = [
         tuple(level if other == index else 0 for other in range(len(space.units)))
@@ -136,11 +137,11 @@ class MeasuredRule:
     """A rule that measures the model as it goes.
 
     Attributes:
-        run: From space, budget, target and tokens to its procedure.
-        patterns: Those that it serves.
+        run: Function of space, budget, target and tokens that returns the procedure.
+        patterns: Patterns that it serves.
     """
 
-    run: Callable[[SearchSpace, Budget, float, Fidelity], Procedure]
+    run: Callable[[SearchSpace, Budget, float, RuleTokens], Procedure]
     patterns: tuple[str, ...]
 
 
@@ -151,52 +152,38 @@ MEASURED_RULES: Mapping[str, MeasuredRule] = {
     "adapt_pruner": MeasuredRule(adapt_pruner, EVERY),
     "rd": MeasuredRule(rd, EVERY),
 }
-"""By name: rules that are searchers."""
+"""Rules that measure, by name."""
 
 
-class Stepwise:
-    """A procedure as a searcher: measures where it starts, does its steps, and measures the answer."""
+def make_rule_searcher(procedure: Procedure, start: Sequence[Allocation], tokens: RuleTokens) -> GeneratorSearcher:
+    """Return a searcher that measures its starts, runs a procedure, and measures the procedure's answer.
 
-    def __init__(self, procedure: Procedure, start: Sequence[Allocation], tokens: Fidelity) -> None:
-        """Take a procedure that has not begun; ``start`` are allocations to compare its answer with, perhaps none."""
-        self._procedure, self._tokens = procedure, tokens
-        self._scored: dict[Allocation, float] = {}
-        self._state = "start" if start else "steps"
-        self._requests = [Request(a, tokens.all) for a in dict.fromkeys(start)] if start else self._advance(None)
+    Args:
+        procedure: One that has not begun.
+        start: Allocations to compare the answer with; may be empty.
+        tokens: Those of the procedure.
+    """
+    losses: dict[Allocation, float] = {}
 
-    def ask(self) -> Sequence[Request]:
-        """Return the starts, then the batches of the procedure, then its answer."""
-        return self._requests
+    def rank() -> list[Allocation]:
+        return sorted(losses, key=lambda allocation: (losses[allocation], allocation))
 
-    def tell(self, outcomes: Sequence[Outcome]) -> None:
-        """Go a step on."""
-        if self._state == "steps":
-            self._requests = self._advance(outcomes)
-            return
-        self._scored.update({outcome.request.allocation: outcome.loss for outcome in outcomes})
-        if self._state == "start":
-            self._state = "steps"
-            self._requests = self._advance(None)
-        else:
-            self._requests = []
-
-    def ended(self) -> str:
-        """Return why nothing more is asked."""
-        return "the rule has come to its answer"
-
-    def finalists(self) -> Sequence[Allocation]:
-        """Return the answer and the starts, best first."""
-        return sorted(self._scored, key=lambda allocation: (self._scored[allocation], allocation))
-
-    def _advance(self, outcomes: Sequence[Outcome] | None) -> list[Request]:
-        try:
-            return next(self._procedure) if outcomes is None else self._procedure.send(outcomes)
-        except StopIteration as end:
-            self._state = "answer"
-            return [Request(end.value, self._tokens.all)]
+    return GeneratorSearcher(_run(procedure, start, tokens, losses), rank)
 
 
-def _dropped(space: SearchSpace, allocation: Allocation, inside: Sequence[int]) -> Allocation:
+def _run(
+    procedure: Procedure, start: Sequence[Allocation], tokens: RuleTokens, losses: dict[Allocation, float]
+) -> Script:
+    if start:
+        outcomes = yield [Request(allocation, tokens.all) for allocation in dict.fromkeys(start)]
+        losses.update({outcome.request.allocation: outcome.loss for outcome in outcomes})
+    answer = yield from procedure
+    outcomes = yield [Request(answer, tokens.all)]
+    losses.update({outcome.request.allocation: outcome.loss for outcome in outcomes})
+    return "the rule has come to its answer"
+
+
+def _drop(space: SearchSpace, allocation: Allocation, inside: Sequence[int]) -> Allocation:
     levels = list(allocation)
     for index in inside:
         levels[index] = space.units[index].num_levels - 1

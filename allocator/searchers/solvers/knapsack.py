@@ -14,14 +14,14 @@ import numpy as np
 from allocator.core.budget import Budget
 from allocator.core.errors import UserError
 from allocator.core.space import Allocation, Cost, SearchSpace
-from allocator.searchers.solvers.lagrange import Floats, Ints, cheapest, fill, improves, optimum
-from allocator.searchers.solvers.space_arrays import Ladders
+from allocator.searchers.solvers.lagrange import Floats, Ints, fill, find_cheapest, find_optimum, mark_improvements
+from allocator.searchers.solvers.space_arrays import SpaceArrays
 
 Table: TypeAlias = Sequence[Sequence[float]]
 """What each level of each unit adds to the loss, in the order of the units; inf forbids the level."""
 
 MAX_BUCKETS = 2**15
-"""Where the cost of a space spans no more steps than this, :func:`additive_front` is exact."""
+"""If the costs of a space span no more steps than this, :func:`additive_front` is exact."""
 
 
 def knapsack(
@@ -32,30 +32,31 @@ def knapsack(
 
 
 def knapsack_nearby(
-    ladders: Ladders, table_ul: Floats, centre: Allocation, radius: int, slack: float = 0.0
+    arrays: SpaceArrays, table_ul: Floats, centre: Allocation, radius: int, slack: float = 0.0
 ) -> Allocation:
-    """Minimise the sum of a table within so many levels of ``centre``, which keeps the budget, in every unit.
+    """Minimise the sum of a table within ``radius`` levels of ``centre`` in every unit.
 
-    As :func:`knapsack_multi`, on arrays.
+    Works like :func:`knapsack_multi`, on arrays.
 
     Args:
-        ladders: The space and its budget; what the table says beyond a unit's last level is not looked at.
-        table_ul: What each level of each unit adds to the loss.
-        centre: One level per unit.
+        arrays: The space and its budget.
+        table_ul: What each level of each unit adds to the loss. Entries beyond a unit's last level are ignored.
+        centre: One level per unit, within the budget.
         radius: Levels that a unit may move.
-        slack: By how much the sum may miss the least; where there are hundreds of units, a little spares most work.
+        slack: By how much the sum may exceed the minimum. With hundreds of units, a little slack saves most of the
+            work.
     """
-    last_u1, unit_u1 = ladders.last_u[:, None], np.arange(len(centre))[:, None]
+    last_u1, unit_u1 = arrays.last_u[:, None], np.arange(len(centre))[:, None]
     level_uw = np.array(centre)[:, None] + np.arange(-radius, radius + 1)  # the window of each unit
     inside_uw = (level_uw >= 0) & (level_uw <= last_u1)
     level_uw = np.clip(level_uw, 0, last_u1)
     values_uw = np.where(inside_uw, table_ul[unit_u1, level_uw], np.inf)
-    costs_kuw, rooms_k = ladders.cost_kul[:, unit_u1, level_uw], ladders.room_k
-    found_u = optimum(values_uw, costs_kuw, rooms_k, slack)
+    costs_kuw, rooms_k = arrays.cost_kul[:, unit_u1, level_uw], arrays.room_k
+    found_u = find_optimum(values_uw, costs_kuw, rooms_k, slack)
     assert found_u is not None, "the centre keeps the budget"
     found_u = fill(values_uw, costs_kuw, rooms_k, found_u)
     levels_u = level_uw[unit_u1[:, 0], found_u]
-    return tuple(fill(table_ul, ladders.cost_kul, rooms_k, levels_u).tolist())
+    return tuple(fill(table_ul, arrays.cost_kul, rooms_k, levels_u).tolist())
 
 
 def knapsack_multi(
@@ -66,26 +67,26 @@ def knapsack_multi(
 ) -> Allocation:
     """Minimise the sum of ``table`` within a limit on each of several costs of the whole model.
 
-    The answer is exact: with one limit by dynamic programming on Lagrangian bounds, without rounding of any
-    cost; with more by the mixed-integer solver HiGHS, to its tolerances. :mod:`allocator.searchers.solvers.lagrange`
-    says how, and names the two sizes beyond which only the best that was found is returned. The limits always hold, and
-    equal inputs give equal allocations.
+    The answer is exact. One limit is solved by dynamic programming on Lagrangian bounds, without rounding any cost;
+    several limits are solved by the mixed-integer solver HiGHS, to its tolerances. See
+    :mod:`allocator.searchers.solvers.lagrange`, also for the two sizes beyond which the answer is only the best found.
+    The limits always hold, and equal inputs give equal allocations.
 
-    The optimum is then filled: while a unit could go one level denser within the limits, the unit that lowers
-    the sum most does. Where ``table`` falls with density there is nothing to fill; where a denser level is
-    worse, a full budget is worth more than the sum. The fill leaves the ranges of ``allowed`` only for room that
-    no unit inside its range can take; it never takes a level whose value is inf.
+    Then the optimum is filled: while some unit could be one level denser within the limits, the unit that lowers the
+    sum most is made denser. If ``table`` falls with density, there is nothing to fill. If a denser level is worse, a
+    full budget is preferred to a smaller sum. The fill leaves the ranges of ``allowed`` only for room that no unit can
+    use inside its range. It never takes a level whose value is inf.
 
     Args:
         space: The search space.
-        limits: Upper bound on each cost named, of the whole model.
+        limits: Upper bounds on costs of the whole model, by name.
         table: One row per unit, one value per level; inf forbids the level.
         allowed: The lowest and the highest level to choose from, both included, per unit; all when None.
 
     Raises:
-        UserError: A unit has no level left, or no choice of levels keeps the limits.
+        UserError: A unit has no usable level, or no choice of levels keeps the limits.
     """
-    values_ul, costs_kul = _padded(space, table, tuple(limits))
+    values_ul, costs_kul = _pad(space, table, tuple(limits))
     rooms_k = np.array([limit - space.fixed[cost] for cost, limit in limits.items()])
     inside_ul = values_ul
     if allowed is not None:
@@ -93,7 +94,7 @@ def knapsack_multi(
         level_l = np.arange(values_ul.shape[1])
         inside_ul = np.where((level_l >= low_u[:, None]) & (level_l <= high_u[:, None]), values_ul, np.inf)
     reach = _check_reach(space, limits, inside_ul, costs_kul)
-    found_u = optimum(inside_ul, costs_kul, rooms_k)
+    found_u = find_optimum(inside_ul, costs_kul, rooms_k)
     if found_u is None:
         raise UserError(
             f"{_named(limits)}: no allocation was found that keeps all, though the levels to choose from "
@@ -107,18 +108,18 @@ def knapsack_multi(
 def additive_front(space: SearchSpace, cost: Cost, table: Table) -> list[tuple[int, float, Allocation]]:
     """Return the Pareto front of one cost of the whole model and the sum of ``table``, cheapest first.
 
-    Dynamic programming over buckets of cost. The steps of the ladders are first divided by their greatest
-    common divisor: where :data:`MAX_BUCKETS` of those span the space, the front is exact. Where not, steps are
-    rounded to that many buckets: cost and value of every point are still those of its allocation, and the
-    points do not dominate each other, but some of the exact front may be missed or approached only.
+    Dynamic programming over buckets of cost. The steps of the ladders are divided by their greatest common divisor. If
+    the space then spans at most :data:`MAX_BUCKETS` steps, the front is exact. Otherwise steps are rounded to that many
+    buckets. Cost and value of every point are still those of its allocation, and no point dominates another, but some
+    points of the exact front may be missed or only approached.
 
     Raises:
         UserError: A unit has no finite value.
     """
-    values_ul, costs_kul = _padded(space, table, (cost,))
+    values_ul, costs_kul = _pad(space, table, (cost,))
     _check_reach(space, {}, values_ul, costs_kul)
     usable_ul = np.isfinite(values_ul)
-    above_ul = np.where(usable_ul, costs_kul[0] - cheapest(values_ul, costs_kul)[0, :, None], 0)
+    above_ul = np.where(usable_ul, costs_kul[0] - find_cheapest(values_ul, costs_kul)[0, :, None], 0)
     above_ul //= max(int(np.gcd.reduce(above_ul, axis=None)), 1)
     span = int(above_ul.max(axis=1).sum())
     if span > MAX_BUCKETS:
@@ -138,7 +139,7 @@ def additive_front(space: SearchSpace, cost: Cost, table: Table) -> list[tuple[i
         best_b = wider_b
         picks.append(pick_b)
 
-    bucket_p = np.flatnonzero(improves(best_b))
+    bucket_p = np.flatnonzero(mark_improvements(best_b))
     levels_up = np.empty((len(picks), len(bucket_p)), dtype=np.int64)
     for index in reversed(range(len(picks))):
         levels_up[index] = picks[index][bucket_p]
@@ -147,12 +148,12 @@ def additive_front(space: SearchSpace, cost: Cost, table: Table) -> list[tuple[i
     cost_p = space.fixed[cost] + costs_kul[0, unit_u1, levels_up].sum(axis=0)
     value_p = values_ul[unit_u1, levels_up].sum(axis=0)
     order_p = np.lexsort((value_p, cost_p))  # rounded steps leave the points out of order
-    order_p = order_p[improves(value_p[order_p])]
+    order_p = order_p[mark_improvements(value_p[order_p])]
     levels_pu = levels_up.T[order_p].tolist()
     return list(zip(cost_p[order_p].tolist(), value_p[order_p].tolist(), map(tuple, levels_pu), strict=True))
 
 
-def _padded(space: SearchSpace, table: Table, costs: Sequence[Cost]) -> tuple[Floats, Ints]:
+def _pad(space: SearchSpace, table: Table, costs: Sequence[Cost]) -> tuple[Floats, Ints]:
     shape = len(space.units), max(unit.num_levels for unit in space.units)
     values_ul = np.full(shape, np.inf)
     costs_kul = np.zeros((len(costs), *shape), dtype=np.int64)
@@ -166,11 +167,11 @@ def _padded(space: SearchSpace, table: Table, costs: Sequence[Cost]) -> tuple[Fl
 
 
 def _check_reach(space: SearchSpace, limits: Mapping[Cost, int], values_ul: Floats, costs_kul: Ints) -> str:
-    """Return the reachable range of each limited cost, in words, once every limit is known to be above its least."""
+    """Check that every limit is reachable, and return the reachable range of each limited cost in words."""
     for index in np.flatnonzero(~np.isfinite(values_ul).any(axis=1)):
         name = space.units[index].name
         raise UserError(f"{name}: no level is left to choose. Widen its range, or give a finite value")
-    least_k = cheapest(values_ul, costs_kul).sum(axis=1)
+    least_k = find_cheapest(values_ul, costs_kul).sum(axis=1)
     most_k = np.where(np.isfinite(values_ul), costs_kul, 0).max(axis=2).sum(axis=1)
     reach = ", ".join(
         f"{cost} {space.fixed[cost] + least} to {space.fixed[cost] + most}"

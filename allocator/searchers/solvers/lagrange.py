@@ -1,7 +1,7 @@
-"""Multiple-choice knapsacks as arrays: Lagrangian bounds, then an exact search of what they leave open.
+"""Multiple-choice knapsacks as arrays: Lagrangian bounds, then an exact search of the levels that they leave open.
 
 Axes: k limited costs, u units, l levels, s states, x usable levels of all units in a row. Rows are padded to
-the longest ladder; a level that may not be taken has the value inf. A room is what a limit leaves to the units.
+the longest ladder; a forbidden level has the value inf. A room is what a limit leaves to the units.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ Floats: TypeAlias = NDArray[np.float64]
 Ints: TypeAlias = NDArray[np.int64]
 
 MAX_STATES = 2**15
-"""States that dynamic programming keeps per unit; where there are never more, the answer is exact."""
+"""Most states that dynamic programming keeps per unit. If there are never more, the answer is exact."""
 
 MAX_NODES = 1000
-"""Nodes of branch and bound under several limits; where it needs no more, the answer is exact to its tolerances."""
+"""Most nodes of branch and bound under several limits. If it needs no more, the answer is exact to its tolerances."""
 
 _ROUNDS = 64  # of the search for a multiplier; any multiplier gives a valid bound
 _TOLERANCE = 1e-12  # of the sums behind a bound: nothing smaller is called an improvement
 
 
-def optimum(values_ul: Floats, costs_kul: Ints, rooms_k: Ints, slack: float = 0.0) -> Ints | None:
-    """Return the levels of least value within the rooms, to within a slack; None where none was found.
+def find_optimum(values_ul: Floats, costs_kul: Ints, rooms_k: Ints, slack: float = 0.0) -> Ints | None:
+    """Return the levels of least value within the rooms, to within a slack; None if none were found.
 
-    Lagrangian multipliers give a lower bound and a feasible choice. Where the two meet, it is the optimum.
+    Lagrangian multipliers give a lower bound and a feasible choice. If the two meet, the choice is the optimum.
     Otherwise every level that the bound excludes is dropped (Pisinger, "A minimal algorithm for the
     multiple-choice knapsack problem", EJOR 83, 1995) and the rest is searched.
     """
@@ -84,7 +84,7 @@ def _multiplier(values_ul: Floats, costs_ul: Ints, room: int) -> Floats:
 
 
 def _multipliers(values_ul: Floats, costs_kul: Ints, rooms_k: Ints) -> Floats | None:
-    """Return the multipliers that maximise the Lagrangian bound; None where even fractions of levels do not fit.
+    """Return the multipliers that maximise the Lagrangian bound; None if not even fractions of levels fit.
 
     They are the dual solution of the linear relaxation (Geoffrion, "Lagrangean relaxation for integer
     programming", 1974: the two bounds are equal, because the relaxed problem has integral optima).
@@ -108,7 +108,7 @@ def _multipliers(values_ul: Floats, costs_kul: Ints, rooms_k: Ints) -> Floats | 
 
 
 def _mixed_integer(values_ul: Floats, costs_kul: Ints, rooms_k: Ints, gap: float) -> Ints | None:
-    """Return the levels of least value within the rooms, checked in integers; None where none was found."""
+    """Return the levels of least value within the rooms, checked in integers; None if none were found."""
     from scipy.optimize import Bounds, LinearConstraint, milp
 
     column_x, choice_ux, rows_kx, step_k, limit_k = _program(values_ul, costs_kul, rooms_k)
@@ -131,12 +131,12 @@ def _mixed_integer(values_ul: Floats, costs_kul: Ints, rooms_k: Ints, gap: float
         over_k = costs_kul[:, np.arange(len(levels_u)), levels_u].sum(axis=1) - rooms_k
         if (over_k <= 0).all():
             return levels_u
-        limit_k = limit_k - np.maximum(-(-over_k // step_k), 0)  # the solver's tolerance let it through
+        limit_k = limit_k - np.maximum(-(-over_k // step_k), 0)  # the solver's tolerance allowed an excess
 
 
 @contextmanager
 def _mute() -> Iterator[None]:
-    """Keep what C writes off standard output, where a command's answer goes: HiGHS leaves lines there now and then."""
+    """Silence C code on standard output, which holds a command's answer; HiGHS sometimes writes lines there."""
     flush = ctypes.CDLL(None).fflush
     sys.stdout.flush()
     flush(None)
@@ -154,13 +154,13 @@ def _mute() -> Iterator[None]:
 def _program(values_ul: Floats, costs_kul: Ints, rooms_k: Ints) -> tuple[Ints, Any, Ints, Ints, Ints]:
     """Return the integer program over the usable levels x.
 
-    Their flat indices (x,), the sparse matrix of which unit each belongs to (u, x), their cost above the unit's
-    cheapest in steps (k, x), the greatest common divisor that is one step (k,), and the rooms in steps (k,).
+    These are: the flat indices (x,); a sparse matrix of the unit of each (u, x); the cost above the unit's cheapest in
+    steps (k, x); the size of a step, a greatest common divisor (k,); the rooms in steps (k,).
     """
     from scipy.sparse import csr_array
 
     unit_x, level_x = np.nonzero(np.isfinite(values_ul))
-    least_ku = cheapest(values_ul, costs_kul)
+    least_ku = find_cheapest(values_ul, costs_kul)
     rows_kx = costs_kul[:, unit_x, level_x] - least_ku[:, unit_x]
     step_k = np.maximum(np.gcd.reduce(rows_kx, axis=1), 1)
     choice_ux = csr_array((np.ones(len(unit_x)), (unit_x, np.arange(len(unit_x)))))
@@ -171,12 +171,12 @@ def _program(values_ul: Floats, costs_kul: Ints, rooms_k: Ints) -> tuple[Ints, A
 def _states(values_ul: Floats, costs_ul: Ints, room: int, excess_ul: Floats, incumbent_u: Ints, gap: float) -> Ints:
     """Return the levels of least value within one room, by dynamic programming over (cost, value) states.
 
-    Begins where the bound does, with every unit at its level of no excess. Units that could change for the least excess
-    are opened first, one after the other; of all choices among them only those states are kept whose excess is below
-    the gap between incumbent and bound, that can still fit, and that no other dominates: never more than there are
-    distinct costs. Each is completed with what the bound chose for the rest, and a better one narrows the gap, until no
-    unit is left that could change for less. Where more than :data:`MAX_STATES` are left, those of least excess are
-    kept; tables that are linear in odd costs do that (subset sums), and their answer is then the best of what was kept.
+    It begins at the bound, with every unit at its level without excess. Units are opened one after the other, those
+    with the cheapest change first. Of all choices among open units, a state is kept if its excess is below the gap
+    between incumbent and bound, if it can still fit, and if no other state dominates it; so there are never more states
+    than distinct costs. Each state is completed with the bound's choice for the other units. A better one narrows the
+    gap, until no unit is left whose change costs less. If more than :data:`MAX_STATES` states are left, those of least
+    excess are kept, and the answer is the best of these. Tables that are linear in odd costs (subset sums) do that.
     """
     units = np.arange(len(values_ul))
     bound_u = np.where(excess_ul[units, incumbent_u] > 0, excess_ul.argmin(axis=1), incumbent_u)
@@ -189,7 +189,7 @@ def _states(values_ul: Floats, costs_ul: Ints, room: int, excess_ul: Floats, inc
     spent_ul = costs_ul[open_u] - costs_ul[open_u, bound_u[open_u]][:, None]
     worth_ul = values_ul[open_u] - values_ul[open_u, bound_u[open_u]][:, None]
     freed_u = np.where(usable_ul, spent_ul, 0).min(axis=1)
-    freed_u = freed_u[::-1].cumsum()[::-1] - freed_u  # by units that are opened later, at most
+    freed_u = freed_u[::-1].cumsum()[::-1] - freed_u  # the most that units opened later can free
     room -= int(costs_ul[units, bound_u].sum())
     best = _total(values_ul, incumbent_u) - _total(values_ul, bound_u)
     best_at: tuple[int, int] | None = None
@@ -204,7 +204,7 @@ def _states(values_ul: Floats, costs_ul: Ints, room: int, excess_ul: Floats, inc
         next_excess_s = (excess_ul[unit, level_l, None] + excess_s).ravel()
         order_s = np.flatnonzero((next_cost_s <= room - freed_u[index]) & (next_excess_s < gap))
         order_s = order_s[next_cost_s[order_s].argsort(kind="stable")]  # merges the runs of the levels
-        order_s = order_s[improves(next_value_s[order_s])]
+        order_s = order_s[mark_improvements(next_value_s[order_s])]
         order_s = order_s[np.diff(next_cost_s[order_s], append=room - freed_u[index] + 1) > 0]
         if len(order_s) > MAX_STATES:
             kept_s = next_excess_s[order_s].argpartition(MAX_STATES)[:MAX_STATES]
@@ -228,7 +228,7 @@ def _states(values_ul: Floats, costs_ul: Ints, room: int, excess_ul: Floats, inc
 
 
 def _feasible(values_ul: Floats, costs_kul: Ints, rooms_k: Ints, excess_ul: Floats) -> Ints | None:
-    """Round the Lagrangian solution into the rooms, then improve it unit by unit; None where rounding fails."""
+    """Round the Lagrangian solution into the rooms, then improve it unit by unit; return None if rounding fails."""
     levels_u: Ints = excess_ul.argmin(axis=1)
     scale_k = np.maximum(np.abs(rooms_k), 1)[:, None, None]
     while True:
@@ -252,21 +252,21 @@ def _feasible(values_ul: Floats, costs_kul: Ints, rooms_k: Ints, excess_ul: Floa
 
 
 def _spent(costs_kul: Ints, rooms_k: Ints, levels_u: Ints) -> tuple[Ints, Ints]:
-    """Return what exceeds each room now, (k,), and after each single change of one unit, (k, u, l)."""
+    """Return the excess over each room now, (k,), and after each single change of one unit, (k, u, l)."""
     now_ku = costs_kul[:, np.arange(len(levels_u)), levels_u]
     over_k = now_ku.sum(axis=1) - rooms_k
     return over_k, costs_kul + (over_k[:, None] - now_ku)[:, :, None]
 
 
 def _gains(values_ul: Floats, costs_kul: Ints, rooms_k: Ints, levels_u: Ints) -> Floats:
-    """Return by how much each single change lowers the value; -inf where it does not fit or is forbidden."""
+    """Return by how much each single change lowers the value; -inf for changes that do not fit or are forbidden."""
     _, over_kul = _spent(costs_kul, rooms_k, levels_u)
     current_u = values_ul[np.arange(len(levels_u)), levels_u]
     return np.where((over_kul <= 0).all(axis=0), current_u[:, None] - values_ul, -np.inf)
 
 
 def fill(values_ul: Floats, costs_kul: Ints, rooms_k: Ints, levels_u: Ints) -> Ints:
-    """Move units one level denser while one fits, the largest gain first, to levels that are not forbidden."""
+    """Make units one level denser while a step fits, the largest gain first, to levels that are not forbidden."""
     levels_u, units = levels_u.copy(), np.arange(len(levels_u))
     left_k1 = (rooms_k - costs_kul[:, units, levels_u].sum(axis=1))[:, None]
     while True:
@@ -281,13 +281,13 @@ def fill(values_ul: Floats, costs_kul: Ints, rooms_k: Ints, levels_u: Ints) -> I
         levels_u[unit] -= 1
 
 
-def cheapest(values_ul: Floats, costs_kul: Ints) -> Ints:
+def find_cheapest(values_ul: Floats, costs_kul: Ints) -> Ints:
     """Return the least cost of each unit among its finite levels, (k, u)."""
     least_ku: Ints = np.where(np.isfinite(values_ul), costs_kul, np.iinfo(np.int64).max).min(axis=2)
     return least_ku
 
 
-def improves(values_s: Floats) -> NDArray[np.bool_]:
+def mark_improvements(values_s: Floats) -> NDArray[np.bool_]:
     """Mark the values below every value before them; inf is never marked."""
     before_s = np.concatenate([[np.inf], np.minimum.accumulate(values_s)[:-1]])
     return np.asarray(values_s < before_s)

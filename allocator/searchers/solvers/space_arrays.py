@@ -1,4 +1,4 @@
-"""A search space as arrays, for searchers that look at many allocations at once.
+"""A search space as arrays, for searchers that process many allocations at once.
 
 Shapes: K limited costs, U units, L levels of the longest ladder, N allocations.
 """
@@ -19,15 +19,15 @@ _NOTHING = 1e-18
 """A step that costs nothing costs this."""
 
 
-class Ladders:
-    """Costs of all levels within one budget, and repair of allocations by what a table says they lose.
+class SpaceArrays:
+    """Costs of all levels for one budget, and repair of allocations by a table of estimated losses.
 
     Attributes:
-        cost_kul: What each level costs, int64; beyond a unit's last level, that level again.
-        price_ul: All costs of each level in one, each as a share of what the budget leaves to units.
-        sparsity_ul: Share of the unit that each level removes, likewise.
+        cost_kul: Cost of each level, int64. Beyond a unit's last level, that level is repeated.
+        price_ul: Sum over costs of each level's cost as a share of the budget's room.
+        sparsity_ul: Share of the unit that each level removes, padded likewise.
         last_u: Each unit's last level.
-        room_k: The budget, less what no unit holds.
+        room_k: What the budget leaves to units: the limit less the fixed cost.
     """
 
     def __init__(self, space: SearchSpace, budget: Budget) -> None:
@@ -46,24 +46,24 @@ class Ladders:
         )
         self._units = np.arange(len(space.units))
 
-    def short(self, levels_nu: np.ndarray) -> np.ndarray:
-        """Return by how much allocations [..., U] exceed the budget, as a share of each limit, added up."""
+    def measure_excess(self, levels_nu: np.ndarray) -> np.ndarray:
+        """Return the sum over limits of the share by which allocations [..., U] exceed each, [...]."""
         over_nk = self._cost(levels_nu) - self.room_k
         return np.asarray((np.maximum(over_nk, 0) / np.maximum(self.room_k, 1)).sum(-1))
 
     def look_up(self, table_ul: np.ndarray, levels_nu: np.ndarray) -> np.ndarray:
-        """Return the sum of a table's entries for allocations [..., U]."""
+        """Return the sum of a table's entries for allocations [..., U], [...]."""
         return np.asarray(table_ul[self._units, levels_nu].sum(-1))
 
-    def filled(self, allocation: Allocation) -> bool:
-        """Whether an allocation keeps the budget, and no unit could go one level denser and still keep it."""
+    def fills_budget(self, allocation: Allocation) -> bool:
+        """Whether an allocation keeps the budget and no unit could be one level denser within it."""
         levels_u, units = np.array(allocation), self._units
         room_k = self.room_k - self._cost(levels_u)
         step_ku = self.cost_kul[:, units, np.maximum(levels_u - 1, 0)] - self.cost_kul[:, units, levels_u]
         fits_u = (step_ku <= room_k[:, None]).all(0)
         return bool((room_k >= 0).all()) and not bool(((levels_u > 0) & fits_u).any())
 
-    def settle(self, levels: Sequence[int] | np.ndarray, table_ul: np.ndarray) -> Allocation:
+    def fit_to_budget(self, levels: Sequence[int] | np.ndarray, table_ul: np.ndarray) -> Allocation:
         """Move an allocation into the budget and fill the budget, one level at a time, by least loss per cost.
 
         Args:
@@ -71,7 +71,7 @@ class Ladders:
             table_ul: Estimated loss of every level.
 
         Returns:
-            An allocation that keeps the budget, and in which no unit could go one level denser and still keep it.
+            An allocation that keeps the budget and in which no unit could be one level denser.
         """
         levels_u, units = np.array(levels), self._units
         scale_k1 = np.maximum(self.room_k, 1)[:, None]
@@ -82,7 +82,7 @@ class Ladders:
             lost_u = table_ul[units, next_u] - table_ul[units, levels_u]
             can_u = levels_u < self.last_u
             assert can_u.any(), "the budget was checked to be reachable"
-            # steps that free nothing come last; beyond what is needed, freed room counts for nothing
+            # steps that free nothing come last; room freed beyond the need does not count
             useful_u = (np.minimum(freed_ku, np.maximum(-room_k1, 0)) / scale_k1).sum(0)
             rate_u = np.divide(lost_u, useful_u, out=np.full(len(units), _LAST), where=useful_u > 0)
             unit = int(np.where(can_u, rate_u, np.inf).argmin())
@@ -101,5 +101,5 @@ class Ladders:
             room_k1 = room_k1 - needed_ku[:, unit, None]
 
     def _cost(self, levels_nu: np.ndarray) -> np.ndarray:
-        """Return the costs inside units of allocations [..., U], [..., K]."""
+        """Return the costs inside units, [..., K], of allocations [..., U]."""
         return np.asarray(np.moveaxis(self.cost_kul[:, self._units, levels_nu].sum(-1), 0, -1))

@@ -1,13 +1,13 @@
-"""A model of the loss from its expansions: slopes that are known, and a curvature for each unit that is learned.
+"""A model of the loss from its expansions: known slopes, and a learned curvature for each unit.
 
-Around an allocation that was expanded (:class:`~allocator.core.protocols.Expansion`), a level loses its slope plus its
-unit's curvature times its size. Slopes hold what a unit's error has in common with those of all others, so that the
-table is right where the search is, and wrong only by what moved units do to each other.
+Around an expanded allocation (:class:`~allocator.core.protocols.Expansion`), the loss of a level is its slope plus its
+unit's curvature times its size. Slopes include what the errors of all units have in common. So the table is right at
+the centre, and wrong only by how moved units affect each other.
 
-What is left to learn is one number per unit. A single step from an expansion on the same text tells it at once, up to a
-quarter on few tokens; it hardly changes with the level, nor as the search moves (on the packaged model by a tenth, and
-by a sixth from uniform to the best allocation), so that one step of each unit does for a whole search. Differences of
-whole allocations then teach curvatures by linear regression, wherever they were measured.
+One number per unit is left to learn. A single step from an expansion on the same text gives it at once; on few tokens,
+to within a quarter. It hardly changes with the level (by a tenth on the packaged model) or as the search moves (by a
+sixth from uniform to the best allocation), so one step of each unit is enough for a whole search. After that,
+differences of whole allocations, measured anywhere, improve the curvatures by linear regression.
 
 Shapes: U units, L levels of the longest ladder, n observations, N allocations.
 """
@@ -23,29 +23,29 @@ from scipy.linalg import cho_solve, cholesky, solve_triangular
 
 from allocator.core.protocols import Outcome
 from allocator.core.space import Allocation
-from allocator.searchers.solvers.space_arrays import Ladders
-from allocator.searchers.surrogates.surrogate import Difference, Sampling, weighed
+from allocator.searchers.solvers.space_arrays import SpaceArrays
+from allocator.searchers.surrogates.surrogate import Difference, Sampling, weigh
 
 _DOUBT = 0.25
-"""Relative deviation of a curvature that a single step on few tokens told."""
+"""Relative deviation of a curvature that was measured by a single step on few tokens."""
 
 _IGNORANCE = 1.0
-"""Relative deviation of a curvature of which nothing is known but those of others."""
+"""Relative deviation of a curvature that was not measured and is estimated from those of other units."""
 
 _LEAST = 0.05
-"""The least curvature, relative to the median: less is noise."""
+"""The least curvature, relative to the median; smaller ones are noise."""
 
 _MISFIT = 0.25
 """Deviation of a difference from the model, relative to the root of its units' squared curvature terms."""
 
 _DRIFT = 20.0
-"""The same, once all units have moved; it grows with the pairs that have, of which the model knows nothing."""
+"""The same, once all units have moved. It grows with the pairs of moved units, which the model ignores."""
 
 _ROUGHNESS = 0.1
 """Deviation of a level's loss from slope and curvature, relative to the latter."""
 
 _REMEMBERED = 512
-"""Differences that are learned from, the newest: older ones lie ever further from where the search is."""
+"""Number of newest differences that are learned from; older ones are further and further from the centre."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +53,11 @@ class Expanded:
     """An expansion as arrays.
 
     Attributes:
-        allocation: Around what.
-        tokens: On how many tokens.
-        loss: There.
-        slope_ul: First-order change of the loss; beyond a unit's last level, that level again.
-        size_ul: Mean squared change of the output, likewise.
+        allocation: The expanded allocation.
+        tokens: Tokens of the expansion.
+        loss: The loss of the allocation.
+        slope_ul: First-order change of the loss. Beyond a unit's last level, that level is repeated.
+        size_ul: Mean squared change of the output, padded likewise.
     """
 
     allocation: Allocation
@@ -68,7 +68,7 @@ class Expanded:
 
     @classmethod
     def of(cls, outcome: Outcome, length: int) -> Expanded:
-        """Take an outcome with an expansion; ladders are filled up to a length."""
+        """Read an outcome with an expansion, and pad ladders to a length."""
         assert outcome.expansion is not None
         slope_ul, size_ul = (
             np.array([[*row, *[row[-1]] * (length - len(row))] for row in rows])
@@ -83,10 +83,10 @@ class _Observed:
 
     Attributes:
         size_u: Squared change of each unit's output.
-        left: What slopes leave of the difference of the loss.
+        left: The difference of the loss less the slopes.
         away: Share of units that moved.
-        tokens: On how many tokens.
-        error: Standard error of the difference; not a number where it is not known.
+        tokens: Tokens of the measurement.
+        error: Standard error of the difference; NaN if unknown.
     """
 
     size_u: np.ndarray
@@ -97,65 +97,66 @@ class _Observed:
 
 
 class Quadratic:
-    """The model. Everything is recomputed from what was observed, so that it depends on nothing else.
+    """The model. It is recomputed from all observations, so it depends on nothing else.
 
     Attributes:
         table_ul: Expected loss of each level, relative to that of the last expansion on all tokens.
     """
 
-    def __init__(self, ladders: Ladders, tokens: int) -> None:
-        """Begin with nothing known; the loss to model is that on so many tokens."""
-        self._ladders, self._tokens = ladders, tokens
-        self._units = np.arange(len(ladders.last_u))
+    def __init__(self, arrays: SpaceArrays, tokens: int) -> None:
+        """Begin without observations, for the loss on ``tokens`` tokens."""
+        self._arrays, self._tokens = arrays, tokens
+        self._units = np.arange(len(arrays.last_u))
         self._expanded: dict[tuple[Allocation, int], Expanded] = {}
         self._steps: list[tuple[int, int, float]] = []
         self._observed: deque[_Observed] = deque(maxlen=_REMEMBERED)
         self._sampling = Sampling(tokens)
 
     def expand(self, outcome: Outcome) -> None:
-        """Take an expansion; the table is around the last one on all tokens, from the next :meth:`refresh` on."""
-        found = Expanded.of(outcome, self._ladders.price_ul.shape[1])
+        """Take an expansion. From the next :meth:`refresh` on, the table is around the last one on all tokens."""
+        found = Expanded.of(outcome, self._arrays.price_ul.shape[1])
         self._expanded[found.allocation, found.tokens] = found
         if found.tokens == self._tokens:
             self._base = found
 
     @property
-    def around(self) -> Allocation:
-        """What was last expanded on all tokens."""
+    def expanded_at(self) -> Allocation:
+        """The allocation that was last expanded on all tokens."""
         return self._base.allocation
 
     def observe(self, difference: Difference) -> None:
-        """Take a measured difference from an allocation that was expanded on as many tokens, or on all.
+        """Take a measured difference from an allocation that was expanded on the same tokens or on all.
 
-        A single step from one that was expanded on as many tokens tells a curvature; others are left to the regression.
+        A single step from an allocation that was expanded on the same tokens gives a curvature. Other differences are
+        used by the regression.
         """
         level_u = np.array(difference.allocation)
         moved = np.flatnonzero(level_u != difference.reference)
         change = difference.value * difference.mean
-        around = self._expanded.get((difference.reference, difference.tokens))
-        if len(moved) == 1 and around is not None:
+        base = self._expanded.get((difference.reference, difference.tokens))
+        if len(moved) == 1 and base is not None:
             unit, level = int(moved[0]), int(level_u[moved[0]])
-            size = around.size_ul[unit, level]
-            bend = (change - around.slope_ul[unit, level]) / size if size > 0 else np.nan
+            size = base.size_ul[unit, level]
+            bend = (change - base.slope_ul[unit, level]) / size if size > 0 else np.nan
             self._steps.append((unit, difference.tokens, bend))
             return
-        around = self._expanded.get((difference.reference, self._tokens))
-        if len(moved) and around is not None:
-            left = change - float(around.slope_ul[self._units, level_u].sum())
+        base = self._expanded.get((difference.reference, self._tokens))
+        if len(moved) and base is not None:
+            left = change - float(base.slope_ul[self._units, level_u].sum())
             error = np.nan if difference.error is None else difference.error * difference.mean
-            size_u, away = around.size_ul[self._units, level_u], len(moved) / len(level_u)
+            size_u, away = base.size_ul[self._units, level_u], len(moved) / len(level_u)
             self._observed.append(_Observed(size_u, left, away, difference.tokens, error))
 
-    def unbent(self, tokens: int) -> np.ndarray:
-        """Return units with a choice of which no single step on so many tokens was measured, [n]."""
+    def find_missing_curvatures(self, tokens: int) -> np.ndarray:
+        """Return the units with several levels of which no single step on so many tokens was measured, [n]."""
         told = [unit for unit, on, _ in self._steps if on >= tokens]
-        return np.setdiff1d(np.flatnonzero(self._ladders.last_u > 0), told)
+        return np.setdiff1d(np.flatnonzero(self._arrays.last_u > 0), told)
 
     def refresh(self, centre: Allocation) -> None:
-        """Fit curvatures to all observations, around where the search is now."""
+        """Fit curvatures to all observations, around a new centre."""
         self._centre_u = np.array(centre)
         told_u, doubt_u = self._told()
-        # of curvatures relative to what steps told; every observation's row is at most 1 / _MISFIT long
+        # of curvatures relative to those from single steps; every observation's row has at most the length 1 / _MISFIT
         precision_uu, bend_u = np.diag(doubt_u**-2.0), told_u
         if self._observed:
             curve_nu = np.multiply([one.size_u for one in self._observed], told_u)
@@ -176,16 +177,16 @@ class Quadratic:
 
     def predict(self, levels_nu: np.ndarray) -> np.ndarray:
         """Return how much more allocations [N, U] lose than the centre."""
-        look_up = self._ladders.look_up
+        look_up = self._arrays.look_up
         return np.asarray(look_up(self.table_ul, levels_nu) - look_up(self.table_ul, self._centre_u))
 
     def estimate(self, levels_nu: np.ndarray, value_n: np.ndarray, tokens: int) -> tuple[np.ndarray, np.ndarray]:
-        """Weigh what was measured on few tokens against what is expected. See :class:`Surrogate`."""
+        """Weigh measured differences against the expected ones. See :class:`Surrogate`."""
         curve_nu = self._curve_ul[self._units, levels_nu] - self._curve_ul[self._units, self._centre_u]
         size_n = np.sqrt(np.square(curve_nu).sum(1))
         misfit_n = _misfit((levels_nu != self._centre_u).mean(1))
         blur_n = np.sqrt(self._sampling.beyond(tokens)) * size_n
-        return weighed(value_n, blur_n, self.predict(levels_nu), misfit_n * size_n)
+        return weigh(value_n, blur_n, self.predict(levels_nu), misfit_n * size_n)
 
     def deviation(self) -> np.ndarray:
         """Return the deviation of each level's loss relative to the centre's, [U, L]."""
@@ -195,7 +196,7 @@ class Quadratic:
         return np.asarray(np.abs(curve_ul) * np.hypot(relative_u, _ROUGHNESS)[:, None])
 
     def cautious(self) -> np.ndarray:
-        """Return the table: what it holds was measured, and more pessimism makes the first move too small."""
+        """Return the table itself: it was measured, and pessimism would make the first move too small."""
         return np.asarray(self.table_ul)
 
     def draw(self, rng: np.random.Generator) -> np.ndarray:
@@ -206,7 +207,7 @@ class Quadratic:
         return np.asarray(self._slope_ul + self._curve_ul * (1.0 + _ROUGHNESS * normal_ul) * bend_u[:, None])
 
     def _told(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return what single steps say of each unit's curvature, those on most text, and how unsure that is, [U]."""
+        """Return each unit's curvature from its single steps on most tokens, and its relative deviation, [U] each."""
         told: dict[int, tuple[int, list[float]]] = {}
         for unit, tokens, bend in self._steps:
             if isnan(bend):  # the step did nothing
@@ -218,7 +219,7 @@ class Quadratic:
                 each.append(bend)
         mean = {unit: sum(each) / len(each) for unit, (_, each) in told.items()}
         middle = float(np.median(list(mean.values()))) if mean else 0.0
-        if middle <= 0 and mean:  # the loss is not convex: at least of that size
+        if middle <= 0 and mean:  # the loss is not convex; keep the size at least
             middle = float(np.median(np.abs(list(mean.values()))))
         bend_u = np.array([mean.get(unit, middle) for unit in range(len(self._units))])
         doubt_u = np.where(np.isin(self._units, list(mean)), _DOUBT, _IGNORANCE)
@@ -234,5 +235,5 @@ class Quadratic:
 
 
 def _misfit(away_n: np.ndarray) -> np.ndarray:
-    """Return how far the model may be off, relative to the size of a change, when a share of all units has moved."""
+    """Return the model's deviation relative to the size of a change, when a share of all units has moved."""
     return np.asarray(np.hypot(_MISFIT, _DRIFT * np.square(away_n)))

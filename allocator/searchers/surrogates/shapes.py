@@ -1,18 +1,18 @@
-"""Allocations drawn by at most 16 numbers: how much each kind of unit keeps, as a smooth curve over depth.
+"""Allocations from at most 16 numbers: how much each kind of unit keeps, as a smooth curve over depth.
 
-The share that unit u keeps of itself is, with d in (0, 1) the middle of its block,
+With d in (0, 1) the depth of the middle of its block, unit u keeps the share
 
     keep(u) = offset + span * (c_role(u) + sum_k c_part(u),k * cos(pi k d) / k)
 
-where the first role has no constant of its own: the offset stands for it. The offset is not free: it is the one at
-which the budget holds exactly when levels are thought continuous, costs interpolated between them. Each unit then
-takes the next sparser level, and those that lost most of a level by that go one denser first, as seats are dealt by
-largest remainder, until none fits. So every allocation of this kind keeps to the budget and fills it, and
-coefficients of zero are uniform, to within a level.
+where the first role has no constant, because the offset stands for it. The offset is not free: it is the one that meets
+the budget exactly if levels were continuous, with costs interpolated between levels. Then each unit takes the next
+sparser level, and units are made one level denser until none fits, in the order of how much they lost by that (largest
+remainders). So every such allocation keeps and fills the budget, and coefficients of zero are uniform to within a
+level.
 
-What it cannot express: one block unlike its neighbours (curves have at most seven half-waves over depth), a
-difference between units of one role that is not one of depth, and, with many roles, curves of their own for them
-(the roles of a part share its curve). A search that needs these goes on from here with moves of single units.
+This cannot express one block unlike its neighbours (curves have at most seven half-waves over depth), differences
+between units of one role at one depth, or, with many roles, a curve for each (the roles of a part share its curve). A
+search that needs these continues with moves of single units.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _BISECTIONS = 60
 
 
 class Shapes:
-    """The allocations of one space that coefficients in [-1, 1] draw, within any budget.
+    """The map from coefficients in [-1, 1] to allocations of one space, within any budget.
 
     Attributes:
-        names: One per coefficient: the role of a constant, or the part and number of half-waves of a curve.
+        names: Names of the coefficients: the role of a constant, or the part and number of half-waves of a curve.
     """
 
     def __init__(self, space: SearchSpace) -> None:
@@ -44,28 +44,28 @@ class Shapes:
         # ladders from sparse to dense, that of unit u between 2u and 2u + 1, so that one interpolation serves all
         self._begin_u = 2.0 * np.arange(len(space.units))
         self._least_u = np.array([unit.kept[-1] / unit.total for unit in space.units])
-        self._kept = _joined(2.0 * index + np.array(unit.kept) / unit.total for index, unit in enumerate(space.units))
-        self._levels = _joined(np.arange(unit.num_levels) for unit in space.units)
-        self._costs = {cost: _joined(np.array(u.costs(cost), dtype=float) for u in space.units) for cost in space.fixed}
+        self._kept = _join(2.0 * index + np.array(unit.kept) / unit.total for index, unit in enumerate(space.units))
+        self._levels = _join(np.arange(unit.num_levels) for unit in space.units)
+        self._costs = {cost: _join(np.array(u.costs(cost), dtype=float) for u in space.units) for cost in space.fixed}
 
     def allocation(self, coefficients: Sequence[float], budget: Budget) -> Allocation:
-        """Return what the coefficients draw: within the budget, and no unit could go one level denser and fit."""
+        """Return the allocation of some coefficients: within the budget, and no unit could be one level denser."""
         assert len(coefficients) == len(self.names)
         preference_u = self._span(budget) * (self._basis_uc @ np.array(coefficients, dtype=float))
-        level_u = self._along(self._levels, preference_u + self._offset(preference_u, budget))
+        level_u = self._interpolate(self._levels, preference_u + self._offset(preference_u, budget))
         sparser_u = np.ceil(level_u).astype(int)
-        lost_u = np.round(sparser_u - level_u, 9)  # so that what rounding parts is dealt in model order
+        lost_u = np.round(sparser_u - level_u, 9)  # ties are resolved in model order
         return repair(self._space, sparser_u.tolist(), budget, np.argsort(-lost_u, kind="stable").tolist())
 
     def nearest(self, allocation: Allocation, budget: Budget) -> list[float]:
-        """Return the coefficients whose kept shares are nearest an allocation's, by least squares, in their box."""
+        """Return the coefficients in [-1, 1] whose kept shares are nearest to an allocation's, by least squares."""
         kept_u = [unit.kept[level] / unit.total for unit, level in zip(self._space.units, allocation, strict=True)]
         basis = np.column_stack([np.ones(len(kept_u)), self._span(budget) * self._basis_uc])
         solution = np.linalg.lstsq(basis, np.array(kept_u), rcond=None)[0]
         return [float(value) for value in np.clip(np.round(solution[1:], 9), -1.0, 1.0)]
 
     def _span(self, budget: Budget) -> float:
-        """Return how far curves may lead from uniform."""
+        """Return how far curves may deviate from uniform."""
         even = self._offset(np.zeros(len(self._space.units)), budget)
         return min(even, 1.0 - even)
 
@@ -76,18 +76,18 @@ class Shapes:
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
             keep_u = preference_u + middle
-            fits = all(self._along(self._costs[cost], keep_u).sum() <= room for cost, room in rooms.items())
+            fits = all(self._interpolate(self._costs[cost], keep_u).sum() <= room for cost, room in rooms.items())
             low, high = (middle, high) if fits else (low, middle)
         return low
 
-    def _along(self, ladders: np.ndarray, keep_u: np.ndarray) -> np.ndarray:
+    def _interpolate(self, ladders: np.ndarray, keep_u: np.ndarray) -> np.ndarray:
         """Interpolate a figure of levels at the share that each unit keeps, [units]."""
         along_u: np.ndarray = np.interp(np.clip(keep_u, self._least_u, 1.0) + self._begin_u, self._kept, ladders)
         return along_u
 
 
-def _joined(ladders: Iterable[np.ndarray]) -> np.ndarray:
-    """Return ladders one after the other, each from sparse to dense."""
+def _join(ladders: Iterable[np.ndarray]) -> np.ndarray:
+    """Concatenate ladders, each from sparse to dense."""
     return np.concatenate([ladder[::-1] for ladder in ladders])
 
 
@@ -111,7 +111,7 @@ def _basis(space: SearchSpace) -> dict[str, np.ndarray]:
 
 
 def _role(unit: Unit) -> str:
-    """What units of one kind in different blocks have in common: the last word of a matrix's name, else the part."""
+    """Return the name that like units of different blocks share: the last word of a matrix's name, else the part."""
     if unit.kind != "matrix":
         return unit.part
     return next(word for word in reversed(unit.name.split(".")) if not word.isdigit())

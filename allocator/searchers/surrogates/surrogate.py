@@ -1,4 +1,4 @@
-"""What the searches that learn ask of a model of the loss."""
+"""The protocol of a model of the loss, and what such models share."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import numpy as np
 from allocator.core.space import Allocation
 
 _SAMPLING = 128.0
-"""Relative variance of a difference on one token, where it is not known."""
+"""Relative variance of a difference on one token, while it is unknown."""
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """How much more one allocation loses than another, measured on the same sequences.
+    """The difference of the losses of two allocations, measured on the same sequences.
 
     Attributes:
-        allocation: The one.
-        reference: The other.
-        value: Difference of the loss, relative to the mean of the two.
-        tokens: On how many tokens.
-        error: Standard error of the value, from its spread over sequences; None where it is not known.
-        mean: The mean of the two.
+        allocation: The allocation.
+        reference: The allocation that it is compared with.
+        value: Loss of the allocation less that of the reference, relative to the mean of the two.
+        tokens: Tokens of the measurement.
+        error: Standard error of the value, from its spread over sequences; None if unknown.
+        mean: The mean of the two losses.
     """
 
     allocation: Allocation
@@ -35,7 +35,7 @@ class Difference:
 
 
 class Surrogate(Protocol):
-    """A model of the loss around a centre, which learns from differences. U units, L levels, N allocations.
+    """A model of the loss around a centre that learns from differences. U units, L levels, N allocations.
 
     Attributes:
         table_ul: Expected loss of each level, relative, up to a constant for each unit.
@@ -44,11 +44,11 @@ class Surrogate(Protocol):
     table_ul: np.ndarray
 
     def observe(self, difference: Difference) -> None:
-        """Take a measured difference; it counts from the next :meth:`refresh` on."""
+        """Take a measured difference, which counts from the next :meth:`refresh` on."""
         ...
 
     def refresh(self, centre: Allocation) -> None:
-        """Fit the model to all observations, around where the search is now."""
+        """Fit the model to all observations, around a new centre."""
         ...
 
     def predict(self, levels_nu: np.ndarray) -> np.ndarray:
@@ -56,10 +56,10 @@ class Surrogate(Protocol):
         ...
 
     def estimate(self, levels_nu: np.ndarray, value_n: np.ndarray, tokens: int) -> tuple[np.ndarray, np.ndarray]:
-        """Weigh differences [N] of allocations from the centre, measured on some tokens, against what is expected.
+        """Weigh measured differences [N] of allocations from the centre against the expected ones.
 
         Returns:
-            What is to be thought of the difference on all tokens, [N], and its deviation, [N].
+            The estimated difference on all tokens, [N], and its deviation, [N].
         """
         ...
 
@@ -77,29 +77,29 @@ class Surrogate(Protocol):
 
 
 class Sampling:
-    """How differences on few tokens vary about those on all, relative to their size; learned from their errors."""
+    """The relative variance of differences on few tokens about those on all, learned from their standard errors."""
 
     def __init__(self, tokens: int) -> None:
-        """Begin with a typical variance; ``tokens`` are all."""
+        """Begin with a typical variance; ``tokens`` are those of the last fidelity."""
         self._tokens, self._variance = tokens, _SAMPLING
 
     def learn(self, error_n: np.ndarray, tokens_n: np.ndarray, square_n: np.ndarray) -> None:
-        """Pool the standard errors of differences, NaN where they are not known, on some tokens, of a squared size."""
+        """Learn from standard errors of differences (NaN if unknown), their tokens, and the squares of their sizes."""
         known_n = np.isfinite(error_n)
         if known_n.any():
             self._variance = float((error_n**2 * tokens_n)[known_n].sum() / max(square_n[known_n].sum(), 1e-300))
 
     def beyond(self, tokens_n: np.ndarray | int) -> np.ndarray:
-        """Return the relative variance of differences on so many tokens, about those on all."""
+        """Return the relative variance of differences on so many tokens about those on all."""
         return np.asarray(np.maximum(self._variance * (1 / tokens_n - 1 / self._tokens), 0.0))
 
 
-def weighed(
+def weigh(
     value_n: np.ndarray, blur_n: np.ndarray, expected_n: np.ndarray, misfit_n: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and deviation, [N], of what was measured with a blur and is expected with a misfit.
+    """Combine measurements of deviation ``blur`` with expectations of deviation ``misfit``: mean and deviation, [N].
 
-    What was measured without blur is believed, also where nothing else could have been expected.
+    A measurement without blur is believed, even if the expectation is certain too.
     """
     prior_n, whole_n = np.square(misfit_n), np.square(misfit_n) + np.square(blur_n)
     share_n = np.divide(prior_n, whole_n, out=np.ones_like(whole_n), where=whole_n > 0)

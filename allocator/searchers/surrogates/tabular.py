@@ -1,22 +1,23 @@
 """A model of the loss that learns from differences alone: additive over (unit, level), with a few pairs of units.
 
-For evaluators that have no gradients; where there are, :mod:`allocator.searchers.surrogates.quadratic` knows more from
-less.
+It is for evaluators without gradients. With gradients, :mod:`allocator.searchers.surrogates.quadratic` knows more from
+fewer measurements.
 
-Bayesian linear regression. What a unit loses at a level is the sum of its increments below it. An increment's prior
-mean is proportional to what the step removes and grows exponentially with sparsity; its prior deviation is
-proportional to that mean, and correlated along the ladder, so that a unit found sensitive at one step is expected to
-be so at the next. Scale, growth and deviation are fitted to single steps, which is what a profile measures.
+The method is Bayesian linear regression. The loss of a unit at a level is the sum of its increments up to that level.
+The prior mean of an increment is proportional to the cost that the step removes, and grows exponentially with sparsity.
+Its prior deviation is proportional to that mean and correlated along the ladder, so a unit that is sensitive at one
+step is expected to be sensitive at the next. Scale, growth and deviation are fitted to single steps, as profiles
+measure them.
 
-What is observed is always the difference between two allocations on the same text (common random numbers), relative
-to their loss: that cancels the text's difficulty, and what units lose shrinks with the loss of the whole. What it says
-of the loss on all tokens is blurred twice, both relative to the size of the change: by what the model cannot say, which
-grows with the distance of the observation from where the search is now; and, on few tokens, by how these differ from
-the rest, known from the spread of differences over sequences. That last part is common to all observations of a unit on
-the same tokens: to ask again there teaches nothing.
+An observation is the difference between two allocations on the same text (common random numbers), relative to their
+loss. That cancels the difficulty of the text, and the fact that losses of units shrink with the loss of the whole. Two
+errors, both relative to the size of the change, separate it from the loss on all tokens. The first is the misfit of the
+model, which grows with the distance of the observation from the centre. The second, on few tokens, is the difference of
+these from the other tokens, known from the spread over sequences. It is common to all observations of a unit on the
+same tokens, so measuring there again teaches nothing.
 
-Additivity holds only nearby, so pairs of units whose joint change explains what additive terms leave over are added
-one by one, as in orthogonal matching pursuit (Pati et al., 1993), each with a bilinear term.
+Additivity holds only nearby. So pairs of units whose joint change explains the residual of the additive terms are added
+one by one, each with a bilinear term, as in orthogonal matching pursuit (Pati et al., 1993).
 
 Shapes: U units, L levels, F = U·L entries of the table, n observations, p pairs, N allocations to predict.
 """
@@ -28,21 +29,21 @@ from scipy.linalg import cho_factor, cho_solve, solve_triangular
 from scipy.sparse import block_diag, csr_array
 
 from allocator.core.space import Allocation
-from allocator.searchers.solvers.space_arrays import Ladders
-from allocator.searchers.surrogates.surrogate import Difference, Sampling, weighed
+from allocator.searchers.solvers.space_arrays import SpaceArrays
+from allocator.searchers.surrogates.surrogate import Difference, Sampling, weigh
 
 _GROWTH = 5.0
-"""Growth of increments per unit of sparsity before any is measured: one step of 0.1 costs 1.6 times the last."""
+"""Growth of increments per unit of sparsity before any is measured: each step of 0.1 costs 1.6 times the one before."""
 
 _GROWTH_RANGE = (0.0, 12.0)
 
 _SPREAD = 0.8
-"""Deviation of the logarithm of what a step loses for its cost, before enough is measured."""
+"""Deviation of the logarithm of a step's loss per cost, before enough steps are measured."""
 
 _SPREAD_RANGE = (0.3, 1.5)
 
 _COMMON = 0.5
-"""Share of an increment's prior variance that all increments of a unit have in common."""
+"""Share of an increment's prior variance that all increments of its unit have in common."""
 
 _REACH = 2.0
 """Levels over which the rest of the correlation falls to 1/e."""
@@ -55,10 +56,10 @@ _MISFIT = 0.1
 
 
 _DRIFT = 2.0
-"""The same, once every unit has moved away from where the difference was measured."""
+"""The same, once every unit has moved away from the place of the measurement."""
 
 _PESSIMISM = 0.25
-"""Deviations added to what a move to another level is expected to lose."""
+"""Deviations that are added to the expected loss of a level for cautious moves."""
 
 _PAIR_DEVIATION = 0.5
 """Prior deviation of a pair's term when both units move one level, relative to the geometric mean of increments."""
@@ -69,30 +70,30 @@ _OBSERVATIONS_PER_PAIR = 4
 
 
 class Tabular:
-    """The model. Everything is recomputed from what was observed, so that it depends on nothing else.
+    """The model. It is recomputed from all observations, so it depends on nothing else.
 
     Attributes:
         table_ul: Expected loss of each level, up to a constant for each unit.
     """
 
-    def __init__(self, ladders: Ladders, centre: Allocation, tokens: int) -> None:
-        """Begin with nothing observed, around a centre; the loss to model is that on so many tokens."""
-        self._ladders = ladders
+    def __init__(self, arrays: SpaceArrays, centre: Allocation, tokens: int) -> None:
+        """Begin without observations, around a centre, for the loss on ``tokens`` tokens."""
+        self._arrays = arrays
         self._observed: list[Difference] = []
         self._sampling = Sampling(tokens)
-        self._units = np.arange(len(ladders.last_u))
-        self._shape = ladders.price_ul.shape
-        self._mid_ul = (ladders.sparsity_ul[:, 1:] + ladders.sparsity_ul[:, :-1]) / 2
-        self._removed_ul = ladders.price_ul[:, :-1] - ladders.price_ul[:, 1:]
+        self._units = np.arange(len(arrays.last_u))
+        self._shape = arrays.price_ul.shape
+        self._mid_ul = (arrays.sparsity_ul[:, 1:] + arrays.sparsity_ul[:, :-1]) / 2
+        self._removed_ul = arrays.price_ul[:, :-1] - arrays.price_ul[:, 1:]
         self.refresh(centre)
 
     def observe(self, difference: Difference) -> None:
-        """Take a measured difference; it counts from the next :meth:`refresh` on."""
+        """Take a measured difference, which counts from the next :meth:`refresh` on."""
         if difference.allocation != difference.reference:
             self._observed.append(difference)
 
     def refresh(self, centre: Allocation) -> None:
-        """Fit the model to all observations, around where the search is now."""
+        """Fit the model to all observations, around a new centre."""
         self._centre_u = np.array(centre)
         self._step_ul, self._deviation = self._prior()
         self.table_ul = _sums(self._step_ul)
@@ -105,15 +106,15 @@ class Tabular:
 
     def predict(self, levels_nu: np.ndarray) -> np.ndarray:
         """Return how much more allocations [N, U] lose than the centre."""
-        ladders = self._ladders
-        more_n = ladders.look_up(self.table_ul, levels_nu) - ladders.look_up(self.table_ul, self._centre_u)
+        arrays = self._arrays
+        more_n = arrays.look_up(self.table_ul, levels_nu) - arrays.look_up(self.table_ul, self._centre_u)
         return np.asarray(more_n + self._joint(levels_nu) @ self._weight_p)
 
     def estimate(self, levels_nu: np.ndarray, value_n: np.ndarray, tokens: int) -> tuple[np.ndarray, np.ndarray]:
-        """Weigh what was measured on few tokens against what is expected. See :class:`Surrogate`."""
+        """Weigh measured differences against the expected ones. See :class:`Surrogate`."""
         size_n = np.sqrt(self._size(levels_nu, self._centre_u))
         blur_n = np.sqrt(self._sampling.beyond(tokens)) * size_n
-        return weighed(value_n, blur_n, self.predict(levels_nu), _MISFIT * size_n)
+        return weigh(value_n, blur_n, self.predict(levels_nu), _MISFIT * size_n)
 
     def deviation(self) -> np.ndarray:
         """Return the posterior deviation of each level's loss relative to the centre's, [U, L]."""
@@ -133,11 +134,11 @@ class Tabular:
         return np.asarray(np.sqrt(np.maximum(variance_ul, 0.0)))
 
     def cautious(self) -> np.ndarray:
-        """Return the table for moves that must not disappoint: losses are a little higher than expected."""
+        """Return a table of losses that are a little higher than expected, for moves that must not disappoint."""
         return np.asarray(self.table_ul + _PESSIMISM * self.deviation())
 
     def draw(self, rng: np.random.Generator) -> np.ndarray:
-        """Return the table of a sample of the model, levels independent of each other."""
+        """Return the table of a sample of the model, with independent levels."""
         return np.asarray(self.table_ul + rng.standard_normal(self._shape) * self.deviation())
 
     def _prior(self) -> tuple[np.ndarray, float]:
@@ -156,7 +157,7 @@ class Tabular:
         growth = float(np.clip(np.median(slopes), *_GROWTH_RANGE)) if slopes else _GROWTH
         logs = np.array([log - growth * mid for each in rates.values() for mid, log in each])
         middle = float(np.median(logs)) if len(logs) else 0.0
-        # the median deviation, as that of a normal distribution
+        # the standard deviation of a normal distribution with this median deviation
         spread = float(np.median(np.abs(logs - middle))) * 1.4826 if len(logs) > 2 else _SPREAD
         spread = float(np.clip(spread, *_SPREAD_RANGE))
         mean_ul = np.exp(middle + spread**2 / 2 + growth * self._mid_ul) * self._removed_ul  # of a log-normal
@@ -166,7 +167,7 @@ class Tabular:
         """Return the covariance of a unit's losses over its levels, [U, L, L]."""
         level = np.arange(self._shape[1] - 1)
         near = _COMMON + (1 - _COMMON) * np.exp(-np.abs(level[:, None] - level) / _REACH)
-        away_ul = self._mid_ul - self._ladders.sparsity_ul[self._units, self._centre_u][:, None]
+        away_ul = self._mid_ul - self._arrays.sparsity_ul[self._units, self._centre_u][:, None]
         relative_ull = self._deviation**2 * near + _TILT**2 * away_ul[:, :, None] * away_ul[:, None, :]
         steps_ull = relative_ull * self._step_ul[:, :, None] * self._step_ul[:, None, :]
         below = np.tri(self._shape[1], self._shape[1] - 1, -1)
@@ -197,9 +198,9 @@ class Tabular:
     def _screen(
         self, solved_n: np.ndarray, one_nu: np.ndarray, other_nu: np.ndarray, variance_n: np.ndarray
     ) -> np.ndarray:
-        """Return the pairs that explain most of what is left over, if that is more than chance would.
+        """Return the pairs that explain most of the residual, if they explain more than chance would.
 
-        What a pair gains in log-likelihood is taken as if observations were independent, of ``variance_n``.
+        The gain of a pair in log-likelihood is computed for independent observations with ``variance_n``.
         """
         one, other, weight_n1 = self._moved(one_nu), self._moved(other_nu), 1.0 / variance_n[:, None]
         score_uu = (one * solved_n[:, None]).T @ one - (other * solved_n[:, None]).T @ other
@@ -215,7 +216,7 @@ class Tabular:
 
     def _moved(self, levels_nu: np.ndarray) -> np.ndarray:
         """Return how far each unit is from the centre, in levels, times the root of its increment there, [N, U]."""
-        last_u = np.maximum(self._ladders.last_u - 1, 0)
+        last_u = np.maximum(self._arrays.last_u - 1, 0)
         root_u = np.sqrt(self._step_ul[self._units, np.minimum(self._centre_u, last_u)])
         return np.asarray((levels_nu - self._centre_u) * root_u)
 
@@ -225,7 +226,7 @@ class Tabular:
         return np.asarray(moved_nu[:, self._pairs_p2[:, 0]] * moved_nu[:, self._pairs_p2[:, 1]])
 
     def _changes(self, one_nu: np.ndarray, other_nu: np.ndarray) -> csr_array:
-        """Return the entries of the table that each observation adds and takes away, [n, F]."""
+        """Return the entries of the table that each observation adds and subtracts, [n, F]."""
         rows, units = np.nonzero(one_nu != other_nu)
         base = units * self._shape[1]
         columns = np.concatenate([base + one_nu[rows, units], base + other_nu[rows, units]])
@@ -234,14 +235,14 @@ class Tabular:
         return csr_array((values, (np.concatenate([rows, rows]), columns)), shape=size)
 
     def _size(self, one_nu: np.ndarray, other_nu: np.ndarray) -> np.ndarray:
-        """Return the sum over units of the squares of what is expected of their changes, [N]."""
+        """Return the sum over units of the squared expected changes, [N]."""
         sums_ul = _sums(self._step_ul)
         return np.asarray(np.square(sums_ul[self._units, one_nu] - sums_ul[self._units, other_nu]).sum(-1))
 
     def _noise(self, one_nu: np.ndarray, other_nu: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the variance of each observation about the model, and what few tokens add to the covariance of two.
+        """Return the variance of each observation about the model, [n], and the covariance that few tokens add, [n, n].
 
-        The latter is relative to the prior covariance of what the two observe, [n, n].
+        The latter is relative to the prior covariance of the two observations.
         """
         size_n = self._size(one_nu, other_nu)
         tokens_n = np.array([one.tokens for one in self._observed], dtype=float)

@@ -233,7 +233,7 @@ def test_other_families_go_without_per_layer_config(
     if kind == "phi3":  # whose keys are Llama's, and matrices are not
         api.export(each.folder, "hf-padded", tmp_path / "padded", model=each.model)
         return
-    with pytest.raises(UserError, match=r"hf-padded knows the configuration keys of Llama-like models alone"):
+    with pytest.raises(UserError, match=r"hf-padded knows only the configuration keys of Llama-like models"):
         api.export(each.folder, "hf-padded", tmp_path / "padded", model=each.model)
 
 

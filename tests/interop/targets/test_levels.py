@@ -166,7 +166,7 @@ def test_levels_have_what_the_peer_writes_itself(target: Any, structured: Any, t
 def test_models_that_a_peer_does_not_know_are_refused(
     execute: Callable[..., Any], tiny_qwen2: Path, make_model: Callable[..., Path]
 ) -> None:
-    with pytest.raises(UserError, match=r"Týr serves models of type llama.*'qwen2'"):
+    with pytest.raises(UserError, match=r"Týr takes models of type llama.*'qwen2'"):
         check_target(Tyr(), execute(tiny_qwen2, "structured").source)
     wide = execute(make_model("llama", head_dim=16), "structured")
     with pytest.raises(UserError, match=r"hidden_size / 4.*\[32, 64\]"):

@@ -15,7 +15,7 @@ import allocator as api
 from allocator.core.errors import UserError
 from allocator.interop.contract import check_target
 from allocator.interop.targets.llm_compressor import LlmCompressor
-from allocator.model.family.schema import families_folder
+from allocator.model.family.schema import find_families_folder
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_sparsities_are_in_the_order_of_the_real_model(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    family = yaml.safe_load((families_folder() / "llama.yaml").read_text())
+    family = yaml.safe_load((find_families_folder() / "llama.yaml").read_text())
     family["units"]["mlp"]["inputs"].reverse()
     (tmp_path / "family.yaml").write_text(yaml.safe_dump(family))
     executed = execute(twelve, "unstructured", [f"family={tmp_path / 'family.yaml'}"])

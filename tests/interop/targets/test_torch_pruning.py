@@ -81,7 +81,7 @@ def test_other_ways_of_heads_are_refused(
     execute: Callable[..., Any], make_model: Callable[..., Path], tmp_path: Path, kind: str
 ) -> None:
     executed = execute(make_model(kind), "structured", levels=(0, 1, 0, 2))
-    with pytest.raises(UserError, match=r"told of heads in the way of Llama-like models, and this is a \w+\. Use --to"):
+    with pytest.raises(UserError, match=r"knows the heads of Llama-like models, and this is a \w+\. Use --to"):
         export(executed, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

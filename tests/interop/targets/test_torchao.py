@@ -1,19 +1,18 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forked import Python
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from allocator.commands import api
+import allocator as api
 from allocator.interop.matrices import round_share_up
 
 
@@ -33,11 +32,10 @@ def export(executed: Any, folder: Path) -> list[dict[str, Any]]:
 
 
 def local(folder: Path, *arguments: object) -> str:
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=folder, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-    return done.stdout
+    done = Python(arguments, folder)
+    out, err = done.communicate()
+    assert done.returncode == 0, f"{out[-2000:]}\n{err[-2000:]}"
+    return out
 
 
 @pytest.fixture(scope="module")

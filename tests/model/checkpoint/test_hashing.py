@@ -5,7 +5,7 @@ from safetensors.torch import save_file
 from allocator.core.errors import UserError
 from allocator.core.files import file_fingerprint
 from allocator.model.checkpoint import hashing as weights
-from allocator.model.checkpoint.hashing import weights_fingerprint
+from allocator.model.checkpoint.hashing import fingerprint_weights
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -22,7 +22,7 @@ def test_the_fingerprint_is_that_of_the_bytes(tmp_path, monkeypatch, chunk):
     tensors |= {"a scalar": torch.tensor(2.0), "nothing": torch.empty(0), "mask": torch.full((5,), -1)}
     path = tmp_path / "model.safetensors"
     save_file(tensors, path, metadata={"format": "pt"})
-    assert weights_fingerprint(path) == file_fingerprint(path)
+    assert fingerprint_weights(path) == file_fingerprint(path)
 
 
 @pytest.mark.parametrize("chunk", [8, 1 << 20])
@@ -35,4 +35,4 @@ def test_a_tensor_that_is_not_finite_is_named(tmp_path, monkeypatch, dtype, valu
     tensors["second"].view(-1)[place] = value
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=r"model\.safetensors: second holds NaN or infinity\. Repair or replace"):
-        weights_fingerprint(tmp_path / "model.safetensors")
+        fingerprint_weights(tmp_path / "model.safetensors")

@@ -16,7 +16,7 @@ from allocator.core.files import fingerprint
 from allocator.model.checkpoint.headers import read_checkpoint
 from allocator.model.data.examples import Examples
 from allocator.model.data.read import read_examples
-from allocator.model.data.text import split_of
+from allocator.model.data.text import choose_split
 
 COUNTS = {"calibration": 6 * 32, "search": 32, "test": 2 * 32}
 PREPARED = {
@@ -70,7 +70,7 @@ def test_images_are_split_by_name_and_prepared(seeing, images):
             assert image.shape == (3, 16, 16)
             assert float(np.ptp(image, axis=(1, 2)).max()) < 1e-6
             colour = tuple(int(c) for c in np.round((image[:, 0, 0] * 0.5 + 0.5) * 255))
-            assert split_of(colours[colour]) == split
+            assert choose_split(colours[colour]) == split
 
 
 def test_folders_are_labels_for_a_model_that_classifies(seeing, images):

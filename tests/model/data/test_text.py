@@ -12,11 +12,11 @@ from allocator.model.data.text import (
     PIECE_BYTES,
     SPLITS,
     Document,
-    pack,
+    choose_split,
+    pack_documents,
     read_documents,
-    split_of,
 )
-from allocator.model.live.load import load_tokenizer
+from allocator.model.live.load import load_encoder
 
 PINNED = [
     ("argparse.py", "calibration"),
@@ -42,11 +42,11 @@ PINNED = [
 
 @pytest.mark.parametrize(("name", "split"), PINNED)
 def test_the_split_of_a_name_never_changes(name, split):
-    assert split_of(name) == split
+    assert choose_split(name) == split
 
 
 def test_shares_of_splits():
-    counts = Counter(split_of(f"folder/file{number}.py") for number in range(20_000))
+    counts = Counter(choose_split(f"folder/file{number}.py") for number in range(20_000))
     shares = {split: counts[split] / 20_000 for split in SPLITS}
     assert shares == pytest.approx({"calibration": 0.8, "search": 0.06, "selection": 0.04, "test": 0.1}, abs=0.01)
 
@@ -54,14 +54,14 @@ def test_shares_of_splits():
 def test_no_token_is_in_two_splits(text_folder):
     by_split = {split: set() for split in SPLITS}
     for document in read_documents(text_folder):
-        by_split[split_of(document.name)].add((document.name, document.text))
+        by_split[choose_split(document.name)].add((document.name, document.text))
     assert all(by_split.values())
     assert sum(map(len, by_split.values())) == len(set.union(*by_split.values()))
 
 
 def test_pack_puts_a_separator_after_each_document():
     documents = [Document("a", "abc"), Document("b", "de"), Document("c", "fghij")]
-    packed = pack(documents, lambda text: [ord(c) for c in text], 3, 3, 0)
+    packed = pack_documents(documents, lambda text: [ord(c) for c in text], 3, 3, 0)
     assert packed.dtype == np.int64
     assert packed.tolist() == [[97, 98, 99], [0, 100, 101], [0, 102, 103]]
 
@@ -73,21 +73,21 @@ def test_pack_encodes_no_more_than_it_needs():
         encoded.append(text)
         return [1] * 5
 
-    pack([Document(str(n), str(n)) for n in range(9)], encode, 2, 6, 0)
+    pack_documents([Document(str(n), str(n)) for n in range(9)], encode, 2, 6, 0)
     assert encoded == ["0", "1"]
 
 
 def test_pack_uses_the_very_last_token_and_no_more():
     documents = [Document("a", "abc")]
-    assert pack(documents, lambda text: [1, 2, 3], 2, 2, 0).tolist() == [[1, 2], [3, 0]]
+    assert pack_documents(documents, lambda text: [1, 2, 3], 2, 2, 0).tolist() == [[1, 2], [3, 0]]
     with pytest.raises(UserError, match="need 6 tokens, the documents hold 4"):
-        pack(documents, lambda text: [1, 2, 3], 3, 2, 0)
+        pack_documents(documents, lambda text: [1, 2, 3], 3, 2, 0)
 
 
 def test_a_lower_fidelity_is_a_prefix(text_folder, tiny_model):
-    encode, separator = load_tokenizer(tiny_model)
+    encode, separator = load_encoder(tiny_model)
     documents = read_documents(text_folder)
-    few, many = (pack(documents, encode, count, 64, separator) for count in (3, 9))
+    few, many = (pack_documents(documents, encode, count, 64, separator) for count in (3, 9))
     assert (many[:3] == few).all()
 
 
@@ -176,4 +176,4 @@ def test_the_standard_library_is_the_default():
     assert len(documents) > 300
     assert not any(part in {"test", "tests", "site-packages"} for name in names for part in name.split("/"))
     assert max(len(d.text.encode()) for d in documents) <= LONGEST_LIBRARY_DOCUMENT
-    assert {split_of(name) for name in names} == set(SPLITS)
+    assert {choose_split(name) for name in names} == set(SPLITS)

@@ -1,4 +1,5 @@
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,11 +12,11 @@ from torch import nn
 
 from allocator.core.errors import UserError
 from allocator.core.space import SearchSpace
-from allocator.model.checkpoint.headers import Checkpoint, read_checkpoint
+from allocator.model.checkpoint.headers import read_checkpoint
 from allocator.model.data.examples import Examples
-from allocator.model.family.draft import Covered, coverage, draft
+from allocator.model.family.draft import Covered, draft_family, list_coverage
 from allocator.model.family.layout import resolve_layout
-from allocator.model.family.schema import families_folder, find_family, load_family, served_types
+from allocator.model.family.schema import find_families_folder, find_family, load_family, load_shipped_families
 from allocator.model.family.space import build_space
 from allocator.model.live.load import load_model
 from allocator.model.live.stream import StreamedWalker
@@ -247,7 +248,7 @@ def family_with(tmp_path):
     """Writes the Llama family with some keys changed."""
 
     def write(**changes):
-        data = yaml.safe_load((families_folder() / "llama.yaml").read_text())
+        data = yaml.safe_load((find_families_folder() / "llama.yaml").read_text())
         path = tmp_path / "family.yaml"
         path.write_text(yaml.safe_dump({**data, **changes}))
         return path
@@ -285,13 +286,7 @@ def test_blocks_that_match_nothing_are_named(tiny_model, family_with):
 
 def test_items_must_divide_rows(tiny_model, tmp_path):
     checkpoint = read_checkpoint(tiny_model)
-    checkpoint = type(checkpoint)(
-        checkpoint.folder,
-        {**checkpoint.config, "num_key_value_heads": 3},
-        checkpoint.shapes,
-        checkpoint.shards,
-        checkpoint.dtypes,
-    )
+    checkpoint = replace(checkpoint, config={**checkpoint.config, "num_key_value_heads": 3})
     with pytest.raises(UserError, match="3 kv_groups do not divide"):
         resolve_layout(find_family("llama"), checkpoint)
 
@@ -340,7 +335,7 @@ def test_a_missing_family_file_is_named(tmp_path):
 def test_models_from_before_grouped_queries_have_one_group_per_head(make_model):
     checkpoint = read_checkpoint(make_model("llama", num_key_value_heads=4))
     config = {key: value for key, value in checkpoint.config.items() if key != "num_key_value_heads"}
-    old = Checkpoint(checkpoint.folder, config, checkpoint.shapes, checkpoint.shards, checkpoint.dtypes)
+    old = replace(checkpoint, config=config)
     layout = resolve_layout(find_family("llama"), old)
     assert {sub_block.total for sub_block in layout.sub_blocks if sub_block.kind == "kv_groups"} == {4}
 
@@ -358,7 +353,7 @@ DRAFTED = {"gpt_neox": ("by_part", "by_group"), "falcon": ("by_part", "by_group"
 OF_THEIR_OWN = ("mixtral", "deepseek_v2", "deepseek_v3")
 """Names that no draft understands: it says so, or a person sees it."""
 
-DECODERS = [kind for kind, family in served_types().items() if family.tail]
+DECODERS = [kind for kind, family in load_shipped_families().items() if family.tail]
 
 
 @pytest.mark.parametrize("kind", [kind for kind in DECODERS if kind not in OF_THEIR_OWN])
@@ -367,7 +362,7 @@ def test_a_draft_finds_what_the_shipped_file_says(make_model, tmp_path, kind):
     model = make_model(kind, **({"tie_word_embeddings": False} if kind in ("phi3", "gpt_neox") else {}))
     checkpoint = read_checkpoint(model)
     path = tmp_path / "family.yaml"
-    path.write_text(draft(checkpoint).replace(*DRAFTED.get(kind, ("", ""))))
+    path.write_text(draft_family(checkpoint).replace(*DRAFTED.get(kind, ("", ""))))
     drafted, shipped = load_family(path), find_family(kind)
     tail = list(resolve_layout(shipped, checkpoint).tail)
     skip = {name.removesuffix("?") for name in shipped.skip if not name.endswith("?") or kind == "qwen2_moe"}
@@ -381,7 +376,7 @@ def test_a_draft_finds_what_the_shipped_file_says(make_model, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", OF_THEIR_OWN)
 def test_a_draft_finds_experts_and_their_router(make_model, kind):
-    text = draft(read_checkpoint(make_model(kind)))
+    text = draft_family(read_checkpoint(make_model(kind)))
     around = "block_sparse_moe" if kind == "mixtral" else "mlp"
     assert f"    router: {around}.gate\n    experts: {around}.experts\n" in text
     assert ("each has w1, w2, w3: say at the end which are down_proj, gate_proj, up_proj" in text) == (
@@ -392,13 +387,15 @@ def test_a_draft_finds_experts_and_their_router(make_model, kind):
 
 def test_what_covers_each_matrix(tiny_model, family_with):
     checkpoint = read_checkpoint(tiny_model)
-    found = {each.module: each for each in coverage(checkpoint, find_family("llama", family_with(skip=["lm_head"])))}
+    found = {
+        each.module: each for each in list_coverage(checkpoint, find_family("llama", family_with(skip=["lm_head"])))
+    }
     assert found["model.embed_tokens"] == Covered("model.embed_tokens", (128, 32), 1, None)
     assert found["model.layers.{block}.mlp.down_proj"] == Covered(
         "model.layers.{block}.mlp.down_proj", (32, 48), 3, "mlp"
     )
     assert {each.by for each in found.values()} == {"attention", "mlp", None}
-    assert {each.module for each in coverage(checkpoint, None)} == found.keys()
+    assert {each.module for each in list_coverage(checkpoint, None)} == found.keys()
 
 
 def test_a_family_that_leaves_out_what_follows_the_blocks_is_refused(tiny_model):

@@ -10,11 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from allocator.core.errors import UserError
 from allocator.core.latency import LatencySettings, LatencyTable, Timing
 from allocator.model.checkpoint.headers import read_checkpoint
-from allocator.model.family.layout import open_model, resolve_layout
+from allocator.model.family.layout import resolve_layout
 from allocator.model.family.schema import find_family
-from allocator.model.family.serving_costs import Workload, served, shape_of, size_of
+from allocator.model.family.serving_costs import Workload, add_serving_costs, describe_shape, describe_size
 from allocator.model.family.space import build_space
-from allocator.model.live.load import shaped_model
+from allocator.model.live.load import build_shaped_model
+from allocator.model.open import open_model
 
 MODELS = {
     "llama": ("llama", {}, "kv_groups"),
@@ -36,7 +37,11 @@ def served_space(request, make_model):
     kind, overrides, attention = MODELS[request.param]
     checkpoint, family = open_model(make_model(kind, **overrides))
     layout = resolve_layout(family, checkpoint, attention)
-    return checkpoint, layout, served(build_space(layout, checkpoint, "structured", 0.5), layout, checkpoint, WORK)
+    return (
+        checkpoint,
+        layout,
+        add_serving_costs(build_space(layout, checkpoint, "structured", 0.5), layout, checkpoint, WORK),
+    )
 
 
 def _allocations(space):
@@ -47,7 +52,7 @@ def _allocations(space):
 
 def _model(checkpoint, layout, space, allocation):
     kept = {unit.name: unit.kept[level] for unit, level in zip(space.units, allocation, strict=True)}
-    model = shaped_model(checkpoint, layout, kept, torch.float32)
+    model = build_shaped_model(checkpoint, layout, kept, torch.float32)
     model.config._attn_implementation = "eager"  # the counter knows matrix products
     return model
 
@@ -90,7 +95,7 @@ def test_a_dense_mixture_costs_the_same_whatever_it_loses(make_model, kind):
     dense = []
     for experts, pattern in (("whole", "structured"), ("inside", "structured"), ("inside", "unstructured")):
         layout = resolve_layout(family, checkpoint, experts=experts)
-        space = served(build_space(layout, checkpoint, pattern, 0.5), layout, checkpoint, WORK)
+        space = add_serving_costs(build_space(layout, checkpoint, pattern, 0.5), layout, checkpoint, WORK)
         dense.append([space.cost(space.dense, cost) for cost in ("params", "macs", "prefill_macs", "weight_bytes")])
     assert dense[0] == dense[1] == dense[2]
 
@@ -101,7 +106,7 @@ def test_bytes_of_a_router_are_of_its_own_type(make_model):
     own = {name: "F32" for name in checkpoint.shapes if name.endswith("e_score_correction_bias")}
     checkpoint = replace(checkpoint, dtypes={**checkpoint.dtypes, **own})  # as DeepSeek's are
     layout = resolve_layout(family, checkpoint)
-    space = served(build_space(layout, checkpoint, "structured", 0.5), layout, checkpoint, WORK)
+    space = add_serving_costs(build_space(layout, checkpoint, "structured", 0.5), layout, checkpoint, WORK)
     unit = next(unit for unit in space.units if unit.kind == "experts")
     number = 2 * (3 * 12 * 32 + 32) + 4  # three matrices and a row of the router; a bias
     assert unit.costs("weight_bytes") == tuple(count * number for count in unit.kept)
@@ -112,7 +117,8 @@ def test_masks_save_nothing_in_service(make_model, pattern):
     checkpoint = read_checkpoint(make_model())
     layout = resolve_layout(find_family("llama"), checkpoint)
     masked, whole = (
-        served(build_space(layout, checkpoint, each, 0.5), layout, checkpoint, WORK) for each in (pattern, "structured")
+        add_serving_costs(build_space(layout, checkpoint, each, 0.5), layout, checkpoint, WORK)
+        for each in (pattern, "structured")
     )
     for cost in ("prefill_macs", "decode_macs", "weight_bytes", "kv_bytes"):
         assert masked.cost(masked.dense, cost) == masked.cost(masked.sparsest, cost) == whole.cost(whole.dense, cost)
@@ -122,7 +128,7 @@ def test_masks_save_nothing_in_service(make_model, pattern):
 def table(make_model):
     checkpoint = read_checkpoint(make_model())
     layout = resolve_layout(find_family("llama"), checkpoint)
-    shapes = {shape_of(sub_block, checkpoint): sub_block.total for sub_block in layout.sub_blocks}
+    shapes = {describe_shape(sub_block, checkpoint): sub_block.total for sub_block in layout.sub_blocks}
 
     def timing(kept, nanoseconds):
         return Timing(kept=kept, prefill_ns=nanoseconds, decode_ns=nanoseconds // 10, spread=0.0)
@@ -134,7 +140,7 @@ def table(make_model):
             device={"type": "cpu"},
             versions={},
             settings=LatencySettings(batch=2, prompt=12, generate=5, dtype="float32", threads=1, repeats=3),
-            model=size_of(checkpoint, layout),
+            model=describe_size(checkpoint, layout),
             fixed=timing(0, 1000),
             units={
                 shape: tuple(timing(kept, 100 * kept + 7) for kept in range(total, -1, -1))
@@ -146,7 +152,7 @@ def table(make_model):
 
 def test_latency_adds_up_over_the_table(table):
     checkpoint, layout, own = table
-    space = served(build_space(layout, checkpoint, "structured", 0.5), layout, checkpoint, WORK, own)
+    space = add_serving_costs(build_space(layout, checkpoint, "structured", 0.5), layout, checkpoint, WORK, own)
     for allocation in _allocations(space):
         kept = [unit.kept[level] for unit, level in zip(space.units, allocation, strict=True)]
         prefill = 1000 + sum(100 * count + 7 for count in kept)
@@ -158,8 +164,8 @@ def test_latency_adds_up_over_the_table(table):
 
 def test_masks_save_no_time(table):
     checkpoint, layout, own = table
-    space = served(build_space(layout, checkpoint, "unstructured", 0.5), layout, checkpoint, WORK, own)
-    whole = served(build_space(layout, checkpoint, "structured", 0.5), layout, checkpoint, WORK, own)
+    space = add_serving_costs(build_space(layout, checkpoint, "unstructured", 0.5), layout, checkpoint, WORK, own)
+    whole = add_serving_costs(build_space(layout, checkpoint, "structured", 0.5), layout, checkpoint, WORK, own)
     assert space.cost(space.dense, "latency_ms") == space.cost(space.sparsest, "latency_ms")
     assert space.cost(space.dense, "latency_ms") == whole.cost(whole.dense, "latency_ms")
 
@@ -206,8 +212,8 @@ def test_a_table_for_another_workload_or_model_is_refused(table, make_model):
     with pytest.raises(
         UserError, match=r"workload\.latency: the table is for batch 2, .* and the run asks for batch 1, 12"
     ):
-        served(space, layout, checkpoint, Workload(1, 12, 5), own)
+        add_serving_costs(space, layout, checkpoint, Workload(1, 12, 5), own)
     deeper = read_checkpoint(make_model(num_hidden_layers=3))
     other = resolve_layout(find_family("llama"), deeper)
     with pytest.raises(UserError, match=r"the table is for a model of .*'blocks': 2.* and this one has .*'blocks': 3"):
-        served(build_space(other, deeper, "structured", 0.5), other, deeper, WORK, own)
+        add_serving_costs(build_space(other, deeper, "structured", 0.5), other, deeper, WORK, own)

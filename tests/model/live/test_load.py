@@ -6,7 +6,7 @@ import torch
 
 from allocator.core.errors import UserError
 from allocator.model.checkpoint.headers import read_checkpoint
-from allocator.model.live.load import load_model, load_tokenizer
+from allocator.model.live.load import load_encoder, load_model
 
 
 def test_models_come_frozen_in_the_data_type_asked_for(tiny_model_bf16):
@@ -26,7 +26,7 @@ def test_an_architecture_that_transformers_lacks_is_named(tiny_model, tmp_path):
 
 
 def test_the_tokenizer_adds_nothing_and_knows_its_separator(tiny_model, tokenizer):
-    encode, separator = load_tokenizer(tiny_model)
+    encode, separator = load_encoder(tiny_model)
     text = "def plan(x):\n    return x\n"
     assert tokenizer.decode(encode(text)) == text
     assert separator == tokenizer.eos_token_id
@@ -36,7 +36,7 @@ def test_the_tokenizer_adds_nothing_and_knows_its_separator(tiny_model, tokenize
 def test_a_folder_without_a_tokenizer_is_refused(tiny_model, tmp_path):
     folder = shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*"))
     with pytest.raises(UserError, match="no readable tokenizer"):
-        load_tokenizer(folder)
+        load_encoder(folder)
 
 
 def test_a_tokenizer_without_a_separator_is_refused(tiny_model, tmp_path):
@@ -46,7 +46,7 @@ def test_a_tokenizer_without_a_separator_is_refused(tiny_model, tmp_path):
     del config["eos_token"]
     path.write_text(json.dumps(config))
     with pytest.raises(UserError, match="neither an end-of-text nor a begin-of-text token"):
-        load_tokenizer(folder)
+        load_encoder(folder)
 
 
 def test_a_missing_tensor_is_an_error(make_model, tmp_path):

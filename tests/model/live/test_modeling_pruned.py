@@ -13,13 +13,14 @@ from safetensors import safe_open
 
 from allocator.core.errors import UserError
 from allocator.model.checkpoint.headers import Checkpoint, read_checkpoint
-from allocator.model.family.draft import draft
-from allocator.model.family.layout import Layout, open_model, resolve_layout
-from allocator.model.family.schema import find_family, load_family, served_types
+from allocator.model.family.draft import draft_family
+from allocator.model.family.layout import Layout, resolve_layout
+from allocator.model.family.schema import find_family, load_family, load_shipped_families
 from allocator.model.family.space import build_space
-from allocator.model.live.load import load_model, shaped_model
+from allocator.model.live.load import build_shaped_model, load_model
 from allocator.model.live.modeling_pruned import counted, recount, remove
 from allocator.model.live.write import read_tensors
+from allocator.model.open import open_model
 from allocator.pruning.calibration.statistics import KINDS
 from allocator.pruning.levels.assemble import Assembler, LevelSwitch
 from allocator.pruning.levels.execute import save_pruned
@@ -99,7 +100,13 @@ def encoder(request, tmp_path_factory):
     config.save_pretrained(folder)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     said = {**json.loads((folder / "config.json").read_text()), "architectures": [type(model).__name__]}
-    checkpoint = Checkpoint(folder, said, shapes, dict.fromkeys(shapes, ""), dict.fromkeys(shapes, "F64"))
+    checkpoint = Checkpoint(
+        folder=folder,
+        config=said,
+        shapes=shapes,
+        shards=dict.fromkeys(shapes, ""),
+        dtypes=dict.fromkeys(shapes, "F64"),
+    )
     layout = resolve_layout(_family(folder / "family.yaml", kind, *ENCODERS[kind]), checkpoint)
     return Encoder(kind, model, checkpoint, layout)
 
@@ -129,7 +136,7 @@ def test_a_compact_module_computes_what_the_masked_one_does(encoder, counts):
     kept = {
         sub_block.name: _kept(sub_block, count) for sub_block, count in zip(layout.sub_blocks[:2], counts, strict=True)
     }
-    compact = shaped_model(checkpoint, layout, {name: len(items) for name, items in kept.items()}, torch.float64)
+    compact = build_shaped_model(checkpoint, layout, {name: len(items) for name, items in kept.items()}, torch.float64)
     dense = model.state_dict()
     masked, cut = dict(dense), dict(dense)
     for sub_block in layout.sub_blocks[:2]:
@@ -165,7 +172,7 @@ def test_costs_are_what_the_compact_module_holds(encoder, counts):
     space = build_space(layout, checkpoint, "structured", 0.5)
     allocation = tuple(unit.kept.index(wanted[unit.part]) for unit in space.units)
     kept = {unit.name: wanted[unit.part] for unit in space.units}
-    model = shaped_model(checkpoint, layout, kept, torch.float64)
+    model = build_shaped_model(checkpoint, layout, kept, torch.float64)
     assert space.cost(allocation) == sum(parameter.numel() for parameter in model.parameters())
     for sub_block in layout.sub_blocks:
         if wanted[sub_block.part] == 0:
@@ -204,7 +211,7 @@ def test_what_bert_consists_of(encoder):
 
 def test_counts_follow_inside_the_sub_block(encoder):
     sub_block = encoder.layout.sub_blocks[0]
-    model = shaped_model(encoder.checkpoint, encoder.layout, {sub_block.name: 3}, torch.float64)
+    model = build_shaped_model(encoder.checkpoint, encoder.layout, {sub_block.name: 3}, torch.float64)
     holder = model.get_submodule(sub_block.parent)
     assert (holder if encoder.kind == "vit" else holder.self).num_attention_heads == 3
     if encoder.kind != "vit":
@@ -259,7 +266,7 @@ def _cached(model, probe):
     return torch.cat(steps, 1)
 
 
-@pytest.mark.parametrize("kind", [kind for kind, family in served_types().items() if family.tail])
+@pytest.mark.parametrize("kind", [kind for kind, family in load_shipped_families().items() if family.tail])
 @torch.inference_mode()
 def test_the_cache_has_its_length_without_the_first_attention(make_model, kind):
     checkpoint, family = open_model(make_model(kind))
@@ -352,7 +359,7 @@ def test_narrow_embeddings_have_projections_that_count(make_model):
     assert layout.tail == ("model.decoder.final_layer_norm", "model.decoder.project_out", "lm_head")
     assert layout.around == ("model.decoder.project_in", "model.decoder.project_out")
     assert build_space(layout, checkpoint, "structured", 0.5).fixed["macs"] == 128 * 24 + 2 * 24 * 32
-    text = draft(checkpoint)
+    text = draft_family(checkpoint)
     assert "entry: [model.decoder.project_in]" in text
     assert "tail: [model.decoder.final_layer_norm, model.decoder.project_out, lm_head]" in text
 

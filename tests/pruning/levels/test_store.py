@@ -1,9 +1,8 @@
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
+from forked import Python
 from stores import create_store
 
 from allocator.core.errors import UserError
@@ -118,9 +117,11 @@ try:
 except UserError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "the level store cannot be written" in done.stdout
-    assert "Free some space and resume" in done.stdout
+    done = Python(["-c", code])
+    out, err = done.communicate()
+    assert done.returncode == 0, err
+    assert "the level store cannot be written" in out
+    assert "Free some space and resume" in out
     builder = StoreBuilder(tmp_path / "levels", KEY)
     assert ["small" in builder, "large" in builder] == [True, False]
     (partial,) = tmp_path.glob(".levels.*.partial")

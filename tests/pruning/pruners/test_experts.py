@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from allocator.core.errors import UserError
-from allocator.model.family.layout import open_model, resolve_layout
+from allocator.model.family.layout import resolve_layout
 from allocator.model.live.load import load_model
 from allocator.model.live.modeling_pruned import choose, cut, split, stacked
+from allocator.model.open import open_model
 from allocator.pruning.calibration import routing as routing_
 from allocator.pruning.calibration.build import prune_on_pruned_inputs
 from allocator.pruning.calibration.routing import Routing

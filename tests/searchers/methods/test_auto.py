@@ -13,13 +13,13 @@ from allocator.core.effort import Limit
 from allocator.core.header import JournalHeader
 from allocator.core.journal import Journal
 from allocator.searchers.loop import Measurer, search
-from allocator.searchers.methods.auto import model_based
+from allocator.searchers.methods.auto import AutoMethod, GuidedMethod, TrustRegionMethod
 from allocator.searchers.methods.evolution import EvolutionSettings, ExchangeEvolution
 from allocator.searchers.methods.guided import GuidedSettings
-from allocator.searchers.methods.trust_region import TrustRegionSettings
+from allocator.searchers.problem import SearchProblem
 from allocator.searchers.rules.baselines import uniform
 from allocator.searchers.solvers.knapsack import knapsack
-from allocator.searchers.solvers.space_arrays import Ladders
+from allocator.searchers.solvers.space_arrays import SpaceArrays
 from allocator.searchers.surrogates.surrogate import Difference
 from allocator.searchers.surrogates.tabular import Tabular
 
@@ -30,7 +30,14 @@ def _search(landscape, tmp_path, evaluations, seed=0, tokens=(ALL,), method="aut
     space = landscape.space
     budget = budget_for(space, 0.5)
     far = GuidedSettings(patience=patience)
-    searcher = model_based(method, space, budget, [uniform(space, budget)], tokens, TrustRegionSettings(), far, seed)
+    methods = {
+        "auto": AutoMethod(tokens=tokens, guided=far),
+        "trust_region": TrustRegionMethod(tokens=tokens),
+        "guided": GuidedMethod(tokens=tokens, guided=far),
+    }
+    start = [uniform(space, budget)]
+    problem = SearchProblem(space=space, budget=budget, objectives=("kl",), start=start, seed=seed)
+    searcher = methods[method].make(problem)
     with Journal.create(tmp_path / "journal.jsonl", JournalHeader(space=space)) as journal:
         search(searcher, Measurer(landscape, journal), limit=Limit(evaluations, "evaluations"))
     return searcher.finalists()[0], budget
@@ -82,14 +89,16 @@ def test_each_part_alone_goes_most_of_the_way(method, tmp_path):
 def test_settled_allocations_keep_and_fill_the_budget(spaces, data):
     space = data.draw(spaces)
     budget = Budget(params=data.draw(st.integers(space.cost(space.sparsest), space.cost(space.dense))))
-    ladders = Ladders(space, budget)
+    arrays = SpaceArrays(space, budget)
     levels = [data.draw(st.integers(0, unit.num_levels - 1)) for unit in space.units]
-    table = np.random.default_rng(data.draw(st.integers(0, 99))).normal(size=ladders.price_ul.shape)
-    settled = ladders.settle(levels, table)
+    table = np.random.default_rng(data.draw(st.integers(0, 99))).normal(size=arrays.price_ul.shape)
+    settled = arrays.fit_to_budget(levels, table)
     assert fits(space, settled, budget)
     assert denser_moves(space, settled, budget) == []
-    assert ladders.filled(settled)
-    assert ladders.filled(tuple(levels)) == (fits(space, levels, budget) and not denser_moves(space, levels, budget))
+    assert arrays.fills_budget(settled)
+    assert arrays.fills_budget(tuple(levels)) == (
+        fits(space, levels, budget) and not denser_moves(space, levels, budget)
+    )
 
 
 def _differences(landscape, centre, others, tokens):
@@ -112,7 +121,7 @@ def test_the_model_learns_a_profile_and_is_unsure_beyond_it():
     landscape = landscapes.additive(0, num_units=12)
     budget = budget_for(landscape.space, 0.5)
     centre = uniform(landscape.space, budget)
-    model = Tabular(Ladders(landscape.space, budget), centre, ALL)
+    model = Tabular(SpaceArrays(landscape.space, budget), centre, ALL)
     steps = list(_steps(landscape.space, centre))
     for one in _differences(landscape, centre, steps, ALL):
         model.observe(one)
@@ -131,7 +140,7 @@ def test_asking_again_on_few_tokens_teaches_nothing_but_all_tokens_do():
     few, steps = 2 * landscapes.TOKENS, list(_steps(landscape.space, centre))
     spread = []
     for extra in (), [(few, steps)], [(ALL, steps)]:
-        model = Tabular(Ladders(landscape.space, budget), centre, ALL)
+        model = Tabular(SpaceArrays(landscape.space, budget), centre, ALL)
         for tokens, asked in [(few, steps), *extra]:
             for one in _differences(landscape, centre, asked, tokens):
                 model.observe(one)
@@ -147,7 +156,7 @@ def test_pairs_that_interact_are_found():
     landscape = landscapes.Landscape(landscape.space, landscape.terms, ((1, 6, weight),))
     budget = budget_for(landscape.space, 0.5)
     centre = uniform(landscape.space, budget)
-    rng, model = np.random.default_rng(0), Tabular(Ladders(landscape.space, budget), centre, ALL)
+    rng, model = np.random.default_rng(0), Tabular(SpaceArrays(landscape.space, budget), centre, ALL)
     others = [tuple(np.clip(np.array(centre) + rng.integers(-2, 3, 8), 0, 8).tolist()) for _ in range(160)]
     for one in _differences(landscape, centre, [*_steps(landscape.space, centre), *others[:120]], ALL):
         model.observe(one)
@@ -159,7 +168,9 @@ def test_pairs_that_interact_are_found():
 def test_a_start_over_budget_by_repair_only(space, tmp_path, landscape):
     budget = budget_for(space, 0.5)
     start = [repair(space, space.sparsest, budget, range(len(space.units)))]
-    searcher = model_based("auto", space, budget, start, (64, 128), TrustRegionSettings(), GuidedSettings(), 0)
+    searcher = AutoMethod(tokens=(64, 128)).make(
+        SearchProblem(space=space, budget=budget, objectives=("kl",), start=start, seed=0)
+    )
     with Journal.create(tmp_path / "journal.jsonl", JournalHeader(space=space)) as journal:
         end = search(searcher, Measurer(landscape(space), journal))
     assert "races" in end or "nothing is left" in end
@@ -182,7 +193,10 @@ def test_auto_comes_nearer_in_an_eighth_of_the_measurements_of_exchange_evolutio
     bowl = landscapes.bowl(seed, num_units=24)
     found, budget = _search(bowl, tmp_path, 120, seed, patience=4)
     settings = EvolutionSettings(generations=100, offspring=16, tokens=(ALL,), survivors=(1,), patience=100)
-    evolution = ExchangeEvolution(bowl.space, budget, [uniform(bowl.space, budget)], settings, seed)
+    problem = SearchProblem(
+        space=bowl.space, budget=budget, objectives=("kl",), start=[uniform(bowl.space, budget)], seed=seed
+    )
+    evolution = ExchangeEvolution(problem, settings)
     with Journal.create(tmp_path / "evolution.jsonl", JournalHeader(space=bowl.space)) as journal:
         search(evolution, Measurer(bowl, journal), limit=Limit(960, "evaluations"))
     least = bowl.optimum(budget)[0]

@@ -5,7 +5,8 @@ from pymoo.indicators.hv import HV
 from allocator.core.budget import Budget, budget_for, denser_moves, fits, repair
 from allocator.searchers.methods import bayesian
 from allocator.searchers.methods.bayesian import Bayesian, GpSettings, TpeSettings
-from allocator.searchers.methods.sweep import budgets
+from allocator.searchers.methods.sweep import make_budgets
+from allocator.searchers.problem import SearchProblem
 from allocator.searchers.rules.baselines import uniform
 from allocator.searchers.surrogates.shapes import Shapes
 
@@ -13,7 +14,9 @@ LADDERS = [[1000, 750, 500, 250, 0], [800, 700, 600, 500, 400, 300, 200, 100, 0]
 
 
 def _maker(settings):
-    return lambda space, budget, start, seed: Bayesian(space, budget, (), start, settings, seed)
+    return lambda space, budget, start, seed: Bayesian(
+        SearchProblem(space=space, budget=budget, objectives=("kl",), start=start, seed=seed), settings
+    )
 
 
 def _two_ends(space, budget):
@@ -37,7 +40,8 @@ def test_the_starts_are_measured_and_then_trials_come_in_batches(run, make_space
 def test_points_of_a_front_fill_limits_of_their_own(make_space):
     space = make_space(LADDERS)
     starts = [start for target in (0.2, 0.7) for start in _two_ends(space, budget_for(space, target))]
-    searcher = Bayesian(space, budget_for(space, 0.1), ["kl", "params"], starts, TpeSettings(10, 4, 64), 0)
+    problem = SearchProblem(space=space, budget=budget_for(space, 0.1), objectives=["kl", "params"], start=starts)
+    searcher = Bayesian(problem, TpeSettings(10, 4, 64))
     asked = [request.allocation for request in searcher.ask()]
     assert asked[:4] == starts
     assert len(asked) > 4
@@ -99,11 +103,12 @@ def test_it_beats_random_search_where_sensitivity_is_a_matter_of_depth(run, deep
 def test_its_fronts_are_ahead_of_random_points_of_the_box(deep, settings, blocks, seed, monkeypatch):
     space, additive = deep(blocks)
     whole = Budget(params=space.cost(space.dense))
-    starts = [uniform(space, each) for each in budgets(space, whole, ["params"], 3)]
+    starts = [uniform(space, each) for each in make_budgets(space, whole, ["params"], 3)]
     volumes = []
     for startup in (16, settings.trials):
         monkeypatch.setattr(bayesian, "_STARTUP_TRIALS", startup)
-        searcher = Bayesian(space, whole, ["kl", "params"], starts, settings, seed)
+        problem = SearchProblem(space=space, budget=whole, objectives=["kl", "params"], start=starts, seed=seed)
+        searcher = Bayesian(problem, settings)
         while requests := searcher.ask():
             searcher.tell(list(additive.evaluate(requests)))
         worst = max(additive.kl(start) for start in starts)

@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 from allocator.core.budget import Budget, fits
 from allocator.core.effort import candidate_tokens
 from allocator.core.protocols import FEATURES, Outcome, Request
-from allocator.searchers.methods.emo_pms import EmoPmsSettings, _Group, _groups, _merged, _nearest, _place, emo_pms
+from allocator.searchers.methods.emo_pms import (
+    EmoPmsSettings,
+    _find_nearest,
+    _find_place,
+    _Group,
+    _make_groups,
+    _merge,
+    emo_pms,
+)
+from allocator.searchers.problem import SearchProblem
 from allocator.searchers.rules.baselines import uniform
 
 SETTINGS = EmoPmsSettings(groups=4, rounds=2, generations=3, population=8, schemes=6, profile=64, tokens=128)
@@ -25,7 +34,9 @@ def deep(make_space):
 def _batches(space, evaluator, settings=SETTINGS, objectives=("params",)):
     """Return requests and outcomes of a whole search, batch by batch."""
     start = [uniform(space, Budget(params=space.limit_for(share))) for share in (0.25, 0.5, 0.75)]
-    script = emo_pms(space, Budget(params=space.cost(space.dense)), objectives, start, settings, 0)
+    whole = Budget(params=space.cost(space.dense))
+    problem = SearchProblem(space=space, budget=whole, objectives=["kl", *objectives], start=start)
+    script = emo_pms(problem, settings, {})
     asked, batches = next(script), []
     while True:
         batches.append(list(evaluator.evaluate(asked)))
@@ -39,7 +50,7 @@ def _batches(space, evaluator, settings=SETTINGS, objectives=("params",)):
 def test_groups_are_contiguous_and_hold_every_unit_once(make_space):
     space = make_space([[10, 0]] * 14)
     for count in (1, 3, 4, 50):
-        groups = _groups(space, count)
+        groups = _make_groups(space, count)
         blocks = {unit.block for unit in space.units}
         assert len(groups) == min(count, len(blocks))
         assert [place for group in groups for place in group.places] == list(range(14))
@@ -102,7 +113,7 @@ def test_every_local_front_point_is_plugged_into_the_current_network(deep, lands
 def test_merging_is_exact(spaces, data):
     space = data.draw(spaces)
     objectives = data.draw(st.sampled_from([["params"], ["macs"], ["params", "macs"]]))
-    groups = _groups(space, data.draw(st.integers(1, 3)))
+    groups = _make_groups(space, data.draw(st.integers(1, 3)))
     levels = [st.tuples(*(st.integers(0, space.units[p].num_levels - 1) for p in group.places)) for group in groups]
     options = [data.draw(st.lists(each, min_size=1, max_size=4, unique=True)) for each in levels]
     losses = [[data.draw(st.integers(-3, 9)) / 8 for _ in own] for own in options]
@@ -120,7 +131,7 @@ def test_merging_is_exact(spaces, data):
     points = {point for allocation, point in every if fits(space, allocation, budget)}
     best = {p for p in points if not any(q != p and all(a <= b for a, b in zip(q, p, strict=True)) for q in points)}
     found = dict(every)
-    merged = [found[a] for a in _merged(space, budget, objectives, costs, groups, options, losses)]
+    merged = [found[a] for a in _merge(space, budget, objectives, costs, groups, options, losses)]
     assert set(merged) == best
     assert len(merged) == len(best)
 
@@ -149,16 +160,16 @@ def test_on_an_additive_loss_merged_schemes_are_near_the_true_front(deep, landsc
 
 
 def test_rounds_go_on_from_the_middle_then_the_quarters_then_the_eighths():
-    assert [_place(number) for number in range(7)] == [1 / 2, 1 / 4, 3 / 4, 1 / 8, 5 / 8, 3 / 8, 7 / 8]
+    assert [_find_place(number) for number in range(7)] == [1 / 2, 1 / 4, 3 / 4, 1 / 8, 5 / 8, 3 / 8, 7 / 8]
 
 
 def test_a_round_goes_on_from_a_member_of_the_front(make_space):
     space = make_space([[100, 50, 0], [100, 50, 0]])
     known = {(0, 0): 0.0, (1, 0): 0.4, (0, 1): 0.1, (2, 1): 0.5, (2, 2): 0.9}
     span = (space.cost(space.sparsest), space.cost(space.dense))
-    assert _nearest(space, "params", known, 0.75, span) == (0, 1)
-    assert _nearest(space, "params", known, 0.25, span) == (2, 1)
-    assert _nearest(space, "params", known, 0.0, span) == (2, 2)
+    assert _find_nearest(space, "params", known, 0.75, span) == (0, 1)
+    assert _find_nearest(space, "params", known, 0.25, span) == (2, 1)
+    assert _find_nearest(space, "params", known, 0.0, span) == (2, 2)
 
 
 def test_a_group_knows_its_part():

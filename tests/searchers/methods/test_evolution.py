@@ -9,11 +9,14 @@ from allocator.core.budget import Budget, budget_for, denser_moves, fits, repair
 from allocator.core.errors import UserError
 from allocator.core.protocols import Outcome
 from allocator.searchers.methods.evolution import EvolutionSettings, ExchangeEvolution, exchange, move_run
+from allocator.searchers.problem import SearchProblem
 
 
 def _maker(**settings):
     settings = EvolutionSettings(**settings)
-    return lambda space, budget, start, seed: ExchangeEvolution(space, budget, start, settings, seed)
+    return lambda space, budget, start, seed: ExchangeEvolution(
+        SearchProblem(space=space, budget=budget, objectives=("kl",), start=start, seed=seed), settings
+    )
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -5,13 +5,17 @@ import pytest
 
 from allocator.core.budget import budget_for, repair
 from allocator.searchers.methods.thompson import Thompson, ThompsonSettings
+from allocator.searchers.problem import SearchProblem
 from allocator.searchers.solvers.knapsack import knapsack
 
 LADDERS = [[1000, 750, 500, 250, 0], [800, 700, 600, 500, 400, 300, 200, 100, 0]] * 12
 
 
 def _maker(**settings):
-    return lambda space, budget, start, seed: Thompson(space, budget, start, ThompsonSettings(**settings), seed)
+    return lambda space, budget, start, seed: Thompson(
+        SearchProblem(space=space, budget=budget, objectives=("kl",), start=start, seed=seed),
+        ThompsonSettings(**settings),
+    )
 
 
 @pytest.mark.parametrize("seed", [0, 1])

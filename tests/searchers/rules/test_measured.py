@@ -9,9 +9,9 @@ import pytest
 
 from allocator.core.budget import budget_for, fits
 from allocator.searchers.rules.baselines import two_rate
-from allocator.searchers.rules.measured import MEASURED_RULES, Fidelity, Stepwise
+from allocator.searchers.rules.measured import MEASURED_RULES, RuleTokens, make_rule_searcher
 
-TOKENS = Fidelity(64, 128)
+TOKENS = RuleTokens(64, 128)
 LADDER = [100, 75, 50, 25, 0]
 
 
@@ -27,7 +27,7 @@ def answer(run):
     def answer(name, space, target, evaluator):
         budget = budget_for(space, target)
         return run(
-            lambda *_: Stepwise(MEASURED_RULES[name].run(space, budget, target, TOKENS), (), TOKENS),
+            lambda *_: make_rule_searcher(MEASURED_RULES[name].run(space, budget, target, TOKENS), (), TOKENS),
             space,
             target,
             evaluator=evaluator,

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from allocator.core.budget import Budget, budget_for, denser_moves, fits
 from allocator.core.signals import QUANTILES, SIGNALS, Signals
 from allocator.core.space import SearchSpace, Unit
-from allocator.searchers.rules.apportion import on_budget, to_levels
-from allocator.searchers.rules.one_shot import RULES, portfolio
+from allocator.searchers.rules.apportion import meet_budget, round_to_levels
+from allocator.searchers.rules.one_shot import RULES
 
 BLOCKS, PER_BLOCK, STEPS = 4, 3, 400
 SIZES = [(60, 40), (30, 40), (80, 20)]
@@ -205,7 +205,7 @@ def test_sparsities_of_an_allocation_at_the_budget_become_that_allocation(spaces
     levels = tuple(data.draw(st.integers(0, unit.num_levels - 1)) for unit in space.units)
     budget = Budget(params=space.cost(levels))
     sparsities = [unit.sparsity(level) for unit, level in zip(space.units, levels, strict=True)]
-    found = to_levels(space, budget, sparsities)
+    found = round_to_levels(space, budget, sparsities)
     assert space.cost(found) <= budget.limits["params"]
     if not denser_moves(space, levels, budget):
         assert found == levels
@@ -214,14 +214,25 @@ def test_sparsities_of_an_allocation_at_the_budget_become_that_allocation(spaces
 def test_the_largest_remainders_are_rounded_up():
     space = structured(*[(40, 30, 20, 10, 0)] * 4, blocks=[0] * 4)
     sparsities = [0.3, 0.45, 0.5, 0.55]  # of 160 parameters 72 go, so 90 of what is kept fits eight tens
-    assert to_levels(space, Budget(params=7 + 88), sparsities) == (1, 2, 2, 3)
+    assert round_to_levels(space, Budget(params=7 + 88), sparsities) == (1, 2, 2, 3)
 
 
 def test_the_member_at_the_budget_is_clamped_and_the_rest_bears_what_is_left(fine):
     weights, base = sizes(fine), np.where(np.arange(len(fine.units)) % 2, 0.8, 0.0)
-    found = on_budget(fine, budget_for(fine, 0.6), lambda x: base + x, -1.0, 1.0)
+    found = meet_budget(fine, budget_for(fine, 0.6), lambda x: base + x, -1.0, 1.0)
     np.testing.assert_allclose(found, shifted_to(base, weights, 0.6), atol=1e-3)
     assert (found @ weights) / weights.sum() == pytest.approx(0.6, abs=1e-3)
+
+
+def portfolio(space, budget, target, signals):
+    """Return the distinct allocations of all rules that serve the space and whose signals were collected, by rule."""
+    found = {}
+    for name, rule in RULES.items():
+        if space.pattern in rule.patterns and not signals.missing(rule.needs):
+            allocation = rule.allocate(space, budget, target, signals)
+            if allocation not in found.values():
+                found[name] = allocation
+    return found
 
 
 def test_the_portfolio_holds_each_allocation_once_and_only_what_serves(fine):

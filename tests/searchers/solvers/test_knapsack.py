@@ -14,7 +14,7 @@ from allocator.core.space import SearchSpace, Unit
 from allocator.searchers.solvers import knapsack as module
 from allocator.searchers.solvers import lagrange
 from allocator.searchers.solvers.knapsack import additive_front, knapsack, knapsack_multi, knapsack_nearby
-from allocator.searchers.solvers.space_arrays import Ladders
+from allocator.searchers.solvers.space_arrays import SpaceArrays
 
 
 def _everything(space, table, allowed=None):
@@ -71,9 +71,9 @@ def test_one_limit_is_solved_exactly(spaces, data):
 def test_any_table_is_solved_exactly_before_the_fill(spaces, data):
     space = data.draw(spaces)
     table = _table(data, space, falling=False, forbidden=False)
-    values, costs = module._padded(space, table, ("params",))
+    values, costs = module._pad(space, table, ("params",))
     room = data.draw(st.integers(space.cost(space.sparsest), space.cost(space.dense))) - space.fixed["params"]
-    found = lagrange.optimum(values, costs, np.array([room]))
+    found = lagrange.find_optimum(values, costs, np.array([room]))
     fitting = [a for a in _everything(space, table) if space.cost(a) - space.fixed["params"] <= room]
     assert tuple(found) in fitting
     assert _value(table, found) == pytest.approx(min(_value(table, a) for a in fitting), rel=1e-9, abs=1e-9)
@@ -120,10 +120,10 @@ def test_two_limits_are_solved_exactly(spaces, data):
     found = knapsack_multi(space, limits, table)
     assert found in fitting
     assert _full(space, found, limits, table)
-    values, costs = module._padded(space, table, tuple(limits))
+    values, costs = module._pad(space, table, tuple(limits))
     rooms = np.array([limit - space.fixed[cost] for cost, limit in limits.items()])
     best = min(_value(table, a) for a in fitting)
-    assert _value(table, lagrange.optimum(values, costs, rooms)) == pytest.approx(best, rel=1e-5, abs=1e-5)
+    assert _value(table, lagrange.find_optimum(values, costs, rooms)) == pytest.approx(best, rel=1e-5, abs=1e-5)
 
 
 @given(data=st.data())
@@ -198,17 +198,17 @@ def test_nearby_is_the_knapsack_within_a_radius(spaces, data):
     space = data.draw(spaces)
     table = _table(data, space, forbidden=False)
     budget = Budget(params=data.draw(st.integers(space.cost(space.sparsest), space.cost(space.dense))))
-    radius, ladders = data.draw(st.integers(1, 3)), Ladders(space, budget)
-    centre = ladders.settle(
-        [data.draw(st.integers(0, last)) for last in ladders.last_u.tolist()], _ragged(space, table, 0)
+    radius, arrays = data.draw(st.integers(1, 3)), SpaceArrays(space, budget)
+    centre = arrays.fit_to_budget(
+        [data.draw(st.integers(0, last)) for last in arrays.last_u.tolist()], _ragged(space, table, 0)
     )
     allowed = [(max(0, at - radius), at + radius) for at in centre]
     table_ul = _ragged(space, table, data.draw(st.sampled_from([-1.0, 9.0])))
     best = knapsack(space, budget, table, allowed)
-    assert knapsack_nearby(ladders, table_ul, centre, radius) == best
+    assert knapsack_nearby(arrays, table_ul, centre, radius) == best
     slack = data.draw(st.sampled_from([0.1, 1.0, 10.0]))
-    close = knapsack_nearby(ladders, table_ul, centre, radius, slack)
-    assert ladders.filled(close)
+    close = knapsack_nearby(arrays, table_ul, centre, radius, slack)
+    assert arrays.fills_budget(close)
     assert _value(table, close) <= _value(table, best) + slack + 1e-9
 
 

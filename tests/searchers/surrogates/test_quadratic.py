@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from allocator.core.budget import Budget, budget_for
 from allocator.core.protocols import Expansion, Outcome, Request
-from allocator.searchers.script import difference
-from allocator.searchers.solvers.space_arrays import Ladders
+from allocator.searchers.solvers.space_arrays import SpaceArrays
+from allocator.searchers.surrogates.memory import subtract
 from allocator.searchers.surrogates.quadratic import Quadratic
 from allocator.searchers.surrogates.surrogate import Difference
 
@@ -25,7 +25,7 @@ def _bowl(seed=0, reach=3):
 
 
 def _model(bowl):
-    return Quadratic(Ladders(bowl.space, Budget(params=bowl.space.cost(bowl.space.dense))), ALL)
+    return Quadratic(SpaceArrays(bowl.space, Budget(params=bowl.space.cost(bowl.space.dense))), ALL)
 
 
 def _expand(model, bowl, centre, *fidelities):
@@ -34,7 +34,7 @@ def _expand(model, bowl, centre, *fidelities):
 
 
 def _difference(bowl, one, other, tokens=ALL):
-    return difference(bowl.outcome(Request(one, tokens)), bowl.outcome(Request(other, tokens)))
+    return subtract(bowl.outcome(Request(one, tokens)), bowl.outcome(Request(other, tokens)))
 
 
 def _moved(centre, unit, level):
@@ -56,7 +56,7 @@ def _taught(bowl, centre=CENTRE, tokens=ALL):
     """What a search knows when it begins."""
     model = _model(bowl)
     _expand(model, bowl, centre, ALL, tokens)
-    _teach(model, bowl, centre, tokens, model.unbent(tokens))
+    _teach(model, bowl, centre, tokens, model.find_missing_curvatures(tokens))
     model.refresh(centre)
     return model
 
@@ -94,7 +94,7 @@ def test_the_landscape_s_expansion_and_optimum_are_exact(seed):
 def test_an_expansion_and_one_step_of_each_unit_tell_every_single_change(seed):
     bowl = _bowl(seed)
     model = _taught(bowl)
-    assert not len(model.unbent(ALL))
+    assert not len(model.find_missing_curvatures(ALL))
     changes = np.zeros(model.table_ul.shape)
     for unit, each in enumerate(bowl.space.units):
         for level in range(changes.shape[1]):
@@ -107,7 +107,7 @@ def test_at_another_centre_an_expansion_tells_all_without_new_steps():
     bowl, other = _bowl(), (0, 3, 1, 1, 2, 3, 0, 1)
     model = _taught(bowl)
     _expand(model, bowl, other, ALL)
-    assert not len(model.unbent(ALL))
+    assert not len(model.find_missing_curvatures(ALL))
     model.refresh(other)
     assert model.table_ul == pytest.approx(_exact(bowl, other, bowl.curvature(ALL)), abs=1e-9)
     assert model.predict(np.array([other]))[0] == 0
@@ -122,8 +122,8 @@ def test_steps_on_few_tokens_tell_the_curvature_of_these_and_the_slopes_stay_tho
 def test_steps_on_more_text_replace_those_on_less():
     bowl = _bowl()
     model = _taught(bowl, tokens=FEW)
-    assert not len(model.unbent(FEW))
-    assert len(model.unbent(ALL)) == 8
+    assert not len(model.find_missing_curvatures(FEW))
+    assert len(model.find_missing_curvatures(ALL)) == 8
     _teach(model, bowl, CENTRE, ALL, range(8))
     model.refresh(CENTRE)
     assert model.table_ul == pytest.approx(_exact(bowl, CENTRE, bowl.curvature(ALL)), abs=1e-9)
@@ -134,7 +134,7 @@ def test_a_unit_of_which_no_step_is_known_is_as_curved_as_the_median_and_less_su
     model = _model(bowl)
     _expand(model, bowl, CENTRE, ALL)
     _teach(model, bowl, CENTRE, ALL, range(1, 8))
-    assert model.unbent(ALL).tolist() == [0]
+    assert model.find_missing_curvatures(ALL).tolist() == [0]
     model.refresh(CENTRE)
     expected_u = bowl.curvature(ALL)
     expected_u[0] = np.median(expected_u[1:])
@@ -151,7 +151,7 @@ def test_a_unit_that_does_nothing_is_asked_once_and_teaches_nothing_about_others
     model = _model(bowl)
     _expand(model, bowl, CENTRE, ALL)
     _teach(model, bowl, CENTRE, ALL, range(7))
-    assert model.unbent(ALL).tolist() == [7]
+    assert model.find_missing_curvatures(ALL).tolist() == [7]
     model.refresh(CENTRE)
     assert not model.table_ul[:5].any()
     assert not model.deviation()[:5].any()
@@ -176,7 +176,7 @@ def test_ladders_of_one_level_need_no_step(make_space):
     bowl = landscapes.bowl(0, 3, space)
     model = _model(bowl)
     _expand(model, bowl, (0, 1, 0, 1), ALL)
-    assert model.unbent(ALL).tolist() == [1, 3]
+    assert model.find_missing_curvatures(ALL).tolist() == [1, 3]
     _teach(model, bowl, (0, 1, 0, 1), ALL, [1, 3])
     model.refresh((0, 1, 0, 1))
     assert model.table_ul == pytest.approx(_exact(bowl, (0, 1, 0, 1), bowl.curvature(ALL)), abs=1e-9)

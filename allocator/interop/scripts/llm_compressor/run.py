@@ -1,9 +1,9 @@
-"""Prune a model with LLM Compressor, as the recipe says that lies beside this script.
+"""Prune a model with LLM Compressor, by the recipe next to this script.
 
     python run.py MODEL TEXT OUT
 
 MODEL is a folder in the Hugging Face format, TEXT a .txt or .jsonl file (key "text") or a folder of them, and OUT is
-written. Needs llmcompressor 0.14.
+the folder to write. Needs llmcompressor 0.14.
 """
 
 import argparse
@@ -23,7 +23,7 @@ RECIPE = Path(__file__).parent / "recipe.yaml"
 def check_order(model):
     """Stop where the recipe would prune other modules than it names.
 
-    LLM Compressor gives out the sparsities in the order of `named_modules()`, whatever the order of `targets`.
+    LLM Compressor assigns the sparsities in the order of `named_modules()`, independent of the order of `targets`.
     """
     with torch.device("meta"):
         built = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model, trust_remote_code=False))
@@ -37,7 +37,7 @@ def check_order(model):
 
 
 def main():
-    """Prune, and save."""
+    """Prune a model, and save it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="folder of the dense model")
     parser.add_argument("text", help="file or folder to calibrate with")

@@ -1,9 +1,9 @@
-"""Narrow a model with Torch-Pruning, as the ratios say that lie beside this script.
+"""Narrow a model with Torch-Pruning, by the ratios next to this script.
 
     python apply.py MODEL OUT
 
-MODEL is a folder in the Hugging Face format, and OUT is written: a checkpoint that loads with `trust_remote_code=True`
-through the short modelling file that lies beside this script. Needs torch-pruning 1.6 and transformers.
+MODEL is a folder in the Hugging Face format, and OUT the folder to write: a checkpoint that loads with
+`trust_remote_code=True` through the short modelling file next to this script. Needs torch-pruning 1.6 and transformers.
 """
 
 import argparse
@@ -31,7 +31,7 @@ class Heads(dict):
 
 
 def resolve(model, arguments):
-    """Return Torch-Pruning's arguments with modules and parameters in the place of their names."""
+    """Return Torch-Pruning's arguments with modules and parameters in place of their names."""
     found = {**dict(model.named_parameters()), **dict(model.named_modules())}
     resolved = {
         key: [found[name] for name in value] if isinstance(value, list) else {found[n]: v for n, v in value.items()}
@@ -56,7 +56,7 @@ def prune(model, arguments):
 
 
 def save(model, before, source, out):
-    """Save, and say in the configuration which matrices are smaller."""
+    """Save the model, with the shapes of its smaller matrices in the configuration."""
     weights = {name.removesuffix(".weight"): list(value.shape) for name, value in model.named_parameters()}
     model.save_pretrained(out)
     AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(out)
@@ -74,7 +74,7 @@ def save(model, before, source, out):
 
 
 def main():
-    """Narrow, and save."""
+    """Narrow a model, and save it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="folder of the dense model")
     parser.add_argument("out", type=Path, help="folder to write")

@@ -1,10 +1,10 @@
-"""Zero a model's weights with torch.ao.pruning or torchao, as the list says that lies beside this script.
+"""Zero a model's weights with torch.ao.pruning or torchao, by the list next to this script.
 
     python apply.py MODEL OUT                 # weights of the smallest magnitude: torch alone
     python apply.py MODEL OUT --wanda TEXT    # by magnitude and input, on a text: torchao 0.18
 
 MODEL is a folder in the Hugging Face format, TEXT a .txt or .jsonl file (key "text") or a folder of them, and OUT is
-written. Needs transformers.
+the folder to write. Needs transformers.
 """
 
 import argparse
@@ -38,14 +38,14 @@ def by_wanda(model, entries, tokens):
 
 
 def by_magnitude(model, entries):
-    """Return torch's own sparsifier, prepared. Its norm 1 ranks weights as 2 does, whose squares vanish in 16 bits."""
+    """Return torch's own sparsifier, prepared. Norm 1 ranks weights as norm 2 does, whose squares vanish in 16 bits."""
     sparsifier = WeightNormSparsifier(norm=1)
     sparsifier.prepare(model, entries)
     return sparsifier
 
 
 def squash(sparsifier):
-    """Zero what the masks take. WeightNormSparsifier makes them float32, which weights of 16 bits are not."""
+    """Zero the masked weights. WeightNormSparsifier makes them float32, which weights of 16 bits are not."""
     for group in sparsifier.groups:
         weight = group["module"].parametrizations[group["tensor_name"]]
         weight[0].mask.data = weight[0].mask.to(weight.original.dtype)
@@ -53,7 +53,7 @@ def squash(sparsifier):
 
 
 def main():
-    """Zero, and save."""
+    """Zero the weights of a model, and save it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="folder of the dense model")
     parser.add_argument("out", help="folder to write")

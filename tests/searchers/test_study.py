@@ -6,19 +6,20 @@ from allocator.core.budget import budget_for, denser_moves, fits
 from allocator.core.header import JournalHeader
 from allocator.core.journal import Journal
 from allocator.core.protocols import Outcome
-from allocator.searchers.decide import FINALISTS, SearchSettings, decide
 from allocator.searchers.methods.bayesian import GpSettings, TpeSettings
 from allocator.searchers.methods.evolution import EvolutionSettings
 from allocator.searchers.methods.thompson import ThompsonSettings
+from allocator.searchers.settings import SearchSettings
+from allocator.searchers.study import FINALISTS, Study, run_study
 
 EVOLUTION = EvolutionSettings(generations=6, offspring=6, tokens=(64, 128), survivors=(2, 1))
 SETTINGS = {
-    "evolution": SearchSettings("evolution", evolution=EVOLUTION),
-    "evolution with training": SearchSettings("evolution", evolution=replace(EVOLUTION, training=(32, 256))),
-    "auto": SearchSettings("auto", tokens=(64, 128)),
-    "tpe": SearchSettings("tpe", tpe=TpeSettings(trials=20, batch=4, tokens=128)),
-    "gp": SearchSettings("gp", gp=GpSettings(trials=18, batch=4, tokens=128)),
-    "thompson": SearchSettings("thompson", thompson=ThompsonSettings(trials=30, batch=4, tokens=128)),
+    "evolution": SearchSettings(method="evolution", evolution=EVOLUTION),
+    "evolution with training": SearchSettings(method="evolution", evolution=replace(EVOLUTION, training=(32, 256))),
+    "auto": SearchSettings(method="auto", tokens=(64, 128)),
+    "tpe": SearchSettings(method="tpe", tpe=TpeSettings(trials=20, batch=4, tokens=128)),
+    "gp": SearchSettings(method="gp", gp=GpSettings(trials=18, batch=4, tokens=128)),
+    "thompson": SearchSettings(method="thompson", thompson=ThompsonSettings(trials=30, batch=4, tokens=128)),
 }
 
 
@@ -29,26 +30,26 @@ def settings(request):
 
 def test_the_decision_is_replayed_from_the_journal_alone(settings, space, landscape, refusing, tmp_path):
     budget, path = budget_for(space, 0.5), tmp_path / "journal.jsonl"
-    arguments = (space, budget, settings, 3, 256)
+    study = Study(space=space, budget=budget, settings=settings, seed=3, selection_tokens=256)
     with Journal.create(path, JournalHeader(space=space)) as journal:
-        decision = decide(*arguments, landscape(space), journal)
+        decision = run_study(study, landscape(space), journal)
     written = path.read_bytes()
     with Journal.resume(path) as journal:
-        assert decide(*arguments, refusing, journal) == decision
+        assert run_study(study, refusing, journal) == decision
     assert path.read_bytes() == written
 
 
 def test_resumed_from_a_torn_journal_it_writes_the_same_journal(settings, space, landscape, tmp_path):
     budget, path = budget_for(space, 0.5), tmp_path / "journal.jsonl"
-    arguments = (space, budget, settings, 3, 256)
+    study = Study(space=space, budget=budget, settings=settings, seed=3, selection_tokens=256)
     with Journal.create(path, JournalHeader(space=space)) as journal:
-        decision = decide(*arguments, landscape(space), journal)
+        decision = run_study(study, landscape(space), journal)
     whole = path.read_bytes()
     header = whole.index(b"\n") + 1
     for share in (0.0, 0.3, 0.7, 0.99):
         path.write_bytes(whole[: header + int(share * (len(whole) - header))])
         with Journal.resume(path) as journal:
-            assert decide(*arguments, landscape(space), journal) == decision
+            assert run_study(study, landscape(space), journal) == decision
         assert path.read_bytes() == whole
 
 
@@ -56,7 +57,8 @@ def test_the_winner_is_the_best_finalist_on_the_selection_split(settings, space,
     budget = budget_for(space, 0.5)
     phases = []
     with Journal.create(tmp_path / "journal.jsonl", JournalHeader(space=space)) as journal:
-        decision = decide(space, budget, settings, 3, 256, landscape(space), journal, phase=phases.append)
+        study = Study(space=space, budget=budget, settings=settings, seed=3, selection_tokens=256)
+        decision = run_study(study, landscape(space), journal, phase=phases.append)
         selected = [o for o in journal if o.request.split == "selection"]
     assert phases == ["baselines", "search", "selection"]
     assert 1 <= len(selected) <= FINALISTS
@@ -86,7 +88,8 @@ def test_what_cannot_be_measured_is_not_chosen(space, landscape, tmp_path, split
 
         evaluator = Ill(space)
         with Journal.create(tmp_path / name, JournalHeader(space=space)) as journal:
-            decision = decide(space, budget, SETTINGS["evolution"], 3, 256, evaluator, journal)
+            study = Study(space=space, budget=budget, settings=SETTINGS["evolution"], seed=3, selection_tokens=256)
+            decision = run_study(study, evaluator, journal)
         return decision, [r for r in evaluator.requests if r.allocation == poison]
 
     best, _ = decided("well", None)
@@ -105,6 +108,7 @@ def test_what_was_measured_before_an_error_is_kept(space, landscape, tmp_path):
                 yield outcome
 
     budget, path = budget_for(space, 0.5), tmp_path / "journal.jsonl"
+    study = Study(space=space, budget=budget, settings=SETTINGS["evolution"], seed=3, selection_tokens=256)
     with Journal.create(path, JournalHeader(space=space)) as journal, pytest.raises(RuntimeError, match="broken"):
-        decide(space, budget, SETTINGS["evolution"], 3, 256, Breaking(space), journal)
+        run_study(study, Breaking(space), journal)
     assert len(Journal.read(path)) == 30
