@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from allocator.core.space import SearchSpace
 from allocator.model.checkpoint.headers import Checkpoint, read_checkpoint
 from allocator.model.data.examples import Examples
-from allocator.model.family.layout import Layout, open_model, resolve_layout
+from allocator.model.family.layout import Layout, resolve_layout
 from allocator.model.family.schema import Attention, Experts
 from allocator.model.family.space import build_space
 from allocator.model.live.load import load_model
