@@ -734,7 +734,7 @@ def test_full_disk_in_the_middle_of_the_store(
     assert "Traceback" not in answer.err
     message = answer.err[answer.err.index("error: ") :]
     assert "run/levels: the level store cannot be written" in message
-    assert "Free some space and resume: units that are finished stay" in message
+    assert "Free some space and resume: finished units are kept" in message
     assert "--set store=FOLDER" in message
     (partial,) = (here / "runs" / "run").glob(".levels.*.partial")
     kept = {path.name: path.stat().st_mtime_ns for path in partial.glob("*.safetensors")}

@@ -1,11 +1,11 @@
 """Pruning the units of a model, block by block, from calibration text.
 
-Every block is pruned from what reaches it, and that depends on what became of the blocks before it:
+Every block is pruned from the hidden states that reach it. These depend on the levels of the blocks before it:
 
-- ``dense``: they are whole. Blocks are then independent of each other.
-- ``expected``: they are at every level at once: a sub-block adds the average over its levels, weighted by what each
-  keeps (Týr-the-Pruner, eq. 5). Inside a sub-block of several matrices the first ones are whole.
-- ``path``: they are at the levels of one allocation: true error accumulation.
+- ``dense``: the blocks before it are dense, so that blocks do not depend on each other.
+- ``expected``: they are at every level at once. A sub-block adds the average over its levels, weighted by what each
+  keeps (Týr-the-Pruner, eq. 5). Inside a sub-block of several matrices, the first matrices are dense.
+- ``path``: they are at the levels of one allocation, so that errors accumulate as in the pruned model.
 """
 
 from __future__ import annotations
@@ -23,45 +23,46 @@ from allocator.pruning.levels.compact import CompactLevels
 from allocator.pruning.pruners.protocol import UnitProblem
 
 Known = Callable[[str], CompactLevels | None]
-"""Compact levels of a unit that was pruned before, or None."""
+"""Returns the compact levels of a unit that was pruned before, or None."""
 
 
 @torch.inference_mode()
 def prune_on_dense_inputs(
     calibration: Calibration, blocks: Collection[int] | None = None, solve: Solve | None = None
 ) -> Iterator[tuple[str, CompactLevels]]:
-    """Yield compact levels of the units of some blocks, pruned from what dense predecessors produce.
+    """Yield the compact levels of the units of some blocks, pruned on the outputs of dense predecessors.
 
     Args:
-        calibration: What to prune, on which text.
-        blocks: Blocks to prune; None for all. Others only pass the text on.
-        solve: Solves problems; None for one after the other, here.
+        calibration: The model, the pruner and the text.
+        blocks: Indices of the blocks to prune; None for all. The others only pass the text on.
+        solve: Solves problems; None for one after the other, in this process.
     """
-    walker, solve = calibration.walker, solve or _one_by_one(calibration)
+    walker, solve = calibration.walker, solve or _solve_in_order(calibration)
     chosen = set(range(len(walker.blocks)) if blocks is None else blocks)
-    hidden = calibration.embedded() if chosen else []
-    for index, block in enumerate(plan_stages(calibration.layout, calibration.space)):
+    hidden = calibration.embed() if chosen else []
+    for index, stages in enumerate(plan_stages(calibration.layout, calibration.space)):
         if index > max(chosen, default=-1):
             break
-        tasks = [task for stage in block for task in stage.tasks] if index in chosen else []
+        tasks = [task for stage in stages for task in stage.tasks] if index in chosen else []
         with walker.loaded(index):
             modules = [task.module for task in tasks]
-            with collect_statistics(walker.model, modules, calibration.pruner.need, find_routers(tasks)) as statistics:
+            need, routers = calibration.pruner.need, find_routers(tasks)
+            with collect_statistics(walker.model, modules, need, routers) as statistics:
                 hidden = [walker.run(index, batch) for batch in hidden]
         problems = []
         for task in tasks:
-            weight, every = calibration.dense_weight(task), tuple(range(1, task.unit.num_levels))
+            weight_oi = calibration.read_weight(task)
             problems.append(
                 UnitProblem(
                     task=task,
-                    weight_oi=weight,
+                    weight_oi=weight_oi,
                     statistics=statistics[task.module],
-                    levels=every,
-                    dtype=weight.dtype,
+                    levels=tuple(range(1, task.unit.num_levels)),
+                    dtype=weight_oi.dtype,
                 )
             )
-        for task, found in zip(tasks, solve(problems), strict=True):
-            yield task.unit.name, found
+        for task, compact in zip(tasks, solve(problems), strict=True):
+            yield task.unit.name, compact
         calibration.progress(index + 1)
         give_back()
 
@@ -74,46 +75,46 @@ def prune_on_pruned_inputs(
     known: Known = lambda name: None,
     solve: Solve | None = None,
 ) -> Iterator[tuple[str, CompactLevels]]:
-    """Yield compact levels of every unit, pruned from what pruned predecessors produce.
+    """Yield the compact levels of every unit, pruned on the outputs of pruned predecessors.
 
     Args:
-        calibration: What to prune, on which text.
+        calibration: The model, the pruner and the text.
         along: The allocation of the predecessors; None for the expectation over all their levels.
-        every_level: Whether every level is made, or that of ``along`` alone.
-        known: Answers for units that were pruned before; they are not pruned, nor yielded, again.
-        solve: Solves problems; None for one after the other, here.
+        every_level: Whether to make every level; if not, the level of ``along`` alone.
+        known: Returns units that were pruned before. They are neither pruned nor yielded again.
+        solve: Solves problems; None for one after the other, in this process.
     """
-    space, solve = calibration.space, solve or _one_by_one(calibration)
-    levels = None if along is None else {u.name: level for u, level in zip(space.units, along, strict=True)}
-    pruned = dense = calibration.embedded()
-    told = False
-    for index, block in enumerate(plan_stages(calibration.layout, space)):
+    space, solve = calibration.space, solve or _solve_in_order(calibration)
+    path = None if along is None else {u.name: level for u, level in zip(space.units, along, strict=True)}
+    pruned = dense = calibration.embed()
+    warned = False
+    for index, stages in enumerate(plan_stages(calibration.layout, space)):
         with calibration.walker.loaded(index):
-            streams = DenseAndPruned(calibration, index, dense, pruned, levels)
-            if not streams.adds_up and not told:  # other blocks are made alike
-                told = True
+            streams = DenseAndPruned(calibration, index, dense, pruned, path)
+            if not streams.adds_up and not warned:  # the blocks of a model are alike
+                warned = True
                 calibration.notify(
                     f"{calibration.layout.blocks[index]}: its output is not its input plus what its sub-blocks add, "
                     "so that refits of output projections cannot make up for what the residual stream lacks"
                 )
-            for stage in block:
-                wanted = {}
+            for stage in stages:
+                levels = {}
                 for task in stage.tasks:
-                    if (found := known(task.unit.name)) is not None:
-                        streams.compact[task.unit.name] = found
-                    elif levels is None or every_level:
-                        wanted[task] = tuple(range(1, task.unit.num_levels))
-                    elif levels[task.unit.name]:
-                        wanted[task] = (levels[task.unit.name],)
-                for task, found in zip(wanted, solve(streams.problems(stage, wanted)), strict=True):
-                    streams.compact[task.unit.name] = found
-                    yield task.unit.name, found
-                streams.settle(stage)
-            dense, pruned = streams.leaving()
-            del streams  # the next block's takes its place in memory
+                    if (compact := known(task.unit.name)) is not None:
+                        streams.compact[task.unit.name] = compact
+                    elif path is None or every_level:
+                        levels[task] = tuple(range(1, task.unit.num_levels))
+                    elif path[task.unit.name]:
+                        levels[task] = (path[task.unit.name],)
+                for task, compact in zip(levels, solve(streams.problems(stage, levels)), strict=True):
+                    streams.compact[task.unit.name] = compact
+                    yield task.unit.name, compact
+                streams.apply(stage)
+            dense, pruned = streams.run()
+            del streams  # frees the copy of this block before the next one is made
         calibration.progress(index + 1)
         give_back()
 
 
-def _one_by_one(calibration: Calibration) -> Solve:
+def _solve_in_order(calibration: Calibration) -> Solve:
     return lambda problems: [problem.solve(calibration.pruner, calibration.notify) for problem in problems]

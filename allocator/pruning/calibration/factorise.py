@@ -1,4 +1,4 @@
-"""Damping and Cholesky factors of Hessians. One that cannot be factorised gets more damping, and says so.
+"""Damping and Cholesky factors of Hessians. A failed factorisation is repeated with more damping, and reported.
 
 Shapes: i input features. ``gram_ii``.
 """
@@ -18,12 +18,12 @@ _GROWTH = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Factor:
-    """A damped Hessian that is positive definite.
+    """A damped Hessian, which is positive definite, and its Cholesky factor.
 
     Attributes:
         gram_ii: H + λ·mean(diag H)·I.
         cholesky_ii: Its lower Cholesky factor.
-        damping: λ.
+        damping: λ, perhaps more than was set.
     """
 
     gram_ii: torch.Tensor
@@ -44,16 +44,16 @@ def damp(gram_ii: torch.Tensor, damping: float) -> torch.Tensor:
 
 
 def factorise(gram_ii: torch.Tensor, damping: float, name: str, notify: Notify) -> Factor:
-    """Damp and factorise, with ten times the damping after every failure.
+    """Damp and factorise a Hessian, with ten times the damping after every failure.
 
     Args:
         gram_ii: H, in the data type of the result.
         damping: λ to begin with.
-        name: The unit, for what is reported.
-        notify: Hears every step of more damping.
+        name: The unit, for messages.
+        notify: Called with a message for every increase of the damping.
 
     Raises:
-        UserError: It fails even with the greatest damping.
+        UserError: Even the greatest damping fails.
     """
     for step in range(_STEPS):
         matrix = damp(gram_ii, damping)
@@ -61,9 +61,9 @@ def factorise(gram_ii: torch.Tensor, damping: float, name: str, notify: Notify) 
         if not failed and torch.isfinite(cholesky).all():
             return Factor(matrix, cholesky, damping)
         if step + 1 < _STEPS:
-            wanted = damping * _GROWTH
-            notify(f"{name}: the Hessian is not positive definite with damping {damping:g}; trying {wanted:g}")
-            damping = wanted
+            more = damping * _GROWTH
+            notify(f"{name}: the Hessian is not positive definite with damping {damping:g}; trying {more:g}")
+            damping = more
     raise UserError(
         f"{name}: the Hessian of its inputs cannot be factorised, even with damping {damping:g}. "
         "Use more calibration text with --set tokens.calibration=65536"

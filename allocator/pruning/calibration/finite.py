@@ -1,4 +1,4 @@
-"""Whether what was gathered of activations is made of numbers."""
+"""A check that statistics of activations are finite."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def check_finite(values: torch.Tensor, module: str) -> None:
     """Check statistics of the inputs of a module.
 
     Raises:
-        UserError: They are not all finite; names the module.
+        UserError: A value is NaN or infinite; the message names the module.
     """
     if not torch.isfinite(values).all():
         raise UserError(

@@ -1,4 +1,4 @@
-"""What is to be pruned: units in the order of the forward pass, and what a local pruner is given for each."""
+"""What is pruned: a model with its calibration text, and its units in the order of the forward pass."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from itertools import groupby
 import torch
 
 from allocator.core.errors import UserError
-from allocator.core.notify import Notify, Progress, silent
+from allocator.core.notify import Notify, Progress, ignore_progress, silent
 from allocator.core.space import SearchSpace
 from allocator.model.checkpoint.headers import Checkpoint
 from allocator.model.data.examples import Examples
@@ -23,12 +23,12 @@ from allocator.pruning.pruners.protocol import LocalPruner, UnitProblem, UnitTas
 
 @dataclass(frozen=True, slots=True)
 class PruneStage:
-    """Units that are pruned from inputs that only the stages before have a part in.
+    """Units of one block that are pruned at the same time: no unit changes the inputs of another.
 
     Attributes:
-        sub_blocks: Their sub-blocks: one, or several whose sum is added.
+        sub_blocks: The sub-blocks of the units: one, or several whose sum is added to the residual stream.
         tasks: The units.
-        writes: Whether this is the last stage of these sub-blocks, after which it is known what they add.
+        writes: Whether this is the last stage of these sub-blocks, so that what they add is known after it.
     """
 
     sub_blocks: tuple[SubBlock, ...]
@@ -37,34 +37,34 @@ class PruneStage:
 
     @property
     def sub_block(self) -> SubBlock:
-        """The sub-block, where there is one."""
+        """The only sub-block of a stage that has one."""
         (sub_block,) = self.sub_blocks
         return sub_block
 
     @property
     def routed(self) -> bool:
-        """Whether tokens reach these sub-blocks as a router says, so that none has a target of its own."""
+        """Whether a router decides which tokens reach these sub-blocks, so that none has a target of its own."""
         return self.sub_blocks[0].routed is not None
 
     @property
     def adds(self) -> str:
-        """The module whose output is what these sub-blocks add to the residual stream."""
+        """Name of the module whose output these sub-blocks add to the residual stream."""
         return self.sub_blocks[0].routed or self.sub_blocks[0].output
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """A model to prune, and the text that shows how it is used.
+    """A model to prune, and the text on which it is pruned.
 
     Attributes:
         walker: The dense model.
         checkpoint: The same model on disk.
-        layout: Where its units are.
-        space: Their ladders.
+        layout: Its sub-blocks.
+        space: Its units and their ladders.
         pruner: The local pruner.
         examples: The calibration text, or other examples, as tensors.
-        progress: Hears how many blocks are done.
-        notify: Hears what a user should know.
+        progress: Called with the number of blocks that are done.
+        notify: Called with a message for the user.
     """
 
     walker: BlockWalker
@@ -73,15 +73,15 @@ class Calibration:
     space: SearchSpace
     pruner: LocalPruner
     examples: Examples
-    progress: Progress = lambda done: None
+    progress: Progress = ignore_progress
     notify: Notify = silent
 
-    def embedded(self) -> list[torch.Tensor]:
-        """Return what enters the first block, batch by batch."""
+    def embed(self) -> list[torch.Tensor]:
+        """Return the hidden states that enter the first block, batch by batch."""
         return [self.walker.embed(batch) for batch in self.examples.split(SEQUENCES_PER_BATCH)]
 
-    def dense_weight(self, task: UnitTask) -> torch.Tensor:
-        """Return the dense weight of a task's matrix, in the checkpoint's data type.
+    def read_weight(self, task: UnitTask) -> torch.Tensor:
+        """Read the dense weight of a task's matrix, in the checkpoint's data type.
 
         Raises:
             UserError: It holds NaN or infinity.
@@ -96,11 +96,11 @@ class Calibration:
 
 
 Solve = Callable[[Sequence[UnitProblem]], list[CompactLevels]]
-"""Solves problems that do not depend on each other, wherever it likes."""
+"""Solves problems that do not depend on each other, in this process or elsewhere; results in order."""
 
 
 def find_routers(tasks: Iterable[UnitTask]) -> dict[str, str]:
-    """Return routers whose experts are units, each with the name of its experts."""
+    """Return the routers of units that are whole experts, each with the name of its experts."""
     return {task.module: task.experts for task in tasks if task.experts is not None}
 
 
@@ -111,7 +111,7 @@ def plan_stages(layout: Layout, space: SearchSpace) -> list[list[PruneStage]]:
     structured = space.pattern == "structured"
     for _, group in groupby(layout.sub_blocks, lambda sub_block: (sub_block.block, sub_block.routed or sub_block.name)):
         sub_blocks = tuple(group)
-        before: list[UnitTask] = []
+        inner: list[UnitTask] = []
         last: list[UnitTask] = []
         for sub_block in sub_blocks:
             if sub_block.experts:
@@ -120,8 +120,8 @@ def plan_stages(layout: Layout, space: SearchSpace) -> list[list[PruneStage]]:
             elif structured:
                 last.append(UnitTask(units[sub_block.name], sub_block.output, sub_block.width))
             else:
-                before += [UnitTask(units[module], module, 1) for module in sub_block.rows]
+                inner += [UnitTask(units[module], module, 1) for module in sub_block.rows]
                 last.append(UnitTask(units[sub_block.output], sub_block.output, 1))
-        own = [PruneStage(sub_blocks, tuple(before), writes=False)] if before else []
-        by_block[sub_blocks[0].block] += [*own, PruneStage(sub_blocks, tuple(last), writes=True)]
+        first = [PruneStage(sub_blocks, tuple(inner), writes=False)] if inner else []
+        by_block[sub_blocks[0].block] += [*first, PruneStage(sub_blocks, tuple(last), writes=True)]
     return by_block

@@ -1,7 +1,7 @@
-"""What a router chooses, and what the experts that it chooses from would answer.
+"""Statistics of a router: the gates of every expert, and the outputs of all experts on the same tokens.
 
 Shapes: n tokens, e experts, i input features, o outputs, k experts that a token is sent to. ``input_ni``, ``gate_ne``,
-``answers_eno``, ``gram_nee``.
+``output_eno``, ``gram_nee``.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from torch import nn
 from allocator.pruning.calibration.finite import check_finite
 
 GRAM_BYTES = 64 << 20
-"""Memory for the products of experts' outputs, which says how many tokens are looked at. Part of the numerics."""
+"""Memory for the products of experts' outputs. It sets how many tokens are observed, so it is part of the numerics."""
 
 _CHUNK = 64
-"""Tokens of which the outputs of all experts are held at once."""
+"""Number of tokens whose outputs of all experts are in memory at once."""
 
 
 class Routing:
-    """What a router makes of the calibration text, and what every expert would answer.
+    """The gates of a router on the calibration text, and the outputs of every expert.
 
     Attributes:
-        mass_e: Sum over all tokens of the weights by which each expert's output is multiplied.
-        inputs: Tokens that are looked at more closely, [n, in]; the first ones.
-        gram_nee: For each of these, the inner products of what all experts answer, whether it is sent to them or not.
-        router: A copy of the router, dense.
+        mass_e: Sum over all tokens of each expert's gate, by which its output is multiplied.
+        inputs: The observed tokens: the first ones, in batches of [n, in].
+        count: Number of observed tokens.
+        router: A copy of the dense router.
     """
 
     def __init__(self, router: nn.Module, experts: nn.Module) -> None:
@@ -42,40 +42,46 @@ class Routing:
         self.count = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the experts behind: what is known of them is small, and may be used elsewhere."""
+        """Return the state without the experts, so that the small statistics can be sent to another process."""
         return {key: value for key, value in vars(self).items() if key != "_experts"}
 
     @property
     def gram_nee(self) -> torch.Tensor:
-        """See above."""
+        """Inner products of the outputs of all experts for each observed token, routed to them or not."""
         return torch.cat(self._grams)
 
     def add(self, input_ni: torch.Tensor) -> None:
         """Add a batch."""
         self.mass_e += gates(self.router, input_ni, range(len(self.mass_e))).double().sum(0).cpu()
-        own_ni = input_ni[: self._most - self.count]
-        self.count += len(own_ni)
-        self.inputs.append(own_ni.clone())  # a view would be sent elsewhere with all that it is a view of
-        for chunk_ni in own_ni.split(_CHUNK):
-            answers_eno = torch.stack([expert(chunk_ni) for expert in self._experts.children()]).float()
-            self._grams.append(torch.einsum("eno,fno->nef", answers_eno, answers_eno).cpu())
+        first_ni = input_ni[: self._most - self.count]
+        self.count += len(first_ni)
+        self.inputs.append(first_ni.clone())  # pickling a view would send all of its base tensor
+        for chunk_ni in first_ni.split(_CHUNK):
+            output_eno = torch.stack([expert(chunk_ni) for expert in self._experts.children()]).float()
+            self._grams.append(torch.einsum("eno,fno->nef", output_eno, output_eno).cpu())
 
     def check(self, module: str) -> None:
-        """Raise if an activation was not finite."""
+        """Raise if an activation was not finite; see :func:`~allocator.pruning.calibration.finite.check_finite`."""
         check_finite(self.mass_e, module)
         check_finite(self.gram_nee, module)
 
 
 def gates(router: nn.Module, input_ni: torch.Tensor, kept: Sequence[int]) -> torch.Tensor:
-    """Return the weight of every expert for every token, [n, e], where a router knows some experts only."""
+    """Return the gate of every expert for every token, [n, e], if only some experts are kept.
+
+    Args:
+        router: The dense router.
+        input_ni: The tokens.
+        kept: Indices of the experts that the router may choose from; the gates of the others are 0.
+    """
     total = router.get_parameter("weight").shape[0]
     chosen = torch.tensor(list(kept), device=input_ni.device)
-    part = copy.copy(router)
-    part._parameters = {
-        name: nn.Parameter(each.detach()[chosen], requires_grad=False) for name, each in router.named_parameters()
+    smaller = copy.copy(router)
+    smaller._parameters = {
+        name: nn.Parameter(tensor.detach()[chosen], requires_grad=False) for name, tensor in router.named_parameters()
     }
-    part._buffers = {name: each[chosen] for name, each in router.named_buffers()}
-    part.__dict__["num_experts"] = len(kept)
-    _, weight_nk, place_nk = part.forward(input_ni)
+    smaller._buffers = {name: tensor[chosen] for name, tensor in router.named_buffers()}
+    smaller.__dict__["num_experts"] = len(kept)
+    _, weight_nk, index_nk = smaller.forward(input_ni)
     gate_ne = torch.zeros(len(input_ni), total, device=input_ni.device)
-    return gate_ne.scatter_(1, chosen[place_nk], weight_nk.float())
+    return gate_ne.scatter_(1, chosen[index_nk], weight_nk.float())

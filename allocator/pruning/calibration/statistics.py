@@ -1,4 +1,4 @@
-"""What is to be known about the inputs of a matrix: their norms, their moments, or their Gram matrix.
+"""Statistics of the inputs of a matrix: their norms, their moments, or their Gram matrix.
 
 Shapes: n tokens, i input features. ``input_ni``, ``gram_ii``, ``square_i``.
 """
@@ -17,19 +17,27 @@ from allocator.pruning.calibration.finite import check_finite
 from allocator.pruning.calibration.routing import Routing
 
 Need = Literal["nothing", "norms", "moments", "gram"]
+"""The kind of statistics that a pruner or a rule uses."""
 
 
 class Gram:
     """H = XᵀX, the sum of X and the number of tokens, accumulated in fp32. Shapes [in, in] and [in].
 
-    Where outputs Y are aimed at that are not those of the weight at hand, also XᵀY, [in, out], and the sum of Y.
+    If the targets Y are not the outputs of the dense weight on these inputs, also XᵀY, [in, out], and the sum of Y.
+
+    Attributes:
+        gram_ii: H.
+        sum_i: The sum of X over tokens.
+        count: The number of tokens.
+        cross_io: XᵀY; None without targets.
+        target_o: The sum of Y over tokens; None without targets.
     """
 
     def __init__(self, num_inputs: int, device: torch.device | str = "cpu") -> None:
         self.gram_ii = torch.zeros(num_inputs, num_inputs, device=device)
         self.sum_i = torch.zeros(num_inputs, device=device)
         self.count = 0
-        self.answer_io: torch.Tensor | None = None
+        self.cross_io: torch.Tensor | None = None
         self.target_o: torch.Tensor | None = None
 
     def add(self, input_ni: torch.Tensor) -> None:
@@ -39,17 +47,17 @@ class Gram:
         self.sum_i += input_ni.sum(0)
         self.count += len(input_ni)
 
-    def aim(self, input_ni: torch.Tensor, target_no: torch.Tensor) -> None:
-        """Add the outputs that are aimed at for a batch that was added."""
-        answer_io, target_o = input_ni.float().T @ target_no, target_no.sum(0)
-        self.answer_io = answer_io if self.answer_io is None else self.answer_io.add_(answer_io)
+    def add_targets(self, input_ni: torch.Tensor, target_no: torch.Tensor) -> None:
+        """Add the targets [n, out] of a batch whose inputs were added."""
+        cross_io, target_o = input_ni.float().T @ target_no, target_no.sum(0)
+        self.cross_io = cross_io if self.cross_io is None else self.cross_io.add_(cross_io)
         self.target_o = target_o if self.target_o is None else self.target_o.add_(target_o)
 
     def check(self, module: str) -> None:
-        """Raise if an activation was not finite."""
+        """Raise if an activation was not finite; see :func:`~allocator.pruning.calibration.finite.check_finite`."""
         check_finite(self.gram_ii, module)
-        if self.answer_io is not None:
-            check_finite(self.answer_io, module)
+        if self.cross_io is not None:
+            check_finite(self.cross_io, module)
 
 
 class Norms:
@@ -63,7 +71,7 @@ class Norms:
         self.square_i += input_ni.float().square().sum(0)
 
     def check(self, module: str) -> None:
-        """Raise if an activation was not finite."""
+        """Raise if an activation was not finite; see :func:`~allocator.pruning.calibration.finite.check_finite`."""
         check_finite(self.square_i, module)
 
 
@@ -77,7 +85,7 @@ class Moments:
     @property
     def variance_i(self) -> torch.Tensor:
         """Variance of every input feature over the tokens."""
-        count = max(1, self.count)  # no token may have been sent to an expert
+        count = max(1, self.count)  # perhaps no token was routed to an expert
         return (self.square_i / count - (self.sum_i / count).square()).clamp_min(0.0)
 
     def add(self, input_ni: torch.Tensor) -> None:
@@ -88,12 +96,12 @@ class Moments:
         self.count += len(input_ni)
 
     def check(self, module: str) -> None:
-        """Raise if an activation was not finite."""
+        """Raise if an activation was not finite; see :func:`~allocator.pruning.calibration.finite.check_finite`."""
         check_finite(self.square_i, module)
 
 
 class Nothing:
-    """For pruners that look at weights alone."""
+    """No statistics, for pruners that use weights alone."""
 
     def __init__(self, num_inputs: int, device: torch.device | str = "cpu") -> None:
         pass
@@ -102,11 +110,11 @@ class Nothing:
         """Ignore the batch."""
 
     def check(self, module: str) -> None:
-        """Nothing can be wrong."""
+        """Do nothing."""
 
 
 Statistics: TypeAlias = Gram | Norms | Moments | Nothing | Routing
-"""What is gathered, by what is needed. Moments are for allocation rules, routing is for whole experts."""
+"""Any kind of statistics. Moments are for allocation rules, routing is for whole experts."""
 
 KINDS: Mapping[Need, Callable[[int, torch.device], Statistics]] = {
     "gram": Gram,
@@ -122,19 +130,19 @@ def start_statistics(
     """Return empty statistics of the inputs of named linear modules, on their devices.
 
     Args:
-        model: Holds them.
-        modules: Their names.
-        need: What is gathered of them.
-        mixtures: Routers among them, by name, with the name of their experts; what they choose is gathered.
+        model: The model that holds the modules.
+        modules: Names of the modules.
+        need: The kind of statistics.
+        mixtures: Routers among the modules, by name, with the name of their experts. Their gates are collected.
     """
 
-    def kind(name: str) -> Statistics:
+    def make(name: str) -> Statistics:
         if name in mixtures:
             return Routing(model.get_submodule(name), model.get_submodule(mixtures[name]))
         weight = model.get_parameter(f"{name}.weight")
         return KINDS[need](weight.shape[1], weight.device)
 
-    return {name: kind(name) for name in modules}
+    return {name: make(name) for name in modules}
 
 
 @contextmanager
@@ -146,21 +154,21 @@ def collect_statistics(
     The arguments are those of :func:`start_statistics`.
 
     Raises:
-        UserError: At the end, if an input was NaN or infinite; names the module.
+        UserError: At the end, if an input was NaN or infinite; the message names the module.
     """
-    gathered = start_statistics(model, modules, need, mixtures)
+    collected = start_statistics(model, modules, need, mixtures)
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def add(module: nn.Module, args: tuple[Any, ...]) -> None:
-            gathered[name].add(args[0].flatten(0, -2))
+            collected[name].add(args[0].flatten(0, -2))
 
         return add
 
     handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in modules]
     try:
-        yield gathered
+        yield collected
     finally:
         for handle in handles:
             handle.remove()
-    for name, statistics in gathered.items():
+    for name, statistics in collected.items():
         statistics.check(name)

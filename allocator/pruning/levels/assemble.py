@@ -20,7 +20,7 @@ from allocator.pruning.levels.compact import CompactLevels, item_columns
 from allocator.pruning.levels.masks import sparse_weight
 
 OUTPUT_BYTES = 1 << 30
-"""Memory for output projections that are kept ready; beyond it those not used for longest are read again."""
+"""Memory for output projections that are ready to use. Beyond it, the least recently used one is dropped."""
 
 _ALIGNMENT = 64
 
@@ -28,9 +28,9 @@ _ALIGNMENT = 64
 class Assembler:
     """Makes the weights of any unit at any level.
 
-    A dense tensor is held once. Rows of a structured unit lie in the checkpoint's order while it is dense; when it
-    is pruned they are permuted into the order of removal, so that every level of them is a prefix: a view, not a
-    copy. Only output projections differ per level.
+    Each dense tensor is held once. While a structured unit is dense, its rows have the checkpoint's order. When it is
+    pruned, they are permuted into the order of removal, so that every level is a prefix: a view, not a copy. Only the
+    output projections of levels are separate tensors.
     """
 
     def __init__(
@@ -41,14 +41,14 @@ class Assembler:
         compact: Callable[[str], CompactLevels],
         model: nn.Module | None = None,
     ) -> None:
-        """Take the dense tensors of units from a live model, or read them lazily.
+        """Take the dense tensors of units from a live model, or read them when they are needed.
 
         Args:
             checkpoint: The dense model.
-            layout: Where its units are.
-            space: Their ladders.
-            compact: Returns a unit's compact levels by its name.
-            model: A dense model, whose data type and device results get; None for a checkpoint as it is on disk.
+            layout: Its sub-blocks.
+            space: Its units and their ladders.
+            compact: Returns the compact levels of a unit by its name.
+            model: The dense model, loaded: results have its data type and device. None for tensors as on disk.
         """
         self._checkpoint, self._compact = checkpoint, compact
         self._units = {unit.name: unit for unit in space.units}
@@ -63,13 +63,13 @@ class Assembler:
         self._room = OUTPUT_BYTES
         if model is not None:
             for name, unit in self._units.items():
-                own = _tensors(model, self._modules_removed(name), buffers=unit.kind == "experts")
-                for parameter in own.values():
-                    parameter.data = _aligned(parameter.data)
-                self._dense[name] = {key: parameter.detach() for key, parameter in own.items()}
+                tensors = _find_tensors(model, self._modules_removed(name), buffers=unit.kind == "experts")
+                for tensor in tensors.values():
+                    tensor.data = _align(tensor.data)
+                self._dense[name] = {key: tensor.detach() for key, tensor in tensors.items()}
 
     def unit(self, name: str, level: int) -> Replacements:
-        """Return every tensor of a unit at a level, by parameter name; None for what is gone."""
+        """Return every tensor of a unit at a level, by parameter name; None for a removed tensor."""
         unit = self._units[name]
         dense = self._dense_tensors(name)
         if unit.kind == "matrix":
@@ -80,17 +80,17 @@ class Assembler:
         if unit.kept[level] == 0:
             return dict.fromkeys(dense)
         if unit.kind == "experts":
-            return dict(dense) if level == 0 else self._chosen(self._sub_blocks[name], unit, level, dense)
+            return dict(dense) if level == 0 else self._keep_experts(self._sub_blocks[name], unit, level, dense)
         if (level > 0) != (name in self._permuted):
             self._permute(self._sub_blocks[name], dense)
-        return dict(dense) if level == 0 else self._prefix(self._sub_blocks[name], unit, level, dense)
+        return dict(dense) if level == 0 else self._take_prefix(self._sub_blocks[name], unit, level, dense)
 
     def wide(self, name: str, level: int) -> dict[str, torch.Tensor]:
-        """Return every tensor of a unit at a level in the shapes of the dense one, whose outputs are the same.
+        """Return every tensor of a unit at a level in the shapes of the dense unit, with the outputs of that level.
 
-        Whole experts have no such form: fewer rows of a router are another choice. A structured unit's rows are in the
-        order of removal, and its output projection is zero where it reads what is removed. So the weights of two levels
-        can be subtracted.
+        The weights of two levels in this form can be subtracted. The rows of a structured unit are in the order of
+        removal, and its output projection is zero in the columns of removed items. Whole experts have no such form,
+        because a router with fewer rows chooses differently.
         """
         unit = self._units[name]
         dense = self._dense_tensors(name)
@@ -100,77 +100,88 @@ class Assembler:
         if name not in self._permuted:
             self._permute(sub_block, dense)
         key = f"{sub_block.output}.weight"
-        whole_oi = dense[key]
+        dense_oi = dense[key]
         if level == 0:
             order = item_columns(compact["order"].long(), sub_block.width)
-            return {**dense, key: whole_oi[:, order.to(whole_oi.device)]}
+            return {**dense, key: dense_oi[:, order.to(dense_oi.device)]}
         if unit.kept[level] == 0:
             output = f"{sub_block.output}."
-            gone = {name: torch.zeros_like(tensor) for name, tensor in dense.items() if name.startswith(output)}
-            return {**dense, **gone}
-        written = self._written(sub_block, level, dense)
+            zeros = {name: torch.zeros_like(tensor) for name, tensor in dense.items() if name.startswith(output)}
+            return {**dense, **zeros}
+        written = self._new_tensors(sub_block, level, dense)
         by_group = written[key].unflatten(1, (unit.num_groups, -1))
-        lost = whole_oi.shape[1] // unit.num_groups - by_group.shape[2]
+        lost = dense_oi.shape[1] // unit.num_groups - by_group.shape[2]
         return {**dense, **written, key: functional.pad(by_group, (0, lost)).flatten(1)}
 
-    def whole(self, name: str) -> bool:
-        """Whether a sub-block is a unit, and not its matrices."""
+    def is_unit(self, name: str) -> bool:
+        """Return whether a sub-block itself is a unit; if not, its matrices are."""
         return name in self._units and self._units[name].kind != "matrix"
 
     def sub_block(self, name: str, levels: Mapping[str, int]) -> Replacements:
-        """Return every tensor of a sub-block, whose units are at ``levels``."""
+        """Return every tensor of a sub-block whose units are at ``levels``; None for a removed tensor."""
         tensors: dict[str, torch.Tensor | None] = {}
         for unit in self._members[name]:
             tensors.update(self.unit(unit.name, levels[unit.name]))
         return tensors
 
     def _modules_removed(self, name: str) -> tuple[str, ...]:
-        """Return the modules that a unit consists of."""
+        """Return the modules of a unit, which are removed with it."""
         return (name,) if self._units[name].kind == "matrix" else self._sub_blocks[name].modules_removed
 
-    def _chosen(self, sub_block: SubBlock, unit: Unit, level: int, dense: Mapping[str, torch.Tensor]) -> Replacements:
-        """Return the tensors of the experts that stay, and their rows of the router."""
+    def _keep_experts(
+        self, sub_block: SubBlock, unit: Unit, level: int, dense: Mapping[str, torch.Tensor]
+    ) -> Replacements:
+        """Return the tensors of the kept experts, and their rows of the router; None for removed experts."""
         by_group = self._compact(sub_block.name)["order"].long().view(unit.num_groups, -1)
         kept = by_group[:, : unit.kept[level] // unit.num_groups].flatten().sort().values
-        stay = {module for number in kept.tolist() for module in sub_block.experts[number]}
-        whole = {module for expert in sub_block.experts for module in expert}
+        kept_modules = {module for number in kept.tolist() for module in sub_block.experts[number]}
+        expert_modules = {module for expert in sub_block.experts for module in expert}
         return {
-            key: (dense[key] if module in stay else None) if module in whole else dense[key][kept.to(dense[key].device)]
+            key: (dense[key] if module in kept_modules else None)
+            if module in expert_modules
+            else dense[key][kept.to(dense[key].device)]
             for key in dense
             for module in (key.rpartition(".")[0],)
         }
 
     def _dense_tensors(self, name: str) -> dict[str, torch.Tensor]:
         if name not in self._dense:
-            inside = tuple(f"{root}." for root in self._modules_removed(name))
-            names = [key for key in self._checkpoint.shapes if key.startswith(inside)]
-            self._dense[name] = {key: _aligned(tensor) for key, tensor in read_tensors(self._checkpoint, names).items()}
+            prefixes = tuple(f"{module}." for module in self._modules_removed(name))
+            names = [key for key in self._checkpoint.shapes if key.startswith(prefixes)]
+            self._dense[name] = {key: _align(tensor) for key, tensor in read_tensors(self._checkpoint, names).items()}
         return self._dense[name]
 
     def _permute(self, sub_block: SubBlock, dense: dict[str, torch.Tensor]) -> None:
-        """Put rows into the order of removal, or back into the checkpoint's."""
+        """Put rows into the order of removal, or back into the order of the checkpoint."""
         order = self._compact(sub_block.name)["order"].long()
         items = order.argsort() if sub_block.name in self._permuted else order
         for module in sub_block.rows:
-            runs = [own.start + item_columns(items, own.rows) for own in sub_block.inputs if own.module == module]
-            picked = torch.cat(runs)
+            runs = [rows.start + item_columns(items, rows.rows) for rows in sub_block.inputs if rows.module == module]
+            order_rows = torch.cat(runs)
             for key in (f"{module}.weight", f"{module}.bias"):
                 if key in dense:
-                    dense[key] = dense[key][picked.to(dense[key].device)]
+                    dense[key] = dense[key][order_rows.to(dense[key].device)]
         self._permuted ^= {sub_block.name}
 
-    def _prefix(self, sub_block: SubBlock, unit: Unit, level: int, dense: Mapping[str, torch.Tensor]) -> Replacements:
-        tensors = {**dense, **self._written(sub_block, level, dense)}
+    def _take_prefix(
+        self, sub_block: SubBlock, unit: Unit, level: int, dense: Mapping[str, torch.Tensor]
+    ) -> Replacements:
+        """Return the tensors of a structured unit at a level: prefixes of its rows, and a new output projection."""
+        tensors = {**dense, **self._new_tensors(sub_block, level, dense)}
         for module in sub_block.rows:
             for key in (f"{module}.weight", f"{module}.bias"):
                 if key in dense:
-                    # a view where there is one group and one run of rows
-                    runs = [_kept(dense[key], own, unit, level) for own in sub_block.inputs if own.module == module]
+                    # a view if there is one group and one run of rows
+                    runs = [
+                        _take_kept(dense[key], rows, unit, level) for rows in sub_block.inputs if rows.module == module
+                    ]
                     tensors[key] = runs[0] if len(runs) == 1 else torch.cat(runs)
         return tensors
 
-    def _written(self, sub_block: SubBlock, level: int, dense: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return what pruning writes anew: the output projection, and a bias that stands for what is lost."""
+    def _new_tensors(
+        self, sub_block: SubBlock, level: int, dense: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Return the tensors that pruning changes: the output projection, and a bias that replaces lost outputs."""
         compact, output = self._compact(sub_block.name), dense[f"{sub_block.output}.weight"]
         tensors = {f"{sub_block.output}.weight": self._output(sub_block.name, level, output)}
         if f"bias.{level}" in compact:
@@ -180,30 +191,30 @@ class Assembler:
 
     def _output(self, name: str, level: int, like: torch.Tensor) -> torch.Tensor:
         """Return an output projection at a level, in the data type and on the device of the dense one."""
-        found = self._outputs.pop((name, level), None)
-        if found is None:
-            found = self._compact(name)[f"output.{level}"].to(like.device, like.dtype, copy=True)
-            self._room -= found.nbytes
-        self._outputs[name, level] = found
+        output_oi = self._outputs.pop((name, level), None)
+        if output_oi is None:
+            output_oi = self._compact(name)[f"output.{level}"].to(like.device, like.dtype, copy=True)
+            self._room -= output_oi.nbytes
+        self._outputs[name, level] = output_oi
         while self._room < 0:
             self._room += self._outputs.popitem(last=False)[1].nbytes
-        return found
+        return output_oi
 
 
 class LevelSwitch:
     """Switches units of a live model between levels, in place."""
 
     def __init__(self, model: nn.Module, layout: Layout, assembler: Assembler) -> None:
-        """Take over a dense model."""
+        """Take over a dense model, whose modules and parameters are changed from now on."""
         self._model, self._assembler = model, assembler
-        # those that are units; the others never lose a module, nor an item
+        # sub-blocks that are units; the others never lose a module or an item
         self._sub_blocks = {
-            sub_block.name: sub_block for sub_block in layout.sub_blocks if assembler.whole(sub_block.name)
+            sub_block.name: sub_block for sub_block in layout.sub_blocks if assembler.is_unit(sub_block.name)
         }
         self._originals = {
-            root: model.get_submodule(root)
+            module: model.get_submodule(module)
             for sub_block in self._sub_blocks.values()
-            for root in sub_block.modules_removed
+            for module in sub_block.modules_removed
         }
         self._parents = {name: model.get_submodule(sub_block.parent) for name, sub_block in self._sub_blocks.items()}
         self._counts = {
@@ -213,7 +224,7 @@ class LevelSwitch:
         self._levels: dict[str, tuple[int, bool] | None] = {}
 
     def set(self, name: str, level: int, wide: bool = False) -> None:
-        """Put a unit at a level, ``wide`` in dense shapes where it has such; nothing happens if it is there."""
+        """Put a unit at a level, unless it is there; ``wide`` in dense shapes, except for whole experts."""
         wide = wide and not (name in self._sub_blocks and self._sub_blocks[name].experts)
         if self._levels.get(name, (0, False)) == (level, wide):
             return
@@ -223,8 +234,12 @@ class LevelSwitch:
     def blend(self, name: str, shares: Sequence[float]) -> None:
         """Put a unit, in dense shapes, at a weighted mean of its levels.
 
-        What a structured unit adds is linear in its output projection, whose inputs are those of the dense unit: at the
+        What a structured unit adds is linear in its output projection, which reads the dense unit's items. So at the
         mean of its levels it adds the mean of what they add.
+
+        Args:
+            name: The unit.
+            shares: The weight of each level.
         """
         levels = [self._assembler.wide(name, level) for level in range(len(shares))]
         blended: dict[str, torch.Tensor] = {}
@@ -238,15 +253,15 @@ class LevelSwitch:
         if name in self._sub_blocks and self._sub_blocks[name].experts:
             self._choose(self._sub_blocks[name], tensors)
         elif all(tensor is None for tensor in tensors.values()):
-            for root, part in self._sub_blocks[name].removal.items():
-                remove(self._model, root, part)
+            for module, part in self._sub_blocks[name].removal.items():
+                remove(self._model, module, part)
         else:
             sub_block = self._sub_blocks.get(name)
-            for root in () if sub_block is None else sub_block.modules_removed:
-                self._model.set_submodule(root, self._originals[root])
+            for module in () if sub_block is None else sub_block.modules_removed:
+                self._model.set_submodule(module, self._originals[module])
             for key, tensor in tensors.items():
                 assert tensor is not None
-                # what is not there yet is a bias that pruning adds
+                # a parameter that is missing is a bias that pruning adds
                 self._parameters.setdefault(key, nn.Parameter(tensor, requires_grad=False)).data = tensor
             if sub_block is not None:
                 regroup(self._parents[name])
@@ -257,7 +272,7 @@ class LevelSwitch:
                 project.register_parameter("bias", self._parameters[bias] if bias in tensors else None)
 
     def _choose(self, sub_block: SubBlock, tensors: Replacements) -> None:
-        """Have a router choose from some experts."""
+        """Let a router choose from the experts that have tensors."""
         (router,) = sub_block.rows
         kept = [
             number for number, (module, *_) in enumerate(sub_block.experts) if tensors[f"{module}.weight"] is not None
@@ -268,22 +283,22 @@ class LevelSwitch:
                 self._parameters[key].data = tensor
 
 
-def _tensors(model: nn.Module, names: Sequence[str], buffers: bool) -> dict[str, torch.Tensor]:
-    """Return parameters of modules by name, and ``buffers``: a router may keep a bias in one."""
-    found: dict[str, torch.Tensor] = {}
+def _find_tensors(model: nn.Module, names: Sequence[str], buffers: bool) -> dict[str, torch.Tensor]:
+    """Return the parameters of modules by name; with ``buffers`` also these, because a router may have a bias there."""
+    tensors: dict[str, torch.Tensor] = {}
     for name in names:
         module = model.get_submodule(name)
-        found |= dict(module.named_parameters(prefix=name))
-        found |= dict(module.named_buffers(prefix=name)) if buffers else {}
-    return found
+        tensors |= dict(module.named_parameters(prefix=name))
+        tensors |= dict(module.named_buffers(prefix=name)) if buffers else {}
+    return tensors
 
 
-def _kept(tensor: torch.Tensor, own: Rows, unit: Unit, level: int) -> torch.Tensor:
-    """Return the rows of a run, in the order of removal, that a level keeps."""
-    by_group = tensor[own.start : own.start + own.rows * unit.total].unflatten(0, (unit.num_groups, -1))
-    return by_group[:, : unit.kept[level] * own.rows // unit.num_groups].flatten(0, 1)
+def _take_kept(tensor: torch.Tensor, rows: Rows, unit: Unit, level: int) -> torch.Tensor:
+    """Return the rows of a run that a level keeps; the tensor is in the order of removal."""
+    by_group = tensor[rows.start : rows.start + rows.rows * unit.total].unflatten(0, (unit.num_groups, -1))
+    return by_group[:, : unit.kept[level] * rows.rows // unit.num_groups].flatten(0, 1)
 
 
-def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    # memory-mapped tensors may be unaligned, and kernels may then round differently from what is switched in later
+def _align(tensor: torch.Tensor) -> torch.Tensor:
+    # a memory-mapped tensor may be unaligned, and kernels may round differently on it than on its replacements
     return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor

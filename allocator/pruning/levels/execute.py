@@ -1,4 +1,4 @@
-"""Executing a plan: from the level store or recomputed, saved, reloaded, counted, and compared with the plan."""
+"""Saving the checkpoint of an allocation, and checking its parameters on disk against the plan."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def save_pruned(
     Args:
         allocation: One level per unit.
         checkpoint: The dense model.
-        layout: Where its units are.
-        space: Their ladders.
-        compact: Returns a unit's compact levels: a level store, or what was recomputed along the allocation.
+        layout: Its sub-blocks.
+        space: Its units and their ladders.
+        compact: Returns a unit's compact levels: a level store, or levels that were pruned along the allocation.
         out: A folder that does not exist yet.
 
     Raises:
-        UserError: The saved checkpoint does not hold what the allocation says.
+        UserError: The saved checkpoint does not have the number of parameters that the allocation has.
     """
     levels = {unit.name: level for unit, level in zip(space.units, allocation, strict=True)}
 
     def replace(sub_block: str) -> dict[str, torch.Tensor | None]:
-        # an assembler of its own: the dense tensors that it reads are held for one sub-block only
+        # a new assembler for each sub-block, so that its dense tensors are freed afterwards
         return dict(Assembler(checkpoint, layout, space, compact).sub_block(sub_block, levels))
 
     write_checkpoint(checkpoint, layout, replace, out)
@@ -55,7 +55,7 @@ def save_pruned(
 def _kept_zeros(
     levels: Mapping[str, int], checkpoint: Checkpoint, space: SearchSpace, compact: Callable[[str], CompactLevels]
 ) -> int:
-    """Count the weights of unit matrices that may be kept and zero: zero when dense, or updated to zero."""
+    """Return an upper bound on kept weights that are zero: zero in the dense matrix, or updated to zero."""
     zeros = 0
     for unit in space.units:
         if unit.kind == "matrix":

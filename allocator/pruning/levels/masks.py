@@ -1,4 +1,4 @@
-"""Compact forms of matrices with single weights removed: packed, and decoded.
+"""Masks of matrices with single weights removed: packed into bytes, unpacked, and applied.
 
 Shapes: o output rows, i input features, k kept weights. ``weight_oi``, ``values_k``.
 """
@@ -11,31 +11,31 @@ import torch
 
 
 def pack_mask(kept_oi: torch.Tensor) -> torch.Tensor:
-    """Return a mask as bytes, eight positions to each in row-major order, the lowest bit first."""
+    """Return a mask as bytes, eight positions in each, in row-major order, the lowest bit first."""
     flat = kept_oi.flatten().to(torch.uint8)
     bits = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
-    return (bits << _places(bits)).sum(1, dtype=torch.uint8)
+    return (bits << _bit_numbers(bits)).sum(1, dtype=torch.uint8)
 
 
 def unpack_mask(mask: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Return the mask of a shape from what :func:`pack_mask` made."""
-    bits = (mask[:, None] >> _places(mask)) & 1
+    """Return the mask of a shape from the bytes of :func:`pack_mask`."""
+    bits = (mask[:, None] >> _bit_numbers(mask)) & 1
     return bits.flatten()[: shape.numel()].view(shape).bool()
 
 
 def kept_mask(compact: Mapping[str, torch.Tensor], level: int, shape: torch.Size, device: torch.device) -> torch.Tensor:
-    """Return which weights of a matrix a level beyond the dense one keeps, whatever their values."""
+    """Return which weights of a matrix a level keeps, [out, in]; kept weights may be zero. The level is not dense."""
     if "removed_at" in compact:
         return compact["removed_at"].to(device) > level
     return unpack_mask(compact[f"mask.{level}"].to(device), shape)
 
 
 def sparse_weight(compact: Mapping[str, torch.Tensor], level: int, dense_oi: torch.Tensor) -> torch.Tensor:
-    """Return a matrix at a level, in the data type of the dense one; zero where the level removes.
+    """Return a matrix at a level, in the data type of the dense one; removed weights are zero.
 
     Args:
-        compact: Nested masks, or masks with values. See :class:`~allocator.pruning.pruners.registry.LocalPruner`.
-        level: The level, beyond the dense one.
+        compact: Nested masks, or masks with values; see :mod:`allocator.pruning.levels.compact`.
+        level: The level; not 0, the dense one.
         dense_oi: The dense matrix.
     """
     kept_oi = kept_mask(compact, level, dense_oi.shape, dense_oi.device)
@@ -44,5 +44,5 @@ def sparse_weight(compact: Mapping[str, torch.Tensor], level: int, dense_oi: tor
     return torch.zeros_like(dense_oi).masked_scatter_(kept_oi, compact[f"values.{level}"].to(dense_oi))
 
 
-def _places(like: torch.Tensor) -> torch.Tensor:
+def _bit_numbers(like: torch.Tensor) -> torch.Tensor:
     return torch.arange(8, dtype=torch.uint8, device=like.device)

@@ -1,7 +1,7 @@
 """The level store: every unit pruned at every level, on disk, ready to be assembled.
 
-A folder with one safetensors file per unit and a manifest that says what the store belongs to and how each
-file must hash. The manifest is written last, so a store without one is unfinished.
+A folder with one safetensors file per unit, and a manifest. The manifest holds the store's key, which says what the
+store belongs to, and the hash of each file. It is written last, so a store without one is unfinished.
 """
 
 from __future__ import annotations
@@ -43,46 +43,47 @@ class LevelStore:
 
 
 class StoreBuilder:
-    """A store in the making, in a hidden neighbour of its folder. Every unit in it is whole, and stays after a crash.
+    """A store in the making, in a hidden folder next to its own. Every unit in it is complete, and survives a crash.
 
-    Several processes may write into one at once, on one machine or many: a unit's file is the same whoever writes it.
+    Several processes may write to one store at once, on one machine or many, because the file of a unit is the same
+    in every process.
     """
 
     def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
-        """Begin, or go on with what was begun for the same key.
+        """Start a store, or continue one that was started with the same key.
 
         Args:
-            folder: Where the store will be.
-            key: What it belongs to: model, calibration, pruner, space.
+            folder: Folder of the finished store.
+            key: What the store belongs to: model, calibration, pruner, space.
 
         Raises:
             UserError: See :func:`check_free`.
         """
         check_free(folder)
         self._folder, self._key = folder.absolute(), dict(key)
-        # a place of its own for every key, for runs that differ may share the store's name by mistake
+        # one hidden folder for every key, because different runs may share the store's name by mistake
         self._partial = self._folder.with_name(f".{folder.name}.{fingerprint(self._key)[7:19]}.partial")
-        begun = self._partial / _KEY
-        if begun.is_file() and read_json(begun, "key of a level store") != self._key:
+        key_file = self._partial / _KEY
+        if key_file.is_file() and read_json(key_file, "key of a level store") != self._key:
             shutil.rmtree(self._partial, ignore_errors=True)
-        if not begun.is_file():  # units come after it, so that there is none but perhaps another process
+        if not key_file.is_file():  # no unit is there yet: the key is written first, perhaps by another process
             self._partial.mkdir(parents=True, exist_ok=True)
-            write_json(begun, self._key)
+            write_json(key_file, self._key)
 
     def __call__(self, unit: str) -> CompactLevels | None:
-        """Return the compact levels of a unit that is there, or None."""
+        """Return the compact levels of a unit; None if it was not written yet."""
         path = self._path(unit)
         return load_file(path) if path.is_file() else None
 
     def __contains__(self, unit: str) -> bool:
-        """Whether a unit is there."""
+        """Return whether a unit was written."""
         return self._path(unit).is_file()
 
     def write(self, unit: str, levels: CompactLevels) -> None:
         """Write a unit.
 
         Raises:
-            UserError: The disk is full, or fails. What was written stays.
+            UserError: The disk is full, or fails. Finished units are kept.
         """
         path = self._path(unit)
         temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
@@ -92,11 +93,11 @@ class StoreBuilder:
         except (SafetensorError, OSError) as error:
             temporary.unlink(missing_ok=True)
             if not self._partial.exists():
-                return  # another process has finished the store meanwhile
+                return  # another process has just finished the store
             raise self._unwritable(error) from None
 
     def missing(self, space: SearchSpace) -> list[int]:
-        """Return the blocks of which a unit is not there."""
+        """Return the blocks with a unit that was not written yet, increasing."""
         return sorted({unit.block for unit in space.units if unit.name not in self})
 
     def fill(self, made: Iterable[tuple[str, CompactLevels]]) -> list[str]:
@@ -108,10 +109,13 @@ class StoreBuilder:
         return names
 
     def finish(self, units: Iterable[str]) -> LevelStore:
-        """Let the store appear under its name.
+        """Write the manifest, move the store to its folder, and open it.
+
+        Args:
+            units: Names of its units; files of other units are removed.
 
         Raises:
-            UserError: The disk is full, or fails. What was written stays.
+            UserError: The disk is full, or fails. Finished units are kept.
         """
         try:
             hashes = {unit: file_fingerprint(self._path(unit)) for unit in units}
@@ -122,15 +126,15 @@ class StoreBuilder:
                     path.unlink()
             self._partial.rename(self._folder)
         except OSError as error:
-            if (built_meanwhile := open_store(self._folder, self._key)) is None:
+            if (other := open_store(self._folder, self._key)) is None:  # perhaps another process has just finished it
                 raise self._unwritable(error) from None
-            return built_meanwhile
+            return other
         return LevelStore(self._folder)
 
     def _unwritable(self, error: Exception) -> UserError:
         return UserError(
             f"{self._folder}: the level store cannot be written ({error}). Free some space and resume: "
-            "units that are finished stay. Or name a folder on another disk with --set store=FOLDER"
+            "finished units are kept. Or name a folder on another disk with --set store=FOLDER"
         )
 
     def _path(self, unit: str) -> Path:
@@ -138,10 +142,10 @@ class StoreBuilder:
 
 
 def open_store(folder: Path, key: Mapping[str, Any]) -> LevelStore | None:
-    """Open a finished store, or return None where there is none.
+    """Open a finished store; return None if the folder has none.
 
     Raises:
-        UserError: The store belongs to another model, calibration or setting, or a file of it is damaged.
+        UserError: The store belongs to another model, calibration or setting, or one of its files is damaged.
     """
     if not (folder / MANIFEST).exists():
         return None
@@ -175,12 +179,12 @@ def open_store(folder: Path, key: Mapping[str, Any]) -> LevelStore | None:
 
 
 def check_free(folder: Path) -> None:
-    """Check that a store can be written here: nothing is there, or an empty folder.
+    """Check that a store can be written to a folder, which is empty or does not exist.
 
     Raises:
-        UserError: The folder holds something, or cannot be written to.
+        UserError: The folder is not empty, or cannot be written to.
     """
     remedy = "Name an empty or new folder with --set store=FOLDER"
-    if folder.is_dir() and (found := next(folder.iterdir(), None)) is not None:
-        raise UserError(f"{folder}: not a level store, and it holds {found.name}, which is not replaced. {remedy}")
+    if folder.is_dir() and (entry := next(folder.iterdir(), None)) is not None:
+        raise UserError(f"{folder}: not a level store, and it holds {entry.name}, which is not replaced. {remedy}")
     check_place(folder, remedy)

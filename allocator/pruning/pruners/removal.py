@@ -1,4 +1,4 @@
-"""The greedy optimal-brain-surgeon pass: in which order the items of a unit go.
+"""The greedy optimal-brain-surgeon pass: the order in which the items of a unit are removed.
 
 Shapes: o output features, i input features of the output projection, m items of w columns each (i = m·w), p columns
 removed since the last update. ``weight_oi``, ``inverse_ii``, ``spread_pi``, ``blocks_mww``.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-# a batch removes so many columns, and at least so many items: measured, and flat around it
+# columns that a batch removes, and its least number of items; measured speed hardly changes around these values
 _COLUMNS = 64
 _ITEMS = 4
 
@@ -23,15 +23,15 @@ def obs_order(
     so W is never updated: with L Lᵀ = [H⁻¹]_SS and U = L⁻¹ H⁻¹_S:, H⁻¹ loses UᵀU and C loses VᵀU + UᵀV, where
     V = L⁻¹ C_S: − ½ L⁻¹ C_SS L⁻ᵀ U.
 
-    Within a batch of removals only diagonal blocks, which give the scores, and the rows of the item that goes are
-    brought up to date, as blocked factorisations do. At its end one product updates the columns still there.
+    Within a batch of removals, only the diagonal blocks, which give the scores, and the rows of the removed item are
+    updated, as in blocked factorisations. At the end of the batch, one product updates the remaining columns.
 
     Args:
         weight_oi: Weight of the output projection, float64.
         inverse_ii: Inverse of the damped Gram matrix of its inputs, float64.
         width: Columns per item.
-        num_groups: Runs of equally many consecutive items. Items go in rounds: in each, every group loses one.
-        batch: Items removed between two updates; the order does not depend on it.
+        num_groups: Number of groups of equally many consecutive items. In each round, every group loses one item.
+        batch: Number of items removed between two updates. The order does not depend on it.
     """
     inverse, square = inverse_ii, weight_oi.T @ weight_oi
     items = torch.arange(len(inverse) // width)
@@ -46,12 +46,12 @@ def obs_order(
         for step in range(steps):
             scores = _scores(inverse_mww, square_mww).masked_fill_(~(alive & waiting[groups]), torch.inf)
             index = int(scores.argmin())
-            own, done = slice(index * width, (index + 1) * width), slice(0, step * width)
-            inverse_wi = inverse[own] - spread_pi[done, own].T @ spread_pi[done]
+            item, done = slice(index * width, (index + 1) * width), slice(0, step * width)
+            inverse_wi = inverse[item] - spread_pi[done, item].T @ spread_pi[done]
             square_wi = (
-                square[own] - change_pi[done, own].T @ spread_pi[done] - spread_pi[done, own].T @ change_pi[done]
+                square[item] - change_pi[done, item].T @ spread_pi[done] - spread_pi[done, item].T @ change_pi[done]
             )
-            spread_wi, change_wi = _factors(inverse_wi, square_wi, own)
+            spread_wi, change_wi = _factors(inverse_wi, square_wi, item)
             new = slice(step * width, (step + 1) * width)
             spread_pi[new], change_pi[new] = spread_wi, change_wi
             spread_mww, change_mww = (x.view(width, -1, width).transpose(0, 1) for x in (spread_wi, change_wi))
@@ -87,16 +87,16 @@ def _scores(inverse_mww: torch.Tensor, square_mww: torch.Tensor) -> torch.Tensor
     return torch.linalg.solve(inverse_mww, square_mww).diagonal(dim1=1, dim2=2).sum(1)
 
 
-def _factors(inverse_wi: torch.Tensor, square_wi: torch.Tensor, own: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return U and V of an item from its rows."""
+def _factors(inverse_wi: torch.Tensor, square_wi: torch.Tensor, item: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return U and V of an item from its rows; ``item`` is the slice of its columns."""
     if len(inverse_wi) == 1:
-        scale = inverse_wi[0, own].rsqrt()
+        scale = inverse_wi[0, item].rsqrt()
         spread_wi, square_wi = inverse_wi * scale, square_wi * scale
-        return spread_wi, square_wi - 0.5 * scale * square_wi[0, own] * spread_wi
-    factor = torch.linalg.cholesky(inverse_wi[:, own])
+        return spread_wi, square_wi - 0.5 * scale * square_wi[0, item] * spread_wi
+    factor = torch.linalg.cholesky(inverse_wi[:, item])
     spread_wi = torch.linalg.solve_triangular(factor, inverse_wi, upper=False)
     square_wi = torch.linalg.solve_triangular(factor, square_wi, upper=False)
-    inner_ww = torch.linalg.solve_triangular(factor, square_wi[:, own].T, upper=False)
+    inner_ww = torch.linalg.solve_triangular(factor, square_wi[:, item].T, upper=False)
     return spread_wi, square_wi - 0.5 * inner_ww @ spread_wi
 
 

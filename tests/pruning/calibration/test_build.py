@@ -16,7 +16,7 @@ from allocator.model.live.walk import BlockWalker
 from allocator.pruning.calibration.build import prune_on_dense_inputs, prune_on_pruned_inputs
 from allocator.pruning.calibration.problem import Calibration, plan_stages
 from allocator.pruning.calibration.statistics import Gram, collect_statistics
-from allocator.pruning.calibration.streams import nearest
+from allocator.pruning.calibration.streams import find_nearest
 from allocator.pruning.levels.assemble import Assembler, LevelSwitch
 from allocator.pruning.pruners.protocol import PrunerSpec, Refit
 from allocator.pruning.pruners.registry import make_pruner
@@ -342,8 +342,8 @@ def test_the_nearest_weight_is_least_squares_with_or_without_an_intercept(interc
     statistics = Gram(6)
     for rows in range(0, 400, 100):
         statistics.add(x[rows : rows + 100])
-        statistics.aim(x[rows : rows + 100], target[rows : rows + 100])
-    found = nearest(dense, statistics, Refit(0.01, intercept), "unit", print)
+        statistics.add_targets(x[rows : rows + 100], target[rows : rows + 100])
+    found = find_nearest(dense, statistics, Refit(0.01, intercept), "unit", print)
     inputs, aims = x.double(), target.double()
     if intercept:
         inputs, aims = inputs - inputs.mean(0), aims - aims.mean(0)

@@ -266,7 +266,7 @@ def test_inputs_of_an_expert_are_the_tokens_that_it_gets(make_case, folder):
         gate, up = (inputs @ gate_up.T).chunk(2, dim=-1)
         entering = torch.nn.functional.silu(gate) * up
         assert own.count == len(inputs)
-        assert own.answer_io is None
+        assert own.cross_io is None
         torch.testing.assert_close(own.gram_ii.double(), entering.T @ entering, rtol=1e-3, atol=1e-3)
 
 
