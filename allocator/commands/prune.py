@@ -28,7 +28,7 @@ _NEEDED = {"name", "calibration", "inputs", "execution", "tokens", "sequence_len
 """What a plan must say of its local pruner, so that its weights can be made again."""
 
 
-def prune(
+def prune(  # noqa: PLR0913 - a public entry point
     plan: Plan | Path | str,
     out: Path | str,
     *,
