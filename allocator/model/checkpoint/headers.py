@@ -1,4 +1,4 @@
-"""A model folder as it lies on disk: its configuration and the headers of its safetensors."""
+"""A model folder on disk: its configuration and the headers of its safetensors files."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ _REMEDY = "Give a local Hugging Face folder with config.json and *.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A checkpoint in the Hugging Face format, known without loading a weight.
+    """A checkpoint in the Hugging Face format. No weight is loaded.
 
     Attributes:
-        folder: Where it lies.
+        folder: The model's folder.
         config: The content of ``config.json``.
         shapes: Shape of every tensor by name; tied tensors once.
         shards: The file, inside ``folder``, of every tensor.
         dtypes: Safetensors data type (``BF16``, ``F32``, ...) of every tensor.
-        transposed: Matrices that lie in the files the other way, inputs first, and have their usual shape here.
-        stored: What the files call tensors that have another name here, which is that of the model.
-        renames: Parts of names of the files, and what they are here.
+        transposed: Matrices that the files store transposed, inputs first. ``shapes`` has the usual order.
+        stored: The name in the files of each tensor whose name here, that of the model, differs.
+        renames: Parts of names in the files, and their replacements here.
         settings: The configuration with every default; empty for causal language models.
     """
 
@@ -58,13 +58,13 @@ class Checkpoint:
 
     @property
     def kind(self) -> Kind:
-        """What kind of model it is."""
+        """The kind of the model."""
         kind = find_kind(self.config)
         assert kind is not None, "checked when the headers were read"
         return kind
 
     def with_names(self, names: Mapping[str, str]) -> Checkpoint:
-        """Return the same files with other names for some tensors; what the files call them stays known."""
+        """Return a copy with other names for some tensors. ``stored`` keeps their names in the files."""
         every = {name: names.get(name, name) for name in self.shapes}
         return replace(
             self,
@@ -76,11 +76,11 @@ class Checkpoint:
         )
 
     def with_names_of(self, dense: Checkpoint) -> Checkpoint:
-        """Return a checkpoint with the names that tensors have in the model that it was made from."""
+        """Return a copy with the tensor names of the dense model that it was made from."""
         return self.with_names({old: new for new, old in dense.stored.items()})
 
     def with_renamed_parts(self, table: Mapping[str, str]) -> Checkpoint:
-        """Return the same files with parts of names replaced, as ``{"block_sparse_moe": "mlp"}`` says.
+        """Return a copy with parts of tensor names replaced, such as ``{"block_sparse_moe": "mlp"}``.
 
         Raises:
             UserError: Two tensors would have one name.
@@ -201,12 +201,12 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _is_computed(name: str, shape: Sequence[int]) -> bool:
-    """Whether a tensor is one that old checkpoints hold and transformers passes over: frequencies, attention masks."""
+    """Whether transformers ignores a tensor of old checkpoints: rotary frequencies, attention masks."""
     return name.endswith(("rotary_emb.inv_freq", ".masked_bias")) or (name.endswith(".bias") and len(shape) == 4)
 
 
 def _use_model_names(checkpoint: Checkpoint) -> Checkpoint:
-    """Return files with tensors under the names that they have in the model."""
+    """Return a checkpoint whose tensors have the names of the model."""
     from allocator.model.checkpoint.names import map_names
 
     dense = checkpoint.config.get("pruned", {}).get("architecture", checkpoint.architecture)
@@ -220,7 +220,7 @@ def _use_model_names(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _check_tied(folder: Path, shards: Mapping[str, str]) -> None:
-    """Raise where a head that counts as the embedding is another matrix: transformers then keeps both."""
+    """Raise if a head that should be tied to the embedding differs from it: transformers would keep both."""
     heads = [
         (folder / shards[name], name) for name in ("model.embed_tokens.weight", "lm_head.weight") if name in shards
     ]

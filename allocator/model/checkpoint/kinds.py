@@ -1,4 +1,4 @@
-"""Kinds of models: what they read, what they answer, and which auto class of transformers loads them."""
+"""Kinds of models: their input, their output, and the transformers auto class that loads them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 Reads = Literal["text", "images", "pairs"]
-"""What a model is given: token ids, pixels, or both, of an image and of what is said of it."""
+"""The input of a model: token ids, pixels, or both (an image and its caption)."""
 
 Answers = Literal["next", "tokens", "classes", "states"]
-"""What a model says: logits of the token that follows each, of each token itself, or of classes; or states alone."""
+"""The output of a model: logits of each next token, of each token itself or of classes; or hidden states alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,8 +19,8 @@ class Kind:
 
     Attributes:
         auto: Name of the auto class that loads it.
-        answers: What it says.
-        reads: What it is given.
+        answers: Its output.
+        reads: Its input.
     """
 
     auto: str
@@ -34,12 +34,12 @@ class Kind:
 
     @property
     def logits(self) -> bool:
-        """Whether it says more than states."""
+        """Whether it returns logits."""
         return self.answers != "states"
 
     @property
     def losses(self) -> tuple[str, ...]:
-        """What it can be measured by; the first is what serves best."""
+        """The losses that can measure it. The first is the default."""
         return {
             "next": ("kl", "topk_kl", "nll", "hidden"),
             "tokens": ("kl", "topk_kl", "hidden"),
@@ -54,7 +54,7 @@ class Kind:
 
     @property
     def words(self) -> str:
-        """What it is given, in words."""
+        """Its input, in words."""
         return {"text": "text", "images": "images", "pairs": "images with text"}[self.reads]
 
 
@@ -70,11 +70,11 @@ _ENDINGS = {
 }
 
 ENDINGS = ", ".join(_ENDINGS)
-"""How names of architectures end that can be served."""
+"""Endings of the architecture names that can be pruned."""
 
 
 def find_kind(config: Mapping[str, Any]) -> Kind | None:
-    """Return the kind of model that a configuration is of, a pruned one too; None for one that is not served."""
+    """Return the kind of a configuration's model, dense or pruned. None if it cannot be pruned."""
     pruned = config.get("pruned") or {}
     name = str(pruned.get("architecture") or (config.get("architectures") or [""])[0])
     found = next((kind for ending, kind in _ENDINGS.items() if name.endswith(ending)), None)

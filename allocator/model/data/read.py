@@ -1,6 +1,6 @@
-"""Reading what a model is shown: packed text, documents with labels, images, or images with text, split by name.
+"""Reading examples: packed text, documents with labels, images, or images with text, split by name.
 
-An example counts as ``length`` tokens, whatever it is, so that every split and fidelity is a number of examples.
+Every example counts as ``length`` tokens, so that each split and fidelity is a number of examples.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One example before it is made into numbers: its name, what it is of, and its label, as it is written."""
+    """One example before it becomes numbers: its name, its content and its label as written."""
 
     name: str
     content: Any
@@ -40,7 +40,7 @@ def read_examples(
     length: int,
     notify: Notify = silent,
 ) -> dict[str, Examples]:
-    """Read what a model of its kind is shown.
+    """Read examples for a model, as its kind needs.
 
     Args:
         path: Where it is. Text: see :func:`~allocator.model.data.text.read_documents`; a model that classifies text
@@ -52,7 +52,7 @@ def read_examples(
         checkpoint: The model.
         wanted: Tokens of each split, multiples of ``length``.
         length: Tokens that an example has, or counts as.
-        notify: Hears of examples that are left out.
+        notify: Called with a message if examples are left out.
 
     Raises:
         UserError: It is something else, is damaged, or a split holds too few examples.
@@ -112,7 +112,7 @@ def read_tokens(
 def _read_labelled(
     path: Path | None, checkpoint: Checkpoint, counts: Mapping[str, int], length: int, notify: Notify
 ) -> dict[str, Examples]:
-    """Return documents as one sequence each, with their labels where they have some. Shorter ones are left out."""
+    """Return one sequence per document, with labels if there are any. Shorter documents are left out."""
     labels = _read_labels(path) if path is not None and path.is_file() and path.suffix == ".jsonl" else {}
     items = [Item(each.name, each.text, labels.get(each.name)) for each in read_documents(path)]
     tokenizer = load_tokenizer(checkpoint.folder)
@@ -133,7 +133,7 @@ def _read_labelled(
 
 
 def _read_labels(path: Path) -> dict[str, str]:
-    """Return the label, as it is written, of every document of a .jsonl file that has one."""
+    """Return the label, as written, of every labelled document of a .jsonl file."""
     labels = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         record = _parse_record(path, number, line)
@@ -243,7 +243,7 @@ def _build_splits(
     path: Path | None,
     make: Callable[[Sequence[Item]], dict[str, np.ndarray]],
 ) -> dict[str, Examples]:
-    """Return as many examples of every split as it wants, in the order of the hash of their names."""
+    """Return the examples of every split, in the order of the hash of their names."""
     known = {item.name: number for item, number in items}
     ordered = sort_by_hash([item for item, _ in items])
     made = {}
@@ -264,7 +264,7 @@ def _build_splits(
 
 
 def _number_labels(items: Sequence[Item], checkpoint: Checkpoint, path: Path | None) -> list[tuple[Item, int | None]]:
-    """Return items with the numbers of their labels, for a model that classifies.
+    """Return items with the class numbers of their labels, for a model that classifies.
 
     Raises:
         UserError: A label is no class of the model, or some items have none.
@@ -290,7 +290,7 @@ def _number_labels(items: Sequence[Item], checkpoint: Checkpoint, path: Path | N
 
 
 def _parse_record(path: Path, number: int, line: str) -> dict[str, Any] | None:
-    """Return what a line of a .jsonl file holds; None for an empty one."""
+    """Return the object on a line of a .jsonl file; None for an empty line."""
     if not line.strip():
         return None
     record = parse_json_line(path, number, line)
@@ -300,7 +300,7 @@ def _parse_record(path: Path, number: int, line: str) -> dict[str, Any] | None:
 
 
 def _load_processor(checkpoint: Checkpoint) -> Callable[[list[Any]], np.ndarray]:
-    """Return what makes pixels of images, as the model's preprocessor_config.json says."""
+    """Return the function that turns images into pixels, as the model's preprocessor_config.json says."""
     try:
         processor: Any = transformers.AutoImageProcessor.from_pretrained(
             checkpoint.folder, local_files_only=True, trust_remote_code=False

@@ -1,4 +1,4 @@
-"""Text for measuring a model: where it comes from, how it is split, how it becomes token sequences."""
+"""Text for measuring a model: reading documents, splitting them, packing them into token sequences."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def read_documents(path: Path | None) -> list[Document]:
 
 
 def list_text_files(path: Path) -> list[Path]:
-    """Return the files that the documents at a path are read from."""
+    """List the files from which the documents at a path are read."""
     if path.is_file():
         return [path]
     every = [inside for inside in sorted(path.rglob("*")) if inside.is_file()]
@@ -165,7 +165,7 @@ def _hash_name(name: str) -> bytes:
 
 
 class Named(Protocol):
-    """What has a name that decides its split and its place in the order."""
+    """Anything with a name that decides its split and its place in the order."""
 
     @property
     def name(self) -> str:
@@ -176,7 +176,7 @@ Something = TypeVar("Something", bound=Named)
 
 
 def sort_by_hash(documents: Iterable[Something]) -> list[Something]:
-    """Return documents, or other examples, in the order of the hash of their names."""
+    """Sort documents or other examples by the hash of their names."""
     return sorted(documents, key=lambda document: (_hash_name(document.name), document.name))
 
 
@@ -242,7 +242,7 @@ def _read_json_lines(path: Path, name: str, text: str) -> Iterator[Document]:
 
 
 def parse_json_line(path: Path, number: int, line: str) -> Any:
-    """Return what a line of a .jsonl file holds.
+    """Parse a line of a .jsonl file.
 
     Raises:
         UserError: It is not JSON; names the file and the line.

@@ -1,4 +1,4 @@
-"""What must hold between a family file and a model before anything is pruned by it."""
+"""Checks of a family file against a model, before anything is pruned."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _list_depths(config: Mapping[str, Any]) -> Iterator[int]:
 
 
 def find_numbered_modules(checkpoint: Checkpoint) -> str | None:
-    """Return how most of the numbered modules are called, with ``{block}`` for the number; None where none has one."""
+    """Return the most common prefix of numbered modules, with ``{block}`` for the number; None if there is none."""
     found = Counter(match[1] for name in checkpoint.shapes if (match := re.match(r"^(.*?\.)\d+\.", name)))
     return f"{found.most_common(1)[0][0]}{{block}}" if found else None
 

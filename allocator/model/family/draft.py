@@ -1,4 +1,4 @@
-"""Helping to write a family file: what a model's matrices are covered by, and a first draft from names and shapes."""
+"""Help for writing a family file: which line covers each matrix, and a first draft from names and shapes."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _PARTS = {"query": r"(^|_)(q|query)", "key": r"(^|_)(k|key)", "value": r"(^|_)(v
 
 @dataclass(frozen=True, slots=True)
 class Covered:
-    """Matrices of the same name in all blocks, or one that lies outside of them.
+    """Matrices of the same name in all blocks, or one matrix outside the blocks.
 
     Attributes:
         module: Its name, with ``{block}`` for the number of the block, and ``{expert}`` for that of an expert.
-        shape: As linear layers have it: outputs, inputs.
-        count: How many there are of that name and shape.
-        by: The unit that holds it, ``skip``, ``entry`` or ``tail``, or None where no line of the family covers it.
+        shape: [outputs, inputs], as in linear layers.
+        count: The number of matrices of that name and shape.
+        by: The unit that holds it, ``skip``, ``entry`` or ``tail``. None if no line of the family covers it.
     """
 
     module: str
@@ -35,7 +35,7 @@ class Covered:
 
 
 def list_coverage(checkpoint: Checkpoint, family: Family | None) -> list[Covered]:
-    """Return every matrix of a model, and what covers it in a family; in none, where there is none."""
+    """Return all matrices of a model and what covers each in a family. Without a family nothing covers them."""
     prefixes = [_find_prefix(checkpoint)]
     owners: dict[str, str] = {}
     if family is not None:
@@ -55,10 +55,10 @@ def list_coverage(checkpoint: Checkpoint, family: Family | None) -> list[Covered
 
 
 def draft_family(checkpoint: Checkpoint) -> str:
-    """Return a family file for a model, guessed from names and shapes, with comments where a guess wants a look.
+    """Draft a family file from the names and shapes of a model, with comments at uncertain guesses.
 
     Raises:
-        UserError: No part of its names looks like numbered blocks.
+        UserError: No tensor name looks like that of a numbered block.
     """
     prefix = _find_prefix(checkpoint)
     inside = {

@@ -1,4 +1,4 @@
-"""Where things are in one model: its blocks, their sub-blocks, and what follows."""
+"""The layout of one model: its blocks, their prunable sub-blocks, and the modules that follow the blocks."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from allocator.model.family.sub_blocks import SubBlock, list_removed_lengths, re
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """Where things are in one model.
+    """The prunable parts of one model, by module name.
 
     Attributes:
         blocks: Module names of the blocks, in order.
         tail: Modules from the last block's output to the logits; the last is the head, as the checkpoint names it.
         sub_blocks: Prunable sub-blocks, in model order.
-        around: Matrices in no sub-block that work for every token, before and behind the blocks and in them.
-        kind: What kind of model it is.
-        towers: How many blocks, of those in order, each tower has; empty where all are one chain.
-        mixtures: Mixtures of experts with whole experts for items, whether that is what they lose or not.
+        around: Matrices that no sub-block prunes and every token passes: before, in and after the blocks.
+        kind: The kind of the model.
+        towers: Number of blocks of each tower, in order. Empty if all blocks are one chain.
+        mixtures: Mixtures of experts, each with whole experts as items, even if channels inside experts are pruned.
     """
 
     blocks: tuple[str, ...]
@@ -39,9 +39,9 @@ class Layout:
 
 
 def apply_family_names(family: Family, checkpoint: Checkpoint) -> Checkpoint:
-    """Return files with the names of a family.
+    """Return a checkpoint whose tensors have the names that a family file uses.
 
-    A causal language model may have been saved by its base, whose names lack what the whole model has in front.
+    A causal language model may have been saved from its base class. Its names then lack the first part.
     """
     checkpoint = checkpoint.with_renamed_parts(family.renamed)
     base, _, rest = family.chains[0].partition(".")
@@ -62,15 +62,15 @@ def resolve_layout(
     """Find the family's modules in a model, and check that they cover every weight matrix.
 
     Args:
-        family: The names.
+        family: The family file of the model.
         checkpoint: The model.
-        attention: What attention loses.
-        experts: What a mixture of experts loses.
+        attention: Which items attention loses.
+        experts: Which items a mixture of experts loses.
 
     Raises:
         UserError: A named module is missing, a matrix is covered by no unit and no ``skip`` line or by two, blocks are
-            missing, shapes do not divide into items, each KV group has but one query head to lose, or what lies beside
-            the matrices of a unit has the width that they lose.
+            missing, shapes do not divide into items, query heads are asked for and each KV group has only one, or a
+            vector next to a unit's matrices has the length that they lose.
     """
     shapes, family, kind = checkpoint.shapes, adapt_family(checkpoint, family), checkpoint.kind
     numbers = [find_block_numbers(checkpoint, chain) for chain in family.chains]
@@ -91,7 +91,7 @@ def resolve_layout(
         raise UserError(
             f"family: {checkpoint.architecture} is a causal language model. Name in 'tail' what follows blocks"
         )
-    # old configurations do not say what goes without saying for their class
+    # old configurations leave out the default of their class
     absent = kind.generates and f"{family.tail[-1]}.weight" not in shapes
     tied = {family.tail[-1]} if absent and checkpoint.config.get("tie_word_embeddings", True) else set()
     entry, tail = (_drop_absent(names if kind.generates else (), shapes) for names in (family.entry, family.tail))
@@ -107,7 +107,7 @@ def resolve_layout(
     skipped = family.skipped(sorted({*itertools.chain(*numbers)}))
     check_skipped({**skipped, **dict.fromkeys({*around} - owned, "tail")}, family.tail, owned, checkpoint)
     check_biases(owned, checkpoint)
-    # what has one item goes as a whole, with all that lies beside it; of routers every vector is one of experts
+    # a sub-block with one item is removed as a whole; every vector of a router has one value per expert
     for sub_block in (sub_block for sub_block in sub_blocks if sub_block.total > 1 and not sub_block.experts):
         inside = {name: shape for name, shape in shapes.items() if sub_block.owns(name)}
         check_vectors(
@@ -139,22 +139,22 @@ def resolve_layout(
 
 
 def _drop_absent(modules: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
-    """Return names of modules without those that a model may lack, and does."""
+    """Drop optional modules (marked with ``?``) that the model lacks."""
     names = [(module, module.removesuffix("?")) for module in modules]
     return tuple(name for module, name in names if module == name or f"{name}.weight" in shapes)
 
 
 def adapt_family(checkpoint: Checkpoint, family: Family) -> Family:
-    """Return a family with the names of a model that is more, or less, than the one its file was written for.
+    """Adapt the names of a family to a model with a head, or to a base model without one.
 
-    A model with a head has its base under a name of its own: what is ``encoder.layer.0`` in one is
-    ``bert.encoder.layer.0`` in the other. Names that lie outside of the base stay.
+    A model with a head puts its base under a name of its own: ``encoder.layer.0`` becomes ``bert.encoder.layer.0``.
+    Names outside the base do not change.
     """
     first = family.chains[0]
     if checkpoint.kind.generates or find_block_numbers(checkpoint, first):
         return family
     before, _, rest = first.partition(".")
-    if find_block_numbers(checkpoint, rest):  # the base of a model that the file was written for
+    if find_block_numbers(checkpoint, rest):  # the model is the base of the one in the file
         chains = [chain.removeprefix(f"{before}.") for chain in family.chains]
         return family.model_copy(
             update={"blocks": chains, "skip": [name.removeprefix(f"{before}.") for name in family.skip]}
@@ -169,20 +169,20 @@ def adapt_family(checkpoint: Checkpoint, family: Family) -> Family:
 
 
 def select_tower(checkpoint: Checkpoint, chain: str) -> Checkpoint:
-    """Return a model's files with the configuration, defaults and all, of the tower that a chain of blocks is in."""
+    """Return a checkpoint with the full configuration of the tower that contains a chain of blocks."""
     settings = checkpoint.settings or checkpoint.config
     own = settings.get(f"{chain.partition('.')[0].removesuffix('_model')}_config")
     return replace(checkpoint, config={**settings, **own} if isinstance(own, dict) else settings)
 
 
 def retained_matrices(sub_block: SubBlock, checkpoint: Checkpoint) -> list[str]:
-    """Return matrices that stay as long as any item of a sub-block does: key and value beside query heads."""
+    """Return matrices that a sub-block keeps until its last item is removed: key and value, for query heads."""
     inside = (n.removesuffix(".weight") for n, s in checkpoint.shapes.items() if sub_block.owns(n) and len(s) == 2)
     return sorted(module for module in inside if module not in sub_block.modules)
 
 
 def unpruned_matrices(layout: Layout, checkpoint: Checkpoint, pattern: str) -> tuple[str, ...]:
-    """Return matrices in no unit that work for every token: those around sub-blocks, and where masks go, in them."""
+    """Return the matrices in no unit that every token passes. For mask patterns they include retained matrices."""
     if pattern == "structured":
         return layout.around
     return (
@@ -198,7 +198,7 @@ def find_block_numbers(checkpoint: Checkpoint, blocks: str) -> list[int]:
 
 
 def read_hidden_size(layout: Layout, checkpoint: Checkpoint) -> int:
-    """Return the width of what blocks pass on."""
+    """Return the hidden size: the width of the state between blocks."""
     return checkpoint.shapes[f"{layout.sub_blocks[0].modules[-1]}.weight"][0]
 
 

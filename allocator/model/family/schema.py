@@ -13,13 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from allocator.core.errors import UserError
 
 Attention = Literal["kv_groups", "query_heads"]
-"""What attention loses: KV groups with the query heads they serve, or query heads alone."""
+"""The items of attention: KV groups with the query heads that they serve, or query heads alone."""
 
 Experts = Literal["whole", "inside"]
-"""What a mixture of experts loses: whole experts with their rows of the router, or channels inside of experts."""
+"""The items of a mixture of experts: whole experts with their router rows, or channels inside experts."""
 
 EXPERT_INPUTS, EXPERT_OUTPUT = ("gate_proj", "up_proj"), "down_proj"
-"""What the parts of an expert are called where each has a module of its own, as here."""
+"""Names of the modules of one expert."""
 
 Part = Literal["attention", "mlp"]
 
@@ -31,8 +31,8 @@ class _Strict(BaseModel):
 class _Parts(_Strict):
     output: str
     remove: list[str] = []
-    """Modules that go when nothing is left, where they are not all of the module that the matrices share: what leads to
-    the output projection, and that. By default, matrices that share but the block go by themselves."""
+    """Modules to remove when no item is left: what leads to the output projection, and the projection. By default it is
+    the module that the matrices share or, if they share only the block, the matrices themselves."""
 
 
 class KvGroups(_Parts):
@@ -51,10 +51,10 @@ class KvGroups(_Parts):
     """Attributes of the module that the matrices share, which count heads or what is proportional to heads:
     ``config.x`` is one of its configuration, ``self.x`` one of a module inside it."""
     norms: list[str] = []
-    """Norms over all heads at once, of queries or keys. Without some heads the others would be divided by something
-    else, so attention goes as a whole or not at all."""
+    """Norms over all heads at once, of queries or keys. Removing a head would change the others' norm, so attention
+    is removed as a whole or not at all."""
     cache: str | None = None
-    """The matrix whose outputs are cached, where keys and values themselves are not."""
+    """The matrix whose outputs are cached. None if keys and values themselves are cached."""
 
     @model_validator(mode="after")
     def _check_fused(self) -> KvGroups:
@@ -99,9 +99,9 @@ class Mixture(_Strict):
     router: str
     experts: str
     shared: Channels | None = None
-    """What every token passes beside its experts, where a model has that."""
+    """The network that every token passes in addition to its experts."""
     dense: Channels | None = None
-    """What blocks without experts have in their place."""
+    """The network of blocks without experts."""
 
     @property
     def names(self) -> list[str]:
@@ -116,20 +116,20 @@ class Family(_Strict):
     schema_: Literal[1] = Field(alias="schema")
     model_types: list[str] = Field(min_length=1)
     blocks: str | list[str]
-    """Names of the blocks, or of those of each tower; what a checkpoint's names have in front may be left out."""
+    """Names of the blocks, one pattern per tower. A prefix that only some checkpoints have may be left out."""
 
     units: dict[Part, Annotated[KvGroups | Channels | Mixture, Field(discriminator="kind")]]
     entry: list[str] = []
-    """Matrices between the embeddings and the first block, which work for every token as those of the tail do."""
+    """Matrices between the embeddings and the first block."""
     tail: list[str] = []
-    """From the blocks to the logits, the head last. What ends in ``?`` is not in every model, here and in ``entry``.
+    """Modules from the blocks to the logits, the head last. Causal language models need one.
 
-    Causal language models have one. Others are asked themselves what follows.
+    A name that ends in ``?`` is optional, here and in ``entry``. Models of other kinds compute what follows themselves.
     """
     skip: list[str]
-    """Modules that stay as they are; ``{block}`` is each block in turn, and what ends in ``?`` not in every model."""
+    """Modules that are not pruned. ``{block}`` is each block in turn; a name that ends in ``?`` is optional."""
     renamed: dict[str, str] = {}
-    """Parts of names in the files that the model calls otherwise."""
+    """Parts of tensor names in the files, and their names in the model."""
 
     @field_validator("blocks")
     @classmethod
@@ -158,7 +158,7 @@ class Family(_Strict):
         return self
 
     def skipped(self, numbers: Sequence[int]) -> dict[str, str]:
-        """Return, for every module that ``skip`` names in a model whose blocks have these numbers, the line of it."""
+        """Return the line of ``skip`` for each module that it names, in a model whose blocks have these numbers."""
         lines = [(line.removesuffix("?"), line) for line in self.skip]
         return {name.replace("{block}", str(number)): line for name, line in lines for number in numbers}
 
@@ -170,18 +170,18 @@ def _claim(owners: dict[str, str], module: str, owner: str) -> None:
 
 
 def split_names(*names: str) -> list[str]:
-    """Return every name, of ``a | b`` both."""
+    """Return all names; ``a | b`` gives both."""
     return [name.strip() for each in names for name in each.split("|")]
 
 
 def find_families_folder() -> Path:
-    """Return the folder of the family files, in a wheel or beside an editable install."""
+    """Return the folder of the family files, in a wheel or next to an editable install."""
     inside = Path(str(resources.files("allocator") / "search_spaces"))
     return inside if inside.is_dir() else Path(str(resources.files("allocator"))).parent / "search_spaces"
 
 
 class _Once(yaml.SafeLoader):
-    """YAML in which no key is there twice: the last one would count, without a word."""
+    """YAML that refuses a duplicate key, of which YAML would silently take the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
@@ -232,7 +232,7 @@ def find_family(model_type: str, file: Path | None = None) -> Family:
 
 
 def load_shipped_families() -> dict[str, Family]:
-    """Return the families that are shipped, by the model types that they serve.
+    """Read the shipped families, by model type.
 
     Raises:
         UserError: Two of them serve the same.

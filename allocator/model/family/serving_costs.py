@@ -34,7 +34,7 @@ from allocator.model.family.layout import Layout, read_hidden_size, retained_mat
 from allocator.model.family.sub_blocks import SubBlock
 
 GENERATING: tuple[Cost, ...] = ("decode_macs", "kv_bytes", "decode_ms", "latency_ms")
-"""Costs that models have that generate."""
+"""Costs that only models that generate have."""
 
 _BYTES = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
@@ -49,9 +49,9 @@ class Workload:
     """What is served at once.
 
     Attributes:
-        batch: Sequences.
-        prompt: Tokens of each that are there before.
-        generate: Tokens that are generated after them.
+        batch: Number of sequences.
+        prompt: Tokens of each prompt.
+        generate: Tokens generated after each prompt.
     """
 
     batch: int
@@ -63,14 +63,14 @@ class Workload:
 
     @property
     def context(self) -> int:
-        """Tokens of each sequence in the end."""
+        """Tokens of each sequence at the end."""
         return self.prompt + self.generate
 
 
 def add_serving_costs(
     space: SearchSpace, layout: Layout, checkpoint: Checkpoint, work: Workload, table: LatencyTable | None = None
 ) -> SearchSpace:
-    """Return a space with the costs of serving, and with times where there is a table of them.
+    """Add the costs of serving to a space, and times if there is a table of them.
 
     Raises:
         UserError: The table is for other shapes or another workload.
@@ -121,9 +121,9 @@ def add_serving_costs(
 
 
 def describe_shape(sub_block: SubBlock, checkpoint: Checkpoint) -> str:
-    """Return what two sub-blocks have in common that take the same time: kind, items, and the rows that one item owns.
+    """Describe the shape that decides the time of a sub-block: its kind, items, and the rows that one item owns.
 
-    Such as ``channels of 704: 1+1 in, 1 out, hidden 192``.
+    For example ``channels of 704: 1+1 in, 1 out, hidden 192``.
     """
     rows = "+".join(str(own.rows) for own in sub_block.inputs)
     staying = "".join(f", {rows} rows stay" for rows in [_count_retained_rows(sub_block, checkpoint)] if rows)
@@ -138,10 +138,10 @@ def describe_shape(sub_block: SubBlock, checkpoint: Checkpoint) -> str:
 
 
 def check_timed(layout: Layout) -> None:
-    """Check that every sub-block takes a time of its own.
+    """Check that the time of every sub-block can be measured on its own.
 
     Raises:
-        UserError: Single experts are sub-blocks, whose times are a matter of which tokens reach them.
+        UserError: Single experts are sub-blocks; their time depends on the tokens that reach them.
     """
     if {mixture.name for mixture in layout.mixtures} - {sub_block.name for sub_block in layout.sub_blocks}:
         raise UserError(
@@ -151,7 +151,7 @@ def check_timed(layout: Layout) -> None:
 
 
 class _Serving:
-    """What one sub-block costs to serve."""
+    """The costs of serving one sub-block."""
 
     def __init__(
         self, sub_block: SubBlock, checkpoint: Checkpoint, work: Workload, table: LatencyTable | None, kind: Kind
@@ -190,7 +190,7 @@ class _Serving:
         return found
 
     def dense(self) -> dict[Cost, int]:
-        """Return what attention costs beside its matrices, and the time of the whole, when nothing is removed."""
+        """Return the costs of dense attention without its matrices, and the time of the dense sub-block."""
         sub_block, work = self._sub_block, self._work
         macs = work.batch * sub_block.total * self._score_macs
         seen = self._seen(work.context)
@@ -210,7 +210,7 @@ class _Serving:
 
     @property
     def _score_macs(self) -> int:
-        """For each item, query position and key position: its scores, and the mix of its values."""
+        """Multiply-accumulates per item, query position and key position: the score, and the weighted sum of values."""
         if self._sub_block.part != "attention":
             return 0
         # queries are as wide as what they mix, unless keys and values are made of one matrix of their own
@@ -219,7 +219,7 @@ class _Serving:
 
     @property
     def _item_bytes(self) -> int:
-        """Of a whole expert, whose share of the router may be of another type than its matrices."""
+        """Bytes of one whole expert. Its router row may have another data type than its matrices."""
         shapes = self._checkpoint.shapes
         owned = (name for name in shapes if self._sub_block.owns(name))
         return (
@@ -229,7 +229,7 @@ class _Serving:
 
     @property
     def _expanded_macs(self) -> int:
-        """For each item, what it takes to make its key and value of what is cached of one token."""
+        """Multiply-accumulates per item to compute key and value of one token from its cached state."""
         if self._sub_block.cached is None:
             return 0
         shapes = self._checkpoint.shapes
@@ -252,12 +252,12 @@ class _Serving:
         return context if window is None else min(context, window - 1)
 
     def _seen(self, context: int) -> int:
-        """Keys that the last token of a context attends to, its own among them."""
+        """Number of keys that the last token of a context attends to, including its own."""
         return min(context, self._held(context) + 1)
 
 
 def _fit_workload(sub_block: SubBlock, layout: Layout, checkpoint: Checkpoint, work: Workload) -> Workload:
-    """Return what a sub-block reads of a workload: all of it, or as many tokens as its tower has positions for."""
+    """Return the workload of a sub-block. An image or its text has as many tokens as its tower has positions."""
     if layout.kind.reads == "text":
         return work
     tower = layout.blocks[sub_block.block].partition(".")[0] if layout.towers else ""
@@ -270,7 +270,7 @@ def _fit_workload(sub_block: SubBlock, layout: Layout, checkpoint: Checkpoint, w
 
 
 def _list_masked_costs(unit: Unit, checkpoint: Checkpoint, work: Workload) -> dict[Cost, int]:
-    """Return what a matrix costs at any level."""
+    """Return the costs of a masked matrix, which are the same at every level."""
     return {
         "prefill_macs": work.batch * work.prompt * unit.macs[0],
         "decode_macs": work.batch * unit.macs[0],
@@ -295,7 +295,7 @@ def _check(table: LatencyTable, checkpoint: Checkpoint, layout: Layout, work: Wo
 
 
 def describe_size(checkpoint: Checkpoint, layout: Layout) -> dict[str, int]:
-    """Return what the time beside sub-blocks depends on."""
+    """Describe what the time outside sub-blocks depends on."""
     return {
         "hidden": read_hidden_size(layout, checkpoint),
         "vocabulary": int(checkpoint.config["vocab_size"]),
@@ -314,12 +314,12 @@ def count_number_bytes(checkpoint: Checkpoint, name: str) -> int:
 
 
 def _count_retained_rows(sub_block: SubBlock, checkpoint: Checkpoint) -> int:
-    """Return the rows of matrices that stay as long as any item does."""
+    """Count the rows of matrices that are kept until the last item is removed."""
     return sum(checkpoint.shapes[f"{module}.weight"][0] for module in retained_matrices(sub_block, checkpoint))
 
 
 def _find_window(config: Mapping[str, Any], block: int) -> int | None:
-    """Return how many tokens a layer sees, where it does not see all."""
+    """Return the number of tokens that a layer attends to; None if it attends to all."""
     window = config.get("sliding_window")
     if window is None or config.get("use_sliding_window") is False:
         return None

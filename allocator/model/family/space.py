@@ -1,4 +1,4 @@
-"""The search space of a model: what each unit may lose, and what every level of it costs."""
+"""The search space of a model: its units, their ladders, and the exact costs of every level."""
 
 from __future__ import annotations
 
@@ -24,19 +24,20 @@ def build_space(
     patterns: Sequence[str] = ("2:4", "1:4"),
     bias: bool = False,
 ) -> SearchSpace:
-    """Return the search space of a model.
+    """Build the search space of a model.
 
     Args:
-        layout: Where the model's units are.
+        layout: The model's prunable parts.
         checkpoint: The model's shapes.
         pattern: ``structured``, ``unstructured`` or ``n:m``.
         target: Share to remove; ladders of the unstructured pattern are centred on it.
-        ladder: Sparsities of every unit, or of each by name, in place of the default. Default: channels in eighths,
-            KV groups one by one, query heads one by one from every KV group, all down to nothing; matrices nine
-            levels of ``target`` ± 0.3 beside the dense one.
+        ladder: Sparsities of all units, or of each by name. Default: channels in eighths, KV groups one by one, query
+            heads one by one from every KV group, all down to full removal; matrices nine levels in ``target`` ± 0.3
+            and the dense one.
         align: Widths of channels are multiples of this.
-        patterns: Levels of the n:m pattern beside dense, each ``kept:group``; groups of one size, ever fewer kept.
-        bias: Whether structured levels between dense and nothing have a bias in the output projection.
+        patterns: Levels of the n:m pattern after the dense one, each ``kept:group``, with one group size and
+            decreasing ``kept``.
+        bias: Whether partly pruned structured levels gain a bias in the output projection.
 
     Raises:
         UserError: The width of a matrix does not divide into groups.
@@ -71,7 +72,7 @@ def build_space(
 
 
 def _count_head(layout: Layout, checkpoint: Checkpoint) -> int:
-    """Return the size of the matrix that gives logits of every position; what runs once for an example counts as 0."""
+    """Return the size of the matrix that computes logits at every position; 0 if it runs once per example."""
     if layout.kind.answers not in ("next", "tokens"):
         return 0
     head = checkpoint.shapes.get(f"{layout.tail[-1]}.weight") if layout.tail else None
@@ -104,7 +105,7 @@ def _build_structured_unit(
     per_item = sum(_size(owned[name]) // sub_block.total for name in matrices)
     per_item_bias = sum(_size(owned[name]) // sub_block.total for name in biases)
     whole = sum(_size(shape) for name, shape in owned.items() if name not in matrices | biases)
-    # key and value of query heads: they stay until the last level
+    # key and value of query heads are kept until the last level
     staying = sum(_size(shape) for name, shape in owned.items() if name not in matrices and len(shape) == 2)
     added = shapes[f"{sub_block.output}.weight"][0] if bias and f"{sub_block.output}.bias" not in owned else 0
     params = tuple(
@@ -126,7 +127,7 @@ def _build_structured_unit(
 
 
 def _build_experts_unit(sub_block: SubBlock, checkpoint: Checkpoint, ladder: Sequence[float] | None) -> Unit:
-    """Return whole experts: as many as the router picks stay, or none does. A token passes as many as before."""
+    """Return a unit of whole experts: at least as many as the router picks stay, or none. A token passes as many."""
     shapes, step = checkpoint.shapes, sub_block.total // (sub_block.group or sub_block.total)
     if ladder is None:
         ladder = [eighth / 8 for eighth in range(1, 9)]
@@ -165,7 +166,7 @@ def _build_matrix_unit(
 
 
 def _build_grouped_unit(module: str, sub_block: SubBlock, shape: Sequence[int], patterns: Sequence[str]) -> Unit:
-    """Return a matrix of which every group along a row loses the same number of weights."""
+    """Return a unit in which every group along a row loses the same number of weights."""
     total, columns = _size(shape), shape[1]
     counts, groups = zip(*(map(int, pattern.split(":")) for pattern in patterns), strict=True)
     group = groups[0]

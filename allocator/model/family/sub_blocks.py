@@ -1,4 +1,4 @@
-"""Sub-blocks of a model that lose something: which matrices they hold, and which rows and columns belong together."""
+"""Prunable sub-blocks of a model: their matrices, and the rows and columns that one item owns."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from allocator.model.family.schema import (
 
 
 class Rows(NamedTuple):
-    """Rows of a matrix that items own: item i has [start + i·rows, start + (i+1)·rows)."""
+    """Rows of a matrix that items own: item i owns [start + i·rows, start + (i+1)·rows)."""
 
     module: str
     rows: int
@@ -39,18 +39,19 @@ class SubBlock:
     """A prunable sub-block of one block, with concrete module names.
 
     It holds ``total`` items (channels, KV groups or query heads). Item i owns rows of the input modules, as ``inputs``
-    says, and columns [i·width, (i+1)·width) of the output module. A matrix in which several spec are fused has as
-    many entries in ``inputs``, which cover it from the first row to the last. Query heads own no rows of key and value,
-    which stay as long as any head does, and each run of ``group`` of them, which share a KV group, loses the same
-    number. ``counts`` are attributes of its ``parent`` that are proportional to items.
+    says, and columns [i·width, (i+1)·width) of the output module. A fused matrix has one entry in ``inputs`` per part,
+    and the entries cover all its rows. Query heads own no rows of key and value, which are kept until the
+    last head is removed. Each run of ``group`` query heads shares a KV group and loses the same number. ``counts`` are
+    attributes of its ``parent`` that are proportional to the number of items.
 
-    It consists of its ``modules_removed``: usually one module, whose name it has. Where it has no module of its own,
-    they are what leads to the output projection, and that; it has then the name of the module that its matrices share,
-    or of the output projection where they share but the block.
+    ``modules_removed`` are the modules to remove when no item is left. Usually this is one module, which names the
+    sub-block. A sub-block without a module of its own removes the modules that lead to the output projection, and the
+    projection. Its name is then that of the module that its matrices share or, if they share only the block, that of
+    the output projection.
 
-    Whole experts own a row each of a router beside them, and every matrix in ``experts``; ``least`` of them stay, or
-    none does. What is ``routed`` is one of several sub-blocks of a module, which adds their sum: experts, channels
-    inside of one, and what all tokens pass beside them.
+    A whole expert owns one row of the router and its matrices in ``experts``. At least ``least`` experts stay, or none.
+    ``routed`` names the module that adds the sum of several sub-blocks: whole experts, channels inside one expert, or
+    the network that all tokens pass in addition.
     """
 
     name: str
@@ -69,7 +70,7 @@ class SubBlock:
     experts: tuple[tuple[str, ...], ...] = ()
     least: int = 0
     used: Fraction = Fraction(1)
-    """Share of the tokens that pass it, where a router divides them evenly."""
+    """Share of the tokens that pass it if a router divides them evenly."""
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -86,19 +87,19 @@ class SubBlock:
 
     @property
     def parent(self) -> str:
-        """The module that its matrices share: the sub-block, or the block."""
+        """The innermost module that holds its matrices: the sub-block or the block."""
         return _find_parent(self.modules)
 
     @property
     def removal(self) -> dict[str, str]:
-        """What takes the place of each of its roots when it goes; see :func:`~.modeling_pruned.remove`."""
+        """The stand-in of each removed module; see :func:`~allocator.model.live.modeling_pruned.remove`."""
         if len(self.modules_removed) == 1:
             return {self.modules_removed[0]: self.part}
         inner = "attention" if self.part == "attention" else "input"
         return {module: "output" if module == self.output else inner for module in self.modules_removed}
 
     def owns(self, tensor: str) -> bool:
-        """Whether a tensor is one of its own, and goes with it."""
+        """Whether a tensor belongs to it and is removed with it."""
         return any(tensor.startswith(f"{module}.") for module in self.modules_removed)
 
 
@@ -122,7 +123,7 @@ def resolve_sub_blocks(
 def _build_mixture_parts(
     mixture: SubBlock, spec: Mixture, family: Family, block: str, checkpoint: Checkpoint, experts: Experts
 ) -> list[SubBlock]:
-    """Return the sub-blocks of a mixture: whole experts or each of them, and what all tokens pass."""
+    """Return the sub-blocks of a mixture: all experts or each one, and the network that all tokens pass."""
     around = _find_parent(mixture.modules_removed)
     own = (
         [mixture]
@@ -171,7 +172,7 @@ def _build_mixture(part: Part, spec: Mixture, block: str, index: int, checkpoint
 
 
 def _read_routing(checkpoint: Checkpoint, total: int) -> tuple[int, int]:
-    """Return in how many groups a router sees its experts, and how many must stay for it to pick what it picks."""
+    """Return the number of groups of experts that a router forms, and the least number of experts that must stay."""
     picked = int(checkpoint.config["num_experts_per_tok"])
     groups = int(checkpoint.config.get("n_group") or 1)
     if total % groups:
@@ -201,7 +202,7 @@ def _build_expert(mixture: SubBlock, number: int, checkpoint: Checkpoint) -> Sub
 
 
 def _find_parent(modules: Iterable[str]) -> str:
-    """Return the innermost module that holds all of some modules."""
+    """Return the innermost module that holds all given modules."""
     return os.path.commonpath([module.replace(".", "/") for module in modules]).replace("/", ".")
 
 
@@ -255,7 +256,7 @@ def _build_sub_block(
 def _list_modules_removed(
     part: Part, spec: KvGroups | Channels, block: str, parent: str | None, checkpoint: Checkpoint
 ) -> tuple[str, ...]:
-    """Return the modules that a sub-block consists of, in the order of the forward pass; ``parent`` may be one."""
+    """Return the modules to remove with a sub-block, in the order of the forward pass. ``parent`` may be one."""
     inputs, output = [_choose_module(block, names, checkpoint) for names in spec.inputs], f"{block}.{spec.output}"
     modules_removed = [f"{block}.{name}" for name in spec.remove]
     if not modules_removed and parent is not None:
@@ -282,7 +283,7 @@ def _list_modules_removed(
 
 
 def _check_norms(sub_block: SubBlock, spec: KvGroups, block: str, checkpoint: Checkpoint) -> None:
-    """Raise where a norm over all heads is not named as one, or what is named is none."""
+    """Raise if a norm over all heads is not listed under ``norms``, or a listed one does not exist."""
     named = {f"{block}.{norm}.weight" for norm in spec.norms}
     if missing := sorted(named - checkpoint.shapes.keys()):
         raise UserError(
@@ -305,7 +306,7 @@ def _check_norms(sub_block: SubBlock, spec: KvGroups, block: str, checkpoint: Ch
 
 
 def _choose_module(block: str, names: str, checkpoint: Checkpoint) -> str:
-    """Return the module of a block that has one of the names ``a | b``; the first, if there is none."""
+    """Return the first module of the names ``a | b`` that a block has; if it has none, the first name."""
     modules = [f"{block}.{name}" for name in split_names(names)]
     return next((module for module in modules if f"{module}.weight" in checkpoint.shapes), modules[0])
 
@@ -313,7 +314,7 @@ def _choose_module(block: str, names: str, checkpoint: Checkpoint) -> str:
 def _assign_rows(
     spec: KvGroups | Channels, inputs: Sequence[str], rows: Mapping[str, int], total: int, width: int
 ) -> tuple[Rows, ...]:
-    """Return the rows of input modules that items own; an item of attention has as many queries as ``width``."""
+    """Return the rows of input modules that items own. An item of attention owns ``width`` rows of queries."""
     if isinstance(spec, Channels):
         run = {module: rows[module] // inputs.count(module) for module in inputs}
         before = [inputs[:place].count(module) for place, module in enumerate(inputs)]
@@ -332,7 +333,7 @@ def _assign_rows(
 
 
 def _with_query_heads(sub_block: SubBlock, spec: KvGroups, checkpoint: Checkpoint) -> SubBlock:
-    """Return the same attention with query heads for items."""
+    """Return the same attention with query heads as items."""
     if spec.fused is not None:
         raise UserError(
             f"ladder.attention: queries, keys and values of {checkpoint.architecture} are one matrix, so query heads "
@@ -372,7 +373,7 @@ def _with_query_heads(sub_block: SubBlock, spec: KvGroups, checkpoint: Checkpoin
 def _count_groups(spec: KvGroups, checkpoint: Checkpoint, rows: int, columns: int) -> int:
     """Return the KV groups of attention, from the rows of its first input and the columns of its output projection.
 
-    Those that cannot go one without the other count as one.
+    Groups that cannot be removed separately count as one.
     """
     if spec.norms:
         return 1
@@ -383,7 +384,7 @@ def _count_groups(spec: KvGroups, checkpoint: Checkpoint, rows: int, columns: in
 
 
 def list_removed_lengths(sub_block: SubBlock, checkpoint: Checkpoint) -> set[int]:
-    """Return the lengths of what a sub-block loses a part of; the width of a head is none, whatever it equals."""
+    """Return the lengths of vectors that would lose a part with a sub-block. The width of a head is not among them."""
     lengths = {sub_block.width * sub_block.total, *(own.rows * sub_block.total for own in sub_block.inputs)}
     if sub_block.kind == "channels":
         return lengths

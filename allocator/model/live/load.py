@@ -47,7 +47,7 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> nn
 
 
 def straighten(model: nn.Module) -> None:
-    """Put ordinary linear layers in the places of matrices that lie the other way, inputs first, or are stacked."""
+    """Replace transposed and stacked matrices by ordinary linear layers."""
     for name, old in list(model.named_modules()):
         if modeling_pruned.stacked(old):
             model.set_submodule(name, modeling_pruned.split(old))
@@ -62,13 +62,13 @@ def straighten(model: nn.Module) -> None:
 def build_shaped_model(
     checkpoint: Checkpoint, layout: Layout, kept: Mapping[str, int], dtype: torch.dtype
 ) -> nn.Module:
-    """Return a model of random weights whose sub-blocks keep so many items, on the default device.
+    """Build a model of random weights whose sub-blocks keep given numbers of items, on the default device.
 
     Args:
         checkpoint: The dense model; none of its weights is read.
-        layout: Where its sub-blocks are.
-        kept: Items by sub-block; those that are not named are dense.
-        dtype: Of the weights.
+        layout: Its prunable parts.
+        kept: Items that each named sub-block keeps. All others are dense.
+        dtype: Data type of the weights.
 
     Raises:
         UserError: transformers has no such architecture.
@@ -103,7 +103,7 @@ def build_shaped_model(
 
 
 def list_stock_shapes(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every parameter of the stock model that has a configuration; tied ones once.
+    """Return the shapes of all parameters of the stock model of a configuration, tied ones once.
 
     Raises:
         UserError: transformers has no such class, or it refuses a value.
@@ -113,9 +113,9 @@ def list_stock_shapes(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict
 
 
 def check_stock(checkpoint: Checkpoint, family: Family) -> None:
-    """Check that tensors are what the model's class makes of its configuration, and that units share no matrix.
+    """Check that tensors have the shapes of the model's class and configuration, and that no two units share one.
 
-    Nothing is loaded. Names that the class changes as it loads are not compared.
+    No weight is loaded. Tensors that the class renames when it loads are not compared.
 
     Raises:
         UserError: A tensor has another shape, a bias has no place in the class or is not in the files, a matrix of a

@@ -1,4 +1,4 @@
-"""Memory that was freed, and that the process still holds."""
+"""Returning freed memory that the process still holds."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from contextlib import suppress
 def give_back() -> None:
     """Hand freed memory back to the system.
 
-    glibc keeps pieces below 32 MB in its heap, where they fragment: work on one part of a model after the other
-    would hold a little more after each. Nothing happens on other systems.
+    glibc keeps freed pieces below 32 MB in its heap, where they fragment. Without this, memory would grow with every
+    part of a model. On other systems nothing happens.
     """
     if sys.platform == "linux":
         with suppress(AttributeError):  # another C library

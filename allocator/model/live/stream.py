@@ -1,4 +1,4 @@
-"""A model of which one block at a time is in memory: embeddings, norms and head stay, blocks come from disk."""
+"""A model with one block in memory at a time. Embeddings, norms and head stay loaded; blocks are read from disk."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from allocator.model.live.write import read_tensors
 
 
 class StreamedWalker(BlockWalker):
-    """Walks a dense checkpoint whose blocks are read when they are :meth:`held`, and dropped after."""
+    """A walker of a dense checkpoint that keeps a block in memory only while it is :meth:`loaded`."""
 
     def __init__(self, checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype = torch.float32) -> None:
         """Read everything but the blocks.
@@ -52,7 +52,7 @@ class StreamedWalker(BlockWalker):
 
     @contextmanager
     def loaded(self, index: int) -> Iterator[None]:
-        """Read the weights of a block; drop them, or what took their place, at the end."""
+        """Read the weights of a block, and drop them, or their replacements, at the end."""
         block, prefix = self.blocks[index], f"{self._names[index]}."
         places = [(module, name) for module in block.modules() for name in list(module._parameters)]
         self._fill(block, prefix, [name for name in self._checkpoint.shapes if name.startswith(prefix)])
@@ -74,13 +74,13 @@ class StreamedWalker(BlockWalker):
                 owner = root.get_submodule(module)
             except AttributeError:
                 owner = nn.Module()
-            if (buffer := owner._buffers.get(attribute)) is not None:  # of a precision of its own
+            if (buffer := owner._buffers.get(attribute)) is not None:  # buffers keep their own data type
                 owner._buffers[attribute] = tensor.to(buffer.dtype, copy=True)
                 continue
             if attribute not in owner._parameters:
                 raise UserError(
                     f"model: {self._checkpoint.folder}: {self._checkpoint.architecture} has no parameter {name}"
                 )
-            # cloned, for memory-mapped tensors may be unaligned, and kernels may then round differently
+            # cloned because memory-mapped tensors may be unaligned, and kernels may then round differently
             value = tensor.clone() if tensor.dtype == self._dtype else tensor.to(self._dtype)
             owner._parameters[attribute] = nn.Parameter(value, requires_grad=False)

@@ -1,7 +1,7 @@
-"""Running a model block by block: what it is shown in, hidden states between blocks, logits or states out.
+"""Running a model block by block: from examples, over hidden states between blocks, to logits or states.
 
-The state between blocks is one tensor. Of a model with several towers it is the states of all of them in one row for
-each example, [B, N], of which a block takes and replaces its own tower's part.
+The state between blocks is one tensor. A model with several towers has the states of all towers in one row per
+example, [B, N]. A block reads and replaces its own tower's part of the row.
 
 Shapes: B sequences, T tokens, D hidden size, V vocabulary. ``tokens_bt``, ``hidden_btd``.
 """
@@ -28,16 +28,16 @@ SEQUENCES_PER_BATCH = 4
 """Sequences that run together; part of the numerics, so not derived from free memory."""
 
 Recorded = tuple[dict[str, torch.Tensor], dict[str, Any]]
-"""Inputs and outputs of modules, by full name. Inputs are those that are not given by keyword."""
+"""Inputs and outputs of modules, by full name. An input is the first positional argument."""
 
 Head = Callable[[torch.Tensor], torch.Tensor]
-"""From what logits are made of, of any leading shape, to logits."""
+"""Maps the head's input, of any leading shape, to logits."""
 
 _Hook = Callable[[nn.Module, tuple[Any, ...], Any], Any]
 
 
 class BlockWalker:
-    """A model taken apart at its block boundaries. The modules are the model's own, and stay in place."""
+    """A model that runs block by block. It uses the model's own modules, in place."""
 
     def __init__(self, model: nn.Module, layout: Layout) -> None:
         self.model = model
@@ -67,7 +67,7 @@ class BlockWalker:
     def embed(self, examples: Examples) -> torch.Tensor:
         """Return what enters the first block, and note the arguments that the model passes to each block.
 
-        Of several towers, it is what enters the first block of each.
+        With several towers, it is the input of the first block of each.
         """
         entered: dict[nn.Module, torch.Tensor] = {}  # towers need not run in the order of their blocks
         arguments: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
@@ -90,7 +90,7 @@ class BlockWalker:
         return state
 
     def parts(self, hidden: torch.Tensor) -> list[torch.Tensor]:
-        """Return the states of every tower, [B, T, D] each, of the state between two blocks."""
+        """Split the state between two blocks into the states of each tower, [B, T, D]."""
         if len(self._first) == 1:
             return [hidden]
         sizes = [extent.numel() for extent in self._extents]
@@ -102,7 +102,7 @@ class BlockWalker:
 
     @contextmanager
     def loaded(self, index: int) -> Iterator[None]:
-        """Have the weights of block ``index`` in memory while the body runs. They always are, in a loaded model."""
+        """Keep the weights of block ``index`` in memory while the body runs. A loaded model always does."""
         yield
 
     def run(
@@ -112,15 +112,15 @@ class BlockWalker:
         block: nn.Module | None = None,
         instead: Mapping[str, Any] = MappingProxyType({}),
     ) -> torch.Tensor:
-        """Return the output of a block; inputs of this shape must have been embedded before.
+        """Return the output of a block. Examples of this shape must have been embedded before.
 
-        Gradients are followed if what enters asks for them.
+        Gradients are tracked if the input requires them.
 
         Args:
-            index: Which block.
-            hidden_btd: What enters it.
-            block: A stand-in for the block.
-            instead: By full names of modules, what they return without being run.
+            index: Number of the block.
+            hidden_btd: Its input.
+            block: A module to run in place of the block.
+            instead: Outputs of modules, by full name, that are used without running the modules.
         """
         root = self.blocks[index] if block is None else block
         found = [(self._find(index, root, name), answer) for name, answer in instead.items()]
@@ -137,7 +137,7 @@ class BlockWalker:
 
     @contextmanager
     def record_io(self, index: int, modules: Sequence[str]) -> Iterator[Recorded]:
-        """Yield tables that fill with inputs and outputs of some of a block's modules, by full name, as it runs."""
+        """Yield tables of inputs and outputs of some modules of a block, filled while the block runs."""
         inputs: dict[str, torch.Tensor] = {}
         outputs: dict[str, Any] = {}
 
@@ -161,9 +161,9 @@ class BlockWalker:
         instead: Mapping[str, Any] = MappingProxyType({}),
         entering: bool = False,
     ) -> dict[str, torch.Tensor]:
-        """Run a block as far as some of its modules, and return their outputs by name, or what is ``entering`` them.
+        """Run a block up to some of its modules, and return their outputs by name, or their inputs if ``entering``.
 
-        Modules that were removed, or are not reached, are left out. Other arguments are those of :meth:`run`.
+        Modules that were removed or not reached are left out. Other arguments are those of :meth:`run`.
         """
         root = self.blocks[index] if block is None else block
         heard: dict[str, torch.Tensor] = {}
@@ -212,10 +212,10 @@ class BlockWalker:
 
     @torch.no_grad()
     def check(self, examples: Examples) -> None:
-        """Check that block by block the model computes what it computes as a whole.
+        """Check that the model computes the same block by block as in one pass.
 
         Raises:
-            UserError: It does not, so that blocks or tail of its family are not all there is.
+            UserError: It does not: the blocks or the tail of its family file are incomplete.
         """
         hidden = self.run_all(self.embed(examples))
         if self.kind.generates:
@@ -223,7 +223,7 @@ class BlockWalker:
             whole = self.model(**examples.inputs, **self._settings).logits.float()
         else:
             walked, whole = self.final_states(hidden, examples).float(), self._final_states(examples.inputs).float()
-        # what is not finite is named where it is measured
+        # a measurement reports values that are not finite
         if whole.isfinite().all() and not torch.allclose(walked, whole, rtol=0, atol=0.05 * float(whole.abs().max())):
             raise UserError(
                 f"family: the blocks and the tail {self._tail} are not what {type(self.model).__name__} computes. "
@@ -233,10 +233,10 @@ class BlockWalker:
             )
 
     def logit_inputs(self, hidden: torch.Tensor, examples: Examples) -> tuple[torch.Tensor, Head]:
-        """Return what logits are made of, position by position [B, P, ...], and what makes them of it.
+        """Return the input of the logits at every position, [B, P, ...], and the function that maps it to logits.
 
-        For causal language models that is the output of the last block, whose logits need not be held at once; for
-        others they are what the model itself says, classes at one position. Gradients are as in :meth:`run`.
+        For causal language models it is the output of the last block, so that logits can be computed in chunks. Other
+        models return the logits themselves, classes at one position. Gradients are as in :meth:`run`.
         """
         if self.kind.generates:
             return hidden, self.logits
@@ -245,9 +245,9 @@ class BlockWalker:
         return (logits if logits.dim() == 3 else logits[:, None]), _as_it_is
 
     def final_states(self, hidden: torch.Tensor, examples: Examples) -> torch.Tensor:
-        """Return the states that a model gives for the output of the last block: what its head reads, [B, P, D].
+        """Return the head's input for the output of the last block, [B, P, D].
 
-        Of two towers, the embeddings of both. Gradients are as in :meth:`run`.
+        With two towers, these are the embeddings of both. Gradients are as in :meth:`run`.
         """
         if self.kind.generates:
             return self.states(hidden)
@@ -263,7 +263,7 @@ class BlockWalker:
 
     @contextmanager
     def _ending(self, hidden: torch.Tensor) -> Iterator[None]:
-        """Have the last block of every tower return what is given, and the others what enters them."""
+        """Make the last block of every tower return ``hidden``, and every other block its input."""
         stand_ins: dict[nn.Module, Callable[..., Any]] = {block: _identity for block in self.blocks}
         ends = [*self._first[1:], len(self.blocks)]
         with torch.set_grad_enabled(hidden.requires_grad):
@@ -275,7 +275,7 @@ class BlockWalker:
     def logits(self, hidden_nd: torch.Tensor) -> torch.Tensor:
         """Return logits for the output of the last block, of any leading shape. Gradients are as in :meth:`run`.
 
-        What follows the backbone is the model's own: its head, and any scale or cap.
+        The model itself computes what follows the backbone: its head, and any scale or cap.
         """
         states_nd = self.states(hidden_nd)
         entering = _Output(last_hidden_state=states_nd.view(1, -1, states_nd.shape[-1]))
@@ -287,7 +287,7 @@ class BlockWalker:
         return logits.view(*states_nd.shape[:-1], -1)
 
     def states(self, hidden_nd: torch.Tensor) -> torch.Tensor:
-        """Return what the head reads for the output of the last block, of any leading shape."""
+        """Return the head's input for the output of the last block, of any leading shape."""
         with torch.set_grad_enabled(hidden_nd.requires_grad):
             for module in self.tail:
                 hidden_nd = module(hidden_nd)
@@ -304,7 +304,7 @@ class _AllCaptured(Exception):  # noqa: N818 - it ends a pass, and is no error
 
 @dataclass
 class _Output(BaseModelOutput):
-    """What a backbone returns, in so far as a head reads it; what it only passes on is not there."""
+    """The output of a backbone, with the states that a head reads. All other fields are None."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
@@ -317,7 +317,7 @@ def _identity(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.T
 
 @contextmanager
 def _replace_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Let modules run something else."""
+    """Run other functions in place of modules while the body runs."""
     for module, forward in forwards.items():
         module.forward = forward
     try:

@@ -28,7 +28,7 @@ from allocator.model.family.sub_blocks import SubBlock
 from allocator.model.live.memory import give_back
 
 Replacements = Mapping[str, torch.Tensor | None]
-"""New values by tensor name; None for a tensor that is gone."""
+"""New values by tensor name; None for a removed tensor."""
 
 _TEMPLATE_IMPORT = "from transformers import LlamaForCausalLM as Dense"
 _COPIED = (
@@ -62,12 +62,12 @@ def write_checkpoint(checkpoint: Checkpoint, layout: Layout, replace: Callable[[
 
     Args:
         checkpoint: The dense model.
-        layout: Where its units are.
+        layout: Its prunable parts.
         replace: Returns the new tensors of a sub-block by its name, one sub-block at a time.
-        out: A folder that does not exist yet. It appears when it is whole.
+        out: A folder that does not exist yet. It appears when it is complete.
 
     Raises:
-        UserError: There is such a folder, or the disk is full, or fails.
+        UserError: The folder exists, or writing fails.
     """
     with whole_folder(out) as partial:
         try:
@@ -148,7 +148,7 @@ def _write(checkpoint: Checkpoint, layout: Layout, replace: Callable[[str], Repl
 
 
 def find_stored_name(checkpoint: Checkpoint, name: str) -> str:
-    """Return the name in a checkpoint's files of one of the model's tensors, or of a bias that it gains."""
+    """Return the name in the files of a tensor of the model, or of a bias that pruning adds."""
     if name not in checkpoint.shapes and name.endswith(".bias"):
         weight = f"{name.removesuffix('bias')}weight"
         return f"{checkpoint.stored.get(weight, weight).removesuffix('weight')}bias"
@@ -156,7 +156,7 @@ def find_stored_name(checkpoint: Checkpoint, name: str) -> str:
 
 
 def _list_kept_experts(mixture: SubBlock, layout: Layout, gone: set[str]) -> list[int]:
-    """Return the numbers of experts that a router still knows; of those that lost all channels it does."""
+    """Return the numbers of the experts that the router keeps. It keeps those that lost all their channels."""
     whole = mixture.name in {sub_block.name for sub_block in layout.sub_blocks}
     matrices = [f"{expert[0]}.weight" for expert in mixture.experts]
     return [number for number, name in enumerate(matrices) if not whole or name not in gone]
@@ -165,7 +165,7 @@ def _list_kept_experts(mixture: SubBlock, layout: Layout, gone: set[str]) -> lis
 def write_companions(
     folder: Path, checkpoint: Checkpoint, config: Mapping[str, Any], weight_map: Mapping[str, str]
 ) -> None:
-    """Write what lies beside the weights: the configuration, the tokenizer, and the index where a model has one.
+    """Write all files but the weights: the configuration, the tokenizer, and the index if the model has one.
 
     Args:
         folder: Holds the weights.
@@ -199,9 +199,8 @@ def write_modelling(folder: Path, architecture: str, kind: Kind = CAUSAL) -> Non
 def count_params(folder: Path, space: SearchSpace, dense: Checkpoint) -> int:
     """Count the parameters of a saved checkpoint as the budget counts them.
 
-    Structured: elements of all tensors. Unstructured: of a unit's matrix, at most the kept positions are not
-    zero, and kept weights may happen to be zero; so what is counted is the dense count less the zeros of
-    unit matrices.
+    Structured: the elements of all tensors. Unstructured: the same without the zeros in units' matrices. A kept weight
+    that happens to be zero is then not counted.
     """
     checkpoint = read_checkpoint(folder).with_names_of(dense)
     total = 0
