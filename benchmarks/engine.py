@@ -73,7 +73,7 @@ class Case:
         return Engine(self.spec, {"search": Examples.from_ids(self.tokens)})
 
     def request(self, allocation: Allocation) -> Request:
-        return Request(allocation, self.tokens.size)
+        return Request(allocation=allocation, tokens=self.tokens.size)
 
     def random(self, share: float, seed: int) -> Allocation:
         """A random allocation that removes ``share`` of the units' parameters."""
@@ -245,11 +245,11 @@ def _ours(checkpoint, layout, space, store, job, tokens) -> Callable[[Allocation
         EngineSpec(checkpoint=checkpoint, layout=layout, space=space, store=levels),
         {"search": Examples.from_ids(tokens)},
     )
-    engine.measure(Request(space.dense, tokens.size))
+    engine.measure(Request(allocation=space.dense, tokens=tokens.size))
     seen: set[tuple[str, int]] = set()
 
     def measure(allocation: Allocation) -> int:
-        engine.measure(Request(allocation, tokens.size))
+        engine.measure(Request(allocation=allocation, tokens=tokens.size))
         new = {(u.name, lv) for u, lv in zip(space.units, allocation, strict=True) if lv and u.kept[lv]} - seen
         seen.update(new)
         return sum(levels(name)[f"output.{level}"].nbytes for name, level in new)

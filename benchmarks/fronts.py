@@ -95,7 +95,7 @@ def run_cell(cell: str, work: Path) -> str:
     start = [uniform(space, budget) for budget in limits]
     with Journal.resume(path) if path.exists() else Journal.create(path, JournalHeader(space=space)) as journal:
         measurer = Measurer(LocalEvaluator(job.engine_spec(levels), job.tokens), journal)
-        measurer.measure([Request(allocation, TEXT) for allocation in start])
+        measurer.measure([Request(allocation=allocation, tokens=TEXT) for allocation in start])
         if alone:
             searcher = _BASE.configured.make(
                 SearchProblem(space=space, budget=half, objectives=("kl",), start=start, seed=int(seed))
@@ -105,7 +105,7 @@ def run_cell(cell: str, work: Path) -> str:
                 SearchProblem(space=space, budget=whole, objectives=["kl", *objectives], start=start, seed=int(seed))
             )
         search(searcher, measurer, limit=Limit(3e6, "tokens"))
-        full = (o for o in journal if o.request == Request(o.request.allocation, TEXT))
+        full = (o for o in journal if o.request == Request(allocation=o.request.allocation, tokens=TEXT))
         found = {
             "curve": Hypervolume(journal, ["kl", *objectives], TEXT).curve(),
             "half": min((o.loss for o in full if fits(space, o.request.allocation, half)), default=None),

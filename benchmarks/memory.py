@@ -107,7 +107,7 @@ def search(folder: Path) -> None:
     for _ in range(CANDIDATES):
         levels = rng.integers([unit.num_levels for unit in one.space.units]).tolist()
         allocation = repair(one.space, levels, limit, rng.permutation(len(levels)).tolist())
-        engine.measure(Request(allocation, ids.size))
+        engine.measure(Request(allocation=allocation, tokens=ids.size))
 
 
 def save(folder: Path) -> None:

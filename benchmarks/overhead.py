@@ -54,7 +54,14 @@ class Formula:
             gradient_u = 2 * (diagonal_su.mean(0) * at_u + self.rank_ru.T @ common_r)
             rows = [tuple(map(tuple, table.tolist())) for table in (gradient_u[:, None] * move_ul, move_ul**2)]
             expansion = Expansion(*rows)
-        return Outcome(request, {"kl": float(parts.mean())}, 0.0, "kl", tuple(parts.tolist()), expansion)
+        return Outcome(
+            request=request,
+            measured={"kl": float(parts.mean())},
+            wall_s=0.0,
+            loss_name="kl",
+            sequence_losses=tuple(parts.tolist()),
+            expansion=expansion,
+        )
 
 
 def made_space() -> SearchSpace:
@@ -62,7 +69,18 @@ def made_space() -> SearchSpace:
     units = []
     for index, size in enumerate(np.random.default_rng(1).integers(200, 2000, UNITS).tolist()):
         kept = tuple(size * (LEVELS - level) for level in range(LEVELS))
-        units.append(Unit(f"matrix{index}", "matrix", "mlp", index // 4, kept[0], kept, kept, kept))
+        units.append(
+            Unit(
+                name=f"matrix{index}",
+                kind="matrix",
+                part="mlp",
+                block=index // 4,
+                total=kept[0],
+                kept=kept,
+                params=kept,
+                macs=kept,
+            )
+        )
     return SearchSpace("unstructured", tuple(units), {"params": 0, "macs": 0})
 
 

@@ -69,8 +69,14 @@ def constants() -> dict[str, float]:
     """Return what was measured: milliseconds of the driver and of a searcher for each evaluation, and bytes."""
     scaling = json.loads((RESULTS / "scaling.json").read_text())
     overhead = json.loads((RESULTS / "overhead.json").read_text())
-    request = Request((3,) * 160, 16384)
-    outcome = Outcome(request, {"kl": 0.123, "nll": 2.5}, 3.21, "kl", tuple(0.1 + i / 1e3 for i in range(8)))
+    request = Request(allocation=(3,) * 160, tokens=16384)
+    outcome = Outcome(
+        request=request,
+        measured={"kl": 0.123, "nll": 2.5},
+        wall_s=3.21,
+        loss_name="kl",
+        sequence_losses=tuple(0.1 + i / 1e3 for i in range(8)),
+    )
     most = max(line["workers"] for line in scaling["simulated"])
     useful = {
         line["per_worker"]: line["useful"]

@@ -76,7 +76,7 @@ def offspring(job: Job, count: int, tokens: int, seed: int) -> list[Request]:
     """Return children of the uniform allocation, as evolution proposes them."""
     parent, rng = uniform(job.space, job.budget), np.random.default_rng(seed)
     children = {exchange(job.space, parent, job.budget, rng, 2): None for _ in range(4 * count)}
-    return [Request(child, tokens) for child in list(children)[:count]]
+    return [Request(allocation=child, tokens=tokens) for child in list(children)[:count]]
 
 
 @contextlib.contextmanager
@@ -154,7 +154,9 @@ def measure_lag(limit: Limit, seeds: int = 2) -> Iterator[dict[str, Any]]:
                         measurer = Measurer(evaluator, journal)
                         search(searcher, measurer, limit=limit, lag=lag)
                 best = searcher.finalists()[0]
-                (held_out,) = evaluator.evaluate([Request(best, job.config.tokens.test, "test")])
+                (held_out,) = evaluator.evaluate(
+                    [Request(allocation=best, tokens=job.config.tokens.test, split="test")]
+                )
                 yield {
                     "schedule": name,
                     "seed": seed,
@@ -194,7 +196,16 @@ def made_space(blocks: int = 80) -> SearchSpace:
     kept = tuple(range(8, -1, -1))
     params = tuple(1000 * count for count in kept)
     units = (
-        Unit(f"{block}.{part}", "channels", part, block, 8, kept, params, params)
+        Unit(
+            name=f"{block}.{part}",
+            kind="channels",
+            part=part,
+            block=block,
+            total=8,
+            kept=kept,
+            params=params,
+            macs=params,
+        )
         for block in range(blocks)
         for part in ("attention", "mlp")
     )
@@ -218,7 +229,11 @@ class Simulated(RayPool):
         self._waiting = (*self._waiting[:2], stragglers)
         self._actors.renew(lambda actor: actor.renew.remote(stragglers))
         while self.alive < self._actors.size:
-            list(self.evaluate([Request((level,), 8, "search") for level in range(2 * self._actors.size)]))
+            list(
+                self.evaluate(
+                    [Request(allocation=(level,), tokens=8, split="search") for level in range(2 * self._actors.size)]
+                )
+            )
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[list[float]]:
@@ -291,7 +306,10 @@ def measure_driver() -> dict[str, Any]:
     """Return the driver's CPU time for each evaluation of batches of 64, where workers answer at once."""
     space, rng = made_space(), np.random.default_rng(0)
     batches = [
-        [Request(tuple(map(int, row)), TOKENS) for row in rng.integers(9, size=(BATCH, len(space.units)))]
+        [
+            Request(allocation=tuple(map(int, row)), tokens=TOKENS)
+            for row in rng.integers(9, size=(BATCH, len(space.units)))
+        ]
         for _ in range(60)
     ]
     found: dict[str, Any] = {}

@@ -195,7 +195,7 @@ def run_cell(store: str, method: str, seed: int, work: Path) -> str:
         ended = search(searcher, measurer, limit=how.limit)
         incumbents = [point.best for point in read_run(journal).points]
         some = sorted({round(i) for i in np.linspace(0, len(incumbents) - 1, min(len(incumbents), INCUMBENTS))})
-        measurer.measure([Request(incumbents[i], HELD_OUT, "test") for i in some])
+        measurer.measure([Request(allocation=incumbents[i], tokens=HELD_OUT, split="test") for i in some])
         last = read_run(journal)
     record(path, RECORDS / f"{store}.{method}.{seed}.jsonl.gz")
     return f"{store} {method} {seed}: {last.points[-1].held_out:.4f} after {last.tokens:,.0f} candidate-tokens; {ended}"

@@ -50,5 +50,13 @@ class Waiter:
             time.sleep(wait_s)
             levels = np.array(request.allocation, dtype=float)
             loss = float((levels**2 * (1 + np.arange(len(levels)) % 5)).sum()) / len(levels)
-            outcomes.append(Outcome(request, {"kl": loss, "nll": 2.0 + loss}, wait_s, "kl", (loss,) * 8))
+            outcomes.append(
+                Outcome(
+                    request=request,
+                    measured={"kl": loss, "nll": 2.0 + loss},
+                    wall_s=wait_s,
+                    loss_name="kl",
+                    sequence_losses=(loss,) * 8,
+                )
+            )
         return outcomes

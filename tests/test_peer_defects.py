@@ -216,7 +216,9 @@ class _Landscape:
         assert self._left >= 0, "the search does not end"
         for request in requests:
             weights = np.random.default_rng(7).uniform(size=len(request.allocation))
-            yield Outcome(request, {"kl": float(weights @ np.square(request.allocation)), "nll": 1.0}, 0.0)
+            yield Outcome(
+                request=request, measured={"kl": float(weights @ np.square(request.allocation)), "nll": 1.0}, wall_s=0.0
+            )
 
 
 def _searched(space, limit, name, seed, path):
@@ -291,7 +293,7 @@ def test_logits_of_a_whole_batch_are_never_held(case, engine, loss):
     positions = []
     head = engine._walker.model.get_output_embeddings()
     head.register_forward_pre_hook(lambda owner, args: positions.append(args[0][..., 0].numel()))
-    engine.measure(Request(case.middle, 1024))
+    engine.measure(Request(allocation=case.middle, tokens=1024))
     batch = SEQUENCES_PER_BATCH * 128
     assert max(positions) <= 256 < batch
     assert sum(positions) >= 1024
@@ -305,12 +307,12 @@ def test_levels_are_read_once(case, engine, monkeypatch):
         monkeypatch.setattr(
             module, "safe_open", lambda path, *a, _open=original, **k: opened.append(path) or _open(path, *a, **k)
         )
-    engine.measure(Request(case.middle, 256))
+    engine.measure(Request(allocation=case.middle, tokens=256))
     assert len(opened) == len(set(opened)) == len(case.space.units)
     opened.clear()
     deeper = tuple(level + (unit.part == "mlp") for unit, level in zip(case.space.units, case.middle, strict=True))
     for allocation in (deeper, case.space.sparsest, case.space.dense, case.middle):
-        engine.measure(Request(allocation, 256))
+        engine.measure(Request(allocation=allocation, tokens=256))
     assert opened == []
 
 
@@ -322,9 +324,9 @@ def test_a_smaller_candidate_computes_less(case, engine):
             module.register_forward_hook(
                 lambda owner, args, output: macs_per_token.append(args[0].shape[-1] * output.shape[-1])
             )
-    engine.measure(Request(case.space.dense, 512))
+    engine.measure(Request(allocation=case.space.dense, tokens=512))
     one_block_gone = tuple(unit.num_levels - 1 if unit.block == 1 else 2 for unit in case.space.units)
     for allocation in (case.space.dense, case.middle, one_block_gone, case.space.sparsest):
         macs_per_token.clear()
-        engine.measure(Request(allocation, 512))
+        engine.measure(Request(allocation=allocation, tokens=512))
         assert sum(macs_per_token) == case.space.cost(allocation, "macs") - case.space.fixed["macs"]

@@ -223,7 +223,14 @@ def _parse(path: Path, data: bytes) -> tuple[JournalHeader, dict[int, list[Outco
             if probe not in get_args(Probe):
                 raise ValueError(f"unknown probe {probe!r}")
             blocks = int(entry.get("blocks", 0))
-            request = Request(allocation, int(entry["tokens"]), str(entry["split"]), training, probe, blocks)
+            request = Request(
+                allocation=allocation,
+                tokens=int(entry["tokens"]),
+                split=str(entry["split"]),
+                training=training,
+                probe=probe,
+                blocks=blocks,
+            )
             loss = FEATURES if blocks else minimised
             measured = {str(name): float(value) for name, value in entry["measured"].items()}
             failed = str(entry.get("failed", ""))
@@ -233,7 +240,15 @@ def _parse(path: Path, data: bytes) -> tuple[JournalHeader, dict[int, list[Outco
                 raise ValueError(f"no {loss} was measured before training")
             parts = tuple(float(part) for part in entry.get("parts", ()))
             expansion = _expansion(entry["expansion"], ladders) if "expansion" in entry else None
-            outcome = Outcome(request, measured, float(entry["wall_s"]), loss, parts, expansion, failed)
+            outcome = Outcome(
+                request=request,
+                measured=measured,
+                wall_s=float(entry["wall_s"]),
+                loss_name=loss,
+                sequence_losses=parts,
+                expansion=expansion,
+                failed=failed,
+            )
             batches.setdefault(int(entry["batch"]), []).append(outcome)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(

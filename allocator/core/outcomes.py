@@ -49,7 +49,7 @@ def select_comparable(journal: Journal) -> list[Outcome]:
 def final_request(journal: Journal, allocation: Allocation) -> Request:
     """Return the last request that a search makes for an allocation: highest fidelity, after all training."""
     training = 0 if journal.header.training is None else journal.header.training["tokens"][-1]
-    return Request(allocation, journal.header.tokens[-1], training=training)
+    return Request(allocation=allocation, tokens=journal.header.tokens[-1], training=training)
 
 
 def list_objectives(journal: Journal) -> list[str]:
@@ -73,7 +73,7 @@ def build_front(journal: Journal) -> dict[str, Any]:
     points = []
     for outcome in find_front(journal):
         allocation = outcome.request.allocation
-        selection = journal.measured(Request(allocation, journal.header.selection, "selection"))
+        selection = journal.measured(Request(allocation=allocation, tokens=journal.header.selection, split="selection"))
         points.append(
             {
                 **costs_of(space, allocation),

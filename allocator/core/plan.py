@@ -27,7 +27,7 @@ def json_schema() -> dict[str, Any]:
     return schema
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """An allocation with the name of every unit, what it costs, and what was measured.
 

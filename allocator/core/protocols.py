@@ -22,7 +22,7 @@ BEFORE = "_before"
 """Suffix of the name of a measurement that was made before training."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """Measure one allocation on the first ``tokens`` tokens of a split.
 
@@ -78,7 +78,7 @@ class Expansion:
     size: tuple[tuple[float, ...], ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """The answer to a request.
 

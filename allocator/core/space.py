@@ -18,7 +18,7 @@ Cost: TypeAlias = str
 """Name of a figure that is known exactly without running the model; :mod:`allocator.core.costs` has them all."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
     """A part of a model that receives one level.
 

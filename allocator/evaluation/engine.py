@@ -196,7 +196,9 @@ class Engine:
                     {f"influence.{i}": t / (examples * n) for i, (t, n) in enumerate(zip(turned, each, strict=True))}
                 )
             now_s = time.perf_counter()
-            yield Outcome(request, measured, now_s - start_s, name, parts)
+            yield Outcome(
+                request=request, measured=measured, wall_s=now_s - start_s, loss_name=name, sequence_losses=parts
+            )
             start_s = time.perf_counter()
 
     def _after_training(self, before: Outcome) -> Outcome:
@@ -209,7 +211,13 @@ class Engine:
         walker = BlockWalker(self._trainer.train(request, keep), self._spec.layout)
         measured, parts = self._score(walker, self._teacher.batches(request.split, request.tokens, loss))
         measured[f"{loss}{BEFORE}"] = before.loss
-        return Outcome(request, measured, before.wall_s + time.perf_counter() - start_s, loss, parts)
+        return Outcome(
+            request=request,
+            measured=measured,
+            wall_s=before.wall_s + time.perf_counter() - start_s,
+            loss_name=loss,
+            sequence_losses=parts,
+        )
 
     def _score(
         self, walker: BlockWalker, batches: Sequence[TeacherBatch]
@@ -247,7 +255,14 @@ def combine_chunks(request: Request, loss: Loss, chunks: Sequence[ExpansionChunk
         raise UserError("evaluation: the gradient of the loss is not finite. Use --set dtype=float32")
     sums = [each for chunk in chunks for each in chunk.sums]
     measured, parts = _means(sums, loss, sum(chunk.positions for chunk in chunks))
-    return Outcome(request, measured, sum(chunk.wall_s for chunk in chunks), loss, parts, expansion)
+    return Outcome(
+        request=request,
+        measured=measured,
+        wall_s=sum(chunk.wall_s for chunk in chunks),
+        loss_name=loss,
+        sequence_losses=parts,
+        expansion=expansion,
+    )
 
 
 def _means(sums: Sequence[LossSums], loss: Loss, positions: int) -> tuple[dict[str, float], tuple[float, ...]]:

@@ -16,7 +16,7 @@ from allocator.model.family.layout import Layout, retained_matrices
 from allocator.model.family.sub_blocks import SubBlock
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Matrix:
     """One matrix of a unit, and what a plan keeps of it.
 
@@ -106,7 +106,13 @@ def _list_expert_matrices(
         rows, columns = checkpoint.shapes[f"{module}.weight"]
         stays = (left[module], columns) if left.get(module) else (0, 0)
         yield Matrix(
-            module, sub_block.name, sub_block.part, sub_block.block, (rows, columns), stays, stays[0] * stays[1]
+            module=module,
+            unit=sub_block.name,
+            part=sub_block.part,
+            block=sub_block.block,
+            shape=(rows, columns),
+            kept_shape=stays,
+            kept=stays[0] * stays[1],
         )
 
 
@@ -123,7 +129,14 @@ def _list_sub_block_matrices(
             kept, size = unit.kept[level], unit.total
             group = unit.group and level and (kept * unit.group // size, unit.group)
             yield Matrix(
-                module, module, sub_block.part, sub_block.block, shape(module), shape(module), kept, group or None
+                module=module,
+                unit=module,
+                part=sub_block.part,
+                block=sub_block.block,
+                shape=shape(module),
+                kept_shape=shape(module),
+                kept=kept,
+                group=group or None,
             )
         return
     unit, level = levels[sub_block.name]
@@ -136,7 +149,15 @@ def _list_sub_block_matrices(
             left = (rows, sub_block.width * items)
         else:
             left = (inputs[module] * items if module in inputs else rows, columns)
-        yield Matrix(module, sub_block.name, sub_block.part, sub_block.block, (rows, columns), left, left[0] * left[1])
+        yield Matrix(
+            module=module,
+            unit=sub_block.name,
+            part=sub_block.part,
+            block=sub_block.block,
+            shape=(rows, columns),
+            kept_shape=left,
+            kept=left[0] * left[1],
+        )
 
 
 def _list_modules(sub_block: SubBlock, checkpoint: Checkpoint) -> list[str]:

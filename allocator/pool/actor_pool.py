@@ -37,7 +37,7 @@ _RETRY_S = 60.0
 _SILENCE_S = 120.0
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, kw_only=True)
 class _Member:
     """An actor and what it works on.
 
@@ -186,7 +186,7 @@ class ActorPool:
 
     def _add_member(self) -> None:
         actor = self._start_actor()
-        self._members.append(_Member(actor))
+        self._members.append(_Member(actor=actor))
         self._open(self._members[-1], actor.ready.remote())
 
     def _open(self, member: _Member, opening: Any) -> None:

@@ -206,7 +206,7 @@ class RayPool:
                 del self._work[ticket]
         reason = f"{MAX_DEATHS} workers died one after the other while they measured it alone ({lost.reason})"
         self._notify(f"an allocation cannot be measured: {reason}")
-        return [Outcome(item.requests[0], {}, 0.0, failed=reason)]
+        return [Outcome(request=item.requests[0], measured={}, wall_s=0.0, failed=reason)]
 
     def _run_in_order(self, calls: Sequence[ActorCall]) -> list[Any]:
         """Run calls that return a result with messages for the user; return the results in order."""

@@ -50,7 +50,7 @@ _COLOURS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _UnitRow:
     name: str
     kind: str
@@ -179,7 +179,14 @@ def _list_units(space: SearchSpace, named: Mapping[str, Allocation]) -> list[_Un
     if not {"uniform", "searched"} <= set(named):
         return []
     return [
-        _UnitRow(unit.name, unit.kind, unit.total, unit.kept[level], unit.sparsity(level), unit.sparsity(even))
+        _UnitRow(
+            name=unit.name,
+            kind=unit.kind,
+            total=unit.total,
+            kept=unit.kept[level],
+            sparsity=unit.sparsity(level),
+            uniform=unit.sparsity(even),
+        )
         for unit, level, even in zip(space.units, named["searched"], named["uniform"], strict=True)
     ]
 

@@ -62,7 +62,10 @@ def _measure_trained(job: Job, decision: Decision, evaluator: Evaluator) -> dict
     if not settings.training:
         return {}
     named = {"uniform_trained": decision.uniform, "searched_trained": decision.searched}
-    requests = {name: Request(a, job.config.tokens.test, "test", settings.training) for name, a in named.items()}
+    requests = {
+        name: Request(allocation=a, tokens=job.config.tokens.test, split="test", training=settings.training)
+        for name, a in named.items()
+    }
     outcomes = {o.request: o for o in evaluator.evaluate(list(dict.fromkeys(requests.values())))}
     if failed := next((outcome.failed for outcome in outcomes.values() if outcome.failed), ""):
         raise UserError(f"evaluation: a trained model cannot be measured: {failed}. Free some memory, then resume")

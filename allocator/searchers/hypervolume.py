@@ -102,7 +102,7 @@ class Hypervolume:
             outcome
             for outcome in batch
             if not outcome.failed
-            and outcome.request == Request(outcome.request.allocation, self._tokens)
+            and outcome.request == Request(allocation=outcome.request.allocation, tokens=self._tokens)
             and self._journal.admits(outcome.request.allocation)
         ]
         front = pareto_front(space, [*before.front, *new], self._objectives)

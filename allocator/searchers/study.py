@@ -147,7 +147,7 @@ def run_study(
     if study.is_last_round:
         phase("selection")
         requests = [
-            Request(allocation, study.selection_tokens, "selection", settings.training)
+            Request(allocation=allocation, tokens=study.selection_tokens, split="selection", training=settings.training)
             for allocation in task.find_candidates(searcher)
         ]
         selected = measurer.measure(requests)
@@ -216,7 +216,9 @@ class _BudgetTask:
     def measure_baselines(self) -> list[Outcome]:
         """Measure uniform, the two-rate sweep and, in a later round, the incumbent."""
         allocations = dict.fromkeys([self._uniform, *self._sweep, *self._incumbents])
-        outcomes = self._measurer.measure([Request(allocation, self._study.tokens) for allocation in allocations])
+        outcomes = self._measurer.measure(
+            [Request(allocation=allocation, tokens=self._study.tokens) for allocation in allocations]
+        )
         self._measurer.require_measured([self._uniform, *self._incumbents])
         swept = [outcome for outcome in outcomes if outcome.request.allocation in set(self._sweep)]
         self._two_rate = _find_best(swept).request.allocation
@@ -243,7 +245,7 @@ class _BudgetTask:
     def measure_winner(self, winner: Allocation) -> tuple[Allocation, Allocation, float]:
         """Measure the winner on the search split, trained as in the search."""
         study = self._study
-        request = Request(winner, study.tokens, training=study.round_settings.training)
+        request = Request(allocation=winner, tokens=study.tokens, training=study.round_settings.training)
         loss = self._measurer.measure([request])[0].loss
         assert not denser_moves(study.space, winner, study.budget), "every searcher fills the budget"
         return self._uniform, self._two_rate, loss
@@ -265,14 +267,16 @@ class _FrontTask:
         self._starts = list(dict.fromkeys(uniform(space, each) for each in budgets))
         dense = [space.dense] if any(map(is_likelihood, self._names)) else []
         allocations = dict.fromkeys([*self._starts, *dense])
-        return self._measurer.measure([Request(allocation, self._study.tokens) for allocation in allocations])
+        return self._measurer.measure(
+            [Request(allocation=allocation, tokens=self._study.tokens) for allocation in allocations]
+        )
 
     def note(self, outcomes: Sequence[Outcome]) -> None:
         """Remember the outcomes on all tokens that are within the budget."""
         for outcome in outcomes:
             allocation = outcome.request.allocation
             if (
-                outcome.request == Request(allocation, self._study.tokens)
+                outcome.request == Request(allocation=allocation, tokens=self._study.tokens)
                 and fits(self._study.space, allocation, self._study.budget)
                 and allocation not in self._measurer.failed
             ):
@@ -302,7 +306,9 @@ class _FrontTask:
         budget = Budget(**{**limits, **{cost: space.cost(winner, cost) for cost in self._costs}})
         even, sweep = uniform(space, budget), two_rate(space, budget)
         allocations = dict.fromkeys([even, *sweep, winner])
-        outcomes = self._measurer.measure([Request(allocation, self._study.tokens) for allocation in allocations])
+        outcomes = self._measurer.measure(
+            [Request(allocation=allocation, tokens=self._study.tokens) for allocation in allocations]
+        )
         self._measurer.require_measured([even])
         losses = {outcome.request.allocation: outcome.loss for outcome in outcomes}
         return even, min(sweep, key=lambda allocation: (losses[allocation], allocation)), losses[winner]

@@ -16,7 +16,12 @@ def two_blocks(make_space):
 
 
 def test_what_comes_before_a_difference_is_counted_once(two_blocks):
-    requests = [Request((1, 0), 64), Request((1, 1), 64), Request((0, 0), 64), Request((1, 1), 32)]
+    requests = [
+        Request(allocation=(1, 0), tokens=64),
+        Request(allocation=(1, 1), tokens=64),
+        Request(allocation=(0, 0), tokens=64),
+        Request(allocation=(1, 1), tokens=32),
+    ]
     shares = [(10 + 3 * 110) / DENSE, (10 + 3 * 20) / DENSE, 1.0, (10 + 3 * 70) / DENSE]
     tokens = [64, 64, 64, 32]
     assert candidate_tokens(two_blocks, requests) == pytest.approx([t * s for t, s in zip(tokens, shares, strict=True)])
@@ -24,7 +29,11 @@ def test_what_comes_before_a_difference_is_counted_once(two_blocks):
 
 def test_training_counts_three_times_and_shares_nothing(two_blocks):
     """Before training a candidate is measured as all are; after it, from its first block on."""
-    requests = [Request((1, 0), 64), Request((1, 1), 64, training=128), Request((1, 1), 64, "selection", 128)]
+    requests = [
+        Request(allocation=(1, 0), tokens=64),
+        Request(allocation=(1, 1), tokens=64, training=128),
+        Request(allocation=(1, 1), tokens=64, split="selection", training=128),
+    ]
     whole = (10 + 3 * 70) / DENSE
     branch = (10 + 3 * 20) / DENSE
     found = candidate_tokens(two_blocks, requests)
@@ -37,19 +46,22 @@ def test_training_that_goes_on_costs_what_is_new(two_blocks):
     stages = [(32, 64), (64, 64), (128, 192)]
     fresh = [64, 0, 128]
     for (tokens, training), new in zip(stages, fresh, strict=True):
-        requests = [Request((1, 1), tokens, training=training)]
+        requests = [Request(allocation=(1, 1), tokens=tokens, training=training)]
         for _ in range(2):  # looking at the cost of a batch changes nothing
             cost = candidate_tokens(two_blocks, requests, trained)
         assert cost == pytest.approx([(2 * tokens + 3 * new) * share])
         trained.note(requests)
-    anew = [Request((1, 1), 128, "selection", 192), Request((1, 0), 128, training=192)]
+    anew = [
+        Request(allocation=(1, 1), tokens=128, split="selection", training=192),
+        Request(allocation=(1, 0), tokens=128, training=192),
+    ]
     assert [trained.before(request) for request in anew] == [0, 0]
 
 
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1), st.integers(0, 4)), max_size=8))
 def test_training_adds_to_what_a_batch_costs_without(two_blocks, drawn):
-    requests = [Request((a, b), 64, training=32 * times) for a, b, times in drawn]
-    plain = candidate_tokens(two_blocks, [Request(r.allocation, r.tokens) for r in requests])
+    requests = [Request(allocation=(a, b), tokens=64, training=32 * times) for a, b, times in drawn]
+    plain = candidate_tokens(two_blocks, [Request(allocation=r.allocation, tokens=r.tokens) for r in requests])
     shares = [two_blocks.compute_share(r.allocation) for r in requests]
     added = [s * (64 + 3 * r.training) if r.training else 0.0 for s, r in zip(shares, requests, strict=True)]
     found = candidate_tokens(two_blocks, requests)
@@ -62,7 +74,7 @@ def test_an_expansion_costs_four_dense_passes_and_every_level_on_a_few_tokens(ma
     space = make_space([[100, 50, 0], [60, 20], [40]], fixed=10, parts=("mlp",))
     levels = 3 * (2 * 100 + 1 * 60) / (10 + 3 * 200)
     for allocation in (space.dense, space.sparsest):
-        cost = candidate_tokens(space, [Request(allocation, tokens, probe="expansion")])
+        cost = candidate_tokens(space, [Request(allocation=allocation, tokens=tokens, probe="expansion")])
         assert cost == pytest.approx([4 * tokens + few * levels])
 
 
@@ -86,15 +98,20 @@ def test_an_expansion_shares_nothing_with_its_batch_in_any_order(two_blocks, req
 
 
 def test_some_of_the_blocks_cost_what_they_compute_without_the_head(two_blocks):
-    requests = [Request((1, 0), 64, blocks=1), Request((1, 1), 64), Request((1, 0), 64), Request((0, 0), 64, blocks=1)]
+    requests = [
+        Request(allocation=(1, 0), tokens=64, blocks=1),
+        Request(allocation=(1, 1), tokens=64),
+        Request(allocation=(1, 0), tokens=64),
+        Request(allocation=(0, 0), tokens=64, blocks=1),
+    ]
     macs = [3 * 50, 10 + 3 * 20, 10 + 3 * 60, 3 * 100]
     assert candidate_tokens(two_blocks, requests) == pytest.approx([64 * count / DENSE for count in macs])
 
 
-FIRST_BLOCKS = [Request((level, 0), 64, blocks=1) for level in (0, 1)]
+FIRST_BLOCKS = [Request(allocation=(level, 0), tokens=64, blocks=1) for level in (0, 1)]
 
 
-@given(st.permutations([*FIRST_BLOCKS, *(Request((a, b), 64) for a in (0, 1) for b in (0, 1))]))
+@given(st.permutations([*FIRST_BLOCKS, *(Request(allocation=(a, b), tokens=64) for a in (0, 1) for b in (0, 1))]))
 def test_every_distinct_block_and_head_is_paid_once(two_blocks, requests):
     """Two first blocks; after each two second ones, with the head."""
     total = 3 * (100 + 50) + 2 * 3 * (60 + 20) + 4 * 10

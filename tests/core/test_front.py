@@ -8,7 +8,9 @@ OBJECTIVES = ("kl", "params")
 
 
 def _outcome(allocation, kl):
-    return Outcome(Request(tuple(allocation), 64), {"kl": kl, "nll": 0.0}, 0.0)
+    return Outcome(
+        request=Request(allocation=tuple(allocation), tokens=64), measured={"kl": kl, "nll": 0.0}, wall_s=0.0
+    )
 
 
 @given(data=st.data())

@@ -12,7 +12,11 @@ from allocator.core.protocols import Expansion, Outcome, Request
 def _outcomes(space):
     allocations = [space.dense, space.sparsest, (1,) * len(space.units)]
     return [
-        Outcome(Request(allocation, 64 << index, split), {"kl": 0.1 * index + 1e-17, "nll": 1 / 3}, 0.25)
+        Outcome(
+            request=Request(allocation=allocation, tokens=64 << index, split=split),
+            measured={"kl": 0.1 * index + 1e-17, "nll": 1 / 3},
+            wall_s=0.25,
+        )
         for index, allocation in enumerate(allocations)
         for split in ("search", "selection")
     ]
@@ -35,13 +39,18 @@ def test_round_trip(path, space):
     assert journal.header.seed == 3
     for outcome in _outcomes(space):
         assert journal.get(outcome.request) == outcome
-    assert journal.get(Request(space.dense, 65)) is None
-    assert journal.get(Request(space.dense, 64, "test")) is None
+    assert journal.get(Request(allocation=space.dense, tokens=65)) is None
+    assert journal.get(Request(allocation=space.dense, tokens=64, split="test")) is None
 
 
 def test_outcomes_know_the_loss_that_the_header_names(tmp_path, space):
     path = tmp_path / "journal.jsonl"
-    outcome = Outcome(Request(space.dense, 64), {"hidden": 0.5, "nll": 1.0}, 0.25, "hidden")
+    outcome = Outcome(
+        request=Request(allocation=space.dense, tokens=64),
+        measured={"hidden": 0.5, "nll": 1.0},
+        wall_s=0.25,
+        loss_name="hidden",
+    )
     with Journal.create(path, JournalHeader(space=space, loss="hidden")) as journal:
         journal.append(outcome)
     assert list(Journal.read(path)) == [outcome]
@@ -55,9 +64,13 @@ def test_training_is_part_of_a_request(path, space):
     """And in the file only where there is some: journals of searches that train nothing are as they were."""
     before = path.read_bytes()
     assert b"training" not in before
-    plain = Request(space.dense, 64)
+    plain = Request(allocation=space.dense, tokens=64)
     known = Journal.read(path).get(plain)
-    trained = Outcome(Request(space.dense, 64, training=128), {"kl": 0.1, "kl_before": 0.3, "nll": 1.0}, 0.0)
+    trained = Outcome(
+        request=Request(allocation=space.dense, tokens=64, training=128),
+        measured={"kl": 0.1, "kl_before": 0.3, "nll": 1.0},
+        wall_s=0.0,
+    )
     with Journal.resume(path) as journal:
         journal.append(trained)
     journal = Journal.read(path)
@@ -73,12 +86,14 @@ def test_training_is_part_of_a_request(path, space):
 
 def test_what_is_appended_is_seen_by_a_reader_before_close(path, space):
     with Journal.resume(path) as journal:
-        journal.append(Outcome(Request(space.dense, 4096), {"kl": 0.0, "nll": 1.0}, 0.0))
+        journal.append(
+            Outcome(request=Request(allocation=space.dense, tokens=4096), measured={"kl": 0.0, "nll": 1.0}, wall_s=0.0)
+        )
         assert len(Journal.read(path)) == 7
 
 
 def test_resume_appends(path, space):
-    extra = Outcome(Request(space.dense, 4096), {"kl": 0.0, "nll": 1.0}, 0.0)
+    extra = Outcome(request=Request(allocation=space.dense, tokens=4096), measured={"kl": 0.0, "nll": 1.0}, wall_s=0.0)
     whole = path.read_bytes()
     with Journal.resume(path) as journal:
         assert list(journal) == _outcomes(space)
@@ -203,12 +218,12 @@ def test_create_never_overwrites(path, space):
 
 def test_what_was_asked_beside_the_loss_keeps_its_own_entry(tmp_path, space):
     path = tmp_path / "journal.jsonl"
-    plain = Request(space.dense, 64)
-    asked = Request(space.dense, 64, probe="influence")
+    plain = Request(allocation=space.dense, tokens=64)
+    asked = Request(allocation=space.dense, tokens=64, probe="influence")
     with Journal.create(path, JournalHeader(space=space)) as journal:
-        journal.append(Outcome(plain, {"kl": 0.5, "nll": 2.0}, 0.0))
+        journal.append(Outcome(request=plain, measured={"kl": 0.5, "nll": 2.0}, wall_s=0.0))
         assert journal.get(asked) is None
-        journal.append(Outcome(asked, {"kl": 0.5, "nll": 2.0, "influence.0": 0.25}, 0.0))
+        journal.append(Outcome(request=asked, measured={"kl": 0.5, "nll": 2.0, "influence.0": 0.25}, wall_s=0.0))
     again = Journal.read(path)
     assert again.get(plain).measured == {"kl": 0.5, "nll": 2.0}
     assert again.get(asked).measured["influence.0"] == 0.25
@@ -225,9 +240,13 @@ def _expansion(space):
 @pytest.fixture
 def expanded(path, space):
     """An outcome with an expansion, appended to the journal as its seventh."""
-    request = Request((1,) * len(space.units), 64, probe="expansion")
+    request = Request(allocation=(1,) * len(space.units), tokens=64, probe="expansion")
     outcome = Outcome(
-        request, {"kl": 0.25, "nll": 2.0}, 0.5, sequence_losses=(0.125, 0.375), expansion=_expansion(space)
+        request=request,
+        measured={"kl": 0.25, "nll": 2.0},
+        wall_s=0.5,
+        sequence_losses=(0.125, 0.375),
+        expansion=_expansion(space),
     )
     with Journal.resume(path) as journal:
         journal.append(outcome, batch=3)
@@ -235,12 +254,12 @@ def expanded(path, space):
 
 
 def test_an_expansion_comes_back_digit_by_digit_beside_the_plain_outcome(path, space, expanded):
-    journal, plain = Journal.read(path), Request((1,) * len(space.units), 64)
+    journal, plain = Journal.read(path), Request(allocation=(1,) * len(space.units), tokens=64)
     assert journal.get(expanded.request) == expanded
     assert journal.get(expanded.request).expansion == _expansion(space)
     assert journal.get(plain) is None
     with Journal.resume(path) as journal:
-        journal.append(Outcome(plain, {"kl": 0.25, "nll": 2.0}, 0.5), batch=3)
+        journal.append(Outcome(request=plain, measured={"kl": 0.25, "nll": 2.0}, wall_s=0.5), batch=3)
     journal = Journal.read(path)
     assert journal.get(plain).expansion is None
     assert [outcome.request for outcome in journal.batches[-1]] == [expanded.request, plain]
@@ -248,7 +267,11 @@ def test_an_expansion_comes_back_digit_by_digit_beside_the_plain_outcome(path, s
 
 
 def test_an_evaluator_without_gradients_may_leave_an_expansion_out(path, space):
-    outcome = Outcome(Request(space.dense, 64, probe="expansion"), {"kl": 0.0, "nll": 2.0}, 0.5)
+    outcome = Outcome(
+        request=Request(allocation=space.dense, tokens=64, probe="expansion"),
+        measured={"kl": 0.0, "nll": 2.0},
+        wall_s=0.5,
+    )
     with Journal.resume(path) as journal:
         journal.append(outcome)
     assert b'"expansion":{' not in path.read_bytes()

@@ -40,7 +40,17 @@ def path(plan, tmp_path):
 @given(st.lists(st.integers(0, 10**15), min_size=2, max_size=6, unique=True).map(lambda ns: sorted(ns, reverse=True)))
 def test_times_are_written_in_milliseconds_and_read_to_the_nanosecond(tmp_path_factory, times):
     ladder = tuple(range(len(times) - 1, -1, -1))
-    unit = Unit("u", "channels", "mlp", 0, len(times) - 1, ladder, ladder, ladder, others={"latency_ms": tuple(times)})
+    unit = Unit(
+        name="u",
+        kind="channels",
+        part="mlp",
+        block=0,
+        total=len(times) - 1,
+        kept=ladder,
+        params=ladder,
+        macs=ladder,
+        others={"latency_ms": tuple(times)},
+    )
     space = SearchSpace("structured", (unit,), {"params": 1, "macs": 1, "latency_ms": 7})
     plan = _plan(space, (1,), Budget(latency_ms=times[1] + 8))
     path = tmp_path_factory.mktemp("plan") / "plan.json"

@@ -50,4 +50,4 @@ def test_limit_for_is_exact_for_billions_of_parameters(make_space):
 @pytest.mark.parametrize("kept", [(3, 2, 2), (2, 1, 0), (3, 4)])
 def test_ladders_start_dense_and_fall(kept):
     with pytest.raises(AssertionError):
-        Unit("u", "channels", "mlp", 0, 3, kept, kept, kept)
+        Unit(name="u", kind="channels", part="mlp", block=0, total=3, kept=kept, params=kept, macs=kept)

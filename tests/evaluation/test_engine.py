@@ -31,8 +31,9 @@ def _requests(space):
     allocations = [_random(space, seed) for seed in range(3)] + [space.sparsest, space.dense]
     places = [("search", 32), ("search", 11 * 32), ("search", 4 * 32), ("selection", 6 * 32)]
     return [
-        Request(allocation, tokens, split) for allocation, (split, tokens) in itertools.product(allocations, places)
-    ] + [Request(_first(space, allocation), 4 * 32, blocks=1) for allocation in allocations]
+        Request(allocation=allocation, tokens=tokens, split=split)
+        for allocation, (split, tokens) in itertools.product(allocations, places)
+    ] + [Request(allocation=_first(space, allocation), tokens=4 * 32, blocks=1) for allocation in allocations]
 
 
 def _first(space, allocation):
@@ -60,19 +61,19 @@ def test_targets_kept_or_recomputed_are_the_same(spec, splits, monkeypatch):
 
 def test_the_dense_model_is_at_no_distance_from_itself(engine, spec):
     for allocation in (spec.space.sparsest, spec.space.dense):
-        outcome = engine.measure(Request(allocation, 11 * 32))
+        outcome = engine.measure(Request(allocation=allocation, tokens=11 * 32))
     assert outcome.loss == 0.0
-    assert outcome.request == Request(spec.space.dense, 11 * 32)
+    assert outcome.request == Request(allocation=spec.space.dense, tokens=11 * 32)
 
 
 def test_whatever_is_removed_is_at_a_distance(engine, spec):
     for seed in range(4):
-        assert engine.measure(Request(_random(spec.space, seed), 11 * 32)).loss > 0.0
+        assert engine.measure(Request(allocation=_random(spec.space, seed), tokens=11 * 32)).loss > 0.0
 
 
 def test_measurements_are_means_in_nats_per_token(structured, splits, tmp_path):
     spec, allocation = structured, _random(structured.space, 1)
-    outcome = Engine(spec, splits).measure(Request(allocation, 5 * 32))
+    outcome = Engine(spec, splits).measure(Request(allocation=allocation, tokens=5 * 32))
     save_pruned(allocation, spec.checkpoint, spec.layout, spec.space, spec.store, tmp_path / "out")
     tokens = splits["search"][:5].to_tensors().inputs["input_ids"]
     with torch.inference_mode():
@@ -91,8 +92,8 @@ def test_what_leaves_some_blocks_is_compared_with_what_leaves_the_dense_ones(str
     blocks = len(spec.layout.blocks) - 1
     drawn = zip(space.units, _random(space, 1), strict=True)
     allocation = tuple(level if unit.block < blocks else 0 for unit, level in drawn)
-    whole = Request(_random(space, 2), 5 * 32)
-    outcomes = Engine(spec, splits).measure_batch([Request(allocation, 5 * 32, blocks=blocks), whole])
+    whole = Request(allocation=_random(space, 2), tokens=5 * 32)
+    outcomes = Engine(spec, splits).measure_batch([Request(allocation=allocation, tokens=5 * 32, blocks=blocks), whole])
     outcome = next(each for each in outcomes if each.request.blocks)
     save_pruned(allocation, spec.checkpoint, spec.layout, space, spec.store, tmp_path / "out")
     tokens = splits["search"][:5].to_tensors().inputs["input_ids"]
@@ -111,10 +112,12 @@ def test_parts_are_the_loss_of_each_sequence_for_every_loss(structured, splits):
     allocation = _random(structured.space, 1)
     for loss in ("kl", "topk_kl", "nll", "hidden"):
         spec = dataclasses.replace(structured, loss=loss)
-        outcome = Engine(spec, splits).measure(Request(allocation, 5 * 32))
+        outcome = Engine(spec, splits).measure(Request(allocation=allocation, tokens=5 * 32))
         for index, part in enumerate(outcome.sequence_losses):
             own = {**splits, "search": splits["search"][index : index + 1]}
-            assert part == pytest.approx(Engine(spec, own).measure(Request(allocation, 32)).loss, rel=1e-5)
+            assert part == pytest.approx(
+                Engine(spec, own).measure(Request(allocation=allocation, tokens=32)).loss, rel=1e-5
+            )
         assert len(outcome.sequence_losses) == 5
 
 
@@ -123,14 +126,14 @@ def test_a_fidelity_is_a_prefix(structured, splits):
     each = []
     for index in range(2):
         own = {**splits, "search": splits["search"][index : index + 1]}
-        each.append(Engine(structured, own).measure(Request(allocation, 32)).measured)
-    both = Engine(structured, splits).measure(Request(allocation, 64)).measured
+        each.append(Engine(structured, own).measure(Request(allocation=allocation, tokens=32)).measured)
+    both = Engine(structured, splits).measure(Request(allocation=allocation, tokens=64)).measured
     for name in ("kl", "nll"):
         assert both[name] == pytest.approx((each[0][name] + each[1][name]) / 2, rel=1e-5)
 
 
 def test_tokens_beyond_the_fidelity_do_not_matter(structured, splits):
-    request = Request(_random(structured.space, 2), 3 * 32)
+    request = Request(allocation=_random(structured.space, 2), tokens=3 * 32)
     changed = splits["search"].inputs["input_ids"].copy()
     changed[3:] = 0
     other = Engine(structured, {**splits, "search": Examples.from_ids(changed)}).measure(request).measured
@@ -151,7 +154,7 @@ def test_an_assembled_execution_measures_as_in_place(structured, splits, tmp_pat
     allocation = _random(structured.space, 4)
     engine = Engine(structured, splits)
     figures = engine.execute(Execution(allocation, False, tmp_path / "out"), 7 * 32)
-    in_place = engine.measure(Request(allocation, 7 * 32, "test"))
+    in_place = engine.measure(Request(allocation=allocation, tokens=7 * 32, split="test"))
     assert figures["kl"] == pytest.approx(in_place.loss, rel=1e-4)
     assert figures["nll"] == pytest.approx(in_place.measured["nll"], rel=1e-4)
 
@@ -165,7 +168,7 @@ def test_recomputing_is_another_model(structured, splits, tmp_path):
 
 
 def test_executions_leave_measurements_as_they_are(engine, spec, tmp_path):
-    request = Request(_random(spec.space, 0), 4 * 32)
+    request = Request(allocation=_random(spec.space, 0), tokens=4 * 32)
     before = engine.measure(request).measured
     engine.execute(Execution(spec.space.sparsest, True, tmp_path / "out"), 32)
     assert engine.measure(request).measured == before
@@ -222,12 +225,12 @@ def test_a_batch_measures_what_each_alone_measures(spec, splits, monkeypatch, li
     boundary = 11 * 32 * spec.checkpoint.config["hidden_size"] * (2 if spec.dtype == "bfloat16" else 4)
     monkeypatch.setattr(engines, "BOUNDARY_BYTES", limit * boundary)
     family = _family(spec.space)
-    requests = [Request(allocation, tokens) for tokens in (11 * 32, 32) for allocation in family]
+    requests = [Request(allocation=allocation, tokens=tokens) for tokens in (11 * 32, 32) for allocation in family]
     alone = Engine(spec, splits)
     expected = {request.key: alone.measure(request).measured for request in requests}
     judged = _watch_final_states(monkeypatch)
     for allocation in family:
-        list(alone.measure_batch([Request(allocation, 11 * 32)]))
+        list(alone.measure_batch([Request(allocation=allocation, tokens=11 * 32)]))
     singly, judged[:] = dict(zip(family, _by(judged, 3), strict=True)), []
     batch = Engine(spec, splits)
     assert {o.request.key: o.measured for o in batch.measure_batch(requests)} == expected
@@ -256,9 +259,13 @@ def _by(items, size):
 def test_a_batch_runs_fewer_blocks(structured, splits, monkeypatch):
     family = _family(structured.space)
     engine = Engine(structured, splits)
-    short = [Request(_first(structured.space, a), 32, blocks=1) for a in family[:3]]
-    requests = [Request(a, 32) for a in family] + list({request.key: request for request in short}.values())
-    list(engine.measure_batch([Request(structured.space.dense, 32), requests[-1]]))  # so that the teacher is known
+    short = [Request(allocation=_first(structured.space, a), tokens=32, blocks=1) for a in family[:3]]
+    requests = [Request(allocation=a, tokens=32) for a in family] + list(
+        {request.key: request for request in short}.values()
+    )
+    list(
+        engine.measure_batch([Request(allocation=structured.space.dense, tokens=32), requests[-1]])
+    )  # so that the teacher is known
     ran = []
     run = engine._walker.run
     monkeypatch.setattr(engine._walker, "run", lambda index, hidden: ran.append(index) or run(index, hidden))
@@ -271,17 +278,17 @@ def test_a_batch_runs_fewer_blocks(structured, splits, monkeypatch):
 def test_outcomes_share_the_time_of_a_batch(structured, splits):
     engine = Engine(structured, splits)
     start = time.perf_counter()
-    outcomes = list(engine.measure_batch([Request(a, 11 * 32) for a in _family(structured.space)]))
+    outcomes = list(engine.measure_batch([Request(allocation=a, tokens=11 * 32) for a in _family(structured.space)]))
     assert 0 < sum(outcome.wall_s for outcome in outcomes) <= time.perf_counter() - start
 
 
 @pytest.mark.parametrize("loss", ["kl", "topk_kl", "nll", "hidden"])
 def test_every_loss_is_measured_under_its_name(spec, splits, tmp_path, loss):
     engine = Engine(dataclasses.replace(spec, loss=loss), splits)
-    outcomes = [engine.measure(Request(a, 11 * 32)) for a in (spec.space.dense, spec.space.sparsest)]
+    outcomes = [engine.measure(Request(allocation=a, tokens=11 * 32)) for a in (spec.space.dense, spec.space.sparsest)]
     assert all(set(o.measured) == {loss, "nll"} and o.loss == o.measured[loss] for o in outcomes)
     assert loss == "nll" or outcomes[0].loss == 0.0 < outcomes[1].loss
-    plain = Engine(spec, splits).measure(Request(spec.space.sparsest, 11 * 32))
+    plain = Engine(spec, splits).measure(Request(allocation=spec.space.sparsest, tokens=11 * 32))
     assert plain.measured["nll"] == outcomes[1].measured["nll"]
     figures = engine.execute(Execution(spec.space.sparsest, False, tmp_path / "out"), 64)
     assert set(figures) == {"params", "kl", "nll", "perplexity"}
@@ -290,7 +297,7 @@ def test_every_loss_is_measured_under_its_name(spec, splits, tmp_path, loss):
 @pytest.mark.parametrize("loss", ["topk_kl", "hidden"])
 def test_losses_agree_with_a_float64_reference(structured, splits, tmp_path, loss):
     spec, allocation = dataclasses.replace(structured, loss=loss), _random(structured.space, 1)
-    outcome = Engine(spec, splits).measure(Request(allocation, 5 * 32))
+    outcome = Engine(spec, splits).measure(Request(allocation=allocation, tokens=5 * 32))
     save_pruned(allocation, spec.checkpoint, spec.layout, spec.space, spec.store, tmp_path / "out")
     tokens = splits["search"][:5].to_tensors().inputs["input_ids"]
     with torch.inference_mode():
@@ -316,7 +323,7 @@ def test_influence_of_blocks_is_that_of_the_saved_model_and_the_same_in_any_batc
     space, tokens = spec.space, 4 * 32
     allocations = [space.dense, *(_random(space, seed) for seed in range(4))]
     allocations += [(*space.dense[:-1], 1), space.sparsest]
-    plain = [Request(allocation, tokens) for allocation in allocations]
+    plain = [Request(allocation=allocation, tokens=tokens) for allocation in allocations]
     asked = [dataclasses.replace(request, probe="influence") for request in plain]
     together = {o.request.key: o.measured for o in Engine(spec, splits).measure_batch([*plain, *asked])}
     blocks = {f"influence.{block}" for block in range(len(spec.layout.blocks))}

@@ -217,7 +217,7 @@ class Reference:
 
 
 def _expand(spec, texts, allocation, tokens=TOKENS, split="search"):
-    return Engine(spec, texts).measure(Request(allocation, tokens, split, probe="expansion"))
+    return Engine(spec, texts).measure(Request(allocation=allocation, tokens=tokens, split=split, probe="expansion"))
 
 
 def _close(found, expected, rel):
@@ -311,7 +311,7 @@ def engine_spec(request, made, monkeypatch):
 def test_the_loss_is_that_of_a_plain_measurement_which_stays_as_it_was(engine_spec, texts):
     engine, rel = Engine(engine_spec, texts), 1e-5 if engine_spec.dtype == "float32" else 0.02
     for allocation in _allocations(engine_spec.space):
-        request = Request(allocation, 5 * 32)
+        request = Request(allocation=allocation, tokens=5 * 32)
         before = engine.measure(request)
         outcome = engine.measure(dataclasses.replace(request, probe="expansion"))
         after = engine.measure(request)
@@ -328,7 +328,11 @@ def test_the_loss_is_that_of_a_plain_measurement_which_stays_as_it_was(engine_sp
 
 def test_an_expansion_depends_neither_on_what_was_measured_before_nor_on_its_batch(engine_spec, texts):
     allocations = _allocations(engine_spec.space)
-    plain = [Request(allocation, 64, split) for allocation in allocations for split in ("search", "other")]
+    plain = [
+        Request(allocation=allocation, tokens=64, split=split)
+        for allocation in allocations
+        for split in ("search", "other")
+    ]
     asked = [dataclasses.replace(request, probe="expansion") for request in plain]
     expected = {r.key: _measured(Engine(engine_spec, texts).measure(r)) for r in [*plain, *asked]}
     used = Engine(engine_spec, texts)
@@ -347,7 +351,7 @@ def _measured(outcome):
 
 def test_targets_kept_or_recomputed_give_the_same_expansion(made, texts, loss, monkeypatch):
     spec = dataclasses.replace(made("structured"), loss=loss)
-    request = Request(_allocations(spec.space)[2], 5 * 32, probe="expansion")
+    request = Request(allocation=_allocations(spec.space)[2], tokens=5 * 32, probe="expansion")
     kept = _measured(Engine(spec, texts).measure(request))
     monkeypatch.setattr(teacher, "KEPT_BYTES", 0)
     assert _measured(Engine(spec, texts).measure(request)) == kept
@@ -387,7 +391,7 @@ def test_a_gradient_that_is_not_finite_is_an_error(make_model, make_spec, texts,
             tensors[key] *= 1e-5
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     spec = dataclasses.replace(make_spec(folder, "n:m"), dtype="float16")
-    engine, request = Engine(spec, texts), Request(spec.space.sparsest, 64)
+    engine, request = Engine(spec, texts), Request(allocation=spec.space.sparsest, tokens=64)
     assert np.isfinite(engine.measure(request).loss)
     with pytest.raises(UserError, match="gradient of the loss is not finite"):
         engine.measure(dataclasses.replace(request, probe="expansion"))

@@ -150,7 +150,7 @@ def test_measurements_and_slopes_are_those_of_the_whole_model(made, architecture
     reference, examples = Reference(spec), splits["search"].to_tensors()
     engine = Engine(dataclasses.replace(spec, loss=loss), splits)
     for allocation in (spec.space.dense, _mixed(spec.space), spec.space.sparsest):
-        request = Request(allocation, COUNT * LENGTH, "search")
+        request = Request(allocation=allocation, tokens=COUNT * LENGTH, split="search")
         expected = float(reference.loss(loss, allocation, examples).detach())
         outcome = engine.measure(request)
         assert outcome.loss == pytest.approx(expected, rel=1e-4, abs=1e-6)
@@ -172,7 +172,10 @@ def test_prefixes_are_shared_and_features_are_of_every_tower(made, architecture)
     loss = CASES[architecture][0]
     mixed, count = _mixed(spec.space), COUNT * LENGTH
     late = (*spec.space.dense[: len(mixed) // 2], *mixed[len(mixed) // 2 :])
-    asked = [Request(each, count, "search", probe="influence") for each in (mixed, late, spec.space.dense)]
+    asked = [
+        Request(allocation=each, tokens=count, split="search", probe="influence")
+        for each in (mixed, late, spec.space.dense)
+    ]
     together = {o.request: o for o in Engine(dataclasses.replace(spec, loss=loss), splits).measure_batch(asked)}
     for request in asked:
         alone = Engine(dataclasses.replace(spec, loss=loss), splits).measure(request)
@@ -186,7 +189,7 @@ def test_prefixes_are_shared_and_features_are_of_every_tower(made, architecture)
         assert found == pytest.approx(float((1 - functional.cosine_similarity(*ends, dim=-1)).mean()), rel=1e-5)
 
     blocks = len(spec.layout.blocks) - 1
-    near = Request(mixed, count, "search", blocks=blocks)
+    near = Request(allocation=mixed, tokens=count, split="search", blocks=blocks)
     found = Engine(dataclasses.replace(spec, loss=loss), splits).measure(near).measured[FEATURES]
     assert found > 0
 

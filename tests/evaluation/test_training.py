@@ -139,9 +139,9 @@ def test_training_that_goes_on_is_training_from_the_start(trained_spec, texts, p
     allocation = _some(spec.space)
     going_on, anew = _trainer(spec, texts), dataclasses.replace(spec.training, folder=spec.training.folder / "none")
     for steps in (1, 3):
-        going_on.train(Request(allocation, 32 * steps, training=steps * 2 * LENGTH), keep=True)
+        going_on.train(Request(allocation=allocation, tokens=32 * steps, training=steps * 2 * LENGTH), keep=True)
     assert len(list(spec.training.folder.iterdir())) == 2
-    last = Request(allocation, 352, training=8 * 2 * LENGTH)
+    last = Request(allocation=allocation, tokens=352, training=8 * 2 * LENGTH)
     found = _weights(going_on.train(last, keep=False))
     expected = _weights(_trainer(dataclasses.replace(spec, training=anew), texts).train(last, keep=False))
     assert resumed == [2 * LENGTH, 6 * LENGTH]
@@ -152,7 +152,7 @@ def test_training_that_goes_on_is_training_from_the_start(trained_spec, texts, p
 def test_a_state_cut_short_is_as_none(trained_spec, texts):
     spec = trained_spec("structured")
     allocation = _some(spec.space)
-    first, second = (Request(allocation, tokens, training=4 * tokens) for tokens in (32, 64))
+    first, second = (Request(allocation=allocation, tokens=tokens, training=4 * tokens) for tokens in (32, 64))
     expected = _weights(_trainer(spec, texts).train(second, keep=False))
     _trainer(spec, texts).train(first, keep=True)
     (state,) = spec.training.folder.iterdir()
@@ -163,7 +163,9 @@ def test_a_state_cut_short_is_as_none(trained_spec, texts):
 
 def test_masters_are_float32_whatever_evaluations_compute_in(trained_spec, texts):
     spec = trained_spec("structured", dtype="bfloat16")
-    model = _trainer(spec, texts, torch.bfloat16).train(Request(_some(spec.space), 32, training=64), keep=True)
+    model = _trainer(spec, texts, torch.bfloat16).train(
+        Request(allocation=_some(spec.space), tokens=32, training=64), keep=True
+    )
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     (state,) = spec.training.folder.iterdir()
     assert {tensor.dtype for tensor in load_file(state).values()} == {torch.float32}
@@ -174,7 +176,7 @@ def test_masters_are_float32_whatever_evaluations_compute_in(trained_spec, texts
 def test_the_engine_s_own_model_is_untouched(trained_spec, texts, pattern, dtype):
     spec = trained_spec(pattern, rate=1e-2, dtype=dtype)
     engine, space = Engine(spec, texts), spec.space
-    plain = [Request(a, 11 * 32) for a in (_some(space), space.sparsest, space.dense)]
+    plain = [Request(allocation=a, tokens=11 * 32) for a in (_some(space), space.sparsest, space.dense)]
     before = [engine.measure(request).measured for request in plain]
     trained = [engine.measure(dataclasses.replace(request, training=128)) for request in plain]
     assert [engine.measure(request).measured for request in plain] == before
@@ -190,7 +192,7 @@ def test_without_a_rate_nothing_changes(trained_spec, texts, pattern):
     """What is trained is what is measured before: the same weights at the same places."""
     spec = trained_spec(pattern, rate=0.0)
     for seed in range(3):
-        outcome = Engine(spec, texts).measure(Request(_some(spec.space, seed), 11 * 32, training=64))
+        outcome = Engine(spec, texts).measure(Request(allocation=_some(spec.space, seed), tokens=11 * 32, training=64))
         assert outcome.loss == pytest.approx(outcome.loss_before, rel=1e-5)
 
 
@@ -199,7 +201,7 @@ def test_the_loss_on_the_training_text_falls(trained_spec, texts):
     own = {**texts, "search": texts["training"]}
     allocation, tokens = _some(spec.space), STEPS * LENGTH
     losses = [
-        Engine(spec, own).measure(Request(allocation, tokens, training=training)).measured["nll"]
+        Engine(spec, own).measure(Request(allocation=allocation, tokens=tokens, training=training)).measured["nll"]
         for training in (0, tokens // 4, tokens // 2, tokens)
     ]
     assert losses == sorted(losses, reverse=True)
@@ -209,7 +211,7 @@ def test_the_loss_on_the_training_text_falls(trained_spec, texts):
 def test_a_batch_measures_what_each_alone_measures(trained_spec, texts):
     spec = trained_spec("unstructured")
     requests = [
-        Request(_some(spec.space, seed), tokens, training=training)
+        Request(allocation=_some(spec.space, seed), tokens=tokens, training=training)
         for seed in range(3)
         for tokens, training in ((32, 0), (32, 64), (352, 128))
     ]
@@ -227,14 +229,14 @@ def test_states_are_kept_from_one_stage_to_the_next(trained_spec, texts):
     candidates = [_some(spec.space, seed) for seed in range(4)]
     kept = []
     for count, tokens, training in ((4, 32, 64), (3, 64, 64), (2, 128, 128), (2, 352, 256)):
-        list(evaluator.evaluate([Request(a, tokens, training=training) for a in candidates[:count]]))
+        list(evaluator.evaluate([Request(allocation=a, tokens=tokens, training=training) for a in candidates[:count]]))
         kept.append(sorted(path.stem.split("-")[1:] for path in folder.iterdir()))
     assert kept == [[["32", "64"]] * 4, [["64", "64"]] * 3, [["128", "128"]] * 2, []]
 
 
 def test_training_that_diverges_is_an_error(trained_spec, texts):
     spec = trained_spec("structured", rate=1e30)
-    engine, request = Engine(spec, texts), Request(_some(spec.space), 32, training=256)
+    engine, request = Engine(spec, texts), Request(allocation=_some(spec.space), tokens=32, training=256)
     with pytest.raises(UserError, match=r"loss is not finite.*training\.learning_rate"):
         engine.measure(request)
 
@@ -249,7 +251,7 @@ def test_a_full_disk_is_the_user_s(trained_spec, texts, monkeypatch):
     monkeypatch.setattr(states, "save_file", full)
     spec = trained_spec("structured")
     with pytest.raises(UserError, match="No space left"):
-        Engine(spec, texts).measure(Request(_some(spec.space), 32, training=64))
+        Engine(spec, texts).measure(Request(allocation=_some(spec.space), tokens=32, training=64))
     assert list(spec.training.folder.iterdir()) == []
 
 

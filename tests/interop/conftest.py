@@ -227,7 +227,16 @@ def searched(tiny_model: Path, text_folder: Path, tmp_path_factory: pytest.TempP
     where = {"runs_dir": tmp_path_factory.mktemp("runs"), "name": "searched", "text": text_folder, "workers": 0}
     folder = api.search(tiny_model, objectives=["params"], method="nsga2", settings=settings, **where).folder
     with Journal.resume(folder / "journal.jsonl") as journal:
-        journal.append(Outcome(Request(journal.space.sparsest, 64), {}, 1.5, journal.loss, failed="3 workers died"), 99)
+        journal.append(
+            Outcome(
+                request=Request(allocation=journal.space.sparsest, tokens=64),
+                measured={},
+                wall_s=1.5,
+                loss_name=journal.loss,
+                failed="3 workers died",
+            ),
+            99,
+        )
     return folder
 
 

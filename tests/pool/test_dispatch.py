@@ -85,11 +85,13 @@ def bench(tiny_model: Path, text_folder: Path, tmp_path_factory: pytest.TempPath
     store = create_store(tmp_path_factory.mktemp("pool") / "levels", job.store_key, levels)
     rng = np.random.default_rng(0)
     requests = [
-        Request(tuple(int(rng.integers(unit.num_levels)) for unit in job.space.units), tokens, split)
+        Request(
+            allocation=tuple(int(rng.integers(unit.num_levels)) for unit in job.space.units), tokens=tokens, split=split
+        )
         for split, tokens in (("search", 128), ("search", 256), ("selection", 256))
         for _ in range(4)
     ]
-    return Bench(job.engine_spec(store), job.tokens, [*requests, Request(job.space.dense, 256)])
+    return Bench(job.engine_spec(store), job.tokens, [*requests, Request(allocation=job.space.dense, tokens=256)])
 
 
 @pytest.fixture
@@ -221,7 +223,10 @@ class Unreadable:
 def test_workers_train_as_one_process_does(bench: Bench, two: RayPool, tmp_path: Path) -> None:
     """To the last bit, and from states that another worker left."""
     chosen = [request.allocation for request in bench.requests[:3]]
-    stages = [[Request(a, 128, training=128) for a in chosen], [Request(a, 256, training=256) for a in chosen[::-1]]]
+    stages = [
+        [Request(allocation=a, tokens=128, training=128) for a in chosen],
+        [Request(allocation=a, tokens=256, training=256) for a in chosen[::-1]],
+    ]
 
     def spec(name: str) -> EngineSpec:
         return replace(bench.spec, training=Training(1e-3, 1, tmp_path / name))
@@ -299,7 +304,10 @@ class Dying(RayPool):
                 (marks / f"{len(list(marks.iterdir()))}-{os.getpid()}").touch()
                 if deadly(requests, len(list(marks.glob(f"*-{os.getpid()}")))):
                     os._exit(1)
-                return [Outcome(request, {"kl": float(sum(request.allocation))}, 0.0) for request in requests]
+                return [
+                    Outcome(request=request, measured={"kl": float(sum(request.allocation))}, wall_s=0.0)
+                    for request in requests
+                ]
 
         return Mortal.options(num_cpus=1).remote()
 
@@ -387,7 +395,7 @@ def test_what_is_left_of_an_expansion_that_fails_is_dropped(bench: Bench, tmp_pa
                     time.sleep(600)
 
                 def measure(self, requests: Sequence[Request]) -> list[Outcome]:
-                    return [Outcome(request, {"kl": 1.0}, 0.0) for request in requests]
+                    return [Outcome(request=request, measured={"kl": 1.0}, wall_s=0.0) for request in requests]
 
             return Mortal.options(num_cpus=1).remote()
 
@@ -476,7 +484,7 @@ def test_a_users_error_on_a_worker_stays_one(
     said: list[str] = []
     broken = pool(1, replace(bench.spec, checkpoint=read_checkpoint(folder), store=None), notify=said.append)
     with pytest.raises(UserError, match="not finite"):
-        list(broken.evaluate([Request(bench.space.dense, 128)]))
+        list(broken.evaluate([Request(allocation=bench.space.dense, tokens=128)]))
     assert said == []
 
 
@@ -486,7 +494,7 @@ def test_a_worker_that_cannot_start_is_no_death(bench: Bench, pool: Callable[...
     gone = replace(bench.spec, checkpoint=replace(bench.spec.checkpoint, folder=tmp_path / "gone"))
     broken = pool(1, gone, notify=said.append)
     with pytest.raises(Exception, match="gone") as caught:
-        list(broken.evaluate([Request(bench.space.dense, 128)]))
+        list(broken.evaluate([Request(allocation=bench.space.dense, tokens=128)]))
     assert "workers died" not in str(caught.value)
     assert said == []
 

@@ -51,16 +51,47 @@ def structured() -> SearchSpace:
     for block in range(2):
         groups = (4, 2, 1, 0)
         params = tuple(10 * kept for kept in groups)
-        units.append(Unit(f"layers.{block}.attn", "kv_groups", "attention", block, 4, groups, params, params))
+        units.append(
+            Unit(
+                name=f"layers.{block}.attn",
+                kind="kv_groups",
+                part="attention",
+                block=block,
+                total=4,
+                kept=groups,
+                params=params,
+                macs=params,
+            )
+        )
         channels = (4, 3, 2, 1, 0)
         params = tuple(100 * kept for kept in channels)
-        units.append(Unit(f"layers.{block}.mlp", "channels", "mlp", block, 4, channels, params, params))
+        units.append(
+            Unit(
+                name=f"layers.{block}.mlp",
+                kind="channels",
+                part="mlp",
+                block=block,
+                total=4,
+                kept=channels,
+                params=params,
+                macs=params,
+            )
+        )
     return SearchSpace("structured", tuple(units), {"params": 100, "macs": 20})
 
 
 def unstructured() -> SearchSpace:
     units = [
-        Unit(f"layers.{block}.{part}.{name}", "matrix", part, block, 100, (100, 70, 40), (100, 70, 40), (100,) * 3)
+        Unit(
+            name=f"layers.{block}.{part}.{name}",
+            kind="matrix",
+            part=part,
+            block=block,
+            total=100,
+            kept=(100, 70, 40),
+            params=(100, 70, 40),
+            macs=(100,) * 3,
+        )
         for block in range(3)
         for part, name in (("attention", "q_proj"), ("attention", "o_proj"), ("mlp", "up_proj"), ("mlp", "down_proj"))
     ]
@@ -68,7 +99,11 @@ def unstructured() -> SearchSpace:
 
 
 def outcome(allocation: Sequence[int], kl: float, tokens: int = HIGH, split: str = "search") -> Outcome:
-    return Outcome(Request(tuple(allocation), tokens, split), {"kl": kl, "nll": 1.0 + kl}, 0.5)
+    return Outcome(
+        request=Request(allocation=tuple(allocation), tokens=tokens, split=split),
+        measured={"kl": kl, "nll": 1.0 + kl},
+        wall_s=0.5,
+    )
 
 
 OUTCOMES = (
@@ -159,7 +194,15 @@ def finished(tmp_path: Path) -> Path:
     (folder / "result.json").write_text(json.dumps(result_of(space, NAMED)))
     pruner = {"name": "obs", "damping": 0.01, "calibration": "sha256:" + "3" * 64}
     provenance = {"run": "sha256:" + "4" * 64, "searcher": "evolution", "seed": 3, "target": 0.5, "versions": VERSIONS}
-    plan = Plan(MODEL, space, SEARCHED, Budget(params=LIMIT), pruner, measured(), provenance)
+    plan = Plan(
+        model=MODEL,
+        space=space,
+        allocation=SEARCHED,
+        budget=Budget(params=LIMIT),
+        pruner=pruner,
+        measured=measured(),
+        provenance=provenance,
+    )
     (folder / "plan.json").write_text(json.dumps(plan.to_json()))
     return folder
 
@@ -218,7 +261,10 @@ def test_space_table_fits_80_columns_and_adds_up() -> None:
     ],
 )
 def test_ladder(kind: str, kept: tuple[int, ...], text: str) -> None:
-    assert format_ladder(Unit("u", kind, "mlp", 0, kept[0], kept, kept, kept)) == text
+    assert (
+        format_ladder(Unit(name="u", kind=kind, part="mlp", block=0, total=kept[0], kept=kept, params=kept, macs=kept))
+        == text
+    )
 
 
 def test_front_table_shortens_a_long_front() -> None:
@@ -234,8 +280,13 @@ def test_front_table_shortens_a_long_front() -> None:
 @pytest.mark.parametrize(("loss", "heading"), [("kl", "KL"), ("topk_kl", "top-k KL")])
 def test_a_front_names_the_loss_of_its_run(tmp_path: Path, space: SearchSpace, loss: str, heading: str) -> None:
     header = JournalHeader(tokens=(HIGH,), budget=Budget(params=9999), space=space, loss=loss)
-    request = Request(space.dense, HIGH)
-    journal = Journal(tmp_path, header, {0: [Outcome(request, {loss: 0.25, "nll": 1.0}, 0.5, loss)]}, None)
+    request = Request(allocation=space.dense, tokens=HIGH)
+    journal = Journal(
+        tmp_path,
+        header,
+        {0: [Outcome(request=request, measured={loss: 0.25, "nll": 1.0}, wall_s=0.5, loss_name=loss)]},
+        None,
+    )
     front = build_front(journal)
     assert [point[loss] for point in front["points"]] == [0.25]
     assert re.search(rf"removed +.? *{heading}\b", shown(front_table(front)))
@@ -308,7 +359,11 @@ def test_front_marks_and_spending(tmp_path: Path) -> None:
 
 
 def trained(allocation: Sequence[int], before: float, after: float) -> Outcome:
-    return Outcome(Request(tuple(allocation), HIGH, training=64), {"kl": after, "kl_before": before, "nll": 1.0}, 0.5)
+    return Outcome(
+        request=Request(allocation=tuple(allocation), tokens=HIGH, training=64),
+        measured={"kl": after, "kl_before": before, "nll": 1.0},
+        wall_s=0.5,
+    )
 
 
 def test_what_training_changed(tmp_path: Path) -> None:

@@ -37,10 +37,10 @@ class Landscape:
             if request.blocks:
                 levels = zip(self._space.units, request.allocation, strict=True)
                 assert not any(level for unit, level in levels if unit.block >= request.blocks)
-                yield Outcome(request, {FEATURES: kl}, 0.0, FEATURES)
+                yield Outcome(request=request, measured={FEATURES: kl}, wall_s=0.0, loss_name=FEATURES)
                 continue
             after = {"kl": kl / 2, "kl_before": kl} if request.training else {"kl": kl}
-            yield Outcome(request, {**after, "nll": 2.0 + kl, **self._influences(request)}, 0.0)
+            yield Outcome(request=request, measured={**after, "nll": 2.0 + kl, **self._influences(request)}, wall_s=0.0)
 
     def _influences(self, request) -> dict[str, float]:
         """What blocks still do grows with the density of their units."""

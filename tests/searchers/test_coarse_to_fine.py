@@ -20,7 +20,17 @@ def _unit(index, total, counts, price, group=None):
     kept = tuple(sorted({total, *counts}, reverse=True))
     costs = tuple(count * price for count in kept)
     part = "mlp" if index % 2 else "attention"
-    return Unit(f"unit{index}", "channels", part, index // 2, total, kept, costs, costs, group)
+    return Unit(
+        name=f"unit{index}",
+        kind="channels",
+        part=part,
+        block=index // 2,
+        total=total,
+        kept=kept,
+        params=costs,
+        macs=costs,
+        group=group,
+    )
 
 
 def _finer(space, ladders):

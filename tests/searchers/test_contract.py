@@ -213,7 +213,7 @@ class Failing:
                 if len(self._seen) % 5 == 3:
                     self.failed.add(allocation)
             if allocation in self.failed:
-                yield Outcome(request, {}, 0.0, failed="3 workers died")
+                yield Outcome(request=request, measured={}, wall_s=0.0, failed="3 workers died")
             else:
                 yield from self._evaluator.evaluate([request])
 

@@ -138,7 +138,9 @@ class TwoTexts:
         for request in requests:
             each = [u.sparsity(level) ** 2 for u, level in zip(self._space.units, request.allocation, strict=True)]
             even, odd = sum(each[::2]), sum(each[1::2])
-            yield Outcome(request, {"kl.even": even, "kl.odd": odd, "kl": (even + odd) / 2}, 0.0)
+            yield Outcome(
+                request=request, measured={"kl.even": even, "kl.odd": odd, "kl": (even + odd) / 2}, wall_s=0.0
+            )
 
 
 @pytest.mark.usefixtures("spread_once")
@@ -285,7 +287,7 @@ def test_members_are_selected_on_text_of_their_own_and_the_knee_is_the_plan(deci
     bend = figures[:, 0] / worst + (figures[:, 1] - low) / (high - low)
     assert decision.searched == front[int(bend.argmin())].request.allocation
     before = outcomes[: outcomes.index(selected[0])]
-    searched = [o for o in before if o.request == Request(o.request.allocation, 128)]
+    searched = [o for o in before if o.request == Request(allocation=o.request.allocation, tokens=128)]
     members = {o.request.allocation for o in pareto_front(space, searched, ["kl", "params"])}
     assert {o.request.allocation for o in selected} <= members
     own = Budget(params=space.cost(decision.searched))
@@ -346,7 +348,10 @@ def test_fronts_of_three_objectives_are_non_dominated_and_complete(data):
             ],
         }
     )
-    outcomes = [Outcome(Request(allocation, 64), {"kl": loss, "nll": 0.0}, 0.0) for allocation, loss in losses.items()]
+    outcomes = [
+        Outcome(request=Request(allocation=allocation, tokens=64), measured={"kl": loss, "nll": 0.0}, wall_s=0.0)
+        for allocation, loss in losses.items()
+    ]
     front = pareto_front(space, outcomes, ["kl", "params", "macs"])
 
     def figures(outcome):

@@ -26,14 +26,14 @@ def timed():
     kept, milliseconds = (4, 3, 2, 1, 0), [(9, 9, 8, 1, 0), (7, 3, 3, 3, 2), (12, 11, 10, 9, 1), (5, 4, 4, 4, 4)]
     units = [
         Unit(
-            f"layers.{index}.mlp",
-            "channels",
-            "mlp",
-            index,
-            4,
-            kept,
-            tuple(10 * count for count in kept),
-            tuple(30 * count for count in kept),
+            name=f"layers.{index}.mlp",
+            kind="channels",
+            part="mlp",
+            block=index,
+            total=4,
+            kept=kept,
+            params=tuple(10 * count for count in kept),
+            macs=tuple(30 * count for count in kept),
             others={"latency_ms": tuple(10**6 * value for value in ladder)},
         )
         for index, ladder in enumerate(milliseconds)
@@ -42,7 +42,11 @@ def timed():
 
 
 def _outcome(allocation, kl, tokens=TOKENS, split="search"):
-    return Outcome(Request(tuple(allocation), tokens, split), {"kl": kl, "nll": 1.0 + kl * (2.0 - kl)}, 0.0)
+    return Outcome(
+        request=Request(allocation=tuple(allocation), tokens=tokens, split=split),
+        measured={"kl": kl, "nll": 1.0 + kl * (2.0 - kl)},
+        wall_s=0.0,
+    )
 
 
 def _journal(space, batches):

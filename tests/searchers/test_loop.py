@@ -19,10 +19,12 @@ class Ill:
         for request in requests:
             self.asked.append(request)
             if request.allocation[0] % 2:
-                yield Outcome(request, {}, 0.0, failed="3 workers died")
+                yield Outcome(request=request, measured={}, wall_s=0.0, failed="3 workers died")
             else:
                 loss = float(sum(request.allocation)) / request.tokens
-                yield Outcome(request, {"kl": loss, "nll": 1 + loss}, 0.0, sequence_losses=(loss, loss))
+                yield Outcome(
+                    request=request, measured={"kl": loss, "nll": 1 + loss}, wall_s=0.0, sequence_losses=(loss, loss)
+                )
 
 
 @pytest.fixture
@@ -33,7 +35,7 @@ def path(tmp_path, space):
 
 
 def requests(*firsts, tokens=64):
-    return [Request((first, last, 0, 0, 0, 0), tokens) for last, first in enumerate(firsts)]
+    return [Request(allocation=(first, last, 0, 0, 0, 0), tokens=tokens) for last, first in enumerate(firsts)]
 
 
 def test_a_failure_is_twice_as_bad_as_the_worst_on_the_same_text(path):
@@ -76,10 +78,10 @@ def test_failures_are_counted_over_the_whole_run(path):
         measurer = Measurer(Ill(), journal)
         measurer.measure(requests(2, 4, 2, 4))
         for last in range(4):
-            (answer,) = measurer.measure([Request((1, last, 1, 0, 0, 0), 64)])
+            (answer,) = measurer.measure([Request(allocation=(1, last, 1, 0, 0, 0), tokens=64)])
             assert answer.loss == 2 * 7 / 64
         with pytest.raises(UserError, match="5 of 9"):
-            measurer.measure([Request((3, 0, 1, 0, 0, 0), 64)])
+            measurer.measure([Request(allocation=(3, 0, 1, 0, 0, 0), tokens=64)])
 
 
 def test_where_nothing_else_is_known_on_the_text_the_run_stops(path):

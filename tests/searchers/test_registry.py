@@ -38,7 +38,7 @@ class OnlyStarts:
         scored = {}
 
         def run():
-            outcomes = yield [Request(allocation, self.tokens) for allocation in problem.start]
+            outcomes = yield [Request(allocation=allocation, tokens=self.tokens) for allocation in problem.start]
             scored.update({outcome.request.allocation: outcome.loss for outcome in outcomes})
             return "the starts are measured"
 

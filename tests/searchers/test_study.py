@@ -82,7 +82,7 @@ def test_what_cannot_be_measured_is_not_chosen(space, landscape, tmp_path, split
                 for request in requests:
                     if request.allocation == poison and request.split == split:
                         self.requests.append(request)
-                        yield Outcome(request, {}, 0.0, failed="3 workers died")
+                        yield Outcome(request=request, measured={}, wall_s=0.0, failed="3 workers died")
                     else:
                         yield from super().evaluate([request])
 

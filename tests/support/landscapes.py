@@ -34,7 +34,16 @@ def make_space(seed: int, num_units: int = 48, num_levels: int = 9) -> SearchSpa
         params = tuple(step * count for count in kept)
         part = ("attention", "mlp")[index % 2]
         units.append(
-            Unit(f"blocks.{index // 2}.{part}", "channels", part, index // 2, num_levels - 1, kept, params, params)
+            Unit(
+                name=f"blocks.{index // 2}.{part}",
+                kind="channels",
+                part=part,
+                block=index // 2,
+                total=num_levels - 1,
+                kept=kept,
+                params=params,
+                macs=params,
+            )
         )
     return SearchSpace("structured", tuple(units), {"params": 500, "macs": 500})
 
@@ -49,7 +58,18 @@ def make_uneven_space(seed: int, num_units: int = 48, num_levels: int = 9) -> Se
         between = np.sort(rng.choice(np.arange(1, total), length - 2, replace=False))[::-1]
         kept = (total, *between.tolist(), 0)
         params, part = tuple(step * count for count in kept), ("attention", "mlp")[index % 2]
-        units.append(Unit(f"blocks.{index // 2}.{part}", "channels", part, index // 2, total, kept, params, params))
+        units.append(
+            Unit(
+                name=f"blocks.{index // 2}.{part}",
+                kind="channels",
+                part=part,
+                block=index // 2,
+                total=total,
+                kept=kept,
+                params=params,
+                macs=params,
+            )
+        )
     return SearchSpace("structured", tuple(units), {"params": 500, "macs": 500})
 
 
@@ -82,7 +102,7 @@ class Landscape:
         for request in requests:
             parts = self.parts(request.allocation)[: request.tokens // TOKENS]
             measured = {"kl": float(parts.mean()), "nll": 2.0 + float(parts.mean())}
-            yield Outcome(request, measured, 0.0, sequence_losses=tuple(parts.tolist()))
+            yield Outcome(request=request, measured=measured, wall_s=0.0, sequence_losses=tuple(parts.tolist()))
 
     def optimum(self, budget: Budget) -> tuple[float, Allocation]:
         """Return the least loss within the budget, certified by a mixed-integer program, and where it is."""
@@ -214,11 +234,19 @@ class Bowl:
         """Return the answer to a request."""
         parts = self.parts(request.allocation)[: request.tokens // self.length]
         if request.blocks:
-            return Outcome(request, {FEATURES: float(parts.mean())}, 0.0, FEATURES, tuple(parts.tolist()))
+            return Outcome(
+                request=request,
+                measured={FEATURES: float(parts.mean())},
+                wall_s=0.0,
+                loss_name=FEATURES,
+                sequence_losses=tuple(parts.tolist()),
+            )
         measured = {"kl": float(parts.mean()), "nll": 2.0 + float(parts.mean())}
         told = self.gradients and request.probe == "expansion"
         expansion = self.expansion(request.allocation, request.tokens) if told else None
-        return Outcome(request, measured, 0.0, sequence_losses=tuple(parts.tolist()), expansion=expansion)
+        return Outcome(
+            request=request, measured=measured, wall_s=0.0, sequence_losses=tuple(parts.tolist()), expansion=expansion
+        )
 
     def optimum(self, budget: Budget) -> tuple[float, Allocation]:
         """Return the least loss within the budget, and where it is, if only neighbouring units interact.

@@ -114,15 +114,15 @@ def _build_structured_unit(
     )
     macs = tuple(count and floor(sub_block.used * (count * per_item + staying)) for count in kept)
     return Unit(
-        sub_block.name,
-        sub_block.kind,
-        sub_block.part,
-        sub_block.block,
-        sub_block.total,
-        kept,
-        params,
-        macs,
-        sub_block.group,
+        name=sub_block.name,
+        kind=sub_block.kind,
+        part=sub_block.part,
+        block=sub_block.block,
+        total=sub_block.total,
+        kept=kept,
+        params=params,
+        macs=macs,
+        group=sub_block.group,
     )
 
 
@@ -141,15 +141,15 @@ def _build_experts_unit(sub_block: SubBlock, checkpoint: Checkpoint, ladder: Seq
     params = tuple(count * (owned // sub_block.total) for count in kept)
     macs = tuple(count and count * columns + picked * expert for count in kept)
     return Unit(
-        sub_block.name,
-        sub_block.kind,
-        sub_block.part,
-        sub_block.block,
-        sub_block.total,
-        kept,
-        params,
-        macs,
-        sub_block.group,
+        name=sub_block.name,
+        kind=sub_block.kind,
+        part=sub_block.part,
+        block=sub_block.block,
+        total=sub_block.total,
+        kept=kept,
+        params=params,
+        macs=macs,
+        group=sub_block.group,
     )
 
 
@@ -162,7 +162,16 @@ def _build_matrix_unit(
     counts = {columns, *(round(columns * (1.0 - min(1.0, s))) for s in ladder if s > 0)}
     kept = tuple(rows * count for count in sorted(counts, reverse=True))
     macs = tuple(itertools.repeat(floor(sub_block.used * rows * columns), len(kept)))
-    return Unit(module, "matrix", sub_block.part, sub_block.block, rows * columns, kept, kept, macs)
+    return Unit(
+        name=module,
+        kind="matrix",
+        part=sub_block.part,
+        block=sub_block.block,
+        total=rows * columns,
+        kept=kept,
+        params=kept,
+        macs=macs,
+    )
 
 
 def _build_grouped_unit(module: str, sub_block: SubBlock, shape: Sequence[int], patterns: Sequence[str]) -> Unit:
@@ -178,4 +187,14 @@ def _build_grouped_unit(module: str, sub_block: SubBlock, shape: Sequence[int], 
         )
     kept = (total, *(total // group * count for count in counts))
     macs = tuple(itertools.repeat(floor(sub_block.used * total), len(kept)))
-    return Unit(module, "matrix", sub_block.part, sub_block.block, total, kept, kept, macs, group)
+    return Unit(
+        name=module,
+        kind="matrix",
+        part=sub_block.part,
+        block=sub_block.block,
+        total=total,
+        kept=kept,
+        params=kept,
+        macs=macs,
+        group=group,
+    )

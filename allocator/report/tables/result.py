@@ -28,7 +28,7 @@ LABELS = {
 """Labels of measured models, in the order in which they are shown."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """One measured model.
 

@@ -147,7 +147,7 @@ class Bayesian:
         self._asked = [(point, self._draw(point)) for point in points]
         drawn = [allocation for _, allocation in self._asked]
         allocations = dict.fromkeys([*self._start, *drawn] if first else drawn)
-        return [Request(allocation, self._settings.tokens) for allocation in allocations]
+        return [Request(allocation=allocation, tokens=self._settings.tokens) for allocation in allocations]
 
     def tell(self, outcomes: Sequence[Outcome]) -> None:
         """Add the outcomes to the trials from which the next proposals are made."""

@@ -105,7 +105,11 @@ def emo_pms(problem: SearchProblem, settings: EmoPmsSettings, known: dict[Alloca
     groups, span = _make_groups(space, settings.groups), find_ranges(space, budget, objectives[:1])[objectives[0]]
     bounded = [cost for cost, limit in budget.limits.items() if limit < space.cost(space.dense, cost)]
     costs = list(dict.fromkeys([*objectives, *bounded]))
-    known.update(_collect_losses((yield [Request(allocation, settings.tokens) for allocation in problem.start])))
+    known.update(
+        _collect_losses(
+            (yield [Request(allocation=allocation, tokens=settings.tokens) for allocation in problem.start])
+        )
+    )
     bred: list[list[Levels]] = [[] for _ in groups]
     for number in range(settings.rounds):
         base = _find_nearest(space, objectives[0], known, _find_place(number), span)
@@ -126,13 +130,17 @@ def emo_pms(problem: SearchProblem, settings: EmoPmsSettings, known: dict[Alloca
             [group.into(base, levels) for levels in members] for group, members in zip(groups, options, strict=True)
         ]
         candidates = dict.fromkeys(allocation for members in plugged for allocation in members)
-        losses = _collect_losses((yield [Request(allocation, settings.profile) for allocation in candidates]))
+        losses = _collect_losses(
+            (yield [Request(allocation=allocation, tokens=settings.profile) for allocation in candidates])
+        )
         impairments = [[losses[allocation] - losses[base] for allocation in members] for members in plugged]
         merged = _merge(space, budget, objectives, costs, groups, options, impairments)
         new = [scheme for scheme in merged if scheme not in known]
         chosen = dict.fromkeys(round(index) for index in np.linspace(0, len(new) - 1, min(settings.schemes, len(new))))
         if chosen:
-            known.update(_collect_losses((yield [Request(new[index], settings.tokens) for index in chosen])))
+            known.update(
+                _collect_losses((yield [Request(allocation=new[index], tokens=settings.tokens) for index in chosen]))
+            )
     return f"all {settings.rounds} rounds over {len(groups)} groups are done"
 
 
@@ -215,7 +223,7 @@ class _Local:
 
     def _request(self, row: Sequence[int]) -> Request:
         allocation = self._group.into(self._before, tuple(int(level) for level in row))
-        return Request(allocation, self._settings.profile, blocks=self._group.end)
+        return Request(allocation=allocation, tokens=self._settings.profile, blocks=self._group.end)
 
 
 def _make_population(

@@ -219,7 +219,7 @@ class ExchangeEvolution:
             return []
         tokens = self._settings.tokens[self._stage]
         training = self._settings.training[self._stage] if self._settings.training else 0
-        return [Request(allocation, tokens, training=training) for allocation in self._candidates]
+        return [Request(allocation=allocation, tokens=tokens, training=training) for allocation in self._candidates]
 
     def tell(self, outcomes: Sequence[Outcome]) -> None:
         """Keep the survivors of the stage, or begin the next generation."""

@@ -117,7 +117,7 @@ class Nsga:
         self._generation = 0
         self._algorithm: Any = None
         self._bred: Population | None = None
-        self._asked = [Request(allocation, settings.profile) for allocation in self._profile]
+        self._asked = [Request(allocation=allocation, tokens=settings.profile) for allocation in self._profile]
         self._end = ""
         if not self._asked:
             self._begin({})
@@ -166,7 +166,9 @@ class Nsga:
         if self._bred is None or not len(self._bred):
             self._end = "nothing new is bred"
             return
-        self._asked = [Request(_to_allocation(row), self._settings.tokens) for row in self._bred.get("X")]
+        self._asked = [
+            Request(allocation=_to_allocation(row), tokens=self._settings.tokens) for row in self._bred.get("X")
+        ]
 
     def _population(self, losses: dict[Allocation, float]) -> list[Allocation]:
         """Return distinct allocations: starts, members of the profile's front, equal sparsities, random ones."""

@@ -95,7 +95,7 @@ class SteadyEvolution:
         """
         if self._asked == 0:
             self._asked += 1
-            return [Request(allocation, self._settings.tokens[-1]) for allocation in self._start]
+            return [Request(allocation=allocation, tokens=self._settings.tokens[-1]) for allocation in self._start]
         if self._asked > self._settings.trials:
             self._end = f"all {self._settings.trials} proposals are done"
             return []
@@ -136,7 +136,7 @@ class SteadyEvolution:
                 waiting = [allocation for allocation in scored if allocation not in promoted]
                 best = min(waiting, key=lambda allocation: (scored[allocation], allocation))
                 promoted.add(best)
-                return Request(best, self._settings.tokens[rung + 1])
+                return Request(allocation=best, tokens=self._settings.tokens[rung + 1])
         return None
 
     def _child(self) -> Request | None:
@@ -152,5 +152,5 @@ class SteadyEvolution:
         ):
             if child not in self._seen:
                 self._seen.add(child)
-                return Request(child, self._settings.tokens[0])
+                return Request(allocation=child, tokens=self._settings.tokens[0])
         return None

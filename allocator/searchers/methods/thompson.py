@@ -87,7 +87,7 @@ class Thompson:
 
     def ask(self) -> Sequence[Request]:
         """Return the starts, then the best allocations of draws of the model."""
-        return [Request(allocation, self._settings.tokens) for allocation in self._candidates]
+        return [Request(allocation=allocation, tokens=self._settings.tokens) for allocation in self._candidates]
 
     def tell(self, outcomes: Sequence[Outcome]) -> None:
         """Learn from the outcomes, and draw the next batch."""

@@ -39,7 +39,7 @@ class RuleTokens:
 
 def sweep_two_rate(space: SearchSpace, budget: Budget, target: float, tokens: RuleTokens) -> Procedure:
     """Measure every two-rate allocation and return the best. See ``baselines.two_rate``."""
-    outcomes = yield [Request(allocation, tokens.all) for allocation in two_rate(space, budget)]
+    outcomes = yield [Request(allocation=allocation, tokens=tokens.all) for allocation in two_rate(space, budget)]
     return _best(outcomes).request.allocation
 
 
@@ -60,7 +60,7 @@ def atp(space: SearchSpace, budget: Budget, target: float, tokens: RuleTokens) -
     for step in range(1, _SLOPES + 1):
         line = steepest * step / _SLOPES * depth
         candidates[apportion(space, budget, partial(np.add, line), -1.0, 2.0)] = None
-    outcomes = yield [Request(allocation, tokens.all) for allocation in candidates]
+    outcomes = yield [Request(allocation=allocation, tokens=tokens.all) for allocation in candidates]
     return _best(outcomes).request.allocation
 
 
@@ -79,7 +79,7 @@ def finercut(space: SearchSpace, budget: Budget, target: float, tokens: RuleToke
     allocation, last = space.dense, list[int]()
     while not fits(space, allocation, budget):
         candidates = {_drop(space, allocation, inside): key for key, inside in parts.items()}
-        outcomes = yield [Request(candidate, tokens.few) for candidate in candidates]
+        outcomes = yield [Request(allocation=candidate, tokens=tokens.few) for candidate in candidates]
         allocation = _best(outcomes).request.allocation
         last = parts.pop(candidates[allocation])
     return refill(space, allocation, budget, last)
@@ -102,7 +102,7 @@ def adapt_pruner(space: SearchSpace, budget: Budget, target: float, tokens: Rule
     blocks = np.array([unit.block for unit in space.units])
     sparsities, allocation = np.zeros(len(blocks)), space.dense
     for step in range(1, steps + 1):
-        (outcome,) = yield [Request(allocation, tokens.few, probe="influence")]
+        (outcome,) = yield [Request(allocation=allocation, tokens=tokens.few, probe="influence")]
         influence = np.array([outcome.measured[f"influence.{block}"] for block in range(blocks.max() + 1)])
         centred = influence - influence.mean()
         scale = float(np.abs(centred).max()) or 1.0
@@ -125,7 +125,7 @@ def rd(space: SearchSpace, budget: Budget, target: float, tokens: RuleTokens) ->
         for index, unit in enumerate(space.units)
         for level in range(1, unit.num_levels)
     ]
-    outcomes = yield [Request(allocation, tokens.few) for allocation in [space.dense, *single]]
+    outcomes = yield [Request(allocation=allocation, tokens=tokens.few) for allocation in [space.dense, *single]]
     losses = {outcome.request.allocation: outcome.loss for outcome in outcomes}
     distortions = iter([losses[allocation] - losses[space.dense] for allocation in single])
     table = [[0.0, *(next(distortions) for _ in range(1, unit.num_levels))] for unit in space.units]
@@ -175,10 +175,10 @@ def _run(
     procedure: Procedure, start: Sequence[Allocation], tokens: RuleTokens, losses: dict[Allocation, float]
 ) -> Script:
     if start:
-        outcomes = yield [Request(allocation, tokens.all) for allocation in dict.fromkeys(start)]
+        outcomes = yield [Request(allocation=allocation, tokens=tokens.all) for allocation in dict.fromkeys(start)]
         losses.update({outcome.request.allocation: outcome.loss for outcome in outcomes})
     answer = yield from procedure
-    outcomes = yield [Request(answer, tokens.all)]
+    outcomes = yield [Request(allocation=answer, tokens=tokens.all)]
     losses.update({outcome.request.allocation: outcome.loss for outcome in outcomes})
     return "the rule has come to its answer"
 

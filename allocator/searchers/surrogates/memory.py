@@ -49,7 +49,7 @@ class Memory:
 
     def measure(self, allocations: Iterable[Allocation], tokens: int) -> Measuring:
         """Request what was not measured yet, and return the outcomes of all allocations, in order."""
-        requests = [Request(allocation, tokens) for allocation in dict.fromkeys(allocations)]
+        requests = [Request(allocation=allocation, tokens=tokens) for allocation in dict.fromkeys(allocations)]
         if unknown := [request for request in requests if request.key not in self._known]:
             for outcome in (yield unknown):
                 self._known[outcome.request.key] = outcome
@@ -70,7 +70,7 @@ class Memory:
         full = [
             outcome
             for outcome in self._known.values()
-            if outcome.request == Request(outcome.request.allocation, self.tokens[-1])
+            if outcome.request == Request(allocation=outcome.request.allocation, tokens=self.tokens[-1])
         ]
         self._filling = [
             (outcome.loss, outcome.request.allocation)
@@ -115,7 +115,7 @@ class Memory:
             yield from self.compare([self._step(int(unit)) for unit in units], few)
 
     def _expand(self, tokens: int) -> Steps:
-        request = Request(self.centre, tokens, probe="expansion")
+        request = Request(allocation=self.centre, tokens=tokens, probe="expansion")
         if not self.gradients:
             return
         if (outcome := self._known.get(request.key)) is None:
@@ -138,7 +138,7 @@ class Memory:
 
     def is_measured(self, allocation: Allocation, tokens: int) -> bool:
         """Whether an allocation was measured at a fidelity."""
-        return Request(allocation, tokens).key in self._known
+        return Request(allocation=allocation, tokens=tokens).key in self._known
 
     def is_measured_at_all(self, allocation: Allocation) -> bool:
         """Whether an allocation was measured at any fidelity."""
@@ -155,7 +155,7 @@ class Memory:
     @property
     def loss(self) -> float:
         """The loss of the centre at the last fidelity."""
-        return self._known[Request(self.centre, self.tokens[-1]).key].loss
+        return self._known[Request(allocation=self.centre, tokens=self.tokens[-1]).key].loss
 
     def rank(self) -> list[Allocation]:
         """Return the allocations that fill the budget and were measured at the last fidelity, best first."""

@@ -30,7 +30,16 @@ def export(executed: Any, folder: Path) -> dict[str, Any]:
 
 def test_ratios_are_whole_again_the_way_torch_pruning_rounds() -> None:
     for total in range(1, 130):
-        unit = Unit("unit", "channels", "mlp", 0, total, (*range(total, 0, -1),), (1,) * total, (1,) * total)
+        unit = Unit(
+            name="unit",
+            kind="channels",
+            part="mlp",
+            block=0,
+            total=total,
+            kept=(*range(total, 0, -1),),
+            params=(1,) * total,
+            macs=(1,) * total,
+        )
         for level in range(1, total):
             ratio = _ratio(unit, level)
             assert total - int(total * (1 - ratio)) == level, "of widths"

@@ -29,13 +29,37 @@ class Shape:
 
 
 def _items(kind, width, kept, group=None):
-    unit = Unit(f"layers.0.{kind}", kind, "mlp", 0, kept[0], kept, kept, kept, group)
+    unit = Unit(
+        name=f"layers.0.{kind}",
+        kind=kind,
+        part="mlp",
+        block=0,
+        total=kept[0],
+        kept=kept,
+        params=kept,
+        macs=kept,
+        group=group,
+    )
     return Shape(unit, width, width * kept[0])
 
 
 def _matrix(columns, shares, group=None):
     kept = tuple(ROWS * share for share in (columns, *shares))
-    return Shape(Unit("layers.0.up_proj", "matrix", "mlp", 0, ROWS * columns, kept, kept, kept, group), 1, columns)
+    return Shape(
+        Unit(
+            name="layers.0.up_proj",
+            kind="matrix",
+            part="mlp",
+            block=0,
+            total=ROWS * columns,
+            kept=kept,
+            params=kept,
+            macs=kept,
+            group=group,
+        ),
+        1,
+        columns,
+    )
 
 
 SHAPES = {
@@ -220,7 +244,21 @@ def _matrices(draw):
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     weight_oi = torch.from_numpy(rng.integers(-1, 2, size=(rows, columns))).float()
     inputs_ni = torch.from_numpy(rng.integers(0, 2, size=(draw(st.integers(1, 8)), columns))).float()
-    return Unit("up_proj", "matrix", "mlp", 0, rows * columns, kept, kept, kept, group), weight_oi, inputs_ni
+    return (
+        Unit(
+            name="up_proj",
+            kind="matrix",
+            part="mlp",
+            block=0,
+            total=rows * columns,
+            kept=kept,
+            params=kept,
+            macs=kept,
+            group=group,
+        ),
+        weight_oi,
+        inputs_ni,
+    )
 
 
 @pytest.mark.parametrize("name", pruners_for("n:m"))

@@ -12,7 +12,9 @@ from allocator.pruning.pruners.magnitude_wanda import Magnitude, Wanda
 
 ROWS, COLUMNS = 6, 10
 KEPT = tuple(ROWS * count for count in (10, 8, 7, 3, 0))
-UNIT = Unit("q_proj", "matrix", "attention", 0, ROWS * COLUMNS, KEPT, KEPT, KEPT)
+UNIT = Unit(
+    name="q_proj", kind="matrix", part="attention", block=0, total=ROWS * COLUMNS, kept=KEPT, params=KEPT, macs=KEPT
+)
 
 
 @pytest.fixture
@@ -57,7 +59,17 @@ def test_wanda_removes_the_smallest_scores_of_each_row(problem):
 def test_the_smallest_of_each_group_are_removed(problem, name, group, counts):
     weight, x = problem
     kept = tuple(ROWS * COLUMNS // group * count for count in (group, *counts))
-    unit = Unit("q_proj", "matrix", "attention", 0, ROWS * COLUMNS, kept, kept, kept, group)
+    unit = Unit(
+        name="q_proj",
+        kind="matrix",
+        part="attention",
+        block=0,
+        total=ROWS * COLUMNS,
+        kept=kept,
+        params=kept,
+        macs=kept,
+        group=group,
+    )
     removed_at = _levels(*((Magnitude(), weight) if name == "magnitude" else (Wanda(), weight, x)), unit=unit).numpy()
     scale = [1.0 if name == "magnitude" else np.sqrt((x[:, j] ** 2).sum()) for j in range(COLUMNS)]
     for level, count in enumerate(counts, 1):
@@ -87,7 +99,7 @@ def test_kept_counts_are_exact_and_levels_are_nested(problem, name, ties):
 def test_weights_that_every_level_keeps_are_marked(problem):
     weight, _ = problem
     kept = (60, 54)
-    unit = Unit("q_proj", "matrix", "attention", 0, 60, kept, kept, kept)
+    unit = Unit(name="q_proj", kind="matrix", part="attention", block=0, total=60, kept=kept, params=kept, macs=kept)
     removed_at = Magnitude().levels(unit_problem(unit, torch.from_numpy(weight), Nothing(COLUMNS), [1]))["removed_at"]
     assert sorted(removed_at.unique().tolist()) == [1, NEVER]
 

@@ -75,7 +75,7 @@ def test_refit_of_everything_is_the_dense_weight():
 
 
 def _unit(kind, total, kept):
-    return Unit("layers.0.mlp", kind, "mlp", 0, total, kept, kept, kept)
+    return Unit(name="layers.0.mlp", kind=kind, part="mlp", block=0, total=total, kept=kept, params=kept, macs=kept)
 
 
 @pytest.mark.parametrize("width", [1, 4])
@@ -164,7 +164,17 @@ def _gathered(x, batch=64):
 
 def _heads(groups, per_group, kept):
     costs = tuple(kept)
-    return Unit("layers.0.attn", "query_heads", "attention", 0, groups * per_group, costs, costs, costs, per_group)
+    return Unit(
+        name="layers.0.attn",
+        kind="query_heads",
+        part="attention",
+        block=0,
+        total=groups * per_group,
+        kept=costs,
+        params=costs,
+        macs=costs,
+        group=per_group,
+    )
 
 
 @pytest.mark.parametrize(("groups", "per_group", "width"), [(2, 4, 3), (3, 3, 1), (1, 5, 2), (4, 2, 2)])

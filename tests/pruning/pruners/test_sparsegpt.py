@@ -25,7 +25,17 @@ def _problem(seed, tokens, inputs, outputs):
 def _unit(rows, columns, kept, group=None):
     total = rows * columns
     kept = (total, *kept)
-    return Unit("layers.0.mlp.up_proj", "matrix", "mlp", 0, total, kept, kept, kept, group)
+    return Unit(
+        name="layers.0.mlp.up_proj",
+        kind="matrix",
+        part="mlp",
+        block=0,
+        total=total,
+        kept=kept,
+        params=kept,
+        macs=kept,
+        group=group,
+    )
 
 
 def _gram(x):

@@ -80,17 +80,17 @@ def test_a_group_is_measured_alone_behind_its_pruned_predecessors(deep, landscap
 def test_a_local_evaluation_costs_one_over_the_number_of_groups(deep):
     """Beside the one pass through what comes before, which a generation shares."""
     base, tokens = (2,) * 8, 64
-    whole = candidate_tokens(deep, [Request(base, tokens)])[0]
+    whole = candidate_tokens(deep, [Request(allocation=base, tokens=tokens)])[0]
     head = tokens * deep.fixed["macs"] / deep.cost(deep.dense, "macs")
     for end in (2, 4, 6, 8):
         others = [(*base[: end - 2], a, b, *[0] * (8 - end)) for a, b in [(2, 2), (1, 3), (3, 1), (4, 0)]]
-        costs = candidate_tokens(deep, [Request(a, tokens, blocks=end) for a in others])
-        alone = candidate_tokens(deep, [Request(others[0], tokens, blocks=end)])[0]
+        costs = candidate_tokens(deep, [Request(allocation=a, tokens=tokens, blocks=end) for a in others])
+        alone = candidate_tokens(deep, [Request(allocation=others[0], tokens=tokens, blocks=end)])[0]
         assert alone == pytest.approx((whole - head) * end / 8)
         assert sum(costs) <= alone + 3 * tokens * 2 * 90 * 3 / deep.cost(deep.dense, "macs")
-    assert candidate_tokens(deep, [Request((*base[:2], *[0] * 6), tokens, blocks=2)])[0] == pytest.approx(
-        (whole - head) / 4
-    )
+    assert candidate_tokens(deep, [Request(allocation=(*base[:2], *[0] * 6), tokens=tokens, blocks=2)])[
+        0
+    ] == pytest.approx((whole - head) / 4)
 
 
 def test_groups_evolve_side_by_side(deep, landscape):
@@ -210,9 +210,14 @@ def test_features_are_what_local_evolution_sees(deep):
             for request in requests:
                 levels = np.array(request.allocation)
                 if request.blocks:
-                    yield Outcome(request, {FEATURES: float(levels[request.blocks - 2])}, 0.0, FEATURES)
+                    yield Outcome(
+                        request=request,
+                        measured={FEATURES: float(levels[request.blocks - 2])},
+                        wall_s=0.0,
+                        loss_name=FEATURES,
+                    )
                 else:
-                    yield Outcome(request, {"kl": float(levels[1::2].sum()), "nll": 0.0}, 0.0)
+                    yield Outcome(request=request, measured={"kl": float(levels[1::2].sum()), "nll": 0.0}, wall_s=0.0)
 
     settings = EmoPmsSettings(groups=4, rounds=1, generations=12, population=16, schemes=6, profile=64, tokens=128)
     batches = _batches(deep, Contrary(), settings)

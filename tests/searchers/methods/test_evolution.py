@@ -81,7 +81,11 @@ class Recovering:
     def evaluate(self, requests):
         for request in requests:
             kl = self.kl(request.allocation)
-            yield Outcome(request, {"kl": 9.0 - kl, "kl_before": kl} if request.training else {"kl": kl}, 0.0)
+            yield Outcome(
+                request=request,
+                measured={"kl": 9.0 - kl, "kl_before": kl} if request.training else {"kl": kl},
+                wall_s=0.0,
+            )
 
 
 def test_what_recovers_survives(run, make_space):
@@ -151,7 +155,7 @@ def test_blocks_that_only_help_when_they_go_together_are_found(run, make_space):
 
         def evaluate(self, requests):
             for request in requests:
-                yield Outcome(request, {"kl": self.kl(request.allocation)}, 0.0)
+                yield Outcome(request=request, measured={"kl": self.kl(request.allocation)}, wall_s=0.0)
 
     landscape = Landscape()
     make = _maker(generations=150, offspring=16, patience=150, tokens=(64,), survivors=(1,))

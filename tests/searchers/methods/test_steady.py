@@ -110,7 +110,7 @@ def test_one_in_so_many_goes_on_and_it_is_the_best(go, space, landscape):
             scored.append(request.allocation)
         else:
             waiting = [a for a in scored if a not in promoted]
-            best = min(waiting, key=lambda a: (next(truth.evaluate([Request(a, 64)])).loss, a))
+            best = min(waiting, key=lambda a: (next(truth.evaluate([Request(allocation=a, tokens=64)])).loss, a))
             assert request.allocation == best
             promoted.append(request.allocation)
             assert len(promoted) == len(scored) // 4

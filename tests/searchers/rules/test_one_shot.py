@@ -24,7 +24,18 @@ def fine():
     for index in range(BLOCKS * PER_BLOCK):
         rows, columns = SIZES[index % PER_BLOCK]
         counts = tuple(round(rows * columns * kept / STEPS) for kept in range(STEPS, -1, -1))
-        units.append(Unit(f"m{index}", "matrix", "mlp", index // PER_BLOCK, counts[0], counts, counts, counts))
+        units.append(
+            Unit(
+                name=f"m{index}",
+                kind="matrix",
+                part="mlp",
+                block=index // PER_BLOCK,
+                total=counts[0],
+                kept=counts,
+                params=counts,
+                macs=counts,
+            )
+        )
     return SearchSpace("unstructured", tuple(units), {"params": 500, "macs": 500})
 
 
@@ -158,14 +169,14 @@ def test_a_threshold_leaves_a_twentieth_of_every_matrix(fine):
 def structured(*ladders, blocks):
     units = tuple(
         Unit(
-            f"u{index}",
-            "channels",
-            "mlp",
-            block,
-            len(ladder) - 1,
-            tuple(range(len(ladder) - 1, -1, -1)),
-            ladder,
-            ladder,
+            name=f"u{index}",
+            kind="channels",
+            part="mlp",
+            block=block,
+            total=len(ladder) - 1,
+            kept=tuple(range(len(ladder) - 1, -1, -1)),
+            params=ladder,
+            macs=ladder,
         )
         for index, (ladder, block) in enumerate(zip(ladders, blocks, strict=True))
     )

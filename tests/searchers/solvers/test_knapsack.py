@@ -259,7 +259,16 @@ def test_nothing_but_answers_goes_to_standard_output(capfd):
     for _ in range(150):
         costs = rng.integers(100, 4000, size=(2, 16, 8)).cumsum(axis=-1)[..., ::-1].tolist()
         units = tuple(
-            Unit(f"u{u}", "channels", "mlp", u, 7, tuple(range(7, -1, -1)), tuple(costs[0][u]), tuple(costs[1][u]))
+            Unit(
+                name=f"u{u}",
+                kind="channels",
+                part="mlp",
+                block=u,
+                total=7,
+                kept=tuple(range(7, -1, -1)),
+                params=tuple(costs[0][u]),
+                macs=tuple(costs[1][u]),
+            )
             for u in range(16)
         )
         space = SearchSpace("structured", units, {"params": 0, "macs": 0})

@@ -30,11 +30,13 @@ def _model(bowl):
 
 def _expand(model, bowl, centre, *fidelities):
     for tokens in fidelities:
-        model.expand(bowl.outcome(Request(centre, tokens, probe="expansion")))
+        model.expand(bowl.outcome(Request(allocation=centre, tokens=tokens, probe="expansion")))
 
 
 def _difference(bowl, one, other, tokens=ALL):
-    return subtract(bowl.outcome(Request(one, tokens)), bowl.outcome(Request(other, tokens)))
+    return subtract(
+        bowl.outcome(Request(allocation=one, tokens=tokens)), bowl.outcome(Request(allocation=other, tokens=tokens))
+    )
 
 
 def _moved(centre, unit, level):
@@ -304,7 +306,14 @@ def test_a_loss_that_rounding_made_negative_turns_no_table_around():
     tables = []
     for loss in (1e-9, -1e-9):
         model = _model(bowl)
-        model.expand(Outcome(Request(CENTRE, ALL, probe="expansion"), {"kl": loss}, 0.0, expansion=expansion))
+        model.expand(
+            Outcome(
+                request=Request(allocation=CENTRE, tokens=ALL, probe="expansion"),
+                measured={"kl": loss},
+                wall_s=0.0,
+                expansion=expansion,
+            )
+        )
         model.refresh(CENTRE)
         tables.append(model.table_ul)
     assert np.array_equal(*tables)
@@ -330,8 +339,8 @@ def test_numbers_stay_finite(data, loss, scale):
     model = _model(bowl)
     for tokens in (ALL, FEW):
         expansion = Expansion(rows(rng.normal), rows(rng.random))
-        request = Request(CENTRE, tokens, probe="expansion")
-        model.expand(Outcome(request, {"kl": loss}, 0.0, expansion=expansion))
+        request = Request(allocation=CENTRE, tokens=tokens, probe="expansion")
+        model.expand(Outcome(request=request, measured={"kl": loss}, wall_s=0.0, expansion=expansion))
     known = [unit for unit in range(8) if rng.random() < data.draw(st.sampled_from([0.0, 0.5, 1.0]))]
     steps = [_step(bowl, CENTRE, unit) for unit in known]
     for one in [*steps, *(_random(bowl, rng) for _ in range(data.draw(st.integers(0, 5))))]:

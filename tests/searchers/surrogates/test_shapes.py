@@ -15,7 +15,16 @@ PAIRS = [EIGHTHS, [7 * kept for kept in EIGHTHS]]
 def _matrices(roles, blocks):
     ladder = tuple(EIGHTHS)
     units = (
-        Unit(f"model.layers.{block}.{part}.{name}", "matrix", part, block, 80, ladder, ladder, ladder)
+        Unit(
+            name=f"model.layers.{block}.{part}.{name}",
+            kind="matrix",
+            part=part,
+            block=block,
+            total=80,
+            kept=ladder,
+            params=ladder,
+            macs=ladder,
+        )
         for block in range(blocks)
         for part, names in roles.items()
         for name in names
