@@ -24,7 +24,7 @@ from allocator.core.journal import Journal
 from allocator.core.protocols import Outcome, Request
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Step:
     """The state after a batch of ``size`` outcomes; the other figures count from the journal's beginning."""
 
@@ -35,7 +35,7 @@ class _Step:
     volume: float
 
 
-_BEGUN = _Step(0, 0, 0.0, [], 0.0)
+_BEGUN = _Step(size=0, evaluations=0, tokens=0.0, front=[], volume=0.0)
 
 
 def is_likelihood(name: str) -> bool:

@@ -21,7 +21,7 @@ SHARED = ("tokens",)
 """Keys under ``search`` that methods read and that are no sections of settings."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
     """A search method, as runs name it.
 
@@ -42,21 +42,21 @@ class Method:
 
 
 METHODS: Mapping[str, Method] = {
-    "auto": Method(AutoMethod),
-    "trust_region": Method(TrustRegionMethod),
-    "guided": Method(GuidedMethod),
-    "evolution": Method(EvolutionMethod),
-    "evopress": Method(EvolutionMethod, presets=PRESETS["evopress"]),
-    "darwinlm": Method(EvolutionMethod, presets=PRESETS["darwinlm"]),
-    "tyr": Method(EvolutionMethod, presets=PRESETS["tyr"]),
-    "steady": Method(SteadySettings, "steady"),
-    "sweep": Method(SweepMethod, one_budget=False, front="costs"),
-    "nsga2": Method(Nsga2Method, one_budget=False, front="any"),
-    "nsga3": Method(Nsga3Method, one_budget=False, front="any"),
-    "emo_pms": Method(EmoPmsSettings, "emo_pms", one_budget=False, front="costs"),
-    "tpe": Method(TpeSettings, "tpe", front="any"),
-    "gp": Method(GpSettings, "gp", front="any"),
-    "thompson": Method(ThompsonSettings, "thompson"),
+    "auto": Method(settings=AutoMethod),
+    "trust_region": Method(settings=TrustRegionMethod),
+    "guided": Method(settings=GuidedMethod),
+    "evolution": Method(settings=EvolutionMethod),
+    "evopress": Method(settings=EvolutionMethod, presets=PRESETS["evopress"]),
+    "darwinlm": Method(settings=EvolutionMethod, presets=PRESETS["darwinlm"]),
+    "tyr": Method(settings=EvolutionMethod, presets=PRESETS["tyr"]),
+    "steady": Method(settings=SteadySettings, section="steady"),
+    "sweep": Method(settings=SweepMethod, one_budget=False, front="costs"),
+    "nsga2": Method(settings=Nsga2Method, one_budget=False, front="any"),
+    "nsga3": Method(settings=Nsga3Method, one_budget=False, front="any"),
+    "emo_pms": Method(settings=EmoPmsSettings, section="emo_pms", one_budget=False, front="costs"),
+    "tpe": Method(settings=TpeSettings, section="tpe", front="any"),
+    "gp": Method(settings=GpSettings, section="gp", front="any"),
+    "thompson": Method(settings=ThompsonSettings, section="thompson"),
 }
 """By the name that ``search.method`` gives."""
 

@@ -114,7 +114,7 @@ class _SharedSettings:
         """
         names = minimised(loss, objectives)
         if objectives and len(names) == 1:
-            raise UserError(f"objectives: {names[0]} alone makes no front. Name a cost, or another domain, beside it")
+            raise UserError(f"objectives: {names[0]} alone makes no front. Name a cost or another domain as well")
         if self.method in METHODS:
             self._check_method(names, objectives)
         if objectives and self.rounds > 1:
@@ -133,7 +133,7 @@ class _SharedSettings:
         if method.front == "costs" and not set(objectives) <= set(COSTS):
             several = [name for name, other in METHODS.items() if other.front == "any"]
             raise UserError(
-                f"objectives: {self.method} serves the loss beside costs. Use --method {' or '.join(several)}"
+                f"objectives: {self.method} serves the loss and costs alone. Use --method {' or '.join(several)}"
             )
         if isinstance(settings := self.configured, ChecksObjectives):
             settings.check(names)

@@ -148,7 +148,7 @@ def test_likelihood_is_an_objective_beside_the_loss(tiny_model: Path, text_folde
         (["--text", "a.txt", "--set", "domains={a: x, b: y}"], "domains: they take the place of text"),
         (
             ["--set", "domains={a: x, b: y}", "--objective", "kl.a", "--objective", "params", "--method", "sweep"],
-            "objectives: sweep serves the loss beside costs. Use --method nsga2",
+            "objectives: sweep serves the loss and costs alone. Use --method nsga2",
         ),
     ],
 )

@@ -389,9 +389,12 @@ def test_page_of_a_finished_run(finished: Path) -> None:
     assert page.count("<svg") == 3
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page))
     assert "380 of 980 parameters are left" in text
-    assert "that is \N{MINUS SIGN}43.0% against uniform and \N{MINUS SIGN}8.8% against two-rate uniform." in text
+    assert (
+        "At the same budget this is \N{MINUS SIGN}43.0% against uniform and \N{MINUS SIGN}8.8% against two-rate uniform."
+        in text
+    )
     assert "layers.0.mlp channels 0 4 100.0% 50.0%" in text
-    assert "The level store read 4,096 calibration tokens" in text
+    assert "the level store took 4,096 calibration tokens" in text
     assert "allocator prune plan.json --out DIR" in text
     assert "obs, damping 0.01" in text
     assert str(finished.parent) not in page, "names in the page are relative"
@@ -484,7 +487,8 @@ def test_page_of_a_front(front_run: Path) -> None:
     chosen = re.search(r'<tr class="chosen"><td class="n">1</td>.*', page)
     assert chosen
     assert re.findall(r">([^<]+)</td>", chosen[0]) == ["1", "380", "300", "68.18%", "0.4000", "0.2000"]
-    assert "the reference point (kl 0.8000, params 980, macs 900): 0.2500 of it" in text
+    assert "dominates 0.2500 of the box" in text
+    assert "the reference point (kl 0.8000, params 980, macs 900)." in text
     assert "allocator plan . --index INDEX --out other.json" in text
     assert "Convergence" not in text, "the least loss within the budget is that of the densest member"
     drawn = {path.stem for path in (front_run / "figures").iterdir()}

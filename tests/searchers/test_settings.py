@@ -32,8 +32,8 @@ def test_methods_serve_a_front_or_the_loss_alone():
     SearchSettings(method="nsga3", nsga=NsgaSettings(population=4)).check_objectives("kl", ["kl.a", "kl.b"])
     refused = {
         r"thompson serves the loss alone. Use --method sweep or nsga2": ("thompson", ["params"]),
-        r"sweep serves the loss beside costs. Use --method nsga2 or nsga3 or tpe": ("sweep", ["params", "nll"]),
-        r"emo_pms serves the loss beside costs": ("emo_pms", ["kl.a", "params"]),
+        r"sweep serves the loss and costs alone. Use --method nsga2 or nsga3 or tpe": ("sweep", ["params", "nll"]),
+        r"emo_pms serves the loss and costs alone": ("emo_pms", ["kl.a", "params"]),
         r"kl\.a alone makes no front. Name a cost": ("nsga2", ["kl.a"]),
         r"nsga3 finds a front, and nothing is an objective": ("nsga3", []),
     }

@@ -110,8 +110,8 @@ def emo_pms(problem: SearchProblem, settings: EmoPmsSettings, known: dict[Alloca
     for number in range(settings.rounds):
         base = _find_nearest(space, objectives[0], known, _find_place(number), span)
         locals_ = [
-            _Local(space, group, base, costs, first, settings, [problem.seed, number, place])
-            for place, (group, first) in enumerate(zip(groups, bred, strict=True))
+            _Local(space, group, base, costs, first, settings, [problem.seed, number, index])
+            for index, (group, first) in enumerate(zip(groups, bred, strict=True))
         ]
         for _ in range(settings.generations + 1):
             asked = [local.ask() for local in locals_]
@@ -122,15 +122,17 @@ def emo_pms(problem: SearchProblem, settings: EmoPmsSettings, known: dict[Alloca
                 local.tell([told[request.key] for request in requests])
         bred = [local.front() for local in locals_]
         options = [list(dict.fromkeys([group.of(base), *front])) for group, front in zip(groups, bred, strict=True)]
-        plugged = [[group.into(base, levels) for levels in own] for group, own in zip(groups, options, strict=True)]
-        wanted = dict.fromkeys(allocation for own in plugged for allocation in own)
-        losses = _collect_losses((yield [Request(allocation, settings.profile) for allocation in wanted]))
-        impairments = [[losses[allocation] - losses[base] for allocation in own] for own in plugged]
+        plugged = [
+            [group.into(base, levels) for levels in members] for group, members in zip(groups, options, strict=True)
+        ]
+        candidates = dict.fromkeys(allocation for members in plugged for allocation in members)
+        losses = _collect_losses((yield [Request(allocation, settings.profile) for allocation in candidates]))
+        impairments = [[losses[allocation] - losses[base] for allocation in members] for members in plugged]
         merged = _merge(space, budget, objectives, costs, groups, options, impairments)
         new = [scheme for scheme in merged if scheme not in known]
-        chosen = dict.fromkeys(round(place) for place in np.linspace(0, len(new) - 1, min(settings.schemes, len(new))))
+        chosen = dict.fromkeys(round(index) for index in np.linspace(0, len(new) - 1, min(settings.schemes, len(new))))
         if chosen:
-            known.update(_collect_losses((yield [Request(new[place], settings.tokens) for place in chosen])))
+            known.update(_collect_losses((yield [Request(new[index], settings.tokens) for index in chosen])))
     return f"all {settings.rounds} rounds over {len(groups)} groups are done"
 
 
@@ -150,12 +152,12 @@ class _Group:
 
     def of(self, allocation: Allocation) -> Levels:
         """Return the group's part of an allocation."""
-        return tuple(allocation[place] for place in self.places)
+        return tuple(allocation[index] for index in self.places)
 
     def into(self, allocation: Allocation, levels: Levels) -> Allocation:
         """Return an allocation with other levels for the group."""
-        own = dict(zip(self.places, levels, strict=True))
-        return tuple(own.get(place, level) for place, level in enumerate(allocation))
+        changed = dict(zip(self.places, levels, strict=True))
+        return tuple(changed.get(index, level) for index, level in enumerate(allocation))
 
 
 def _make_groups(space: SearchSpace, count: int) -> list[_Group]:
@@ -164,7 +166,7 @@ def _make_groups(space: SearchSpace, count: int) -> list[_Group]:
     found = []
     for run in np.array_split(blocks, min(count, len(blocks))):
         start, end = int(run[0]), int(run[-1]) + 1
-        places = tuple(place for place, unit in enumerate(space.units) if start <= unit.block < end)
+        places = tuple(index for index, unit in enumerate(space.units) if start <= unit.block < end)
         found.append(_Group(places, start, end))
     return found
 
@@ -185,7 +187,7 @@ class _Local:
         self._space, self._group, self._costs, self._settings = space, group, costs, settings
         # later blocks are not run
         self._before = tuple(lv if unit.block < group.end else 0 for lv, unit in zip(base, space.units, strict=True))
-        units = [space.units[place] for place in group.places]
+        units = [space.units[index] for index in group.places]
         drawn = int(np.random.SeedSequence(seed).generate_state(1)[0])
         population = _make_population([unit.num_levels for unit in units], [group.of(base), *first], settings, drawn)
         self._nsga = make_nsga("nsga2", units, population, settings.population, 1 + len(costs), drawn)
@@ -209,7 +211,7 @@ class _Local:
         best = self._nsga.opt
         order = np.lexsort((best.get("F")[:, 0], best.get("F")[:, 1]))
         places = dict.fromkeys(np.linspace(0, len(order) - 1, min(len(order), self._settings.population)).round())
-        return [tuple(int(level) for level in best.get("X")[order[int(place)]]) for place in places]
+        return [tuple(int(level) for level in best.get("X")[order[int(index)]]) for index in places]
 
     def _request(self, row: Sequence[int]) -> Request:
         allocation = self._group.into(self._before, tuple(int(level) for level in row))
@@ -239,14 +241,14 @@ def _find_place(number: int) -> float:
 
 
 def _find_nearest(
-    space: SearchSpace, cost: Cost, known: Mapping[Allocation, float], place: float, span: tuple[int, int]
+    space: SearchSpace, cost: Cost, known: Mapping[Allocation, float], share: float, span: tuple[int, int]
 ) -> Allocation:
     """Return the member of the known front that is nearest to a share of the range of a cost."""
     allocations = list(known)
     spent = np.array([space.cost(allocation, cost) for allocation in allocations])
     front = non_dominated(np.column_stack([spent, [known[allocation] for allocation in allocations]]))
     low, high = span
-    return allocations[min(front, key=lambda member: abs(spent[member] - low - place * (high - low)))]
+    return allocations[min(front, key=lambda member: abs(spent[member] - low - share * (high - low)))]
 
 
 def _merge(
@@ -264,26 +266,28 @@ def _merge(
     where another does not.
     """
     figures, schemes = np.zeros((1, 1 + len(costs))), np.zeros((1, 0), dtype=np.int64)
-    for group, own, losses in zip(groups, options, impairments, strict=True):
-        units = [space.units[place] for place in group.places]
+    for group, members, losses in zip(groups, options, impairments, strict=True):
+        units = [space.units[index] for index in group.places]
         spent = [
             [sum(u.costs(cost)[level] for u, level in zip(units, levels, strict=True)) for cost in costs]
-            for levels in own
+            for levels in members
         ]
         added = np.column_stack([losses, np.array(spent, dtype=float)])
         figures = (figures[:, None] + added).reshape(-1, added.shape[1])
-        schemes = np.column_stack([schemes.repeat(len(own), axis=0), np.tile(np.arange(len(own)), len(schemes))])
+        schemes = np.column_stack(
+            [schemes.repeat(len(members), axis=0), np.tile(np.arange(len(members)), len(schemes))]
+        )
         best = non_dominated(figures)
         figures, schemes = figures[best], schemes[best]
     inside, rows = list[Allocation](), list[int]()
     for row, scheme in enumerate(schemes.tolist()):
         allocation = space.dense
-        for group, own, pick in zip(groups, options, scheme, strict=True):
-            allocation = group.into(allocation, own[pick])
+        for group, members, pick in zip(groups, options, scheme, strict=True):
+            allocation = group.into(allocation, members[pick])
         if fits(space, allocation, budget):
             inside.append(allocation)
             rows.append(row)
-    return [inside[place] for place in non_dominated(figures[rows, : 1 + len(objectives)])]
+    return [inside[index] for index in non_dominated(figures[rows, : 1 + len(objectives)])]
 
 
 def _collect_losses(outcomes: Sequence[Outcome]) -> dict[Allocation, float]:

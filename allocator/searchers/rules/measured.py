@@ -134,7 +134,7 @@ def rd(space: SearchSpace, budget: Budget, target: float, tokens: RuleTokens) ->
 
 @dataclass(frozen=True, slots=True)
 class MeasuredRule:
-    """A rule that measures the model as it goes.
+    """A rule that measures the model in several steps.
 
     Attributes:
         run: Function of space, budget, target and tokens that returns the procedure.

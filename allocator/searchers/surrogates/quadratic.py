@@ -48,7 +48,7 @@ _REMEMBERED = 512
 """Number of newest differences that are learned from; older ones are further and further from the centre."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Expanded:
     """An expansion as arrays.
 
@@ -67,17 +67,23 @@ class Expanded:
     size_ul: np.ndarray
 
     @classmethod
-    def of(cls, outcome: Outcome, length: int) -> Expanded:
+    def from_outcome(cls, outcome: Outcome, length: int) -> Expanded:
         """Read an outcome with an expansion, and pad ladders to a length."""
         assert outcome.expansion is not None
         slope_ul, size_ul = (
             np.array([[*row, *[row[-1]] * (length - len(row))] for row in rows])
             for rows in (outcome.expansion.slope, outcome.expansion.size)
         )
-        return cls(outcome.request.allocation, outcome.request.tokens, outcome.loss, slope_ul, size_ul)
+        return cls(
+            allocation=outcome.request.allocation,
+            tokens=outcome.request.tokens,
+            loss=outcome.loss,
+            slope_ul=slope_ul,
+            size_ul=size_ul,
+        )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Observed:
     """A difference from an allocation that was expanded on all tokens.
 
@@ -114,7 +120,7 @@ class Quadratic:
 
     def expand(self, outcome: Outcome) -> None:
         """Take an expansion. From the next :meth:`refresh` on, the table is around the last one on all tokens."""
-        found = Expanded.of(outcome, self._arrays.price_ul.shape[1])
+        found = Expanded.from_outcome(outcome, self._arrays.price_ul.shape[1])
         self._expanded[found.allocation, found.tokens] = found
         if found.tokens == self._tokens:
             self._base = found
@@ -145,7 +151,7 @@ class Quadratic:
             left = change - float(base.slope_ul[self._units, level_u].sum())
             error = np.nan if difference.error is None else difference.error * difference.mean
             size_u, away = base.size_ul[self._units, level_u], len(moved) / len(level_u)
-            self._observed.append(_Observed(size_u, left, away, difference.tokens, error))
+            self._observed.append(_Observed(size_u=size_u, left=left, away=away, tokens=difference.tokens, error=error))
 
     def find_missing_curvatures(self, tokens: int) -> np.ndarray:
         """Return the units with several levels of which no single step on so many tokens was measured, [n]."""

@@ -13,7 +13,7 @@ _SAMPLING = 128.0
 """Relative variance of a difference on one token, while it is unknown."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
     """The difference of the losses of two allocations, measured on the same sequences.
 

@@ -219,7 +219,7 @@ def test_a_gone_sub_block_must_be_gone(structured: Any, tmp_path: Path) -> None:
     tensors = load_file(odd / "model.safetensors") | {f"{gone.module}.weight": torch.ones(gone.shape)}
     save_file(tensors, odd / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=rf"{gone.module}\.weight is \[.*\], and absent is planned"):
-        HuggingFace().check(replace(structured.source, checkpoint=odd))
+        HuggingFace().check(replace(structured.source, executed=odd))
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "phi3"])

@@ -107,7 +107,7 @@ def _differences(landscape, centre, others, tokens):
         each = landscape.parts(other)[:count] - landscape.parts(centre)[:count]
         size = (landscape.parts(other)[:count].mean() + landscape.parts(centre)[:count].mean()) / 2
         error = each.std(ddof=1) / size / np.sqrt(count) if count > 1 else None
-        yield Difference(other, centre, each.mean() / size, tokens, error)
+        yield Difference(allocation=other, reference=centre, value=each.mean() / size, tokens=tokens, error=error)
 
 
 def _steps(space, centre):

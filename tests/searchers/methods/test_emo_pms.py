@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from allocator.core.budget import Budget, fits
 from allocator.core.effort import candidate_tokens
+from allocator.core.front import pareto_front
 from allocator.core.protocols import FEATURES, Outcome, Request
 from allocator.searchers.methods.emo_pms import (
     EmoPmsSettings,
@@ -157,6 +158,21 @@ def test_on_an_additive_loss_merged_schemes_are_near_the_true_front(deep, landsc
         found = min(o.loss for o in measured if deep.cost(o.request.allocation) <= limit)
         best = losses[costs <= limit].min()
         assert found <= 1.1 * best * (1 + 1 / 128)
+
+
+def test_finalists_are_the_measured_front(deep, landscape):
+    start = [uniform(deep, Budget(params=deep.limit_for(share))) for share in (0.25, 0.5, 0.75)]
+    whole = Budget(params=deep.cost(deep.dense))
+    searcher = SETTINGS.make(SearchProblem(space=deep, budget=whole, objectives=["kl", "params"], start=start))
+    assert searcher.finalists() == []
+    measured = []
+    while requests := searcher.ask():
+        outcomes = list(landscape(deep).evaluate(requests))
+        measured += [outcome for outcome in outcomes if outcome.request.tokens == SETTINGS.tokens]
+        searcher.tell(outcomes)
+    front = [outcome.request.allocation for outcome in pareto_front(deep, measured, ["kl", "params"])]
+    assert searcher.finalists() == front
+    assert len(front) > 3
 
 
 def test_rounds_go_on_from_the_middle_then_the_quarters_then_the_eighths():

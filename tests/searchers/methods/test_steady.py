@@ -9,6 +9,7 @@ from allocator.core.journal import Journal
 from allocator.core.protocols import Request
 from allocator.searchers.loop import Measurer, search
 from allocator.searchers.methods.steady import SteadyEvolution, SteadySettings
+from allocator.searchers.problem import SearchProblem
 
 
 class Concurrent:
@@ -54,7 +55,8 @@ def go(space, tmp_path):
         budget = budget_for(space, 0.5)
         start = [repair(space, space.sparsest, budget, range(len(space.units)))]
         settings = SteadySettings(trials=trials, lag=lag, tokens=(64, 128), **more)
-        searcher = Recording(space, budget, start, settings, 3)
+        problem = SearchProblem(space=space, budget=budget, objectives=("kl",), start=start, seed=3)
+        searcher = Recording(problem, settings)
         path = tmp_path / f"{name}.jsonl"
         with Journal.create(path, JournalHeader(space=space)) as journal:
             for outcome in known:

@@ -192,7 +192,7 @@ def test_differences_of_whole_allocations_correct_curvatures_that_few_tokens_tol
     for unit in range(8):
         step = _step(bowl, CENTRE, unit)
         change = few.slope[unit][step[unit]] + false_u[unit] * few.size[unit][step[unit]]
-        model.observe(Difference(step, CENTRE, change, FEW, None))
+        model.observe(Difference(allocation=step, reference=CENTRE, value=change, tokens=FEW, error=None))
     model.refresh(CENTRE)
     told, before_ul, slope_ul = model.table_ul, model.deviation(), _exact(bowl, CENTRE, np.zeros(8))
     assert told == pytest.approx(_exact(bowl, CENTRE, false_u), abs=1e-9)
@@ -252,7 +252,7 @@ def test_an_estimate_is_between_what_was_measured_and_what_is_expected(seed, val
     assert min(value, expected) - slack <= mean <= max(value, expected) + slack
     assert deviation >= 0
     # sequences that differ by more than any change of the loss say nothing
-    model.observe(Difference((0, 0, 0, 0, 0, 0, 0, 0), CENTRE, 0.1, FEW, 1e9))
+    model.observe(Difference(allocation=(0,) * 8, reference=CENTRE, value=0.1, tokens=FEW, error=1e9))
     model.refresh(CENTRE)
     assert estimate(FEW)[0] == pytest.approx(model.predict(levels_nu)[0], abs=1e-6)
 
@@ -337,7 +337,8 @@ def test_numbers_stay_finite(data, loss, scale):
     for one in [*steps, *(_random(bowl, rng) for _ in range(data.draw(st.integers(0, 5))))]:
         error = data.draw(st.sampled_from([None, 0.0, 0.1]))
         # negative ones too: concave losses
-        model.observe(Difference(one, CENTRE, float(rng.normal()), data.draw(st.sampled_from([FEW, ALL])), error, 1.0))
+        value, tokens = float(rng.normal()), data.draw(st.sampled_from([FEW, ALL]))
+        model.observe(Difference(allocation=one, reference=CENTRE, value=value, tokens=tokens, error=error, mean=1.0))
     model.refresh(CENTRE)
     levels_nu = np.array([CENTRE, *(_random(bowl, rng) for _ in range(4))])
     for found in (
