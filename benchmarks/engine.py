@@ -366,7 +366,7 @@ def _block_macs(case: Case, allocation: Allocation, block: int) -> float:
 def switches(case: Case, scratch: Path) -> list[Row]:
     """One unit from level to level: seconds, and bytes copied of what is not the output projection."""
     engine = case.engine()
-    board, model = engine._switchboard, engine._walker.model
+    board, model = engine._level_switch, engine._walker.model
     assert board is not None
     first, again, dense, copied = [], [], [], 0
     for sub_block, unit in zip(case.spec.layout.sub_blocks, case.space.units, strict=True):

@@ -1,4 +1,4 @@
-"""The engine: one live model whose units are switched to an allocation and measured against the dense model."""
+"""The engine: one live model whose units are switched to an allocation, and measured against the dense model."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ from allocator.pruning.levels.execute import save_pruned
 from allocator.pruning.signals import cosines
 
 _CHECKED = 16
-"""Tokens on which a model, taken apart into blocks, is compared with itself."""
+"""Tokens on which a model that runs block by block is compared with the whole model."""
 
 BOUNDARY_BYTES = 256 << 20
-"""Memory for hidden states between blocks from which several allocations of a batch go on."""
+"""Memory for hidden states between blocks that several allocations of a batch share."""
 
 
 class Engine:
-    """Measures allocations on token sequences. One model, one device, no state between measurements."""
+    """Measures allocations on examples: one model, one device, and no result depends on earlier measurements."""
 
     def __init__(self, spec: EngineSpec, tokens: Mapping[str, Examples]) -> None:
         """Load the model.
 
         Args:
-            spec: What to load.
-            tokens: Examples of each split; a fidelity is a prefix of them.
+            spec: What the engine is made from.
+            tokens: Examples of each split. The examples of a fidelity are the first ones.
 
         Raises:
-            UserError: The device is not there.
+            UserError: This machine does not have the device.
         """
         check_device(spec.device)
         torch.set_num_threads(spec.threads)
@@ -58,11 +58,11 @@ class Engine:
         self._walker = self._load(spec.checkpoint)
         example = next(iter(self._tokens.values()))[:1]
         self._walker.check(example.first_tokens(_CHECKED).to(spec.device))
-        self._switchboard: LevelSwitch | None = None
+        self._level_switch: LevelSwitch | None = None
         if spec.store is not None:
             assembler = Assembler(spec.checkpoint, spec.layout, spec.space, spec.store, self._walker.model)
-            self._switchboard = LevelSwitch(self._walker.model, spec.layout, assembler)
-            self._expander = Expander(self._walker, spec.layout, spec.space, assembler, self._switchboard)
+            self._level_switch = LevelSwitch(self._walker.model, spec.layout, assembler)
+            self._expander = Expander(self._walker, spec.layout, spec.space, assembler, self._level_switch)
         self._trainer: Trainer | None = None
         if spec.store is not None and spec.training is not None:
             assert spec.layout.kind.generates, "causal language models alone are trained"
@@ -98,26 +98,31 @@ class Engine:
                 yield self._after_training(outcome) if outcome.request.training else outcome
 
     def expand(self, request: Request, index: int) -> ExpansionChunk:
-        """Return what one chunk of the text says of an expansion; :func:`combine_chunks` puts them together."""
-        assert not request.training, "an expansion is of what was not trained"
+        """Return one chunk of an expansion, on a part of the text; see :func:`combine_chunks`.
+
+        Args:
+            request: The allocation to expand around, and the fidelity.
+            index: Index of the chunk.
+        """
+        assert not request.training, "an expansion is around an untrained allocation"
         start_s = time.perf_counter()
         batches = self._teacher.batches(request.split, request.tokens, self._spec.loss)
         edges = [0, *accumulate(batch.examples.num_tokens for batch in batches)]
-        own = slice(index * BATCHES_PER_CHUNK, (index + 1) * BATCHES_PER_CHUNK)
-        start, end = edges[own.start], edges[min(own.stop, len(batches))]
+        part = slice(index * BATCHES_PER_CHUNK, (index + 1) * BATCHES_PER_CHUNK)
+        start, end = edges[part.start], edges[min(part.stop, len(batches))]
         every = -(-request.tokens // EXPANSION_POSITIONS)
-        # evenly spaced; not the first, on which attention may be sunk
-        some = range((every // 2 - start) % every, end - start, every)
+        # evenly spaced, and not the first position, which may be an attention sink
+        sampled = range((every // 2 - start) % every, end - start, every)
         self._switch(request.allocation, wide=True)
-        chunk = self._expander.expand(request.allocation, self._teacher, batches[own], some)
+        chunk = self._expander.expand(request.allocation, self._teacher, batches[part], sampled)
         return replace(chunk, wall_s=time.perf_counter() - start_s)
 
     def measure_checkpoint(self, folder: Path, split: str, tokens: int) -> dict[str, float]:
-        """Load a saved checkpoint and measure its distance from the dense model, and what the text says of it.
+        """Load a saved checkpoint, and measure its distance from the dense model and from the text.
 
         Returns:
-            ``kl`` from the dense model, or ``hidden`` where there are no logits; ``nll`` where something is wanted,
-            with the ``perplexity`` of text, and the ``accuracy`` of what classifies.
+            ``kl`` from the dense model, or ``hidden`` if the model has no logits. If the examples have right answers,
+            ``nll``, with the ``perplexity`` of a model that generates, or the ``accuracy`` of one that classifies.
         """
         walker, kind = self._load(read_checkpoint(folder)), self._walker.kind
         batches = self._teacher.batches(split, tokens, "kl" if kind.logits else "hidden")
@@ -130,9 +135,12 @@ class Engine:
         """Save a checkpoint, reload it, count its parameters and measure it on the test split.
 
         Args:
-            execution: What to save, and how.
-            tokens: Tokens of the test split.
-            notify: Hears what a user should know of pruning, after the checkpoint's name.
+            execution: The allocation to save, and how its weights are made.
+            tokens: Number of tokens of the test split.
+            notify: Called with messages of the pruner, each after the checkpoint's name.
+
+        Returns:
+            ``params``, and the measurements of :meth:`measure_checkpoint`.
         """
         spec = self._spec
         if execution.recompute:
@@ -151,7 +159,7 @@ class Engine:
         return BlockWalker(model, self._spec.layout)
 
     def _measure_group(self, requests: Sequence[Request]) -> Iterator[Outcome]:
-        """Measure requests on the same tokens, one after the other, from the boundary up to which they agree."""
+        """Measure requests on the same tokens, each from the boundary up to which it agrees with an earlier one."""
         start_s = time.perf_counter()
         walker = self._walker
         split, tokens = requests[0].split, requests[0].tokens
@@ -169,7 +177,7 @@ class Engine:
             kept.update({boundary: [] for boundary in step.keep if boundary > step.start})
             sums: list[LossSums] = []
             errors: list[torch.Tensor] = []
-            # the path before agrees with this one up to where this one starts
+            # up to its start, this path agrees with the one before
             turned = [*turned[: step.start], *[0.0] * (len(walker.blocks) - step.start)]
             for number, (batch, hidden_btd) in enumerate(zip(batches, entering, strict=True)):
                 for index in range(step.start, request.blocks or len(walker.blocks)):
@@ -190,10 +198,10 @@ class Engine:
                 name = self._spec.loss
                 measured, parts = self._means(sums, batches)
             if request.probe == "influence":
-                each = [walker.residual(i, embedded[0]).shape[1] for i in range(len(turned))]  # positions of an example
-                examples = sum(len(state) for state in embedded)
+                positions = [walker.residual(i, embedded[0]).shape[1] for i in range(len(turned))]  # of one example
+                count = sum(len(state) for state in embedded)
                 measured.update(
-                    {f"influence.{i}": t / (examples * n) for i, (t, n) in enumerate(zip(turned, each, strict=True))}
+                    {f"influence.{i}": t / (count * n) for i, (t, n) in enumerate(zip(turned, positions, strict=True))}
                 )
             now_s = time.perf_counter()
             yield Outcome(
@@ -202,11 +210,11 @@ class Engine:
             start_s = time.perf_counter()
 
     def _after_training(self, before: Outcome) -> Outcome:
-        """Return what is measured after training, with the loss of what was measured before."""
+        """Return the outcome after training, with the loss before training."""
         start_s = time.perf_counter()
         assert self._trainer is not None, "the run says how to train"
         request, loss = before.request, self._spec.loss
-        # a whole split is a search's last word on an allocation: nothing will go on from it
+        # no stage follows the one that measures on the whole split
         keep = request.tokens < self._tokens[request.split].num_tokens
         walker = BlockWalker(self._trainer.train(request, keep), self._spec.layout)
         measured, parts = self._score(walker, self._teacher.batches(request.split, request.tokens, loss))
@@ -222,18 +230,18 @@ class Engine:
     def _score(
         self, walker: BlockWalker, batches: Sequence[TeacherBatch]
     ) -> tuple[dict[str, float], tuple[float, ...]]:
-        """Measure a whole model."""
+        """Return the measurements of a model that runs as a whole."""
         sums = [self._teacher.score(batch, walker, walker.run_all(walker.embed(batch.examples))) for batch in batches]
         return self._means(sums, batches)
 
     def _means(
         self, sums: Sequence[LossSums], batches: Sequence[TeacherBatch]
     ) -> tuple[dict[str, float], tuple[float, ...]]:
-        """Return measurements by name, also those of every domain, and the loss of each sequence."""
+        """Return measurements by name, with those of every domain, and the loss of each sequence."""
         loss, domains = batches[0].loss, self._spec.domains
         measured, parts = _means(sums, loss, sum(batch.positions for batch in batches))
-        of_each = ((name, parts[place :: len(domains)]) for place, name in enumerate(domains))
-        return {**measured, **{f"{loss}.{name}": sum(own) / len(own) for name, own in of_each if own}}, parts
+        by_domain = ((name, parts[index :: len(domains)]) for index, name in enumerate(domains))
+        return {**measured, **{f"{loss}.{name}": sum(own) / len(own) for name, own in by_domain if own}}, parts
 
     def _path(self, request: Request) -> trie.Path:
         """Return the levels of each block that is run."""
@@ -243,17 +251,22 @@ class Engine:
         return tuple(tuple(levels) for levels in by_block[: request.blocks or None])
 
     def _switch(self, allocation: Sequence[int], wide: bool = False) -> None:
-        if self._switchboard is not None:
+        """Put the model at an allocation, ``wide`` in dense shapes; an engine without a store is always dense."""
+        if self._level_switch is not None:
             for unit, level in zip(self._spec.space.units, allocation, strict=True):
-                self._switchboard.set(unit.name, level, wide)
+                self._level_switch.set(unit.name, level, wide)
 
 
 def combine_chunks(request: Request, loss: Loss, chunks: Sequence[ExpansionChunk]) -> Outcome:
-    """Return the outcome of an expansion from all chunks of the text, in order."""
+    """Return the outcome of an expansion from all of its chunks, in order.
+
+    Raises:
+        UserError: The gradient is not finite.
+    """
     expansion = merge_chunks(chunks)
     if not all(math.isfinite(value) for row in (*expansion.slope, *expansion.size) for value in row):
         raise UserError("evaluation: the gradient of the loss is not finite. Use --set dtype=float32")
-    sums = [each for chunk in chunks for each in chunk.sums]
+    sums = [loss_sums for chunk in chunks for loss_sums in chunk.sums]
     measured, parts = _means(sums, loss, sum(chunk.positions for chunk in chunks))
     return Outcome(
         request=request,
@@ -276,17 +289,17 @@ def _means(sums: Sequence[LossSums], loss: Loss, positions: int) -> tuple[dict[s
 
 
 def _accuracy(walker: BlockWalker, batches: Sequence[TeacherBatch]) -> dict[str, float]:
-    """Return the share of examples whose most probable class is their label; nothing where they have none."""
+    """Return the share of examples whose most probable class is their label; nothing if no example has a label."""
     right = known = 0
     for batch in batches:
-        read, head = walker.logit_inputs(walker.run_all(walker.embed(batch.examples)), batch.examples)
-        right += int((head(read).argmax(-1) == batch.labels_bp).sum())
+        read_bpd, head = walker.logit_inputs(walker.run_all(walker.embed(batch.examples)), batch.examples)
+        right += int((head(read_bpd).argmax(-1) == batch.labels_bp).sum())
         known += batch.positions
     return {"accuracy": right / known} if known else {}
 
 
 def _mean_error(errors: Sequence[torch.Tensor]) -> tuple[dict[str, float], tuple[float, ...]]:
-    """Return the error of features, and that of each sequence, from those of each batch."""
+    """Return the error of features over all sequences and for each sequence, from the errors of each batch."""
     parts = torch.cat(list(errors)).cpu()
     measured = {FEATURES: float(parts.mean())}
     _check_finite(measured)

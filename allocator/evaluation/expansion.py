@@ -1,16 +1,17 @@
-"""How the loss begins to change with every level of every unit: one backward pass, whatever the number of levels.
+"""The expansion of the loss around an allocation: one backward pass for every level of every unit.
 
-The gradient of the loss in a unit's weights, times what a level would change in them, is the first-order change of the
-loss, for all units and levels at once. From the dense model to itself any distance has none; at a pruned one it holds
-what the unit's error has in common with the errors of all others, which is what a profile of single steps spends most
-of its evaluations on. The rest is the unit's own curvature, to a good approximation proportional to the mean square of
-what the level changes in the unit's output, by a factor that hardly changes as the search moves.
+The inner product of the loss's gradient in a unit's weights and of the change that a level makes to them is the
+first-order change of the loss, for all units and levels at once. At the dense model this gradient is zero, because any
+distance from itself is. At a pruned model it holds what the unit's error has in common with the errors of all other
+units, on which a profile of single steps spends most of its evaluations. The rest is the unit's own curvature. It is
+nearly proportional to the mean square of the change of the unit's output, by a factor that hardly changes during a
+search.
 
-Whole experts change what a router chooses, which is no change of weights: for these, the gradient is that in their
-output, and the mixture is run at every level on the tokens that reach it.
+Whole experts change a router's choice, and not weights. For them the gradient is that in their output, and the mixture
+is run at every level on the tokens that reach it.
 
-Second-order Taylor saliency goes back to Optimal Brain Damage (LeCun et al., 1989); here it is of whole levels, with
-whatever refit they have, around an allocation that is pruned already.
+Second-order Taylor saliency goes back to Optimal Brain Damage (LeCun et al., 1989). Here it is that of whole levels,
+with their refits, around an allocation that is already pruned.
 
 Shapes: B sequences, T tokens, D hidden size, n positions of all batches, o outputs and i inputs of a matrix.
 ``delta_no`` is the gradient in a matrix's outputs.
@@ -31,25 +32,25 @@ from allocator.model.live.walk import SEQUENCES_PER_BATCH, BlockWalker
 from allocator.pruning.levels.assemble import Assembler, LevelSwitch
 
 BATCHES_PER_CHUNK = 2
-"""Batches of sequences that are expanded together; others may be expanded elsewhere. Part of the numerics."""
+"""Batches of one chunk. Other chunks may be computed elsewhere, so the number is part of the numerics."""
 
 _DIGITS = 7
-"""Significant digits that are kept: those of float32."""
+"""Significant digits of the result: those of float32."""
 
 _Rows = tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpansionChunk:
-    """What a part of the text says of an expansion.
+    """The expansion on a part of the text.
 
     Attributes:
-        sums: Of each of its batches.
-        positions: Tokens of these that follow another.
-        slope: First-order change of the sum of the loss, for each level of each unit.
-        size: Squared change of the output, summed over some positions, likewise.
-        sized: How many positions these are.
-        wall_s: Time it took.
+        sums: The loss of each of its batches.
+        positions: Number of positions with a right answer.
+        slope: First-order change of the summed loss, for each level of each unit.
+        size: Squared change of the output, summed over the sampled positions, for each level of each unit.
+        sized: Number of sampled positions.
+        wall_s: Seconds that it took.
     """
 
     sums: list[LossSums]
@@ -61,16 +62,16 @@ class ExpansionChunk:
 
 
 def num_chunks(tokens: int, length: int) -> int:
-    """Return into how many chunks an expansion on so many tokens, in sequences of a length, is cut."""
+    """Return the number of chunks of an expansion on ``tokens`` tokens, in sequences of ``length`` tokens."""
     return -(-tokens // (length * SEQUENCES_PER_BATCH * BATCHES_PER_CHUNK))
 
 
 def merge_chunks(chunks: Sequence[ExpansionChunk]) -> Expansion:
-    """Return the expansion of the mean loss of all chunks."""
+    """Return the expansion of the mean loss over all chunks."""
     scale = 1.0 / sum(float(size_b.sum()) for chunk in chunks for _, size_b, _ in chunk.sums)
-    each = 1.0 / sum(chunk.sized for chunk in chunks)
+    per_position = 1.0 / sum(chunk.sized for chunk in chunks)
     slope = _sum([chunk.slope for chunk in chunks], scale)
-    return Expansion(slope, _sum([chunk.size for chunk in chunks], each))
+    return Expansion(slope, _sum([chunk.size for chunk in chunks], per_position))
 
 
 def _sum(tables: Sequence[_Rows], scale: float) -> _Rows:
@@ -81,7 +82,7 @@ def _sum(tables: Sequence[_Rows], scale: float) -> _Rows:
 
 
 class Expander:
-    """Expands the loss of a live model, whose units are in dense shapes at some allocation."""
+    """Expands the loss of a live model whose units are at an allocation, in dense shapes."""
 
     def __init__(
         self,
@@ -89,9 +90,9 @@ class Expander:
         layout: Layout,
         space: SearchSpace,
         assembler: Assembler,
-        switchboard: LevelSwitch,
+        switch: LevelSwitch,
     ) -> None:
-        self._walker, self._space, self._assembler, self._switchboard = walker, space, assembler, switchboard
+        self._walker, self._space, self._assembler, self._switch = walker, space, assembler, switch
         self._routed = {module for sub_block in layout.sub_blocks if sub_block.routed for module in sub_block.modules}
         self._routers = {
             sub_block.name: router for sub_block in layout.sub_blocks if sub_block.experts for router in sub_block.rows
@@ -100,12 +101,17 @@ class Expander:
         self._modules = [outputs.get(unit.name, unit.name) for unit in space.units]
 
     def expand(
-        self, allocation: Allocation, teacher: Teacher, batches: Sequence[TeacherBatch], some: range
+        self, allocation: Allocation, teacher: Teacher, batches: Sequence[TeacherBatch], sampled: range
     ) -> ExpansionChunk:
-        """Return what some batches say of the expansion around an allocation.
+        """Return the expansion around an allocation, on some batches.
 
-        Hidden states between all blocks are held, and what is needed within one block at a time. Only ``some`` of the
-        batches' positions tell the size of changes.
+        The hidden states between all blocks are in memory, and the inputs and gradients of one block at a time.
+
+        Args:
+            allocation: The levels of the units, which the model has.
+            teacher: The teacher of the batches.
+            batches: The batches of one chunk.
+            sampled: Positions in these batches that tell the size of changes.
         """
         walker, space = self._walker, self._space
         count = sum(batch.examples.num_tokens for batch in batches)  # a block may read more or fewer positions
@@ -132,7 +138,7 @@ class Expander:
                 block_in_btd = states.pop().detach().requires_grad_()
                 with walker.record_io(index, modules) as (inputs, outputs):
                     block_out_btd = walker.run(index, block_in_btd)
-                reached = [module for module in modules if module in outputs]  # by a router, not all may be
+                reached = [module for module in modules if module in outputs]  # a router may leave some out
                 wanted = [block_in_btd, *(outputs[module] for module in reached)]
                 gradients[number], *found = torch.autograd.grad(block_out_btd, wanted, gradients[number])
                 for module, delta in zip(reached, found, strict=True):
@@ -143,21 +149,29 @@ class Expander:
                     slope[place] = size[place] = (0.0,) * space.units[place].num_levels
                     continue
                 input_ni, delta_no = (torch.cat(table.pop(module)) for table in (entering, deltas))
-                own = [position * len(input_ni) // count for position in some]
-                if module in self._routed:  # which has but some of the tokens
-                    own = [position for position in some if position < len(input_ni)]
+                positions = [position * len(input_ni) // count for position in sampled]
+                if module in self._routed:  # only some tokens reach it
+                    positions = [position for position in sampled if position < len(input_ni)]
                 expand = self._mixture if module in self._routers else self._unit
-                slope[place], size[place] = expand(place, allocation[place], input_ni, delta_no.float(), own)
-        positions = sum(batch.positions for batch in batches)
-        return ExpansionChunk(sums=sums, positions=positions, slope=tuple(slope), size=tuple(size), sized=len(some))
+                slope[place], size[place] = expand(place, allocation[place], input_ni, delta_no.float(), positions)
+        answers = sum(batch.positions for batch in batches)
+        return ExpansionChunk(sums=sums, positions=answers, slope=tuple(slope), size=tuple(size), sized=len(sampled))
 
     def _unit(
-        self, place: int, own: int, input_ni: torch.Tensor, delta_no: torch.Tensor, some: Sequence[int]
+        self, place: int, own: int, input_ni: torch.Tensor, delta_no: torch.Tensor, sampled: Sequence[int]
     ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Return first-order changes of the loss, and squared changes of the output, for each level of a unit."""
+        """Return the first-order change of the loss and the squared change of the output, for each level of a unit.
+
+        Args:
+            place: Index of the unit.
+            own: Its level.
+            input_ni: Inputs of its matrix.
+            delta_no: Gradient in the outputs of its matrix.
+            sampled: Positions that tell the size of changes.
+        """
         unit, module = self._space.units[place], self._modules[place]
         input_ni = input_ni.float()
-        gradient_oi, gradient_o, some_ni = delta_no.T @ input_ni, delta_no.sum(0), input_ni[some]
+        gradient_oi, gradient_o, sampled_ni = delta_no.T @ input_ni, delta_no.sum(0), input_ni[sampled]
         before = self._assembler.wide(unit.name, own)
         slopes, sizes = [], []
         for level in range(unit.num_levels):
@@ -165,28 +179,28 @@ class Expander:
             change_oi, change_o = (_change(before, after, f"{module}.{kind}") for kind in ("weight", "bias"))
             of_weight, of_bias = gradient_oi * change_oi, gradient_o * change_o
             slopes.append(float(of_weight.sum(dtype=torch.float64) + of_bias.sum(dtype=torch.float64)))
-            change_no = some_ni @ change_oi.T + change_o
+            change_no = sampled_ni @ change_oi.T + change_o
             sizes.append(float(change_no.square().sum(dtype=torch.float64)))
         return tuple(slopes), tuple(sizes)
 
     @torch.no_grad()
     def _mixture(
-        self, place: int, own: int, input_ni: torch.Tensor, delta_no: torch.Tensor, some: Sequence[int]
+        self, place: int, own: int, input_ni: torch.Tensor, delta_no: torch.Tensor, sampled: Sequence[int]
     ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Return the same for whole experts, which are run at every level."""
+        """Return what :meth:`_unit` returns for whole experts, which are run at every level."""
         unit, model = self._space.units[place], self._walker.model
         answers = []
         for level in range(unit.num_levels):
-            self._switchboard.set(unit.name, level)
+            self._switch.set(unit.name, level)
             _, weights_nk, chosen_nk = model.get_submodule(self._routers[unit.name])(input_ni)
             answers.append(model.get_submodule(unit.name)(input_ni, chosen_nk, weights_nk).float())
-        self._switchboard.set(unit.name, own)
+        self._switch.set(unit.name, own)
         changes = [answer_no - answers[own] for answer_no in answers]
         slopes = tuple(float((delta_no * change_no).sum(dtype=torch.float64)) for change_no in changes)
-        return slopes, tuple(float(change_no[some].square().sum(dtype=torch.float64)) for change_no in changes)
+        return slopes, tuple(float(change_no[sampled].square().sum(dtype=torch.float64)) for change_no in changes)
 
 
 def _change(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], key: str) -> torch.Tensor:
-    """Return what changes in a tensor, which is all zeros where it is not there."""
-    nothing = torch.zeros(())
-    return after.get(key, nothing).float() - before.get(key, nothing).float()
+    """Return the change of a tensor; a missing tensor counts as zero."""
+    zero = torch.zeros(())
+    return after.get(key, zero).float() - before.get(key, zero).float()

@@ -1,10 +1,10 @@
-"""How long a model takes to answer: a table of its sub-blocks at every shape, and whole models end to end.
+"""Latency: a table of the times of sub-blocks at every shape, and whole models end to end.
 
-Sub-blocks are timed where they stand, in a whole model of random weights whose sub-blocks all have one level: between
-others that push their weights out of the caches, with the cost of calling them. What none takes is the rest of a pass
-at the last level, where hardly anything is left. That rest grows with what sub-blocks push out of the caches, so what
-it grows by is theirs, in equal shares. Adding up is then right by construction where all have one level, and is checked
-where they do not.
+Sub-blocks are timed inside a whole model of random weights whose sub-blocks all have the same level. So other
+sub-blocks push their weights out of the caches, and the cost of calling them is included. The fixed time, which belongs
+to no sub-block, is the rest of a pass at the last level, where hardly anything is left. At other levels the rest is
+longer, because sub-blocks push more out of the caches. This excess is charged to the sub-blocks in equal shares. The
+sum of times is then exact if all sub-blocks have the same level, and it is checked where they do not.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from allocator.model.live.load import build_shaped_model
 _WARM_UP = 2
 
 _TURNS = 5
-"""Repeats are spread over so many turns: a machine that others use too has slow seconds."""
+"""Number of turns over which repeats are spread, because a shared machine has slow seconds."""
 
 _PHASES = ("prefill", "decode")
 
@@ -47,29 +47,31 @@ def make_table(
     """Measure every sub-block at every level of its ladder.
 
     Args:
-        checkpoint: The dense model, of which shapes alone matter.
-        layout: Where its sub-blocks are.
-        space: Their ladders, those of structured pruning.
+        checkpoint: The dense model; only its shapes are used.
+        layout: Its sub-blocks.
+        space: Its units and their ladders, of structured pruning.
         settings: The workload, and how to measure it.
         device: ``cpu`` or ``cuda``.
-        versions: Of what was measured with.
-        step: Called with the number of levels done, after each.
+        versions: Versions of the packages that are measured with.
+        step: Called with the number of levels that are done.
     """
     ladders = {unit.name: unit.kept for unit in space.units}
     shapes = {sub_block.name: describe_shape(sub_block, checkpoint) for sub_block in layout.sub_blocks}
     deepest = max(len(ladder) for ladder in ladders.values())
-    at = [{name: ladder[min(level, len(ladder) - 1)] for name, ladder in ladders.items()} for level in range(deepest)]
+    levels = [
+        {name: ladder[min(level, len(ladder) - 1)] for name, ladder in ladders.items()} for level in range(deepest)
+    ]
     found: dict[tuple[str, int], dict[str, list[float]]] = {}
     spread: dict[tuple[str, int], list[float]] = {}
-    timed = _in_turns(checkpoint, layout, at, list(ladders), settings, device, step)
+    timed = _in_turns(checkpoint, layout, levels, list(ladders), settings, device, step)
     fixed = {phase: _rest(*timed[-1][phase]) for phase in _PHASES}
-    for kept, measured in zip(at, timed, strict=True):
-        staying = [name for name, count in kept.items() if count]
-        for phase, (total, own) in measured.items():
-            more = (median(_rest(total, own)) - median(fixed[phase])) / max(1, len(staying))
-            for name, times in own.items():
+    for kept, measured in zip(levels, timed, strict=True):
+        present = [name for name, count in kept.items() if count]
+        for phase, (total, times_of) in measured.items():
+            excess = (median(_rest(total, times_of)) - median(fixed[phase])) / max(1, len(present))
+            for name, times in times_of.items():
                 key = shapes[name], kept[name]
-                figure = median(times) + (more if name in staying else 0.0)
+                figure = median(times) + (excess if name in present else 0.0)
                 found.setdefault(key, {p: [] for p in _PHASES})[phase].append(figure)
                 spread.setdefault(key, []).append(_spread(times))
     units: dict[str, list[Timing]] = {}
@@ -85,9 +87,9 @@ def make_table(
     )
 
 
-def _rest(total: Sequence[float], own: Mapping[str, Sequence[float]]) -> list[float]:
-    """Return what is left of each pass without its sub-blocks."""
-    return [whole - sum(each) for whole, *each in zip(total, *own.values(), strict=True)]
+def _rest(total: Sequence[float], times: Mapping[str, Sequence[float]]) -> list[float]:
+    """Return the time of each pass minus the times of its sub-blocks."""
+    return [whole - sum(parts) for whole, *parts in zip(total, *times.values(), strict=True)]
 
 
 def measure(
@@ -98,15 +100,15 @@ def measure(
     device: str,
     step: Callable[[int], None] = lambda done: None,
 ) -> list[dict[str, float]]:
-    """Return the milliseconds that models of some shapes take end to end, under the names of the costs.
+    """Return the milliseconds of models of some shapes, end to end, by the names of the costs.
 
     Args:
         checkpoint: The dense model.
-        layout: Where its sub-blocks are.
-        shapes: Of each model, the items that every sub-block keeps.
+        layout: Its sub-blocks.
+        shapes: The number of items that every sub-block keeps, for each model.
         settings: The workload, and how to measure it.
         device: ``cpu`` or ``cuda``.
-        step: Called with the number of models done, after each.
+        step: Called with the number of models that are done.
     """
     found = []
     for timed in _in_turns(checkpoint, layout, shapes, [], settings, device, step):
@@ -116,7 +118,7 @@ def measure(
 
 
 def describe(device: str) -> dict[str, str]:
-    """Return what tells one device from another."""
+    """Return the type and the name of a device."""
     if device == "cuda":
         return {"type": "cuda", "name": torch.cuda.get_device_name() if torch.cuda.is_available() else "none"}
     info = Path("/proc/cpuinfo")
@@ -126,7 +128,7 @@ def describe(device: str) -> dict[str, str]:
 
 
 Times = dict[str, tuple[list[float], dict[str, list[float]]]]
-"""By phase: nanoseconds of whole passes, and of each sub-block in each of them."""
+"""By phase: nanoseconds of whole passes, and of each sub-block in each pass."""
 
 
 def _in_turns(
@@ -138,17 +140,17 @@ def _in_turns(
     device: str,
     step: Callable[[int], None],
 ) -> list[Times]:
-    """Time several models and their sub-blocks, a few repeats of each in turn: a slow moment is shared by all."""
+    """Time several models and their sub-blocks, a few repeats of each in turn, so that all share a slow moment."""
     found: list[Times] = [{phase: ([], {name: [] for name in names}) for phase in _PHASES} for _ in shapes]
     turns = min(_TURNS, settings.repeats)
     for turn in range(turns):
         repeats = settings.repeats * (turn + 1) // turns - settings.repeats * turn // turns
-        for place, kept in enumerate(shapes):
+        for index, kept in enumerate(shapes):
             with _placed(device, settings.threads):
                 model = build_shaped_model(checkpoint, layout, kept, getattr(torch, settings.dtype))
-                _timed(model, layout, settings, repeats, device, found[place])
-                del model  # before the next one is made
-            step((turn * len(shapes) + place + 1) // turns)
+                _timed(model, layout, settings, repeats, device, found[index])
+                del model  # frees its memory before the next model is made
+            step((turn * len(shapes) + index + 1) // turns)
     return found
 
 
@@ -156,7 +158,7 @@ def _in_turns(
 def _timed(
     model: nn.Module, layout: Layout, settings: LatencySettings, repeats: int, device: str, times: Times
 ) -> None:
-    """Append the times of some repeats."""
+    """Append the times of some repeats of one model to ``times``."""
     clock = _Clock(device)
     handles = []
     names = list(times[_PHASES[0]][1])
@@ -177,7 +179,7 @@ def _timed(
 
     def run(phase: str, tokens: torch.Tensor, before: Any = None) -> None:
         for attempt in range(_WARM_UP + repeats):
-            cache = deepcopy(before)  # a call appends to it
+            cache = deepcopy(before)  # because a call appends to it
             clock.read()
             clock.note("")
             model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -195,14 +197,14 @@ def _timed(
 
 
 class _Clock:
-    """Notes when things begin and end, and reads how long they took."""
+    """Records when named spans begin and end, and returns their durations."""
 
     def __init__(self, device: str) -> None:
         self._cuda = device == "cuda"
         self._marks: dict[str, list[Any]] = {}
 
     def note(self, name: str) -> None:
-        """Mark the beginning of something, or its end."""
+        """Record the beginning or the end of a span."""
         if self._cuda:
             mark: Any = torch.cuda.Event(enable_timing=True)
             mark.record()
@@ -211,16 +213,16 @@ class _Clock:
         self._marks.setdefault(name, []).append(mark)
 
     def read(self) -> dict[str, float]:
-        """Return the nanoseconds of everything since the last reading."""
+        """Return the nanoseconds of every span since the last call."""
         if self._cuda:
             torch.cuda.synchronize()
         marks, self._marks = self._marks, {}
-        pairs = {name: each for name, each in marks.items() if len(each) == 2}
+        pairs = {name: marks_of for name, marks_of in marks.items() if len(marks_of) == 2}
         return {name: a.elapsed_time(b) * 1e6 if self._cuda else b - a for name, (a, b) in pairs.items()}
 
 
 class _placed:  # noqa: N801 - a context manager
-    """On a device, with so many threads."""
+    """Runs its body on a device, with a number of threads."""
 
     def __init__(self, device: str, threads: int) -> None:
         self._device, self._threads = torch.device(device), threads

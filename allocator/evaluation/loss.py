@@ -1,6 +1,6 @@
-"""How far a model is from its dense teacher, and from the text.
+"""The losses: divergence of a model from its dense teacher, and from the text.
 
-Logits are made chunk by chunk from the last block's outputs, and never held whole.
+Logits are computed chunk by chunk from the last block's outputs, so that one chunk is in memory at a time.
 
 Shapes: B sequences, T tokens, D hidden size, V vocabulary, n positions of a chunk, k tokens of a distribution
 (V, or the most probable ones).
@@ -20,28 +20,33 @@ from allocator.model.data.examples import Examples
 from allocator.model.live.walk import Head
 
 Loss = Literal["kl", "topk_kl", "nll", "hidden"]
-"""What a search minimises: the divergence from the teacher's distribution over next tokens; the same with all but
-the teacher's :data:`TOP` most probable tokens taken as one outcome; the text's negative log-likelihood; the mean
-squared distance of the states that the head reads, relative to the teacher's mean square."""
+"""What a search minimises.
+
+- ``kl``: the divergence from the teacher's distribution over next tokens;
+- ``topk_kl``: the same, with all but the teacher's :data:`TOP` most probable tokens taken as one outcome;
+- ``nll``: the negative log-likelihood of the text;
+- ``hidden``: the mean squared distance of the states that the head reads, relative to the teacher's mean square.
+"""
 
 TOP = 512
+"""Number of tokens that ``topk_kl`` tells apart."""
 
 _CHUNK_POSITIONS = 256
-"""Positions whose logits are held at once: enough for the head's product to run at full speed, few enough for
-caches. Part of the numerics, so not derived from free memory."""
+"""Positions whose logits are in memory at once: many enough for a fast product with the head, few enough for caches.
+They are part of the numerics, so they are not derived from free memory."""
 
 _LEAST_TAIL = 1e-7
-"""Below this a tail's probability is rounding."""
+"""A tail probability below this is rounding error."""
 
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """The dense model's distribution over next tokens, for one chunk of positions.
+    """The dense model's distribution over next tokens, at one chunk of positions.
 
     Attributes:
         probability_nk: p(v) of every token, or of the most probable ones.
-        token_nk: Which these are; None for all.
-        negentropy_n: Σ p log p, in nats, the tail being one outcome.
+        token_nk: The ids of these tokens; None for all.
+        negentropy_n: Σ p log p, in nats; the tail counts as one outcome.
     """
 
     probability_nk: torch.Tensor
@@ -50,7 +55,7 @@ class Targets:
 
     @property
     def size_bytes(self) -> int:
-        """Memory that they take."""
+        """Memory of the tensors."""
         tensors = (self.probability_nk, self.token_nk, self.negentropy_n)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
@@ -73,24 +78,27 @@ def divergence(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return sums over each sequence, [B]: KL(teacher ‖ student), and the student's negative log-likelihood.
 
-    The likelihood covers the T - 1 positions that have a next token. Both in nats, summed in float64. Without
+    The likelihood covers the T - 1 positions that have a next token. Both are in nats, summed in float64. Without
     targets the divergence is 0.
     """
     return sum_divergences(targets, student_btd, head, shift_tokens(tokens_bt))
 
 
 def shift_tokens(tokens_bt: torch.Tensor) -> torch.Tensor:
-    """Return the token that follows each, -100 after the last."""
+    """Return the token that follows each position, [B, T]; -100 after the last."""
     return functional.pad(tokens_bt[:, 1:], (0, 1), value=-100)
 
 
 def find_labels(kind: Kind, examples: Examples) -> torch.Tensor:
-    """Return what the text or the labels want at every position that has logits, [B, P]; -100 where nothing."""
+    """Return the right answer at every position that has logits, [B, P]; -100 at positions without one.
+
+    It is the next token of a text, or the label of an example.
+    """
     tokens_bt = examples.inputs.get("input_ids")
     if kind.answers == "next":
         assert tokens_bt is not None
         return shift_tokens(tokens_bt)
-    if kind.answers == "tokens":  # the text itself, without a mask, says nothing of how well it is guessed
+    if kind.answers == "tokens":  # a masked model reads the text unmasked here, so it has nothing to predict
         assert tokens_bt is not None
         return torch.full_like(tokens_bt, -100)
     labels_b = examples.labels
@@ -103,7 +111,7 @@ def find_labels(kind: Kind, examples: Examples) -> torch.Tensor:
 def sum_divergences(
     targets: Iterable[Targets] | None, student_bpd: torch.Tensor, head: Head, labels_bp: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what :func:`divergence` does; the likelihood is that of what is wanted at P positions, -100 nothing."""
+    """Return what :func:`divergence` returns, for labels at P positions; -100 for none."""
     kl_n, nll_n = (
         torch.cat(chunks).double()
         for chunks in zip(*chunk_divergences(targets, student_bpd, head, labels_bp), strict=True)
@@ -114,7 +122,7 @@ def sum_divergences(
 def chunk_divergences(
     targets: Iterable[Targets] | None, student_bpd: torch.Tensor, head: Head, labels_bp: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield what :func:`sum_divergences` sums, [n], chunk by chunk."""
+    """Yield the divergence and the negative log-likelihood of every position, [n], chunk by chunk."""
     students = _chunks(student_bpd)
     targets_n = [None] * len(students) if targets is None else targets
     for target, student_nd, labels_n in zip(
@@ -129,7 +137,7 @@ def chunk_divergences(
 
 
 def displacement(teacher_btd: torch.Tensor, student_btd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return sums over each sequence, [B], float64: squared distance of two models' states, the teacher's square."""
+    """Return the squared distance of two models' states, and the teacher's square, [B]: sums per sequence, float64."""
     distance_bt, teacher_bt = _squares(teacher_btd, student_btd)
     return distance_bt.sum(-1), teacher_bt.sum(-1)
 
@@ -137,25 +145,25 @@ def displacement(teacher_btd: torch.Tensor, student_btd: torch.Tensor) -> tuple[
 def feature_error(teacher: Sequence[torch.Tensor], student: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return squared distances relative to the teacher's squares, averaged over each sequence, [B], float64.
 
-    Relative token by token, for the states of a few tokens are larger by orders of magnitude than those of all others.
+    They are relative token by token, because the states of a few tokens are larger by orders of magnitude.
 
     Args:
         teacher: States [B, T, D] of each tower of a model.
-        student: The same of another.
+        student: The same states of another model.
     """
     squares = [_squares(teacher_btd, student_btd) for teacher_btd, student_btd in zip(teacher, student, strict=True)]
     return torch.cat([distance_bt / teacher_bt for distance_bt, teacher_bt in squares], 1).mean(-1)
 
 
 def _squares(teacher_btd: torch.Tensor, student_btd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the squared distance of two models' states, and the teacher's square, of each token, [B, T], float64."""
+    """Return the squared distance of two models' states and the teacher's square at each token, [B, T], float64."""
     states = (student_btd - teacher_btd).float(), teacher_btd.float()
     distance_bt, teacher_bt = (torch.linalg.vecdot(x_btd, x_btd).double() for x_btd in states)
     return distance_bt, teacher_bt
 
 
 def _expected(probability_nk: torch.Tensor, token_nk: torch.Tensor | None, log_nv: torch.Tensor) -> torch.Tensor:
-    """Return Σ p log q, where what p leaves out is one outcome."""
+    """Return Σ p log q; all tokens that p leaves out count as one outcome."""
     if token_nk is None:
         return torch.linalg.vecdot(probability_nk, log_nv)
     log_nk = log_nv.gather(-1, token_nk)

@@ -1,4 +1,4 @@
-"""What the dense model says about the text, computed once per batch of sequences."""
+"""The dense model as a teacher: its targets for the loss, computed once for each batch of sequences."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from allocator.model.data.examples import Examples
 from allocator.model.live.walk import SEQUENCES_PER_BATCH, BlockWalker
 
 KEPT_BYTES = 256 << 20
-"""Memory for distributions that are kept; beyond it they are recomputed from hidden states, with equal results."""
+"""Memory for distributions that are kept. Others are recomputed from hidden states, with equal results."""
 
 LossSums = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """The loss's numerator and denominator, and the negative log-likelihood, summed over each sequence of a batch."""
@@ -28,14 +28,14 @@ LossSums = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherBatch:
-    """One batch of sequences, and what of the dense model the loss needs.
+    """One batch of sequences, with what the loss needs of the dense model.
 
     Attributes:
-        loss: What the student is judged by.
-        examples: The batch itself.
-        labels_bp: What the text or the labels want at every position that has logits; -100 where they want nothing.
-        hidden_btd: What leaves the last block, where it is needed again.
-        kept: The distributions, if there was room for them.
+        loss: The loss of students.
+        examples: The sequences.
+        labels_bp: The right answer at every position that has logits; -100 at positions without one.
+        hidden_btd: The dense model's output of the last block; None if it is not needed again.
+        kept: The dense model's distributions; None if there was no memory for them, or the loss needs none.
     """
 
     loss: Loss
@@ -46,12 +46,15 @@ class TeacherBatch:
 
     @property
     def positions(self) -> int:
-        """At how many positions something is wanted: for text, tokens that follow another."""
+        """Number of positions with a right answer: for text, tokens that follow another."""
         return int((self.labels_bp != -100).sum())
 
 
 class Teacher:
-    """Batches by split. The walker's model is made dense whenever something new is to be computed."""
+    """The batches of every split, each computed when it is first used.
+
+    The walker's model is shared with the engine, and made dense before anything new is computed.
+    """
 
     def __init__(self, walker: BlockWalker, tokens: Mapping[str, Examples], make_dense: Callable[[], None]) -> None:
         self._walker, self._tokens, self._make_dense = walker, tokens, make_dense
@@ -60,7 +63,7 @@ class Teacher:
         self._room = KEPT_BYTES
 
     def batches(self, split: str, tokens: int, loss: Loss) -> list[TeacherBatch]:
-        """Return batches on the first ``tokens`` tokens of a split, computing those that are missing."""
+        """Return the batches of the first ``tokens`` tokens of a split, and compute those that are missing."""
         keys = [(loss, split, start, size) for start, size in self._batch_ranges(split, tokens)]
         for key in keys:
             if key not in self._cache:
@@ -70,7 +73,7 @@ class Teacher:
         return [self._cache[key] for key in keys]
 
     def features(self, split: str, tokens: int, blocks: int) -> list[torch.Tensor]:
-        """Return what leaves the first ``blocks`` blocks of the dense model, [B, T, D] for each batch of sequences."""
+        """Return the output of the first ``blocks`` blocks of the dense model, [B, T, D] for each batch."""
         keys = [(blocks, split, start, size) for start, size in self._batch_ranges(split, tokens)]
         for key in keys:
             if key not in self._features:
@@ -83,7 +86,7 @@ class Teacher:
         return [self._features[key] for key in keys]
 
     def score(self, batch: TeacherBatch, student: BlockWalker, student_btd: torch.Tensor) -> LossSums:
-        """Compare what leaves a student's last block with a batch."""
+        """Return the loss of a student on a batch, from the output of its last block, summed over each sequence."""
         total = nll = student_btd.new_zeros(len(student_btd), dtype=torch.float64)
         if batch.loss != "hidden" or batch.positions:
             total, nll = sum_divergences(
@@ -91,30 +94,30 @@ class Teacher:
             )
         if batch.loss == "hidden":
             assert batch.hidden_btd is not None
-            given, own = (
+            teacher_btd, own_btd = (
                 w.final_states(h, batch.examples) for w, h in ((self._walker, batch.hidden_btd), (student, student_btd))
             )
-            return (*displacement(given, own), nll)
+            return (*displacement(teacher_btd, own_btd), nll)
         if batch.loss == "nll":
             return nll, (batch.labels_bp != -100).sum(-1).to(nll), nll
         return total, torch.full_like(total, batch.labels_bp.shape[1]), nll
 
     def gradient(self, batch: TeacherBatch, student: BlockWalker, student_btd: torch.Tensor) -> torch.Tensor:
-        """Return the gradient of the loss, summed over a batch, in what leaves a student's last block."""
+        """Return the gradient of a batch's summed loss with respect to the output of a student's last block."""
         leaf_btd = student_btd.detach().requires_grad_()
         if batch.loss == "hidden":
             assert batch.hidden_btd is not None
-            given = self._walker.final_states(batch.hidden_btd, batch.examples)
-            distance_b, _ = displacement(given, student.final_states(leaf_btd, batch.examples))
+            teacher_btd = self._walker.final_states(batch.hidden_btd, batch.examples)
+            distance_b, _ = displacement(teacher_btd, student.final_states(leaf_btd, batch.examples))
             distance_b.sum().backward()
             assert leaf_btd.grad is not None
             return leaf_btd.grad
-        read, head = student.logit_inputs(leaf_btd, batch.examples)
-        inner = read.detach().requires_grad_()
-        # chunk by chunk, so that logits of one chunk alone are held
-        for kl_n, nll_n in chunk_divergences(self._targets(batch), inner, head, batch.labels_bp):
+        read_bpd, head = student.logit_inputs(leaf_btd, batch.examples)
+        inner_bpd = read_bpd.detach().requires_grad_()
+        # chunk by chunk, so that the logits of one chunk are in memory
+        for kl_n, nll_n in chunk_divergences(self._targets(batch), inner_bpd, head, batch.labels_bp):
             (nll_n if batch.loss == "nll" else kl_n).sum().backward()
-        (gradient_btd,) = torch.autograd.grad(read, leaf_btd, inner.grad)
+        (gradient_btd,) = torch.autograd.grad(read_bpd, leaf_btd, inner_bpd.grad)
         return gradient_btd
 
     def _targets(self, batch: TeacherBatch) -> Iterable[Targets] | None:
@@ -124,7 +127,7 @@ class Teacher:
         return batch.kept
 
     def _batch_ranges(self, split: str, tokens: int) -> list[tuple[int, int]]:
-        """Return the first sequence of each batch, and how many it has."""
+        """Return the index of the first sequence of each batch, and the number of its sequences."""
         length = self._tokens[split].length
         assert tokens % length == 0, f"{tokens} tokens are not whole sequences of {length}"
         assert tokens <= self._tokens[split].num_tokens, f"{tokens} tokens of the {split} split were not packed"
@@ -148,7 +151,7 @@ class Teacher:
         )
 
     def _keep(self, targets: Iterator[Targets], positions: int) -> tuple[Targets, ...] | None:
-        """Return all targets of a batch, or None if there is no room for them."""
+        """Return all targets of a batch; None if there is no memory for them."""
         first = next(targets)
         size = first.size_bytes // len(first.negentropy_n) * positions
         if size > self._room:

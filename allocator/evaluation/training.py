@@ -1,14 +1,14 @@
-"""Training a candidate for a moment before it is measured, with what is pruned staying pruned.
+"""A brief training of a candidate before it is measured, in which pruned weights stay pruned.
 
-After DarwinLM (Tang et al., COLM 2026), whose published code trains the dense network instead. A candidate gets
-weights of its own, in float32 whatever evaluations compute in, and all of them are trained: AdamW with its usual
-settings, next-token cross-entropy on calibration text, no dropout. Structured units are compact, so nothing is there
-that could come back. Of single weights, the gradients of removed ones are zero, so that moments and weight decay never
-touch them, and the mask is laid on again after every step.
+After DarwinLM (Tang et al., COLM 2026), whose published code trains the dense network instead. A candidate gets its own
+weights, always in float32, and all of them are trained: AdamW with its usual settings, next-token cross-entropy on
+calibration text, no dropout. Structured units are compact, so that no removed weight can return. For single weights,
+the gradients of removed ones are set to zero, so that moments and weight decay never change them, and the mask is
+applied again after every step.
 
-The rate is constant and step n reads batch n of the text, so that training is a function of the allocation and the
-number of tokens: what one stage of a search trained, the next goes on with, to the same weights as from the start. The
-paper trains anew in each stage.
+The rate is constant and step n reads batch n of the text. So training is a function of the allocation and the number of
+tokens, and a later stage of a search continues from an earlier one, to the same weights as from the start. The paper
+trains anew in each stage.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from allocator.pruning.levels.masks import kept_mask
 from allocator.pruning.levels.store import LevelStore
 
 _OPTIMIZER = ("step", "exp_avg", "exp_avg_sq")
-"""What AdamW keeps of each parameter. Steps are its own: an expert without tokens has no gradient, and makes none."""
+"""The state of AdamW for each parameter. Each has its own step, because an expert without tokens makes none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +41,9 @@ class Training:
     """How candidates are trained.
 
     Attributes:
-        learning_rate: Of AdamW, constant.
-        batch_sequences: Sequences of one step.
-        folder: Where states are kept between the stages of a search; every worker should reach it.
+        learning_rate: The constant learning rate of AdamW.
+        batch_sequences: Number of sequences in one step.
+        folder: Folder for states between the stages of a search; every worker should reach it.
     """
 
     learning_rate: float
@@ -52,20 +52,20 @@ class Training:
 
 
 class Candidate:
-    """A model in training.
+    """A pruned model in training.
 
     Attributes:
         model: The model.
-        trained: Tokens that it was trained on.
+        trained: Number of tokens that it was trained on.
     """
 
     def __init__(self, model: nn.Module, removed: Mapping[str, torch.Tensor], training: Training) -> None:
         """Take over a model.
 
         Args:
-            model: With weights of its own, in float32.
-            removed: By parameter name, which weights [out, in] are zero and stay so.
-            training: How it is trained.
+            model: The model, in float32. It shares its weights with no other model.
+            removed: Masks of removed weights, [out, in], by parameter name.
+            training: How the model is trained.
         """
         self.model, self._removed, self._training = model.requires_grad_(True), removed, training
         self._parameters = dict(model.named_parameters())
@@ -73,12 +73,12 @@ class Candidate:
         self.trained = 0
 
     def train(self, tokens_nt: torch.Tensor, until: int, dtype: torch.dtype) -> None:
-        """Train until so many tokens were seen since the beginning.
+        """Train until a number of tokens was seen since the beginning.
 
         Args:
             tokens_nt: Token ids [sequences, length] of the whole training text.
-            until: Tokens, in whole batches.
-            dtype: Data type of matrix products, bfloat16 or else float32.
+            until: Number of tokens, in whole batches.
+            dtype: Data type of matrix products: bfloat16, or float32 for any other.
 
         Raises:
             UserError: The loss is not finite.
@@ -102,21 +102,21 @@ class Candidate:
             self.trained += step_tokens
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return weights, and what the optimizer keeps, by name."""
+        """Return the weights and the state of the optimizer, by name."""
         tensors = {f"weight {name}": parameter.detach() for name, parameter in self._parameters.items()}
         for name, parameter in self._parameters.items():
-            own = self._optimizer.state.get(parameter, {})
-            tensors.update({f"{key} {name}": own[key] for key in _OPTIMIZER if key in own})
+            moments = self._optimizer.state.get(parameter, {})
+            tensors.update({f"{key} {name}": moments[key] for key in _OPTIMIZER if key in moments})
         return tensors
 
     def resume(self, trained: int, state: Mapping[str, torch.Tensor]) -> None:
-        """Go on from a state after so many tokens."""
+        """Continue from a state after ``trained`` tokens."""
         for name, parameter in self._parameters.items():
             parameter.data.copy_(state[f"weight {name}"])
             if f"step {name}" in state:
                 step, *moments = (state[f"{key} {name}"] for key in _OPTIMIZER)
-                own = (step.clone(), *(moment.to(parameter.device, copy=True) for moment in moments))
-                self._optimizer.state[parameter] = dict(zip(_OPTIMIZER, own, strict=True))
+                values = (step.clone(), *(moment.to(parameter.device, copy=True) for moment in moments))
+                self._optimizer.state[parameter] = dict(zip(_OPTIMIZER, values, strict=True))
         self.trained = trained
 
     def _step(self) -> None:
@@ -131,7 +131,7 @@ class Candidate:
 
 
 class Trainer:
-    """Trains candidates, and keeps the states that later stages go on from."""
+    """Trains candidates, and writes the states from which later stages continue."""
 
     def __init__(
         self,
@@ -144,36 +144,52 @@ class Trainer:
         dtype: torch.dtype,
         device: str,
     ) -> None:
-        """Train on token ids [sequences, length], and return models of a data type."""
+        """Set what is trained, and how.
+
+        Args:
+            checkpoint: The dense model.
+            layout: Its sub-blocks.
+            space: Its units and their ladders.
+            store: The level store.
+            training: How candidates are trained.
+            tokens_nt: Token ids [sequences, length] of the training text.
+            dtype: Data type of the models that :meth:`train` returns.
+            device: ``cpu`` or ``cuda``.
+        """
         self._checkpoint, self._layout, self._space, self._store = checkpoint, layout, space, store
         self._training, self._tokens_nt = training, tokens_nt
         self._dtype, self._device = dtype, device
         self._states = TrainingStates(training.folder)
 
     def make_candidate(self, allocation: Allocation) -> Candidate:
-        """Return an allocation, assembled from the level store, before any training."""
+        """Return the untrained model of an allocation, assembled from the level store."""
         model = load_model(self._checkpoint).to(self._device)
         assembler = Assembler(self._checkpoint, self._layout, self._space, self._store, model)
-        switchboard = LevelSwitch(model, self._layout, assembler)
+        switch = LevelSwitch(model, self._layout, assembler)
         removed: dict[str, torch.Tensor] = {}
         for unit, level in zip(self._space.units, allocation, strict=True):
-            switchboard.set(unit.name, level)
+            switch.set(unit.name, level)
             if unit.kind == "matrix" and level:
                 weight_oi = model.get_parameter(f"{unit.name}.weight")
                 kept_oi = kept_mask(self._store(unit.name), level, weight_oi.shape, weight_oi.device)
                 removed[f"{unit.name}.weight"] = ~kept_oi
-        for parameter in model.parameters():  # of its own: what was switched in may be a part of something larger
+        for parameter in model.parameters():  # a level may be a view of a larger tensor
             parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
         return Candidate(model, removed, self._training)
 
     def train(self, request: Request, keep: bool) -> nn.Module:
-        """Return the model of a request after its training; ``keep`` its state where a longer one may go on from it."""
+        """Return the trained model of a request.
+
+        Args:
+            request: The allocation, and the number of training tokens.
+            keep: Whether to write the state, because a longer training may continue from it.
+        """
         candidate = self.make_candidate(request.allocation)
-        if (found := self._states.load(request)) is not None:
-            candidate.resume(*found)
+        if (state := self._states.load(request)) is not None:
+            candidate.resume(*state)
         candidate.train(self._tokens_nt, request.training, self._dtype)
         if keep:
             self._states.save(request, candidate.state())
-        for parameter in candidate.model.parameters():  # and not the buffers, which keep a precision of their own
+        for parameter in candidate.model.parameters():  # buffers keep their precision
             parameter.data = parameter.data.to(self._dtype)
         return candidate.model.requires_grad_(False)

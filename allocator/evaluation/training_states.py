@@ -1,7 +1,7 @@
-"""What trained candidates go on from, on disk: a folder inside the run, seen by every worker.
+"""The states of trained candidates on disk, from which later stages continue: a folder of the run.
 
-A state is a function of its allocation and the tokens that it was trained on. One that is missing, because a worker
-died or the folder is not shared, costs the time to train again, and nothing else.
+A state is a function of its allocation and the tokens that it was trained on. A missing state, because a worker died or
+the folder is not shared, costs the time to train again, and nothing else.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ _SUFFIX = ".safetensors"
 
 
 class TrainingStates:
-    """States by request. Writes are atomic, and equal whoever writes."""
+    """The states of trained candidates by request. Writes are atomic, and equal in every process."""
 
     def __init__(self, folder: Path) -> None:
-        """Use a folder, which is made when it is needed."""
+        """Use a folder, which is made by the first write."""
         self._folder = folder
 
     def load(self, request: Request) -> tuple[int, Mapping[str, torch.Tensor]] | None:
-        """Return the state trained the furthest towards a request, after how many tokens; None where there is none."""
-        found = sorted(
+        """Return the longest training towards a request: its tokens and its state; None if there is none."""
+        paths = sorted(
             (int(path.stem.split("-")[2]), path)
             for path in self._folder.glob(f"{_name(request.allocation)}-*-*{_SUFFIX}")
         )
-        for trained, path in reversed(found):
+        for trained, path in reversed(paths):
             if trained <= request.training:
                 try:
                     return trained, load_file(path)
-                except (SafetensorError, OSError):  # cut short by a crash of the machine, or gone
+                except (SafetensorError, OSError):  # truncated by a crash of the machine, or removed
                     continue
         return None
 
     def save(self, request: Request, state: Mapping[str, torch.Tensor]) -> None:
-        """Keep the state that a request led to.
+        """Write the state that a request led to.
 
         Raises:
             UserError: The disk is full, or fails.
@@ -60,11 +60,11 @@ class TrainingStates:
             temporary.unlink(missing_ok=True)
             raise UserError(
                 f"{self._folder}: trained candidates cannot be kept ({error}). Free some space and resume: "
-                "each takes twelve bytes for every parameter that is left, and there are as many as a stage has"
+                "each candidate of a stage takes twelve bytes for every parameter that it keeps"
             ) from None
 
     def forget(self, done: Iterable[Request]) -> None:
-        """Remove what a batch went on from, or passed over: states of lower fidelities than its own."""
+        """Remove the states of lower fidelities than that of a batch, which no later stage continues."""
         least = min((request.tokens for request in done if request.training), default=0)
         for path in self._folder.glob("*") if least else ():
             if path.suffix != _SUFFIX or int(path.stem.split("-")[1]) < least:

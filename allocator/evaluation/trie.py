@@ -1,8 +1,8 @@
-"""The order in which a batch of allocations is run, so that what they share is computed once.
+"""The order in which a batch of allocations is run, so that shared blocks are computed once.
 
-Allocations are paths from the first block to the last that is run. Run in lexicographic order they walk a trie: each
-one starts at a boundary between blocks up to which it agrees with the one before. Boundary b is what enters block b;
-boundary 0 is always at hand.
+An allocation is a path from the first block to the last block that is run. In lexicographic order, paths walk a trie:
+each one starts at a boundary between blocks up to which it agrees with the path before. Boundary b is the input of
+block b. Boundary 0 is always available.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ class Step:
     """One path to run.
 
     Attributes:
-        index: Which of the paths.
+        index: Index of the path.
         start: The boundary to run from: 0, or one that the step before kept.
-        keep: Boundaries to hold after this step, increasing: those that it started with, or passes.
+        keep: Boundaries to keep after this step, increasing. The step before kept them, or this step computes them.
     """
 
     index: int
@@ -33,28 +33,29 @@ class Step:
 def plan(paths: Sequence[Path], limit: int) -> list[Step]:
     """Return steps in lexicographic order of paths.
 
-    A boundary is kept while a later path branches off there. Beyond ``limit`` boundaries, the one with the
-    fewest blocks above the next lower one is dropped, for it is the cheapest to run again; of equals the
-    lowest, for it is needed last.
+    A boundary is kept while a later path branches off there. Beyond ``limit`` boundaries, the one with the fewest
+    blocks above the next lower one is dropped, because it is the cheapest to compute again. Of equally cheap ones it is
+    the lowest, which is needed last.
     """
     order = sorted(range(len(paths)), key=lambda index: paths[index])
     shared = [_shared(paths[a], paths[b]) for a, b in pairwise(order)]
     steps: list[Step] = []
     kept: tuple[int, ...] = ()
-    for place, index in enumerate(order):
-        start = max((b for b in kept if b <= shared[place - 1]), default=0) if place else 0
-        held = [b for b in _branches(shared[place:]) if b in kept or b >= start]
-        while len(held) > limit:
-            held.remove(min(held, key=lambda b: (b - max((a for a in held if a < b), default=0), b)))
-        kept = tuple(held)
+    for position, index in enumerate(order):
+        start = max((b for b in kept if b <= shared[position - 1]), default=0) if position else 0
+        keep = [b for b in _branches(shared[position:]) if b in kept or b >= start]
+        while len(keep) > limit:
+            keep.remove(min(keep, key=lambda b: (b - max((a for a in keep if a < b), default=0), b)))
+        kept = tuple(keep)
         steps.append(Step(index, start, kept))
     return steps
 
 
 def _shared(a: Path, b: Path) -> int:
+    """Return the number of first blocks in which two paths agree."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
 def _branches(shared: Sequence[int]) -> list[int]:
-    """Return the boundaries above 0 at which later paths leave this one, increasing."""
+    """Return the boundaries above 0 at which later paths branch off this one, increasing."""
     return sorted(set(takewhile(bool, accumulate(shared, min))))

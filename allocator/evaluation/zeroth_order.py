@@ -1,4 +1,4 @@
-"""How much the loss moves when the weights of one unit do: a gradient's size without a backward pass."""
+"""The size of the loss's gradient in the weights of each unit, without a backward pass."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from allocator.model.live.load import load_model
 from allocator.model.live.walk import SEQUENCES_PER_BATCH, BlockWalker
 
 _STEP = 1e-3
-"""ε."""
+"""ε, the size of the change of a weight."""
 
 _DIRECTIONS = 4
-"""Random directions for each unit, of which the mean is taken."""
+"""Number of random directions for each unit; their results are averaged."""
 
 
 @torch.inference_mode()
@@ -26,14 +26,15 @@ def zeroth_order(spec: EngineSpec, examples: Examples, progress: Progress = lamb
     """Return ``gradient``: |L(θ + εz) - L(θ - εz)| / 2ε for each unit, z normal in the unit's weights and 0 elsewhere.
 
     ECoFLaP (Sung et al., ICLR 2024, after MeZO): L is the negative log-likelihood in nats per token, ε = 1e-3. The
-    source draws a direction for every sample of a group of samples; here every unit gets four on the first batch of
-    sequences, the same ones in every run. In float32, whatever the run's data type, for ε is below the resolution of
-    bfloat16. Units of one block share the blocks before it: half a forward pass each way.
+    source draws a direction for every sample of a group of samples. Here every unit gets four directions on the first
+    batch of sequences, the same ones in every run. The model is always in float32, because ε is below the resolution
+    of bfloat16. The units of one block share the blocks before it, so that each direction costs half a forward pass
+    for each sign, on average.
 
     Args:
         spec: The model and its units.
         examples: Calibration text.
-        progress: Hears how many blocks are done.
+        progress: Called with the number of blocks that are done.
     """
     assert spec.layout.kind.generates, "causal language models alone"
     check_device(spec.device)
@@ -61,7 +62,7 @@ def _slope(
     hidden_btd: torch.Tensor,
     seed: tuple[int, int],
 ) -> float:
-    """Return the size of the loss's slope along one direction, from what enters the unit's block."""
+    """Return the absolute slope of the loss along one direction, from the hidden states that enter the unit's block."""
     modules: tuple[str, ...] = (unit.name,)
     if unit.kind != "matrix":
         modules = next(sub_block.modules for sub_block in spec.layout.sub_blocks if sub_block.name == unit.name)
