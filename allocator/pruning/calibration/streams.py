@@ -114,7 +114,7 @@ class DenseAndPruned:
                 outputs = self._walker.capture_outputs(self._index, dense, modules, self._dense_block, known)
             for module in modules:
                 bias = getattr(self._walker.model.get_submodule(module), "bias", None)
-                # in float32, and differences first: what is lacking is small beside the residual stream
+                # in float32, and differences first: what is lacking is small compared with the residual stream
                 target = _flatten(outputs[module]) - (0.0 if bias is None else bias.float())
                 if stage.writes and self.adds_up:
                     target = target + (_flatten(self._residual(dense)) - _flatten(self._residual(pruned)))
