@@ -5,13 +5,14 @@ PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 
 CONSUMERS = $(patsubst tests/export/environments/%.txt,.consumers/%/.installed,$(wildcard tests/export/environments/*.txt))
 
-.PHONY: help install demo test test-slow test-consumers lint clean
+.PHONY: help install demo docs test test-slow test-consumers lint clean
 
 help:
 	@echo "make demo       run the main job on the packaged model (sets itself up)"
 	@echo "make test       run the tests (sets itself up)"
 	@echo "make test-slow  run the tests that take longer"
 	@echo "make test-consumers  hand plans to the other tools, each in an environment of its own"
+	@echo "make docs       write docs/configuration.md from the settings"
 	@echo "make lint       check style, types and imports"
 
 install: $(VENV)/.installed
@@ -43,6 +44,9 @@ test-slow: $(VENV)/.installed-test
 
 test-consumers: $(VENV)/.installed-test $(CONSUMERS)
 	$(BIN)/python -m pytest -m consumers
+
+docs: $(VENV)/.installed
+	$(BIN)/python -m allocator.run.config.reference
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
