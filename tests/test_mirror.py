@@ -76,7 +76,6 @@ ELSEWHERE = {
     "pruning/calibration/streams.py": "pruning/calibration/test_build.py",
     "pruning/levels/compact.py": "pruning/pruners/test_contract.py",
     "pruning/pruners/protocol.py": "pruning/pruners/test_contract.py",
-    "pruning/pruners/registry.py": "pruning/pruners/test_contract.py",
     "report/answers.py": "cli/test_commands.py",
     "report/figures.py": "report/test_report.py",
     "report/marks.py": "report/test_report.py",
