@@ -36,7 +36,7 @@ def submit(
     address: str | None = None,
     name: str | None = None,
     runs_dir: Path | str | None = None,
-    settings: Sequence[str] = (),
+    settings: Sequence[str] | None = None,
     installed: bool = False,
     follow: Callable[[str], None] | None = None,
     started: Callable[[SubmittedJob], None] | None = None,
@@ -59,7 +59,7 @@ def submit(
     from allocator.pool.jobs import JobServer
 
     file = Path(file)
-    package = pack(read_keys(file, {"name": name, "runs_dir": runs_dir}, settings), file, installed=installed)
+    package = pack(read_keys(file, {"name": name, "runs_dir": runs_dir}, settings or ()), file, installed=installed)
     server, run = JobServer(address), package.config.folder
     server.check_idle(run)
     with tempfile.TemporaryDirectory() as scratch:
