@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from allocator.core.errors import UserError
+from allocator.core.strict import StrictModel
 
 Attention = Literal["kv_groups", "query_heads"]
 """The items of attention: KV groups with the query heads that they serve, or query heads alone."""
@@ -24,11 +25,7 @@ EXPERT_INPUTS, EXPERT_OUTPUT = ("gate_proj", "up_proj"), "down_proj"
 Part = Literal["attention", "mlp"]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class _Parts(_Strict):
+class _Parts(StrictModel):
     output: str
     remove: list[str] = []
     """Modules to remove when no item is left: what leads to the output projection, and the projection. By default it is
@@ -92,7 +89,7 @@ class Channels(_Parts):
         return split_names(*self.inputs, self.output)
 
 
-class Mixture(_Strict):
+class Mixture(StrictModel):
     """A mixture of experts: a router, and experts by number, each with a gate, an up and a down projection."""
 
     kind: Literal["experts"]
@@ -110,7 +107,7 @@ class Mixture(_Strict):
         return [self.router, *own, *(name for part in (self.shared, self.dense) if part for name in part.names)]
 
 
-class Family(_Strict):
+class Family(StrictModel):
     """One naming family, as a file of ``search_spaces/`` describes it."""
 
     schema_: Literal[1] = Field(alias="schema")
