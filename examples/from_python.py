@@ -1,0 +1,26 @@
+"""A search from Python on the packaged model: its figures, its front, and a plan for another point of it.
+
+Run it with ``python examples/from_python.py``.
+"""
+
+import allocator
+
+if __name__ == "__main__":
+    result = allocator.search(
+        target=0.5,
+        method="evolution",
+        budget="40 evaluations",
+        workers=0,
+        name="from-python",
+        settings=["tokens.calibration=4096", "tokens.selection=4096", "tokens.test=4096"],
+    )
+    print(f"uniform {result.figures['uniform']['kl']:.4f}, searched {result.figures['searched']['kl']:.4f} KL")
+
+    run = allocator.open_run(result.folder)
+    for member in run.front:
+        print(f"{member['params']:,} parameters, KL {member['kl']:.4f}")
+    print(f"{len(run.evaluations)} evaluations")
+
+    run.plan(index=0).save(result.folder / "densest.json")
+    counted = allocator.prune(result.folder / "densest.json", result.folder / "densest", execution="recompute")
+    print(f"the densest member of the front has {counted:,} parameters")
