@@ -79,7 +79,7 @@ def test_a_plan_above_the_budget_is_marked(cli: Cli, compare_args: list[object],
     assert "plan finished *" in out
     assert "*: above the budget of" in out
     data = cli(*arguments, "--resume", "--json").json
-    assert not data.measured["plan finished"]["within_budget"]
+    assert not data["measured"]["plan finished"]["within_budget"]
     assert data["measured"]["uniform"]["within_budget"]
 
 
@@ -88,7 +88,7 @@ def test_a_plan_with_other_ladders(cli: Cli, compare_args: list[object], finishe
     expected = json.loads((finished / "result.json").read_text())["measured"]["searched"]
     ladder = ["--set", "ladder.sparsities=[0.25,0.5,0.75,1.0]"]
     data = cli(*compare_args, *ladder, "--plan", finished / "plan.json", "--json").json
-    found = data.measured["plan finished"]
+    found = data["measured"]["plan finished"]
     assert (found["params"], found["kl"]) == (expected["params"], expected["kl"])
 
 

@@ -74,7 +74,7 @@ def test_what_a_run_does_not_have_is_refused(asked: dict[str, object], said: str
 
 
 def test_no_run_is_one_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no run. Name the folder of a run"):
+    with pytest.raises(UserError, match=r"no run\. Name the folder of a run"):
         allocator.open_run(tmp_path)
 
 

@@ -80,8 +80,8 @@ def test_an_expansion_costs_four_dense_passes_and_every_level_on_a_few_tokens(ma
 
 requests_of_two_blocks = st.builds(
     Request,
-    st.tuples(st.integers(0, 1), st.integers(0, 1)),
-    st.sampled_from([64, 1024]),
+    allocation=st.tuples(st.integers(0, 1), st.integers(0, 1)),
+    tokens=st.sampled_from([64, 1024]),
     probe=st.sampled_from(["", "influence", "expansion"]),
 )
 

@@ -27,7 +27,7 @@ Part = Literal["attention", "mlp"]
 
 class _Parts(StrictModel):
     output: str
-    remove: list[str] = []
+    remove: list[str] = Field(default_factory=list)
     """Modules to remove when no item is left: what leads to the output projection, and the projection. By default it is
     the module that the matrices share or, if they share only the block, the matrices themselves."""
 
@@ -44,10 +44,10 @@ class KvGroups(_Parts):
     key: str
     value: str
     fused: Literal["by_part", "by_group"] | None = None
-    counts: list[str] = []
+    counts: list[str] = Field(default_factory=list)
     """Attributes of the module that the matrices share, which count heads or what is proportional to heads:
     ``config.x`` is one of its configuration, ``self.x`` one of a module inside it."""
-    norms: list[str] = []
+    norms: list[str] = Field(default_factory=list)
     """Norms over all heads at once, of queries or keys. Removing a head would change the others' norm, so attention
     is removed as a whole or not at all."""
     cache: str | None = None
@@ -116,16 +116,16 @@ class Family(StrictModel):
     """Names of the blocks, one pattern per tower. A prefix that only some checkpoints have may be left out."""
 
     units: dict[Part, Annotated[KvGroups | Channels | Mixture, Field(discriminator="kind")]]
-    entry: list[str] = []
+    entry: list[str] = Field(default_factory=list)
     """Matrices between the embeddings and the first block."""
-    tail: list[str] = []
+    tail: list[str] = Field(default_factory=list)
     """Modules from the blocks to the logits, the head last. Causal language models need one.
 
     A name that ends in ``?`` is optional, here and in ``entry``. Models of other kinds compute what follows themselves.
     """
     skip: list[str]
     """Modules that are not pruned. ``{block}`` is each block in turn; a name that ends in ``?`` is optional."""
-    renamed: dict[str, str] = {}
+    renamed: dict[str, str] = Field(default_factory=dict)
     """Parts of tensor names in the files, and their names in the model."""
 
     @field_validator("blocks")

@@ -1,5 +1,6 @@
 """Multiple-choice knapsacks against brute force, and against an independent solver where that is too many."""
 
+import dataclasses
 import itertools
 import math
 
@@ -101,10 +102,7 @@ def test_ranges_are_kept_unless_only_units_outside_theirs_can_fill_the_budget(sp
 def test_two_limits_are_solved_exactly(spaces, data):
     space = data.draw(spaces)
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
-    units = [
-        type(u)(u.name, u.kind, u.part, u.block, u.total, u.kept, u.params, tuple(rng.permutation(u.macs).tolist()))
-        for u in space.units
-    ]
+    units = [dataclasses.replace(unit, macs=tuple(rng.permutation(unit.macs).tolist())) for unit in space.units]
     space = type(space)(space.pattern, tuple(units), space.fixed)
     table = _table(data, space, forbidden=False)
     everything = _everything(space, table)
