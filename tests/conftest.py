@@ -19,7 +19,8 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from allocator.core.space import SearchSpace, Unit
+from allocator.core.space import SearchSpace
+from allocator.testing import spaces as synthetic
 
 settings.register_profile("tests", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("tests")
@@ -100,25 +101,6 @@ def _document(rng: np.random.Generator) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _space(
-    ladders: list[list[int]], fixed: int = 1000, parts: tuple[str, ...] = ("attention", "mlp"), seed: int = 0
-) -> SearchSpace:
-    units = tuple(
-        Unit(
-            name=f"layers.{index // len(parts)}.{parts[index % len(parts)]}",
-            kind="channels",
-            part=parts[index % len(parts)],
-            block=index // len(parts),
-            total=len(params) - 1 or 1,
-            kept=tuple(range(len(params) - 1 or 1, (len(params) - 1 or 1) - len(params), -1)),
-            params=tuple(params),
-            macs=tuple(3 * count for count in params),
-        )
-        for index, params in enumerate(ladders)
-    )
-    return SearchSpace("structured", units, {"params": fixed, "macs": fixed})
-
-
 LONGEST = (
     "test_end_to_end.py",
     "pool/test_jobs.py",
@@ -147,22 +129,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def make_space() -> Callable[..., SearchSpace]:
     """Makes a space from the parameters of each unit's levels; units are attention and mlp in turn."""
-    return _space
+    return synthetic.make_space
 
 
 @pytest.fixture(scope="session")
 def space() -> SearchSpace:
     """Six units in three blocks, with ladders of unequal lengths and steps."""
-    return _space(
-        [[60, 45, 30, 15, 0], [176, 154, 110, 99, 33, 0], [60, 30, 0], [170, 90, 7], [52, 39, 26, 0], [88, 0]]
-    )
+    return synthetic.make_six_units()
 
 
 @pytest.fixture(scope="session")
 def spaces() -> st.SearchStrategy[SearchSpace]:
     """Strategy of spaces: one to six units, one to five levels, steps of any size."""
-    ladder = st.lists(st.integers(0, 400), min_size=1, max_size=5, unique=True).map(lambda v: sorted(v, reverse=True))
-    return st.builds(_space, st.lists(ladder, min_size=1, max_size=6), st.integers(0, 50))
+    return synthetic.draw_spaces()
 
 
 @pytest.fixture(scope="session")

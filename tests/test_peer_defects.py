@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-from problems import unit_problem
 from safetensors.torch import load_file
 from stores import create_store
 
@@ -47,6 +46,7 @@ from allocator.searchers.methods.evolution import EvolutionSettings
 from allocator.searchers.methods.thompson import ThompsonSettings
 from allocator.searchers.settings import SearchSettings
 from allocator.searchers.study import Study, run_study
+from allocator.testing.problems import unit_problem
 
 HEAD_DIM, HEADS, KV_HEADS, HIDDEN = 16, 4, 2, 32
 assert HEAD_DIM != HIDDEN // HEADS

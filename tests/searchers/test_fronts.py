@@ -3,7 +3,6 @@
 import functools
 import itertools
 
-import landscapes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -28,6 +27,8 @@ from allocator.searchers.rules.baselines import uniform
 from allocator.searchers.settings import SearchSettings
 from allocator.searchers.solvers.knapsack import additive_front
 from allocator.searchers.study import Study, run_study
+from allocator.testing import landscapes
+from allocator.testing.spaces import make_uneven_space
 
 NSGA = NsgaSettings(generations=5, population=8, profile=64, tokens=128)
 EMO = EmoPmsSettings(groups=3, rounds=2, generations=3, population=6, schemes=8, profile=64, tokens=128)
@@ -227,7 +228,7 @@ def _hypervolume(space, outcomes, worst):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_sweep_is_ahead_of_nsga2_for_less(seed):
-    space = landscapes.make_uneven_space(seed, 16, 9)
+    space = make_uneven_space(seed, 16, 9)
     worst = landscapes.bowl(seed, reach=3, space=space, length=16).loss(uniform(space, Budget(params=_middle(space))))
     found = {}
     for method in ("sweep", "nsga2"):

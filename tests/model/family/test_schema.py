@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from problems import unit_problem
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -27,6 +26,7 @@ from allocator.pruning.levels.assemble import Assembler, LevelSwitch
 from allocator.pruning.levels.execute import save_pruned
 from allocator.pruning.pruners.protocol import PrunerSpec
 from allocator.pruning.pruners.registry import make_pruner, pruners_for
+from allocator.testing.problems import unit_problem
 
 OLD_FALCON = {"new_decoder_architecture": False, "num_ln_in_parallel_attn": None}
 MODELS = {

@@ -8,7 +8,6 @@ import pytest
 import torch
 import transformers
 import yaml
-from problems import unit_problem
 from safetensors import safe_open
 
 from allocator.core.errors import UserError
@@ -26,6 +25,7 @@ from allocator.pruning.levels.assemble import Assembler, LevelSwitch
 from allocator.pruning.levels.execute import save_pruned
 from allocator.pruning.pruners.protocol import PrunerSpec
 from allocator.pruning.pruners.registry import make_pruner
+from allocator.testing.problems import unit_problem
 
 BERT = {
     "attention": {

@@ -3,7 +3,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import unit_problem
 from safetensors.torch import load_file, save_file
 
 from allocator.model.checkpoint.headers import read_checkpoint
@@ -20,6 +19,7 @@ from allocator.pruning.calibration.streams import find_nearest
 from allocator.pruning.levels.assemble import Assembler, LevelSwitch
 from allocator.pruning.pruners.protocol import PrunerSpec, Refit
 from allocator.pruning.pruners.registry import make_pruner
+from allocator.testing.problems import unit_problem
 
 
 @pytest.fixture

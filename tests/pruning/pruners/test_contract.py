@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import unit_problem
 
 from allocator.core.space import Unit
 from allocator.pruning.calibration.statistics import KINDS
@@ -15,6 +14,7 @@ from allocator.pruning.levels.compact import cast_values, item_columns
 from allocator.pruning.levels.masks import sparse_weight
 from allocator.pruning.pruners.protocol import PrunerSpec
 from allocator.pruning.pruners.registry import PRUNERS, make_pruner, pruners_for
+from allocator.testing.problems import unit_problem
 
 ROWS = 10
 

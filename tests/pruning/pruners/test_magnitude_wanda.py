@@ -3,12 +3,12 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from problems import unit_problem
 
 from allocator.core.space import Unit
 from allocator.pruning.calibration.statistics import Norms, Nothing
 from allocator.pruning.levels.compact import NEVER
 from allocator.pruning.pruners.magnitude_wanda import Magnitude, Wanda
+from allocator.testing.problems import unit_problem
 
 ROWS, COLUMNS = 6, 10
 KEPT = tuple(ROWS * count for count in (10, 8, 7, 3, 0))

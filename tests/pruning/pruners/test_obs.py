@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 import torch
-from problems import unit_problem
 
 from allocator.core.space import Unit
 from allocator.pruning.calibration.factorise import damp
@@ -9,6 +8,7 @@ from allocator.pruning.calibration.statistics import Gram
 from allocator.pruning.levels.compact import item_columns
 from allocator.pruning.pruners.obs import Obs, refit_columns
 from allocator.pruning.pruners.removal import obs_order
+from allocator.testing.problems import unit_problem
 
 
 def _problem(seed, tokens, inputs, outputs, scale=1.0):

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from problems import unit_problem
 
 from allocator.core.notify import silent
 from allocator.core.space import Unit
@@ -14,6 +13,7 @@ from allocator.pruning.pruners import sparsegpt
 from allocator.pruning.pruners.protocol import PrunerSpec
 from allocator.pruning.pruners.registry import make_pruner
 from allocator.pruning.pruners.sparsegpt import SparseGpt, inverse_factor
+from allocator.testing.problems import unit_problem
 
 
 def _problem(seed, tokens, inputs, outputs):

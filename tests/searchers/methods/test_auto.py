@@ -2,7 +2,6 @@
 
 import itertools
 
-import landscapes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -22,6 +21,7 @@ from allocator.searchers.solvers.knapsack import knapsack
 from allocator.searchers.solvers.space_arrays import SpaceArrays
 from allocator.searchers.surrogates.surrogate import Difference
 from allocator.searchers.surrogates.tabular import Tabular
+from allocator.testing import landscapes
 
 ALL = landscapes.TOKENS * landscapes.SEQUENCES
 
@@ -153,7 +153,7 @@ def test_asking_again_on_few_tokens_teaches_nothing_but_all_tokens_do():
 def test_pairs_that_interact_are_found():
     landscape = landscapes.additive(0, num_units=8)
     weight = 4.0 * max(float(term.mean(0)[4]) for term in landscape.terms)
-    landscape = landscapes.Landscape(landscape.space, landscape.terms, ((1, 6, weight),))
+    landscape = landscapes.Pairwise(landscape.space, landscape.terms, ((1, 6, weight),))
     budget = budget_for(landscape.space, 0.5)
     centre = uniform(landscape.space, budget)
     rng, model = np.random.default_rng(0), Tabular(SpaceArrays(landscape.space, budget), centre, ALL)

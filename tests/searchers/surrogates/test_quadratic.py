@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import landscapes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -14,6 +13,7 @@ from allocator.searchers.solvers.space_arrays import SpaceArrays
 from allocator.searchers.surrogates.memory import subtract
 from allocator.searchers.surrogates.quadratic import Quadratic
 from allocator.searchers.surrogates.surrogate import Difference
+from allocator.testing import landscapes
 
 ALL = landscapes.TOKENS * landscapes.SEQUENCES
 FEW = 2 * landscapes.TOKENS

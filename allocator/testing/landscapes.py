@@ -1,7 +1,8 @@
 """Losses that are functions of the allocation alone, with optima that are known.
 
-The generators were fixed before any searcher was tuned. Every landscape is the mean of eight "sequences", each with
-terms of its own, so that a low fidelity is a biased but paired view of the whole, as calibration text is.
+They stand in place of a model: each is an evaluator for searchers. The generators were fixed before any searcher was
+tuned. Every landscape but :class:`Chain` is the mean of eight "sequences", each with terms of its own, so that a low
+fidelity is a biased but paired view of the whole, as calibration text is.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from scipy.sparse import coo_array
 
 from allocator.core.budget import Budget
 from allocator.core.protocols import FEATURES, Expansion, Outcome, Request
-from allocator.core.space import Allocation, SearchSpace, Unit
+from allocator.core.space import Allocation, SearchSpace
+from allocator.testing.spaces import make_even_space, make_uneven_space
 
 TOKENS = 512
 """Tokens of one sequence."""
@@ -24,57 +26,51 @@ TOKENS = 512
 SEQUENCES = 8
 
 
-def make_space(seed: int, num_units: int = 48, num_levels: int = 9) -> SearchSpace:
-    """Return a space of equally spaced ladders whose units are of unequal size."""
-    rng = np.random.default_rng([seed, 0])
-    units = []
-    for index in range(num_units):
-        step = int(rng.choice([30, 40, 60, 90]))
-        kept = tuple(range(num_levels - 1, -1, -1))
-        params = tuple(step * count for count in kept)
-        part = ("attention", "mlp")[index % 2]
-        units.append(
-            Unit(
-                name=f"blocks.{index // 2}.{part}",
-                kind="channels",
-                part=part,
-                block=index // 2,
-                total=num_levels - 1,
-                kept=kept,
-                params=params,
-                macs=params,
-            )
-        )
-    return SearchSpace("structured", tuple(units), {"params": 500, "macs": 500})
+class Chain:
+    """A KL that grows with every level, plus what neighbouring units do to each other.
 
+    Attributes:
+        terms: Loss of each unit at each level.
+        requests: All that was asked.
+    """
 
-def make_uneven_space(seed: int, num_units: int = 48, num_levels: int = 9) -> SearchSpace:
-    """Return a space of units of unequal size, whose ladders have unequal steps and lengths."""
-    rng = np.random.default_rng([seed, 4])
-    units = []
-    for index in range(num_units):
-        total, step = 2 * num_levels, int(rng.choice([10, 20, 30, 50]))
-        length = int(rng.integers(max(2, num_levels - 2), num_levels + 1))
-        between = np.sort(rng.choice(np.arange(1, total), length - 2, replace=False))[::-1]
-        kept = (total, *between.tolist(), 0)
-        params, part = tuple(step * count for count in kept), ("attention", "mlp")[index % 2]
-        units.append(
-            Unit(
-                name=f"blocks.{index // 2}.{part}",
-                kind="channels",
-                part=part,
-                block=index // 2,
-                total=total,
-                kept=kept,
-                params=params,
-                macs=params,
-            )
-        )
-    return SearchSpace("structured", tuple(units), {"params": 500, "macs": 500})
+    def __init__(self, space: SearchSpace, seed: int = 0, interaction: float = 0.3) -> None:
+        """Draw the terms; ``interaction`` is the loss of two neighbouring units that are both at full sparsity."""
+        rng = np.random.default_rng(seed)
+        self.terms = [np.concatenate([[0.0], rng.exponential(size=u.num_levels - 1).cumsum()]) for u in space.units]
+        self._interaction, self._space = interaction, space
+        self.requests: list[Request] = []
+
+    def kl(self, allocation: Sequence[int]) -> float:
+        """Return the KL on infinitely many tokens."""
+        sparsities = [u.sparsity(level) for u, level in zip(self._space.units, allocation, strict=True)]
+        pairs = sum(a * b for a, b in itertools.pairwise(sparsities))
+        return float(sum(t[level] for t, level in zip(self.terms, allocation, strict=True)) + self._interaction * pairs)
+
+    def evaluate(self, requests: Sequence[Request]) -> Iterator[Outcome]:
+        """Yield outcomes; the fewer tokens, the higher the loss."""
+        for request in requests:
+            self.requests.append(request)
+            kl = self.kl(request.allocation) * (1 + 1 / request.tokens)
+            if request.blocks:
+                levels = zip(self._space.units, request.allocation, strict=True)
+                assert not any(level for unit, level in levels if unit.block >= request.blocks)
+                yield Outcome(request=request, measured={FEATURES: kl}, wall_s=0.0, loss_name=FEATURES)
+                continue
+            after = {"kl": kl / 2, "kl_before": kl} if request.training else {"kl": kl}
+            yield Outcome(request=request, measured={**after, "nll": 2.0 + kl, **self._influences(request)}, wall_s=0.0)
+
+    def _influences(self, request: Request) -> dict[str, float]:
+        """Return what blocks still do, which grows with the density of their units."""
+        blocks: dict[str, float] = {}
+        for unit, level in zip(self._space.units, request.allocation if request.probe else (), strict=False):
+            key = f"influence.{unit.block}"
+            blocks[key] = blocks.get(key, 0.0) + (1.0 - unit.sparsity(level)) * (1 + unit.block % 3)
+        return blocks
 
 
 @dataclass(frozen=True)
-class Landscape:
+class Pairwise:
     """Additive terms, and bilinear terms between pairs of units.
 
     Attributes:
@@ -91,7 +87,8 @@ class Landscape:
         """Return the loss on each sequence."""
         sparsity = [unit.sparsity(level) for unit, level in zip(self.space.units, allocation, strict=True)]
         joint = sum(weight * sparsity[a] * sparsity[b] for a, b, weight in self.pairs)
-        return sum(term[:, level] for term, level in zip(self.terms, allocation, strict=True)) + joint
+        own = sum(term[:, level] for term, level in zip(self.terms, allocation, strict=True))
+        return np.asarray(own + joint)
 
     def loss(self, allocation: Allocation) -> float:
         """Return the loss on all sequences."""
@@ -111,7 +108,9 @@ class Landscape:
         cost, rows, columns, values, equal = [*np.concatenate(terms)], [], [], [], []
         for index, unit in enumerate(units):
             for level in range(unit.num_levels):
-                rows.append(index), columns.append(offsets[index] + level), values.append(1.0)
+                rows.append(index)
+                columns.append(offsets[index] + level)
+                values.append(1.0)
         equal += [1.0] * len(units)
         # the local polytope: a table for each pair, whose sums over one side are the levels of the other
         for a, b, weight in self.pairs:
@@ -120,10 +119,10 @@ class Landscape:
                 weight * units[a].sparsity(i) * units[b].sparsity(j) for i in range(shape[0]) for j in range(shape[1])
             ]
             table = start + np.arange(shape[0] * shape[1]).reshape(shape)
-            for unit, lines in ((a, table), (b, table.T)):
+            for side, lines in ((a, table), (b, table.T)):
                 for level, line in enumerate(lines):
                     rows += [len(equal)] * (len(line) + 1)
-                    columns += [*line, offsets[unit] + level]
+                    columns += [*line, offsets[side] + level]
                     values += [1.0] * len(line) + [-1.0]
                     equal.append(0.0)
         sums = coo_array((values, (rows, columns)), shape=(len(equal), len(cost)))
@@ -146,9 +145,9 @@ class Landscape:
         return self.loss(tuple(chosen)), tuple(chosen)
 
 
-def additive(seed: int, monotone: bool = True, **shape: int) -> Landscape:
+def additive(seed: int, monotone: bool = True, **shape: int) -> Pairwise:
     """Convex terms of very unequal scale; where not monotone, some levels do better than denser ones."""
-    space, rng = make_space(seed, **shape), np.random.default_rng([seed, 1])
+    space, rng = make_even_space(seed, **shape), np.random.default_rng([seed, 1])
     terms = []
     for unit in space.units:
         sparsity = np.array([unit.sparsity(level) for level in range(unit.num_levels)])
@@ -160,12 +159,12 @@ def additive(seed: int, monotone: bool = True, **shape: int) -> Landscape:
             term * rng.lognormal(0.0, 0.25, size=(SEQUENCES, 1)) * rng.lognormal(0.0, 0.05, size=(SEQUENCES, len(term)))
         )
         terms.append(each * term / np.maximum(each.mean(0), 1e-12))
-    return Landscape(space, tuple(terms))
+    return Pairwise(space, tuple(terms))
 
 
-def planted(seed: int, **shape: int) -> Landscape:
+def planted(seed: int, **shape: int) -> Pairwise:
     """Additive terms, and as many interacting pairs as half of the units, half of them helping each other."""
-    base, rng = additive(seed, **shape), np.random.default_rng([seed, 2])
+    base, rng = additive(seed, True, **shape), np.random.default_rng([seed, 2])
     scale = [float(term.mean(0)[-1]) for term in base.terms]
     count = len(scale)
     pairs: dict[tuple[int, int], float] = {}
@@ -176,10 +175,10 @@ def planted(seed: int, **shape: int) -> Landscape:
         if a != b and (min(a, b), max(a, b)) not in pairs:
             sign = 1.0 if len(pairs) % 4 < 2 else -0.6
             pairs[min(a, b), max(a, b)] = sign * rng.uniform(0.5, 1.5) * float(np.sqrt(scale[a] * scale[b]))
-    return Landscape(base.space, base.terms, tuple((a, b, weight) for (a, b), weight in pairs.items()))
+    return Pairwise(base.space, base.terms, tuple((a, b, weight) for (a, b), weight in pairs.items()))
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Bowl:
     """A positive definite form in positions that units take, for each sequence; it knows its expansions exactly.
 
@@ -204,7 +203,7 @@ class Bowl:
     def parts(self, allocation: Allocation) -> np.ndarray:
         """Return the loss on each sequence."""
         away = self._away(allocation)
-        return (away * (self.forms @ away[:, :, None])[:, :, 0]).sum(1) / 2
+        return np.asarray((away * (self.forms @ away[:, :, None])[:, :, 0]).sum(1) / 2)
 
     def loss(self, allocation: Allocation) -> float:
         """Return the loss on all sequences."""
@@ -214,7 +213,7 @@ class Bowl:
 
     def curvature(self, tokens: int) -> np.ndarray:
         """Return what the squared change of each unit costs, [units]."""
-        return self.forms[: tokens // self.length].mean(0).diagonal() / 2
+        return np.asarray(self.forms[: tokens // self.length].mean(0).diagonal() / 2)
 
     def expansion(self, allocation: Allocation, tokens: int) -> Expansion:
         """Return how the loss on so many tokens changes with every level of every unit."""
@@ -280,7 +279,7 @@ class Bowl:
 
     def _away(self, allocation: Allocation) -> np.ndarray:
         at = [position[level] for position, level in zip(self.positions, allocation, strict=True)]
-        return np.array(at) - self.lowest
+        return np.asarray(np.array(at) - self.lowest)
 
 
 def bowl(seed: int, reach: int = 1, space: SearchSpace | None = None, length: int = TOKENS, **shape: int) -> Bowl:
@@ -298,4 +297,4 @@ def bowl(seed: int, reach: int = 1, space: SearchSpace | None = None, length: in
     forms = scale[:, :, None] * (root @ root.T) * scale[:, None, :]
     ends = np.array([position[-1] for position in positions])
     lowest = ends * (rng.uniform(-0.2, 0.4, size=count) + rng.normal(0.0, 0.05, size=(SEQUENCES, count)))
-    return Bowl(space, tuple(positions), forms, lowest, length)
+    return Bowl(space=space, positions=tuple(positions), forms=forms, lowest=lowest, length=length)
