@@ -12,6 +12,7 @@ The verbs of the command line are functions here. ``docs/python.md`` describes t
 - ``pool``        Ray workers and jobs
 - ``interop``     plans for other tools, and theirs
 - ``report``      tables, figures and the page of a run
+- ``testing``     contract suites, for searchers, pruners, evaluators and targets of your own
 """
 
 from __future__ import annotations

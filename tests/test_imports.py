@@ -22,6 +22,7 @@ ALLOWED = {
     "interop": {"core", "model", "pruning", "interop"},
     "run": {*LOWER, "run"},
     "commands": {*LOWER, "pool", "interop", "report", "run", "commands"},
+    "testing": {*LOWER, "pool", "interop", "run", "testing"},
     "cli": {"core", "model", "interop", "pool", "run", "report", "commands"},
     "__main__": {"cli"},
     "__init__": {"core", "commands", "run"},
