@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from allocator.core.budget import Budget, denser_moves, fits
+from allocator.core.budget import Budget, fits
 from allocator.core.effort import candidate_tokens
-from allocator.core.front import knee, minimised, pareto_front
+from allocator.core.front import knee, pareto_front
 from allocator.core.header import JournalHeader
 from allocator.core.journal import Journal
 from allocator.core.protocols import Outcome, Request
@@ -21,177 +21,58 @@ from allocator.searchers.methods.emo_pms import EmoPmsSettings
 from allocator.searchers.methods.guided import GuidedSettings
 from allocator.searchers.methods.nsga import NsgaSettings
 from allocator.searchers.methods.sweep import SweepSettings, make_budgets
-from allocator.searchers.problem import SearchProblem
-from allocator.searchers.registry import METHODS as REGISTERED
+from allocator.searchers.registry import METHODS
 from allocator.searchers.rules.baselines import uniform
 from allocator.searchers.settings import SearchSettings
 from allocator.searchers.solvers.knapsack import additive_front
 from allocator.searchers.study import Study, run_study
-from allocator.testing import landscapes
+from allocator.testing import FrontContract, landscapes
+from allocator.testing.fronts import find_size, follow
 from allocator.testing.spaces import make_uneven_space
+from allocator.testing.suites import make_suites
 
-NSGA = NsgaSettings(generations=5, population=8, profile=64, tokens=128)
-EMO = EmoPmsSettings(groups=3, rounds=2, generations=3, population=6, schemes=8, profile=64, tokens=128)
-METHODS = {
-    "sweep": SearchSettings(method="sweep", tokens=(64, 128), sweep=SweepSettings(points=4, entrants=4)),
-    "sweep, twice": SearchSettings(
-        method="sweep", tokens=(32, 64, 128), sweep=SweepSettings(points=3, entrants=3, passes=2)
-    ),
-    "nsga2": SearchSettings(method="nsga2", nsga=NSGA),
-    "nsga3": SearchSettings(method="nsga3", nsga=NSGA),
-    "emo_pms": SearchSettings(method="emo_pms", emo_pms=EMO),
-    "tpe": SearchSettings(method="tpe", tpe=TpeSettings(trials=40, batch=8, tokens=128)),
-    "gp": SearchSettings(method="gp", gp=GpSettings(trials=19, batch=7, tokens=128)),
+KEYS = {
+    "tokens": (64, 128),
+    "sweep": SweepSettings(points=4, entrants=4),
+    "nsga": NsgaSettings(generations=5, population=8, profile=64, tokens=128),
+    "emo_pms": EmoPmsSettings(groups=3, rounds=2, generations=3, population=6, schemes=8, profile=64, tokens=128),
+    "tpe": TpeSettings(trials=40, batch=8, tokens=128),
+    "gp": GpSettings(trials=19, batch=7, tokens=128),
 }
+"""Keys under ``search`` of small searches. A section that is not here has its defaults."""
+
+FRONTS = [name for name, method in METHODS.items() if method.front != "none"]
+TWICE = SearchSettings(method="sweep", tokens=(32, 64, 128), sweep=SweepSettings(points=3, entrants=3, passes=2))
+CASES = {name: SearchSettings(method=name, **KEYS) for name in FRONTS} | {"sweep, twice": TWICE}
 
 
-SEVERAL = [name for name, settings in METHODS.items() if REGISTERED[settings.method].front == "any"]
+def _attributes(settings):
+    return {"settings": settings.configured, "several_losses": METHODS[settings.method].front == "any"}
 
 
-@pytest.fixture(params=METHODS)
-def name(request):
-    return request.param
+globals().update(make_suites(FrontContract, {name: _attributes(settings) for name, settings in CASES.items()}))
 
 
-class Followed:
-    """A search from its beginning to its end, answered by what is known and then by an evaluator."""
+def test_every_method_of_fronts_is_under_the_contract():
+    assert {f"Test_{name}" for name in FRONTS} <= globals().keys()
 
-    def __init__(self, searcher, evaluator, known=()):
-        self.batches, self.told, self.asked = [], [], []
-        answers = {outcome.request.key: outcome for outcome in known}
-        while requests := searcher.ask():
-            new = [request for request in requests if request.key not in answers]
-            self.asked += new
-            answers |= {outcome.request.key: outcome for outcome in evaluator.evaluate(new)}
-            self.batches.append(list(requests))
-            self.told.append([answers[request.key] for request in requests])
-            searcher.tell(self.told[-1])
-        self.ended = searcher.ended()
 
-    @property
-    def measured(self):
-        """What was measured on all tokens."""
-        return [o for batch in self.told for o in batch if o.request.tokens == 128 and not o.request.probe]
+known_directions = functools.cache(nsga_module.get_reference_directions)
+
+
+@pytest.fixture(autouse=True)
+def spread_once(request, monkeypatch):
+    """The directions of NSGA-III take a second, and are the same for a seed: the test of seeds sees to that."""
+    if "seeds" not in request.node.name:
+        monkeypatch.setattr(nsga_module, "get_reference_directions", known_directions)
 
 
 def _whole(space):
     return Budget(params=space.cost(space.dense))
 
 
-def _follow(settings, space, evaluator, seed=0, budget=None, objectives=("params",), known=()):
-    budget = budget or _whole(space)
-    names = minimised("kl", objectives)
-    costs = [name for name in names if name in space.fixed]
-    start = [uniform(space, each) for each in (make_budgets(space, budget, costs[:1], 3) if costs else [budget])]
-    problem = SearchProblem(space=space, budget=budget, objectives=names, start=start, seed=seed)
-    return Followed(settings.configured.make(problem), evaluator, known)
-
-
-@pytest.fixture
-def follow(name):
-    """Runs the searcher of a method."""
-    return lambda *given, **more: _follow(METHODS[name], *given, **more)
-
-
-known_directions = functools.cache(nsga_module.get_reference_directions)
-
-
-@pytest.fixture
-def spread_once(monkeypatch):
-    """The directions of NSGA-III take a second, and are the same for a seed: the test of seeds sees to that."""
-    monkeypatch.setattr(nsga_module, "get_reference_directions", known_directions)
-
-
-def _inside(space, outcome, cost="params"):
-    low, high = space.cost(space.sparsest, cost), space.cost(space.dense, cost)
-    return (space.cost(outcome.request.allocation, cost) - low) / (high - low)
-
-
-@pytest.mark.usefixtures("spread_once")
-def test_fronts_range_over_sizes_and_keep_the_budget(follow, space, landscape):
-    limit = (2 * space.cost(space.dense, "macs") + space.cost(space.sparsest, "macs")) // 3
-    budget = Budget(params=space.cost(space.dense), macs=limit)
-    measured = follow(space, landscape(space), budget=budget).measured
-    assert all(fits(space, o.request.allocation, budget) for o in measured)
-    front = pareto_front(space, measured, ["kl", "params"])
-    assert len(front) >= 4
-    sizes = [_inside(space, outcome) for outcome in front]
-    assert max(sizes) > 0.5
-    assert min(sizes) < 0.35
-
-
-@pytest.mark.usefixtures("spread_once")
-@pytest.mark.parametrize("objectives", [("params", "macs"), ("macs",)])
-def test_costs_of_any_number_are_objectives(follow, make_space, landscape, objectives):
-    space = make_space([[100, 80, 60, 40, 20, 0], [50, 30, 0], [70, 35, 10], [20, 15, 10, 5]])
-    measured = follow(space, landscape(space), objectives=objectives).measured
-    front = pareto_front(space, measured, ["kl", *objectives])
-    assert len({space.cost(o.request.allocation) for o in front}) >= 3
-
-
-class TwoTexts:
-    """For one text only the even units matter, for the other only the odd ones."""
-
-    def __init__(self, space):
-        self._space = space
-
-    def evaluate(self, requests):
-        for request in requests:
-            each = [u.sparsity(level) ** 2 for u, level in zip(self._space.units, request.allocation, strict=True)]
-            even, odd = sum(each[::2]), sum(each[1::2])
-            yield Outcome(
-                request=request, measured={"kl.even": even, "kl.odd": odd, "kl": (even + odd) / 2}, wall_s=0.0
-            )
-
-
-@pytest.mark.usefixtures("spread_once")
-@pytest.mark.parametrize("name", SEVERAL)
-@pytest.mark.parametrize("costs", [(), ("params",)])
-def test_losses_of_several_texts_are_objectives(follow, make_space, costs):
-    space = make_space([[100, 80, 60, 40, 20, 0]] * 6)
-    budget, names = Budget(params=space.limit_for(0.5)), ["kl.even", "kl.odd"]
-    measured = follow(space, TwoTexts(space), budget=budget, objectives=(*names, *costs)).measured
-    front = pareto_front(space, measured, [*names, *costs])
-    assert all(fits(space, o.request.allocation, budget) for o in measured)
-    if costs:
-        assert len({_inside(space, o) for o in front}) >= 3
-        return
-    assert not any(denser_moves(space, o.request.allocation, budget) for o in measured)
-    for name in names:
-        assert min(o.measured[name] for o in front) < 0.8 * measured[0].measured[name]
-
-
-@pytest.mark.usefixtures("spread_once")
-@pytest.mark.parametrize(
-    "ladders",
-    [
-        [[100, 80, 60, 40, 20, 0]],
-        [[100, 50]],
-        [[50], [40], [90, 60, 30, 0], [10]],
-        [[50], [40]],
-        [[1000, 1], [3, 2, 1, 0], [77, 11], [500, 499, 3]],
-    ],
-    ids=["one unit", "two levels", "one unit that moves", "no choice", "unequal costs"],
-)
-def test_odd_spaces(follow, make_space, landscape, ladders):
-    space = make_space(ladders, fixed=5)
-    followed = follow(space, landscape(space))
-    assert followed.measured
-    assert followed.ended
-
-
-def test_seeds_resuming_and_nothing_twice(follow, space, landscape):
-    whole = follow(space, landscape(space), seed=5)
-    assert len({request.key for request in whole.asked}) == len(whole.asked)
-    measured = list({o.request.key: o for batch in whole.told for o in batch}.values())
-    for known in {0, 1, len(measured) // 2, len(measured)}:
-        resumed = follow(space, landscape(space), seed=5, known=measured[:known])
-        assert resumed.batches == whole.batches
-        assert [r.key for r in resumed.asked] == [o.request.key for o in measured[known:]]
-
-
 @given(data=st.data())
-def test_budgets_are_reachable_different_and_inside(spaces, data):
+def test_budgets_are_reachable_different_andfind_size(spaces, data):
     space = data.draw(spaces)
     objectives = data.draw(st.sampled_from([["params"], ["macs"], ["params", "macs"]]))
     within = Budget(params=data.draw(st.integers(space.cost(space.sparsest), space.cost(space.dense))))
@@ -220,7 +101,7 @@ def _hypervolume(space, outcomes, worst):
     front = pareto_front(space, [o for o in outcomes if o.loss < worst], ["kl", "params"])
     area, before = 0.0, 1.0
     for outcome in front:
-        size = _inside(space, outcome)
+        size = find_size(space, outcome)
         area += (before - size) * (1 - outcome.loss / worst)
         before = size
     return area
@@ -234,7 +115,7 @@ def test_a_sweep_is_ahead_of_nsga2_for_less(seed):
     for method in ("sweep", "nsga2"):
         nsga = NsgaSettings(generations=40, population=24, profile=32, tokens=128)
         settings = SearchSettings(method=method, tokens=(32, 64, 128), nsga=nsga)
-        followed = _follow(settings, space, landscapes.bowl(seed, reach=3, space=space, length=16), seed)
+        followed = follow(settings.configured, space, landscapes.bowl(seed, reach=3, space=space, length=16), seed=seed)
         spent = sum(sum(candidate_tokens(space, [o.request for o in batch])) for batch in followed.told)
         found[method] = spent, _hypervolume(space, followed.measured, worst)
     assert found["sweep"][0] < found["nsga2"][0]
@@ -249,7 +130,7 @@ def test_a_front_of_an_additive_loss_is_exact_where_budgets_are(make_space, land
     space = make_space([[100, 80, 60, 40, 20, 0], [70, 50, 30, 10], [90, 60, 30, 0], [50, 40, 30, 20]])
     evaluator = landscape(space, interaction=0.0)
     settings = SearchSettings(method="sweep", tokens=(64, 128), sweep=SweepSettings(points=6, entrants=12, passes=4))
-    measured = _follow(settings, space, evaluator).measured
+    measured = follow(settings.configured, space, evaluator).measured
     exact = additive_front(space, "params", [term.tolist() for term in evaluator.terms])
     for budget in make_budgets(space, _whole(space), ["params"], 6):
         least = min(value for cost, value, _ in exact if cost <= budget.limits["params"])
@@ -279,7 +160,7 @@ def decided(space, landscape, tmp_path):
 
 
 def test_members_are_selected_on_text_of_their_own_and_the_knee_is_the_plan(decided, space):
-    decision, outcomes = decided(METHODS["sweep"])
+    decision, outcomes = decided(CASES["sweep"])
     selected = [o for o in outcomes if o.request.split == "selection"]
     front = pareto_front(space, selected, ["kl", "params"])
     figures = np.array([[o.loss, space.cost(o.request.allocation)] for o in front])
@@ -298,15 +179,15 @@ def test_members_are_selected_on_text_of_their_own_and_the_knee_is_the_plan(deci
 
 def test_with_a_target_the_member_of_least_loss_is_the_plan(decided, space):
     budget = Budget(params=space.limit_for(0.5))
-    decision, outcomes = decided(METHODS["nsga2"], budget, knee_=False)
+    decision, outcomes = decided(CASES["nsga2"], budget, knee_=False)
     selected = [o for o in outcomes if o.request.split == "selection"]
     assert decision.losses["selection"] == min(o.loss for o in selected)
     assert fits(space, decision.searched, budget)
 
 
 def test_a_finished_decision_is_replayed_without_measuring(decided, refusing):
-    first, _ = decided(METHODS["sweep"])
-    again, _ = decided(METHODS["sweep"], evaluator=refusing)
+    first, _ = decided(CASES["sweep"])
+    again, _ = decided(CASES["sweep"], evaluator=refusing)
     assert again == first
 
 
