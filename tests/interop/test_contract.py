@@ -15,23 +15,15 @@ from safetensors.torch import load_file, save_file
 
 import allocator as api
 from allocator.core.errors import UserError
-from allocator.interop.contract import Target, check_target
+from allocator.interop.contract import Source
 from allocator.interop.matrices import list_matrices
 from allocator.interop.targets.registry import TARGETS
 from allocator.interop.verification import PLANNED, VERIFY, write_verify
-
-PATTERNS = ("structured", "unstructured", "n:m")
-
+from allocator.testing import TargetContract
+from allocator.testing.suites import make_suites
+from allocator.testing.targets import PATTERNS, expresses, read_export
 
 Verify = Callable[[Path, Path], tuple[int, dict[str, Any]]]
-
-
-def expresses(target: Target, executed: Any, run: Path | None = None) -> bool:
-    try:
-        check_target(target, replace(executed.source, run=run))
-    except UserError:
-        return False
-    return True
 
 
 def targets_table() -> str:
@@ -45,55 +37,28 @@ def test_the_page_lists_the_targets() -> None:
     assert targets_table() in page.read_text(encoding="utf-8")
 
 
-@pytest.fixture(params=TARGETS.values(), ids=TARGETS)
-def target(request: pytest.FixtureRequest) -> Target:
-    return request.param
+class ExportContract(TargetContract):
+    """The contract through the verb, on plans that the verb ``prune`` executed; also for a run."""
+
+    @pytest.fixture
+    def sources(self, by_pattern: dict[str, Any]) -> dict[str, Source]:
+        return {pattern: executed.source for pattern, executed in by_pattern.items()}
+
+    def export(self, source: Source, out: Path) -> list[str]:
+        folder = source.run or (source.executed or out).parent
+        return api.export(folder, self.target.name, out, model=source.checkpoint.folder)
+
+    def test_a_run_is_written_the_same_again(self, searched: Path, structured: Any, tmp_path: Path) -> None:
+        source = replace(structured, folder=searched).source
+        if not expresses(self.target, replace(source, run=searched)):
+            pytest.skip("cannot be expressed here")
+        for name in ("one", "two"):
+            self.export(replace(source, run=searched), tmp_path / name)
+        one, two = (read_export(tmp_path / name, self.target.varies) for name in ("one", "two"))
+        assert one == two
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_a_plan_is_written_or_refused_before_any_work(
-    target: Target, pattern: str, by_pattern: dict[str, Any], tmp_path: Path
-) -> None:
-    executed, out = by_pattern[pattern], tmp_path / "out"
-    if not expresses(target, executed):
-        with pytest.raises(UserError, match=r"^[^\n]+$"):
-            api.export(executed.folder, target.name, out, model=executed.model)
-        assert not list(tmp_path.iterdir())
-        return
-    lines = api.export(executed.folder, target.name, out, model=executed.model)
-    assert list(tmp_path.iterdir()) == [out]
-    assert list(out.iterdir())
-    assert all(isinstance(line, str) for line in lines)
-
-
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_what_is_written_is_the_same_again(
-    target: Target, pattern: str, by_pattern: dict[str, Any], tmp_path: Path
-) -> None:
-    executed = by_pattern[pattern]
-    if not expresses(target, executed):
-        pytest.skip("cannot be expressed")
-    assert_the_same_again(target, executed.folder, executed.model, tmp_path)
-
-
-def test_a_run_is_written_the_same_again(
-    target: Target, searched: Path, structured: Any, tiny_model: Path, tmp_path: Path
-) -> None:
-    if not expresses(target, replace(structured, folder=searched), searched):
-        pytest.skip("cannot be expressed here")
-    assert_the_same_again(target, searched, tiny_model, tmp_path)
-
-
-def assert_the_same_again(target: Target, folder: Path, model: Path, to: Path) -> None:
-    """All but what the target says to vary."""
-    written = []
-    for out in (to / "one", to / "two"):
-        api.export(folder, target.name, out, model=model)
-        varying = {path for pattern in target.varies for path in out.glob(pattern)}
-        assert all([*out.glob(pattern)] for pattern in target.varies)
-        paths = sorted(path for path in out.rglob("*") if path.is_file() and path not in varying)
-        written.append([(path.relative_to(out), path.read_bytes()) for path in paths])
-    assert written[0] == written[1]
+globals().update(make_suites(ExportContract, {name: {"target": target} for name, target in TARGETS.items()}))
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -121,7 +86,7 @@ def test_other_families_are_written_or_refused(
     assert (code, said["wrong"]) == (0, {})
     written = []
     for target in TARGETS.values():
-        if expresses(target, executed):
+        if expresses(target, executed.source):
             api.export(executed.folder, target.name, tmp_path / target.name, model=executed.model)
             written.append(target.name)
     assert {"hf", "ratios"} <= {*written}
@@ -143,7 +108,7 @@ def test_what_other_families_are_refused_is_one_line(
     """With what to do; nothing is written."""
     executed, refused = execute(make_model(kind), pattern), set()
     for target in TARGETS.values():
-        if pattern in target.patterns and not expresses(target, executed):
+        if pattern in target.patterns and not expresses(target, executed.source):
             with pytest.raises(
                 UserError, match=r"^export: [^\n]+(Use --to|See 'allocator export --list'|Name the folder)"
             ):
