@@ -32,27 +32,6 @@ PAGES = [
 LINKED = [*PAGES, ROOT / "benchmarks" / "README.md", ROOT / "runs" / "README.md"]
 README_WORDS = 1300
 
-PENDING_NAMES: set[str] = set()
-"""Names of the package that a page uses and that do not exist yet. Empty in a release."""
-
-PENDING_MODULES: set[str] = {
-    "allocator.searchers.problem",
-    "allocator.testing",
-}
-"""Modules that a page imports and that do not exist yet. Empty in a release."""
-
-PENDING_FILES: set[str] = {
-    "examples/from_python.py",
-    "examples/own_pruner.py",
-    "examples/own_searcher.py",
-    "searchers/generator.py",
-    "searchers/problem.py",
-    "searchers/registry.py",
-    "searchers/study.py",
-    "testing/",
-}
-"""Files that a page names and that do not exist yet. Empty in a release."""
-
 OTHER_PROGRAMS = {"export", "ray", "kubectl", "pip", "lm_eval", "optuna-dashboard", "source"}
 """Programs whose arguments are not checked here. The commands for Ray are run by tests/pool/test_jobs.py."""
 
@@ -247,7 +226,7 @@ def check_python(arguments: list[str]) -> None:
         script = ROOT / f"{arguments[1].replace('.', '/')}.py"
     else:
         script = ROOT / arguments[0]
-    if script.parent == ROOT or script.relative_to(ROOT).as_posix() in PENDING_FILES:
+    if script.parent == ROOT:
         return  # a script that an export leaves, or the reader's own
     source = script.read_text(encoding="utf-8")
     for word in arguments:
@@ -259,10 +238,8 @@ def test_code_compiles_and_names_what_exists(block: Block) -> None:
     tree = ast.parse(block.text)
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "allocator":
-            assert node.attr in PENDING_NAMES or hasattr(allocator, node.attr), node.attr
+            assert hasattr(allocator, node.attr), node.attr
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("allocator"):
-            if node.module in PENDING_MODULES:
-                continue
             module = importlib.import_module(str(node.module))
             for alias in node.names:
                 assert hasattr(module, alias.name), f"{node.module}.{alias.name}"
@@ -274,14 +251,14 @@ def test_modules_that_a_page_names_exist(page: Path) -> None:
     for path in re.findall(r"`((?:[a-z_]+/)+(?:[a-z_]+\.py)?)`", said):
         places = (ROOT / path, ROOT / "allocator" / path)
         of_a_run = path in ("levels/", "checkpoint/", "figures/")
-        assert of_a_run or path in PENDING_FILES or any(place.exists() for place in places), path
+        assert of_a_run or any(place.exists() for place in places), path
 
 
 def test_the_names_of_the_table_of_verbs_exist() -> None:
     page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
     verbs = set(re.findall(r"^\| `allocator\.(\w+)`", page, re.MULTILINE))
     assert verbs
-    assert all(name in PENDING_NAMES or hasattr(allocator, name) for name in verbs)
+    assert all(hasattr(allocator, name) for name in verbs)
     assert {n for n in allocator.__all__ if n[0].islower()} <= verbs, "a verb is missing in docs/python.md"
 
 

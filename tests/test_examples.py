@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 
 import allocator
+from allocator.testing import PrunerContract, SearcherContract
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = ("own_searcher", "own_pruner", "from_python")
@@ -25,6 +26,14 @@ def load(name: str) -> ModuleType:
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+class TestOwnSearcher(SearcherContract):
+    settings = load("own_searcher").HillClimbing(tokens=128)
+
+
+class TestOwnPruner(PrunerContract):
+    pruner = load("own_pruner").Ria()
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

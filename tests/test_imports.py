@@ -31,10 +31,12 @@ ALLOWED = {
 
 HOMES = {
     "ray": {"pool"},
-    "transformers": {"model", "interop"},
+    "transformers": {"model", "interop", "testing"},
     "pymoo": {"searchers"},
     "optuna": {"searchers", "interop"},
     "mlflow": {"interop"},
+    "pytest": {"testing"},
+    "hypothesis": {"testing"},
 }
 NO_TORCH = {"core", "searchers", "report", "cli", "__init__", "__main__"}
 MODULES = sorted(ROOT.rglob("*.py"))

@@ -117,6 +117,16 @@ ELSEWHERE = {
     "searchers/surrogates/memory.py": "searchers/surrogates/test_quadratic.py",
     "searchers/surrogates/surrogate.py": "searchers/surrogates/test_quadratic.py",
     "searchers/surrogates/tabular.py": "searchers/methods/test_auto.py",
+    "testing/evaluators.py": "evaluation/test_contract.py",
+    "testing/fronts.py": "searchers/test_fronts.py",
+    "testing/landscapes.py": "searchers/methods/test_auto.py",
+    "testing/models.py": "evaluation/test_contract.py",
+    "testing/problems.py": "pruning/pruners/test_contract.py",
+    "testing/pruners.py": "pruning/pruners/test_contract.py",
+    "testing/runs.py": "searchers/test_contract.py",
+    "testing/searchers.py": "searchers/test_contract.py",
+    "testing/spaces.py": "searchers/test_contract.py",
+    "testing/targets.py": "interop/test_contract.py",
 }
 """The tests of modules that have no file of their own name."""
 
