@@ -9,10 +9,15 @@ if __name__ == "__main__":
     result = allocator.search(
         target=0.5,
         method="evolution",
-        budget="40 evaluations",
+        budget="20 evaluations",
         workers=0,
         name="from-python",
-        settings=["tokens.calibration=4096", "tokens.selection=4096", "tokens.test=4096"],
+        settings=[
+            "tokens.calibration=2048",
+            "tokens.selection=1024",
+            "tokens.test=1024",
+            "search.evolution.tokens=[512,1024]",
+        ],
     )
     print(f"uniform {result.figures['uniform']['kl']:.4f}, searched {result.figures['searched']['kl']:.4f} KL")
 

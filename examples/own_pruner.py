@@ -44,15 +44,15 @@ class Ria:
 
 
 if __name__ == "__main__":
-    small = ["tokens.calibration=4096", "tokens.selection=4096", "tokens.test=4096"]
+    small = ["tokens.calibration=4096", "tokens.selection=1024", "tokens.test=1024"]
     result = allocator.search(
         target=0.5,
         pattern="unstructured",
         pruner=Ria(),
         method="evolution",
-        budget="60 evaluations",
+        budget="30 evaluations",
         workers=0,
         name="own-pruner",
-        settings=small,
+        settings=[*small, "search.evolution.tokens=[512,1024]"],
     )
     print(result.figures["uniform"]["kl"], result.figures["searched"]["kl"])

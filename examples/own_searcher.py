@@ -17,7 +17,7 @@ class HillClimbing(MethodSettings):
 
     steps: int = 5
     batch: int = 4
-    tokens: int = 2048
+    tokens: int = 1024
 
     @property
     def fidelities(self) -> tuple[int, ...]:
@@ -53,6 +53,6 @@ class HillClimber:
 
 
 if __name__ == "__main__":
-    small = ["tokens.calibration=4096", "tokens.test=4096", "tokens.selection=2048"]
+    small = ["tokens.calibration=4096", "tokens.test=1024", "tokens.selection=1024"]
     result = allocator.search(target=0.5, searcher=HillClimbing(), workers=0, name="own-searcher", settings=small)
     print(result.figures["uniform"]["kl"], result.figures["searched"]["kl"])

@@ -10,7 +10,7 @@ from allocator.searchers.methods.nsga import NsgaSettings
 from allocator.searchers.methods.presets import PRESETS, read_preset
 from allocator.searchers.methods.thompson import ThompsonSettings
 from allocator.searchers.methods.trust_region import TrustRegionSettings
-from allocator.searchers.registry import METHODS
+from allocator.searchers.registry import METHODS, find_keys
 from allocator.searchers.settings import SearchSettings
 
 
@@ -23,11 +23,11 @@ def test_nsga(wrong):
 def test_methods_serve_a_front_or_the_loss_alone():
     for method in (name for name, method in METHODS.items() if method.front != "none"):
         SearchSettings(method=method).check_objectives("kl", ["params", "kv_bytes"])
-    for method in ("nsga2", "nsga3", "tpe", "gp"):
+    for method in (name for name, method in METHODS.items() if method.front == "any"):
         SearchSettings(method=method).check_objectives("kl", ["params", "nll"])
         SearchSettings(method=method).check_objectives("kl", ["kl.a", "kl.b"])
         SearchSettings(method=method).check_objectives("kl", ["kl.a", "params"])
-    for method in ("auto", "evolution", "tpe", "gp"):
+    for method in (name for name, method in METHODS.items() if method.one_budget):
         SearchSettings(method=method).check_objectives("kl", [])
     SearchSettings(method="nsga3", nsga=NsgaSettings(population=4)).check_objectives("kl", ["kl.a", "kl.b"])
     refused = {
@@ -56,7 +56,7 @@ def test_evolution_alone_trains():
     trained = EvolutionSettings(training=(0, 512))
     assert SearchSettings(method="evolution", evolution=trained).training == 512
     assert SearchSettings(method="evolution").training == 0
-    for method in ("nsga2", "tpe", "gp", "thompson"):
+    for method in (name for name in METHODS if "evolution" not in find_keys(name)):
         with pytest.raises(UserError, match=rf"evolution alone trains .* {method}\. Use search\.method=evolution"):
             SearchSettings(method=method, evolution=trained)
 
@@ -97,7 +97,7 @@ def test_tokens_are_those_of_the_method():
     assert SearchSettings(method="nsga2", **own).fidelities == (16, 32)
     assert SearchSettings(method="tpe", **own).fidelities == (64,)
     assert SearchSettings(method="gp", **own).fidelities == (128,)
-    for method in ("auto", "trust_region", "guided"):
+    for method in (name for name in METHODS if find_keys(name)[0] == "tokens"):
         assert SearchSettings(method=method, tokens=(4, 12), **own).fidelities == (4, 12)
     assert SearchSettings(method="thompson", **own).fidelities == (256,)
 
