@@ -1,4 +1,4 @@
-"""Evaluating: a checkpoint is measured on the test split, next to the dense model."""
+"""The verb evaluate: measure a checkpoint on the test split, and compare it with the dense model."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def evaluate(
 
     Args:
         checkpoint: A pruned or dense folder with the dense model's blocks.
-        model: The dense model. None for that of ``config``, or for the packaged model.
-        text: Text or other examples. None for that of ``config``, or for the Python standard library.
-        family: A family file. None for that of ``config``, or for those of the package.
+        model: The dense model. If None, the model of ``config``, else the packaged model.
+        text: Text or other examples. If None, the text of ``config``, else the Python standard library.
+        family: A family file. If None, the file of ``config``, else the files of the package.
         config: A configuration or a run file that names model, text and family.
-        tokens: Tokens of the test split.
-        length: Tokens per sequence, and what another example counts as.
+        tokens: Number of tokens of the test split to measure on, a multiple of ``length``.
+        length: Tokens per sequence. An example that is not plain text counts as this many tokens.
 
     Returns:
         ``params`` (zeros in prunable matrices are not counted), ``kl`` and ``nll`` (nats per token), ``perplexity``.
@@ -70,7 +70,7 @@ def evaluate(
 
 
 def _describe_shape(checkpoint: Checkpoint) -> str:
-    """Return in words what a pruned model shares with the dense one."""
+    """Describe the architecture and the sizes that pruning does not change."""
     architecture = checkpoint.config.get("pruned", {}).get("architecture", checkpoint.architecture)
     sizes = (f"{key} {checkpoint.config.get(key)}" for key in ("num_hidden_layers", "hidden_size", "vocab_size"))
     return f"{architecture} with {', '.join(sizes)}"

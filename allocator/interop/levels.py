@@ -1,11 +1,11 @@
 """Level files of EvoPress, Týr-the-Pruner and DarwinLM.
 
-All three keep one folder per module with its weights at every level, ``<module>/<level>.pth``. A text file with one
-line per module, ``module: level``, tells which of them make a model. Each line is split on its colon, and none may be
-blank (``load_sparse_weights`` of EvoPress and Týr, ``load_compressed_weights`` of DarwinLM). ``metadata.pth``, next to
-the folders, tells what a level means; it differs between the three.
+All three keep one folder per module. It holds the module's weights at every level, ``<module>/<level>.pth``. A text
+file selects one level for each module, in lines ``module: level``. The tools split every line at its colon, so no line
+may be blank (``load_sparse_weights`` of EvoPress and Týr, ``load_compressed_weights`` of DarwinLM). ``metadata.pth``
+next to the folders defines the levels. Each tool has its own format for it.
 
-Here the lines and the metadata are written. The three tools make the weights with their own pruners.
+This module writes the lines and the metadata. The three tools make the weights with their own pruners.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class RoundedLevel:
     Attributes:
         module: The name of the module.
         level: The level that is written.
-        planned: Its sparsity by the plan.
+        planned: The sparsity of the module in the plan.
         rounded: The sparsity that the level stands for.
     """
 
@@ -48,12 +48,12 @@ class RoundedLevel:
 def apportion(targets: Sequence[float], limits: Sequence[tuple[int, int]], total: int) -> list[int]:
     """Round numbers to integers that add up to ``total``, with the smallest sum of absolute errors.
 
-    Each number is rounded within its limits. Then the one whose error grows least is moved by one, until the sum is
-    right. This is optimal, because each error is convex.
+    Each number is rounded within its limits. Then single steps of one correct the sum. Each step moves the number whose
+    error grows least. The result is optimal, because each error is convex.
 
     Args:
         targets: The numbers.
-        limits: The lowest and the highest integer for each; ``total`` must be within reach.
+        limits: The lowest and the highest integer for each number. They must allow ``total``.
         total: The sum of the integers.
     """
     levels = [min(max(round(target), low), high) for target, (low, high) in zip(targets, limits, strict=True)]
@@ -84,8 +84,8 @@ def describe_loss(rows: Sequence[RoundedLevel], planned: int, rounded: int) -> l
 
     Args:
         rows: Every module.
-        planned: Weights in units that the plan keeps.
-        rounded: Weights in units that the levels keep.
+        planned: How many weights inside units the plan keeps.
+        rounded: How many weights inside units the levels keep.
     """
     errors = {row.module: abs(row.rounded - row.planned) for row in rows}
     worst = max(errors, key=errors.__getitem__)
@@ -97,10 +97,10 @@ def describe_loss(rows: Sequence[RoundedLevel], planned: int, rounded: int) -> l
 
 
 def select_outputs(source: Source) -> list[Matrix]:
-    """Select the output projection of every sub-block; the structured tools give a level to these alone.
+    """Select the output projection of every sub-block. The structured tools give levels only to these.
 
     Raises:
-        UserError: One has a name that the tools do not look for.
+        UserError: The tools do not look for the name of one of them.
     """
     matrices = {matrix.module: matrix for matrix in source.matrices}
     for sub_block in source.layout.sub_blocks:
@@ -118,7 +118,7 @@ def count_heads(source: Source) -> int:
 
 
 def count_kept_columns(source: Source) -> dict[str, int]:
-    """Count the columns of every output projection that the plan keeps."""
+    """Count the columns that the plan keeps of every output projection, by module."""
     return {matrix.module: matrix.kept // matrix.shape[0] for matrix in select_outputs(source)}
 
 
@@ -133,9 +133,9 @@ def count_kept_if_zeroed(source: Source, columns: Mapping[str, int]) -> dict[str
 
 
 def count_kept_if_shrunk(source: Source, columns: Mapping[str, int]) -> int:
-    """Count the weights in units that stay when rows are removed together with the columns that they feed.
+    """Count the weights that stay inside units if rows are removed together with the columns that they feed.
 
-    Rows of key and value that several query heads share stay as long as any of these heads does.
+    Several query heads may share rows of key and value. These rows stay until all of the heads are removed.
     """
     return sum(
         _count_kept_if_shrunk(

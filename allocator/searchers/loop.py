@@ -17,7 +17,7 @@ Listener = Callable[[Sequence[Outcome]], None]
 """Called with the outcomes of a batch."""
 
 _SYNC_S = 1.0
-"""The journal is forced to the disk with every batch, but at most this often while other batches are under way."""
+"""Least time between syncs of the journal to the disk while other batches are under way; else every batch syncs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +25,8 @@ class Batch:
     """Requests that are being measured.
 
     Attributes:
-        requests: In the order in which they are answered.
-        outcomes: Outcomes of the requests that the journal does not hold, as they come.
+        requests: The requests, in the order of the answers.
+        outcomes: The outcomes of those requests that are not in the journal, in the order in which they arrive.
     """
 
     requests: Sequence[Request]
@@ -36,11 +36,11 @@ class Batch:
 class Measurer:
     """Answers requests from the journal or by an evaluator, and counts their effort.
 
-    An allocation that cannot be measured is answered with twice the worst figures on the same text, so searchers need
-    no special case. A choice must leave out the allocations in :attr:`failed`.
+    If an allocation cannot be measured, its answer is twice the worst figures on the same text. So searchers need no
+    special case. Code that chooses among allocations must leave out those in :attr:`failed`.
 
     Attributes:
-        spent: Effort of the requests, each counted once, whether it was measured now or before a resume.
+        spent: Effort of all requests so far. Each is counted once, even if it was measured before a resume.
         failed: Allocations that could not be measured.
     """
 
@@ -125,7 +125,7 @@ class Measurer:
     def _penalise(self, failure: Outcome) -> Outcome:
         request = failure.request
         if request.key not in self._penalised:
-            # a missing expansion tells searchers that there are no gradients
+            # a failed expansion gets an outcome without one: searchers then know that there are no gradients
             worst = self._worst.get((request.fidelity, "" if request.probe == "expansion" else request.probe))
             if worst is None or worst.loss <= 0:
                 raise UserError(f"evaluation: nothing can be measured on {request.tokens} tokens: {failure.failed}")
@@ -138,10 +138,10 @@ class Measurer:
         return self._penalised[request.key]
 
     def require_measured(self, allocations: Iterable[Allocation]) -> None:
-        """Check that allocations could be measured with which all others are compared.
+        """Check that allocations could be measured. All others are compared with them.
 
         Raises:
-            UserError: One could not.
+            UserError: One of them could not be measured.
         """
         if self.failed.intersection(allocations):
             raise _undecidable("an allocation that all others are compared with cannot be measured")
@@ -150,7 +150,7 @@ class Measurer:
         """Return the outcomes of allocations that could be measured.
 
         Raises:
-            UserError: There are none.
+            UserError: No outcome is left.
         """
         measured = [outcome for outcome in outcomes if outcome.request.allocation not in self.failed]
         if not measured:
@@ -174,16 +174,16 @@ def search(
 ) -> str:
     """Run a searcher to its end, or until its next batch would exceed what may be spent.
 
-    The journal answers first. So a resumed search replays what was measured and continues from there, and the searcher
-    cannot tell the difference.
+    Requests are first looked up in the journal. So a resumed search replays what was measured, and then continues.
+    The searcher cannot tell the difference.
 
     Args:
         searcher: Proposes allocations and is told the outcomes.
         measurer: Answers requests.
         listen: Called with the outcomes of every batch.
         limit: What may be spent.
-        lag: Batches that are requested before the searcher is told the outcomes of the oldest, in addition to that one.
-            What a searcher knows when it is asked never depends on the speed of workers.
+        lag: How many further batches are requested before the searcher is told the outcomes of the oldest batch. So
+            what a searcher knows at each request never depends on the speed of workers.
 
     Returns:
         Why the search ended, in words.

@@ -1,4 +1,4 @@
-"""Levels of other tools as shares: what a level means is in the metadata next to it."""
+"""Convert levels of other tools to removed shares. The metadata next to a file of levels defines them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from allocator.model.family.layout import Layout
 from allocator.model.family.sub_blocks import SubBlock
 
 METADATA = "metadata.pth"
-"""File next to a file of levels with their meaning."""
+"""Name of the file that defines levels. It lies next to the file of levels."""
 
 
 @dataclass(frozen=True, slots=True)
 class Levels:
-    """The meaning of levels: a level of a matrix of n weights is the sparsity ``zero`` + level · ``step`` / n."""
+    """The meaning of levels. For a matrix of n weights, a level is the sparsity ``zero`` + level · ``step`` / n."""
 
     zero: float
     step: int
@@ -34,7 +34,7 @@ def convert_levels(
         path: The file of levels.
         levels: The levels.
         meaning: Their meaning; None to read it from the metadata next to the file.
-        layout: The places of the model's units.
+        layout: The layout of the model.
         checkpoint: The model.
 
     Raises:
@@ -59,7 +59,7 @@ def convert_levels(
 
 
 def _convert_level(metadata: Mapping[str, Any], level: int, sub_block: SubBlock, shape: Sequence[int]) -> float:
-    """Return the share that a level removes from a matrix, by the metadata of EvoPress, Týr or DarwinLM."""
+    """Return the share that a level removes from a matrix. The metadata is that of EvoPress, Týr or DarwinLM."""
     if "weights_diff" in metadata:
         return float(metadata["sparsity"] + level * metadata["weights_diff"] / prod(shape))
     attention = sub_block.part == "attention"

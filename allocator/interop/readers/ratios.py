@@ -25,15 +25,15 @@ _FORMATS = (
 def read_ratios(path: Path, layout: Layout, checkpoint: Checkpoint, levels: Levels | None = None) -> dict[str, float]:
     """Read the removed share of matrices, by the name of their module.
 
-    A list by block gives all matrices of a block its share. The meaning of levels is in ``metadata.pth`` next to them,
-    as EvoPress, Týr-the-Pruner and DarwinLM write it.
+    If a file has one share per block, all matrices of the block get that share. If a file has levels, ``metadata.pth``
+    next to it defines them. EvoPress, Týr-the-Pruner and DarwinLM write that file.
 
     Args:
         path: ``.npy``, ``.csv`` (columns ``module`` and ``sparsity``), ``.json`` (an object by module, or a list by
             block), or text: lines ``module: level``, or numbers by block.
-        layout: The places of the model's units.
+        layout: The layout of the model.
         checkpoint: The model.
-        levels: The meaning of levels, in place of the metadata.
+        levels: The meaning of levels. None to read it from the metadata.
 
     Raises:
         UserError: The file has none of these formats, names a module that the model lacks, or has a share outside
@@ -102,7 +102,7 @@ _READERS: Mapping[str, Callable[[Path], list[float] | dict[str, float]]] = {
     ".csv": _read_table,
     ".json": _read_json,
 }
-"""Readers of shares by the suffix of a file; any other file is text."""
+"""Readers of shares by file suffix. All other files are read as text."""
 
 
 def _parse_level(line: str) -> tuple[str, int]:

@@ -1,4 +1,4 @@
-"""DarwinLM: one level for the heads and one for the channels of every layer."""
+"""Export target for DarwinLM: every layer has one level for its heads and one for its channels."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ from allocator.interop.writing import format_command
 
 
 class DarwinLM(Target):
-    """Writes levels of output projections. A level is one head, or the same share of the channels.
+    """Writes levels of output projections. One level removes one head, or the same share of the channels.
 
     Level l removes ``cols_removed_attn[l]`` columns of ``o_proj`` and ``cols_removed_mlp[l]`` of ``down_proj``, the
     same in every layer. The lists are in ``metadata.pth``, which ``struct_prune.py`` writes from its arguments. Both
-    lists have one length and no repetition; attention's are whole heads. ``evo_struct_prune_search.py`` exchanges one
-    level for one within each kind, so the sum of the levels of a kind stays the same.
+    lists have the same length and no repeated values. Those of attention are whole heads.
+    ``evo_struct_prune_search.py`` raises one level and lowers another of the same kind by one. So the sum of the levels
+    of a kind stays the same.
 
-    Attention has one level per number of heads, so nothing is rounded there; the published lists have 11 levels.
-    Channels have as many levels. They are rounded, and then moved so that their sum is nearest to the plan's.
-    DarwinLM's own search begins with one level for all, which the mean of a plan need not be. Channels come first, as
-    in DarwinLM.
+    Attention has one level for each number of removed heads, so its levels are exact. Channels have the same number of
+    levels. They are rounded, so that their sum is nearest to the plan's. The published lists have 11 levels. DarwinLM's
+    own search begins with one level for all layers. The mean of a plan need not be such a level. Channels are written
+    first, as in DarwinLM.
     """
 
     name = "darwinlm"
@@ -45,7 +46,7 @@ class DarwinLM(Target):
         """Check that heads have the size that DarwinLM assumes.
 
         Raises:
-            UserError: They have another.
+            UserError: Heads have another size.
         """
         attention, heads = select_outputs(source)[0], count_heads(source)
         if attention.shape[0] % heads or attention.shape[1] != attention.shape[0]:

@@ -1,4 +1,4 @@
-"""Hugging Face: the executed plan, with the sizes of its layers in the configuration."""
+"""Export target for Hugging Face: the executed plan, with the sizes of its layers in the configuration."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from allocator.model.live.write import write_config
 
 
 class HuggingFace(Target):
-    """Writes the checkpoint as it is, and for structured plans ``per_layer_config`` into its configuration.
+    """Copies the checkpoint. For structured plans, it adds ``per_layer_config`` to the configuration.
 
-    That key, in transformers since 5.14, maps the index of a layer to its differences from the rest of the
-    configuration. Llama-like stock classes do not build from it yet. They raise when they read a value for the whole
-    model that differs in a layer, unless the configuration allows it. It is allowed here, because ``LlamaConfig``
-    always reads the number of heads; transformers then warns once per key. Models are built by the modelling file next
-    to the weights. It takes the shapes from ``pruned`` and hides the key from the stock class, so that a future class
-    that builds from the key works too. Configurations without Llama's keys, or with fused matrices, do not get the key.
+    Transformers has this key since 5.14. It maps the index of a layer to the values that differ from the rest of the
+    configuration. Llama-like stock classes do not build layers from it yet. If a value differs in some layer, they
+    raise when they read it for the whole model, unless ``allow_global_per_layer_attribute_access`` is set. It is set
+    here, because ``LlamaConfig`` always reads the number of heads. Transformers then warns once per key.
+
+    The modelling file next to the weights builds the model. It takes the shapes from ``pruned``, and hides the key from
+    the stock class. So it also works with a future class that builds from the key. Configurations without Llama's keys,
+    or with fused matrices, do not get the key.
     """
 
     name = "hf"
@@ -53,7 +55,7 @@ TARGET = HuggingFace()
 
 
 def _describe_layers(source: Source) -> dict[str, Any]:
-    """Return the configuration of layers that differ; empty where none does, or where it has no keys for them."""
+    """Return the configuration of the layers that differ. It is empty if none differs, or if no keys exist for them."""
     plan, config, layers = source.plan, source.checkpoint.config, dict[str, dict[str, Any]]()
     if not source.checkpoint.kind.generates or not uses_llama_keys(source):
         return {}

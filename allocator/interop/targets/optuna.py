@@ -1,4 +1,4 @@
-"""Optuna: a search as a study, for Optuna's analyses and for optuna-dashboard."""
+"""Export target for Optuna: a search becomes a study, for Optuna's analyses and for optuna-dashboard."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ _BEGIN = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
 
 class Optuna(SearchTarget):
-    """Writes a study for each round of a search, with a trial for every evaluation, in Optuna's journal format.
+    """Writes one study for each round of a search, in Optuna's journal format. Every evaluation is a trial.
 
-    A trial is complete, with values, if it was measured on all tokens of the search split and could be a member of the
-    front. All others are pruned trials with their figures, because their losses cannot be compared with the values.
-    Failed measurements are failed trials. Bounds are constraints, so the best trials keep to them.
+    A trial is complete if it was measured on all tokens of the search split and could be a member of the front. Only
+    complete trials have values. Failed measurements are failed trials. All other evaluations are pruned trials, because
+    their losses cannot be compared with the values. Their figures are kept as attributes. The limits of the budget
+    become constraints, so Optuna's best trials keep them.
 
-    A run records durations and no dates, so trials follow each other from 1970 on.
+    A run records durations, but no dates. So the trials are dated one after another, from 1970 on.
     """
 
     name = "optuna"
@@ -67,7 +68,7 @@ TARGET = Optuna()
 
 
 class _Logs:
-    """A journal in memory. It is written once at the end, without traces of the writing process."""
+    """Optuna's journal in memory. It is written once at the end, and does not name the process that wrote it."""
 
     def __init__(self) -> None:
         self.kept: list[dict[str, Any]] = []

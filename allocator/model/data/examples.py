@@ -13,7 +13,7 @@ import torch
 from allocator.core.files import fingerprint
 
 LABELS = "labels"
-"""Name of the array that no model reads: the class of every example."""
+"""Name of the array with the class of every example. It is not an input of the model."""
 
 _IDS = "input_ids"
 
@@ -25,8 +25,8 @@ class Examples:
     Plain text has one array, ``input_ids`` of shape [N, length].
 
     Attributes:
-        arrays: Arrays with N rows each. Numpy arrays after reading, tensors where a model runs.
-        length: Tokens that one example counts as. Every split and fidelity is counted in tokens.
+        arrays: Arrays with N rows each. They are numpy arrays after reading, and tensors when a model runs.
+        length: How many tokens one example counts as. Every split and fidelity is counted in tokens.
     """
 
     arrays: Mapping[str, Any]
@@ -39,17 +39,17 @@ class Examples:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that all examples count as."""
+        """How many tokens the examples count as, together."""
         return len(self) * self.length
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """What a model is called with, by argument."""
+        """Inputs of the model, by the name of the argument."""
         return {name: array for name, array in self.arrays.items() if name != LABELS}
 
     @property
     def labels(self) -> Any | None:
-        """The class of every example, [N]; None if they have no labels."""
+        """The class of every example, [N]. None if there are no labels."""
         return self.arrays.get(LABELS)
 
     @property
@@ -74,7 +74,7 @@ class Examples:
         return [self[start : start + size] for start in range(0, len(self), size)]
 
     def to(self, device: str | torch.device) -> Examples:
-        """Return the examples, which are tensors, on a device."""
+        """Return the examples on a device. The arrays must be tensors."""
         return Examples({name: tensor.to(device) for name, tensor in self.arrays.items()}, self.length)
 
     def to_tensors(self) -> Examples:
@@ -82,7 +82,7 @@ class Examples:
         return Examples({name: torch.from_numpy(np.array(array)) for name, array in self.arrays.items()}, self.length)
 
     def fingerprint(self) -> str:
-        """Return the hash of all numpy arrays. Of plain text it is the hash of the ids as lists."""
+        """Return the hash of all numpy arrays. For plain text, the ids are hashed as lists."""
         if self.is_plain_text:
             return fingerprint(self.arrays[_IDS].tolist())
         arrays = {

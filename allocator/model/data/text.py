@@ -1,4 +1,4 @@
-"""Text for measuring a model: reading documents, splitting them, packing them into token sequences."""
+"""Text to measure a model on: read documents, assign them to splits, pack them into token sequences."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from allocator.core.errors import UserError
 SPLITS = ("calibration", "search", "selection", "test")
 
 LONGEST_LIBRARY_DOCUMENT = 16 * 1024
-"""Bytes used of one standard-library file, so that no one file dominates."""
+"""Largest number of bytes used of one standard-library file. It keeps single files from dominating."""
 
 SHORTEST_LIBRARY_FILE = 512
-"""Bytes below which a standard-library file is skipped."""
+"""Standard-library files with fewer bytes are skipped."""
 
 PIECE_BYTES = 8 * 1024
-"""Bytes, about, of the documents that a plain text file is cut into."""
+"""Approximate size, in bytes, of the documents that a plain text file is cut into."""
 
 _EXCLUDED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 _EXCLUDED_FOLDERS |= {"__pycache__", "encodings", "pydoc_data", "lib2to3"}
@@ -33,14 +33,14 @@ _FOLDER_SUFFIXES = (".txt", ".jsonl", ".py", ".md")
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text with the name that decides its split and its place in the order."""
+    """One text and its name. The name decides its split and its place in the order."""
 
     name: str
     text: str
 
 
 def choose_split(name: str) -> str:
-    """Return the split a document belongs to, decided by the hash of its name alone.
+    """Return the split of a document. Only the hash of its name decides it.
 
     Args:
         name: The document's name, a POSIX relative path.
@@ -60,8 +60,8 @@ def read_standard_library() -> list[Document]:
     """Read the running interpreter's standard library, without its tests.
 
     Returns:
-        The Python files, each cut to `LONGEST_LIBRARY_DOCUMENT` bytes at a line end, in the order of the
-        hash of their names, so that the first documents are a random sample of the files.
+        The Python files. Each is cut at a line end to at most `LONGEST_LIBRARY_DOCUMENT` bytes. They are sorted by the
+        hash of their names, so the first documents are a random sample of the files.
     """
     root = Path(sysconfig.get_path("stdlib"))
     documents = []
@@ -87,16 +87,20 @@ def read_documents(path: Path | None) -> list[Document]:
     """Read the documents at a path.
 
     Args:
-        path: A `.jsonl` file (one document a line, under the key "text"), a text file (cut at line ends
-            into documents of about `PIECE_BYTES`), a folder of `.jsonl` and text files (`.txt`, `.py`, `.md`;
-            read recursively, each text file one document), a folder that Hugging Face `datasets` saved (one
-            document a row, column "text"), or None for the standard library.
+        path: One of these:
+
+            - a `.jsonl` file, with one document per line under the key "text"
+            - a text file, which is cut at line ends into documents of about `PIECE_BYTES`
+            - a folder of `.jsonl` and text files (`.txt`, `.py`, `.md`). It is read recursively, and each text file is
+              one document
+            - a folder that Hugging Face `datasets` saved, with one document per row in the column "text"
+            - None for the standard library
 
     Returns:
-        The documents, in the order of the hash of their names, so that the first are a random sample.
+        The documents, sorted by the hash of their names. So the first ones are a random sample.
 
     Raises:
-        UserError: If the path is missing, a file cannot be read as it should, or there is no document.
+        UserError: The path is missing, a file cannot be parsed, or there is no document.
     """
     if path is None:
         documents = read_standard_library()
@@ -132,7 +136,7 @@ def pack_documents(
     """Pack documents, in the given order, into full token sequences.
 
     Args:
-        documents: The documents; no more of them are encoded than are needed.
+        documents: The documents. Only as many as needed are encoded.
         encode: Gives the token ids of a text, without special tokens.
         num_sequences: How many sequences to make.
         sequence_length: Tokens in each sequence.
@@ -165,7 +169,7 @@ def _hash_name(name: str) -> bytes:
 
 
 class Named(Protocol):
-    """Anything with a name that decides its split and its place in the order."""
+    """Anything with a name. The name decides its split and its place in the order."""
 
     @property
     def name(self) -> str:
@@ -245,7 +249,7 @@ def parse_json_line(path: Path, number: int, line: str) -> Any:
     """Parse a line of a .jsonl file.
 
     Raises:
-        UserError: It is not JSON; names the file and the line.
+        UserError: The line is not JSON. The message names the file and the line.
     """
     try:
         return json.loads(line)
@@ -256,7 +260,7 @@ def parse_json_line(path: Path, number: int, line: str) -> Any:
 
 
 def _cut_pieces(text: str, size: int) -> Iterator[str]:
-    """Cut text at line ends into pieces of at most `size` bytes; a longer line is a piece of its own."""
+    """Cut text at line ends into pieces of at most `size` bytes. A longer line becomes a piece of its own."""
     lines: list[str] = []
     used = 0
     for line in text.splitlines(keepends=True):

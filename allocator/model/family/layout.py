@@ -21,12 +21,12 @@ class Layout:
 
     Attributes:
         blocks: Module names of the blocks, in order.
-        tail: Modules from the last block's output to the logits; the last is the head, as the checkpoint names it.
+        tail: Modules between the last block and the logits. The last one is the head, as the checkpoint names it.
         sub_blocks: Prunable sub-blocks, in model order.
-        around: Matrices that no sub-block prunes and every token passes: before, in and after the blocks.
+        around: Matrices that every token passes and no sub-block prunes. They lie before, in and after the blocks.
         kind: The kind of the model.
         towers: Number of blocks of each tower, in order. Empty if all blocks are one chain.
-        mixtures: Mixtures of experts, each with whole experts as items, even if channels inside experts are pruned.
+        mixtures: Mixtures of experts. Their items are whole experts, even if channels inside experts are pruned.
     """
 
     blocks: tuple[str, ...]
@@ -41,7 +41,7 @@ class Layout:
 def apply_family_names(family: Family, checkpoint: Checkpoint) -> Checkpoint:
     """Return a checkpoint whose tensors have the names that a family file uses.
 
-    A causal language model may have been saved from its base class. Its names then lack the first part.
+    A causal language model may have been saved from its base class. Then its tensor names lack the first part.
     """
     checkpoint = checkpoint.with_renamed_parts(family.renamed)
     base, _, rest = family.chains[0].partition(".")
@@ -68,9 +68,13 @@ def resolve_layout(
         experts: Which items a mixture of experts loses.
 
     Raises:
-        UserError: A named module is missing, a matrix is covered by no unit and no ``skip`` line or by two, blocks are
-            missing, shapes do not divide into items, query heads are asked for and each KV group has only one, or a
-            vector next to a unit's matrices has the length that they lose.
+        UserError: One of these holds:
+
+            - a named module or a block is missing
+            - no unit or ``skip`` line covers a matrix, or two do
+            - shapes do not divide into items
+            - query heads are the items, but each KV group has only one
+            - a vector beside a unit's matrices has the length that they lose
     """
     shapes, family, kind = checkpoint.shapes, adapt_family(checkpoint, family), checkpoint.kind
     numbers = [find_block_numbers(checkpoint, chain) for chain in family.chains]
@@ -91,7 +95,7 @@ def resolve_layout(
         raise UserError(
             f"family: {checkpoint.architecture} is a causal language model. Name in 'tail' what follows blocks"
         )
-    # old configurations leave out the default of their class
+    # old configurations leave out keys that have the default value of their class
     absent = kind.generates and f"{family.tail[-1]}.weight" not in shapes
     tied = {family.tail[-1]} if absent and checkpoint.config.get("tie_word_embeddings", True) else set()
     entry, tail = (_drop_absent(names if kind.generates else (), shapes) for names in (family.entry, family.tail))
@@ -147,7 +151,7 @@ def _drop_absent(modules: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) 
 def adapt_family(checkpoint: Checkpoint, family: Family) -> Family:
     """Adapt the names of a family to a model with a head, or to a base model without one.
 
-    A model with a head puts its base under a name of its own: ``encoder.layer.0`` becomes ``bert.encoder.layer.0``.
+    A model with a head puts its base under a prefix: ``encoder.layer.0`` becomes ``bert.encoder.layer.0``.
     Names outside the base do not change.
     """
     first = family.chains[0]
@@ -176,13 +180,13 @@ def select_tower(checkpoint: Checkpoint, chain: str) -> Checkpoint:
 
 
 def retained_matrices(sub_block: SubBlock, checkpoint: Checkpoint) -> list[str]:
-    """Return matrices that a sub-block keeps until its last item is removed: key and value, for query heads."""
+    """Return the matrices that stay until the last item is removed: key and value, if the items are query heads."""
     inside = (n.removesuffix(".weight") for n, s in checkpoint.shapes.items() if sub_block.owns(n) and len(s) == 2)
     return sorted(module for module in inside if module not in sub_block.modules)
 
 
 def unpruned_matrices(layout: Layout, checkpoint: Checkpoint, pattern: str) -> tuple[str, ...]:
-    """Return the matrices in no unit that every token passes. For mask patterns they include retained matrices."""
+    """Return the matrices that every token passes and no unit has. For mask patterns, add retained matrices."""
     if pattern == "structured":
         return layout.around
     return (

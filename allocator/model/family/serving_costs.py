@@ -1,21 +1,22 @@
-"""What a model costs to serve: multiply-accumulates, bytes of weights and of the KV cache, and looked-up times.
+"""Costs of serving a model: multiply-accumulates, bytes of weights and of the KV cache, and times from a table.
 
-For one workload: a batch of prompts, and how many tokens are generated after each. Per layer and kept item, with n the
-tokens of the prompt and c = n + generated those of the whole context:
+The costs are for one workload: a batch of prompts, and a number of tokens to generate after each. A prompt has n
+tokens, and the whole context has c = n + generated. Costs per layer and kept item:
 
     prefill_macs  batch * n * (matrices + n * (query rows + value columns))   stock attention computes all n * n scores
-    decode_macs   batch * (matrices + c * (query rows + value columns))       of the last token, the dearest
+    decode_macs   batch * (matrices + c * (query rows + value columns))       for the last token, which costs most
     kv_bytes      batch * c * (key rows + value rows) * bytes per number
     weight_bytes  parameters * bytes per number
 
-The head runs on the last token of every prompt only, as generation does; other matrices around the blocks run on all.
-A layer with a sliding window of w keeps w - 1 tokens. Latent attention caches what keys and values are made of, and
-makes them again at every step. Attention that is removed holds its place in the cache with one number for keys and one
-for values. Of experts a token passes as many as its router picks, whichever stay; a router is taken to use the channels
-of all alike. Masked weights are stored and computed as others are: of all these, single weights and N:M change none.
+The head runs only on the last token of every prompt, as in generation. Other matrices around the blocks run on every
+token. The cache of a layer with a sliding window of w holds w - 1 tokens. Latent attention caches a compressed state.
+It computes keys and values from this state again at every step. Removed attention still caches one number for keys and
+one for values, to keep its place. A token passes as many experts as its router picks, no matter which experts stay. The
+costs assume that a router uses all experts equally often. Masked weights are stored and computed like all others. So
+the unstructured and n:m patterns change none of these costs.
 
-Models that do not generate have no decode_macs and kv_bytes, and logits of every token where they have some. An image
-is as many tokens as the model has positions for, and so is the text beside it.
+Models that do not generate have no decode_macs and no kv_bytes. If they have logits per token, these are counted for
+every token. An image counts as many tokens as the model has positions for. So does the text paired with an image.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from allocator.model.family.layout import Layout, read_hidden_size, retained_mat
 from allocator.model.family.sub_blocks import SubBlock
 
 GENERATING: tuple[Cost, ...] = ("decode_macs", "kv_bytes", "decode_ms", "latency_ms")
-"""Costs that only models that generate have."""
+"""Costs that apply only to models that generate."""
 
 _BYTES = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
@@ -46,7 +47,7 @@ _BYTES = {
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What is served at once.
+    """The requests that are served at once.
 
     Attributes:
         batch: Number of sequences.
@@ -70,7 +71,7 @@ class Workload:
 def add_serving_costs(
     space: SearchSpace, layout: Layout, checkpoint: Checkpoint, work: Workload, table: LatencyTable | None = None
 ) -> SearchSpace:
-    """Add the costs of serving to a space, and times if there is a table of them.
+    """Add the costs of serving to a space. If there is a latency table, add times too.
 
     Raises:
         UserError: The table is for other shapes or another workload.
@@ -86,7 +87,7 @@ def add_serving_costs(
     if space.pattern == "structured":
         others = [serving[unit.name].costs(unit) for unit in space.units]
         beside: dict[Cost, int] = dict.fromkeys(others[0], 0)
-    else:  # what masks leave is computed and stored as before
+    else:  # masked weights are computed and stored as before
         dense = [serving[sub_block.name].dense() for sub_block in layout.sub_blocks]
         nothing = dict.fromkeys(dense[0], 0)
         by_block = {sub_block.block: own for sub_block, own in zip(layout.sub_blocks, works, strict=True)}
@@ -121,7 +122,7 @@ def add_serving_costs(
 
 
 def describe_shape(sub_block: SubBlock, checkpoint: Checkpoint) -> str:
-    """Describe the shape that decides the time of a sub-block: its kind, items, and the rows that one item owns.
+    """Describe what decides the time of a sub-block: its kind, its items, and the rows that one item owns.
 
     For example ``channels of 704: 1+1 in, 1 out, hidden 192``.
     """
@@ -141,7 +142,7 @@ def check_timed(layout: Layout) -> None:
     """Check that the time of every sub-block can be measured on its own.
 
     Raises:
-        UserError: Single experts are sub-blocks; their time depends on the tokens that reach them.
+        UserError: Single experts are sub-blocks. Their time depends on the tokens that reach them.
     """
     if {mixture.name for mixture in layout.mixtures} - {sub_block.name for sub_block in layout.sub_blocks}:
         raise UserError(
@@ -190,7 +191,7 @@ class _Serving:
         return found
 
     def dense(self) -> dict[Cost, int]:
-        """Return the costs of dense attention without its matrices, and the time of the dense sub-block."""
+        """Return the costs of the dense sub-block that no matrix has: those of scores and of the cache, and its time."""
         sub_block, work = self._sub_block, self._work
         macs = work.batch * sub_block.total * self._score_macs
         seen = self._seen(work.context)
@@ -210,10 +211,10 @@ class _Serving:
 
     @property
     def _score_macs(self) -> int:
-        """Multiply-accumulates per item, query position and key position: the score, and the weighted sum of values."""
+        """Multiply-accumulates of scores and of weighted sums of values, per item, query position and key position."""
         if self._sub_block.part != "attention":
             return 0
-        # queries are as wide as what they mix, unless keys and values are made of one matrix of their own
+        # queries are as wide as values, except in latent attention
         queries = self._sub_block.inputs[0].rows if self._sub_block.cached else self._sub_block.width
         return queries + self._sub_block.width
 
@@ -244,7 +245,7 @@ class _Serving:
         )
         if sub_block.cached is not None:
             rows = self._checkpoint.shapes[f"{sub_block.cached}.weight"][0]
-        rows = rows if kept else 2  # what holds the place
+        rows = rows if kept else 2  # removed attention keeps its place with one key and one value number
         return work.batch * self._held(work.context) * self._bytes * rows
 
     def _held(self, context: int) -> int:
@@ -257,7 +258,7 @@ class _Serving:
 
 
 def _fit_workload(sub_block: SubBlock, layout: Layout, checkpoint: Checkpoint, work: Workload) -> Workload:
-    """Return the workload of a sub-block. An image or its text has as many tokens as its tower has positions."""
+    """Return the workload of a sub-block. An image, or its text, has as many tokens as its tower has positions."""
     if layout.kind.reads == "text":
         return work
     tower = layout.blocks[sub_block.block].partition(".")[0] if layout.towers else ""
@@ -279,7 +280,7 @@ def _list_masked_costs(unit: Unit, checkpoint: Checkpoint, work: Workload) -> di
 
 
 def _check(table: LatencyTable, checkpoint: Checkpoint, layout: Layout, work: Workload) -> None:
-    """Check that a table was made for a workload and for a model of this size."""
+    """Check that a table was made for this workload, and for a model of this size."""
     settings = table.settings
     measured = Workload(settings.batch, settings.prompt, settings.generate)
     if measured != work:
@@ -295,7 +296,7 @@ def _check(table: LatencyTable, checkpoint: Checkpoint, layout: Layout, work: Wo
 
 
 def describe_size(checkpoint: Checkpoint, layout: Layout) -> dict[str, int]:
-    """Describe what the time outside sub-blocks depends on."""
+    """Describe the sizes that decide the time outside sub-blocks."""
     return {
         "hidden": read_hidden_size(layout, checkpoint),
         "vocabulary": int(checkpoint.config["vocab_size"]),

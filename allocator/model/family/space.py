@@ -30,17 +30,17 @@ def build_space(
         layout: The model's prunable parts.
         checkpoint: The model's shapes.
         pattern: ``structured``, ``unstructured`` or ``n:m``.
-        target: Share to remove; ladders of the unstructured pattern are centred on it.
-        ladder: Sparsities of all units, or of each by name. Default: channels in eighths, KV groups one by one, query
-            heads one by one from every KV group, all down to full removal; matrices nine levels in ``target`` ± 0.3
-            and the dense one.
+        target: Share to remove. Default ladders of the unstructured pattern are centred on it.
+        ladder: Sparsities for all units, or for each unit by name. By default, structured ladders end at full removal.
+            Channels and experts are removed in eighths, KV groups one by one, and query heads one by one from every KV
+            group. Matrices have the dense level and nine levels in ``target`` ± 0.3.
         align: Widths of channels are multiples of this.
-        patterns: Levels of the n:m pattern after the dense one, each ``kept:group``, with one group size and
-            decreasing ``kept``.
+        patterns: Levels of the n:m pattern after the dense one, each as ``kept:group``. All have one group size, and
+            ``kept`` decreases.
         bias: Whether partly pruned structured levels gain a bias in the output projection.
 
     Raises:
-        UserError: The width of a matrix does not divide into groups.
+        UserError: The group size of the n:m pattern does not divide the width of a matrix.
     """
     shapes = checkpoint.shapes
     ladders = ladder if isinstance(ladder, Mapping) else defaultdict[str, Sequence[float] | None](lambda: ladder)
@@ -72,7 +72,7 @@ def build_space(
 
 
 def _count_head(layout: Layout, checkpoint: Checkpoint) -> int:
-    """Return the size of the matrix that computes logits at every position; 0 if it runs once per example."""
+    """Return the size of the matrix that computes logits. It is 0 if the matrix does not run at every position."""
     if layout.kind.answers not in ("next", "tokens"):
         return 0
     head = checkpoint.shapes.get(f"{layout.tail[-1]}.weight") if layout.tail else None
@@ -127,7 +127,10 @@ def _build_structured_unit(
 
 
 def _build_experts_unit(sub_block: SubBlock, checkpoint: Checkpoint, ladder: Sequence[float] | None) -> Unit:
-    """Return a unit of whole experts: at least as many as the router picks stay, or none. A token passes as many."""
+    """Return a unit of whole experts. Each level keeps at least ``sub_block.least`` of them, or none.
+
+    A token passes as many experts as the router picks, at every level that keeps any.
+    """
     shapes, step = checkpoint.shapes, sub_block.total // (sub_block.group or sub_block.total)
     if ladder is None:
         ladder = [eighth / 8 for eighth in range(1, 9)]
@@ -175,7 +178,7 @@ def _build_matrix_unit(
 
 
 def _build_grouped_unit(module: str, sub_block: SubBlock, shape: Sequence[int], patterns: Sequence[str]) -> Unit:
-    """Return a unit in which every group along a row loses the same number of weights."""
+    """Return a unit of the n:m pattern: every group along a row loses the same number of weights."""
     total, columns = _size(shape), shape[1]
     counts, groups = zip(*(map(int, pattern.split(":")) for pattern in patterns), strict=True)
     group = groups[0]

@@ -1,4 +1,4 @@
-"""Running a model block by block: from examples, over hidden states between blocks, to logits or states.
+"""Run a model block by block: from examples through the hidden states between blocks to logits or final states.
 
 The state between blocks is one tensor. A model with several towers has the states of all towers in one row per
 example, [B, N]. A block reads and replaces its own tower's part of the row.
@@ -25,7 +25,7 @@ from allocator.model.data.examples import Examples
 from allocator.model.family.layout import Layout
 
 SEQUENCES_PER_BATCH = 4
-"""Sequences that run together; part of the numerics, so not derived from free memory."""
+"""Sequences that run together. It affects rounding, so it must not depend on free memory."""
 
 Recorded = tuple[dict[str, torch.Tensor], dict[str, Any]]
 """Inputs and outputs of modules, by full name. An input is the first positional argument."""
@@ -41,7 +41,7 @@ class BlockWalker:
 
     def __init__(self, model: nn.Module, layout: Layout) -> None:
         self.model = model
-        # without the head
+        # the backbone is the model without its head
         backbone = model.get_decoder() if layout.kind.generates else model.base_model  # type: ignore[operator]
         assert isinstance(backbone, nn.Module)
         self._backbone = backbone
@@ -51,7 +51,7 @@ class BlockWalker:
         self.tail = [model.get_submodule(name) for name in layout.tail[:-1]]
         self.kind = layout.kind
         towers = layout.towers or (len(layout.blocks),)
-        self._first = [0, *itertools.accumulate(towers)][:-1]  # blocks that a tower begins with
+        self._first = [0, *itertools.accumulate(towers)][:-1]  # the first block of every tower
         self._tower = [tower for tower, count in enumerate(towers) for _ in range(count)]
         self._extents: list[torch.Size] = []  # [T, D] of every tower
         takes = inspect.signature(type(backbone).forward).parameters
@@ -65,9 +65,9 @@ class BlockWalker:
 
     @torch.no_grad()
     def embed(self, examples: Examples) -> torch.Tensor:
-        """Return what enters the first block, and note the arguments that the model passes to each block.
+        """Return the input of the first block, and store the arguments that the model passes to each block.
 
-        With several towers, it is the input of the first block of each.
+        With several towers, return the inputs of all their first blocks, [B, N].
         """
         entered: dict[nn.Module, torch.Tensor] = {}  # towers need not run in the order of their blocks
         arguments: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
@@ -97,12 +97,12 @@ class BlockWalker:
         return [part.unflatten(1, extent) for part, extent in zip(hidden.split(sizes, 1), self._extents, strict=True)]
 
     def residual(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the part of the state that a block adds to, [B, T, D]."""
+        """Return the part of the state that belongs to a block's tower, [B, T, D]."""
         return self.parts(hidden)[self._tower[index]]
 
     @contextmanager
     def loaded(self, index: int) -> Iterator[None]:
-        """Keep the weights of block ``index`` in memory while the body runs. A loaded model always does."""
+        """Keep the weights of block ``index`` in memory while the body runs. Here they always are in memory."""
         yield
 
     def run(
@@ -112,7 +112,7 @@ class BlockWalker:
         block: nn.Module | None = None,
         instead: Mapping[str, Any] = MappingProxyType({}),
     ) -> torch.Tensor:
-        """Return the output of a block. Examples of this shape must have been embedded before.
+        """Return the output of a block. :meth:`embed` must have seen examples of this shape.
 
         Gradients are tracked if the input requires them.
 
@@ -120,7 +120,7 @@ class BlockWalker:
             index: Number of the block.
             hidden_btd: Its input.
             block: A module to run in place of the block.
-            instead: Outputs of modules, by full name, that are used without running the modules.
+            instead: Outputs of modules, by full name. These modules do not run.
         """
         root = self.blocks[index] if block is None else block
         found = [(self._find(index, root, name), answer) for name, answer in instead.items()]
@@ -137,7 +137,7 @@ class BlockWalker:
 
     @contextmanager
     def record_io(self, index: int, modules: Sequence[str]) -> Iterator[Recorded]:
-        """Yield tables of inputs and outputs of some modules of a block, filled while the block runs."""
+        """Yield tables of inputs and outputs of some modules of a block. They are filled while the block runs."""
         inputs: dict[str, torch.Tensor] = {}
         outputs: dict[str, Any] = {}
 
@@ -161,9 +161,9 @@ class BlockWalker:
         instead: Mapping[str, Any] = MappingProxyType({}),
         entering: bool = False,
     ) -> dict[str, torch.Tensor]:
-        """Run a block up to some of its modules, and return their outputs by name, or their inputs if ``entering``.
+        """Run a block until it has reached some of its modules, and return their outputs by name.
 
-        Modules that were removed or not reached are left out. Other arguments are those of :meth:`run`.
+        If ``entering``, return their inputs instead. Modules that were removed or not reached are left out. Other arguments are those of :meth:`run`.
         """
         root = self.blocks[index] if block is None else block
         heard: dict[str, torch.Tensor] = {}
@@ -215,7 +215,7 @@ class BlockWalker:
         """Check that the model computes the same block by block as in one pass.
 
         Raises:
-            UserError: It does not: the blocks or the tail of its family file are incomplete.
+            UserError: It does not, because the blocks or the tail in its family file are incomplete.
         """
         hidden = self.run_all(self.embed(examples))
         if self.kind.generates:
@@ -223,7 +223,7 @@ class BlockWalker:
             whole = self.model(**examples.inputs, **self._settings).logits.float()
         else:
             walked, whole = self.final_states(hidden, examples).float(), self._final_states(examples.inputs).float()
-        # a measurement reports values that are not finite
+        # values that are not finite are reported by the measurement
         if whole.isfinite().all() and not torch.allclose(walked, whole, rtol=0, atol=0.05 * float(whole.abs().max())):
             raise UserError(
                 f"family: the blocks and the tail {self._tail} are not what {type(self.model).__name__} computes. "
@@ -235,8 +235,9 @@ class BlockWalker:
     def logit_inputs(self, hidden: torch.Tensor, examples: Examples) -> tuple[torch.Tensor, Head]:
         """Return the input of the logits at every position, [B, P, ...], and the function that maps it to logits.
 
-        For causal language models it is the output of the last block, so that logits can be computed in chunks. Other
-        models return the logits themselves, classes at one position. Gradients are as in :meth:`run`.
+        For causal language models, the input is the output of the last block. So logits can be computed in chunks. For
+        other models, the input is the logits themselves, and the function returns them unchanged. Models that classify
+        have one position. Gradients are as in :meth:`run`.
         """
         if self.kind.generates:
             return hidden, self.logits
@@ -247,7 +248,7 @@ class BlockWalker:
     def final_states(self, hidden: torch.Tensor, examples: Examples) -> torch.Tensor:
         """Return the head's input for the output of the last block, [B, P, D].
 
-        With two towers, these are the embeddings of both. Gradients are as in :meth:`run`.
+        With two towers, return the embeddings of both. Gradients are as in :meth:`run`.
         """
         if self.kind.generates:
             return self.states(hidden)
@@ -263,7 +264,7 @@ class BlockWalker:
 
     @contextmanager
     def _ending(self, hidden: torch.Tensor) -> Iterator[None]:
-        """Make the last block of every tower return ``hidden``, and every other block its input."""
+        """Make the last block of every tower return its part of ``hidden``. Every other block returns its input."""
         stand_ins: dict[nn.Module, Callable[..., Any]] = {block: _identity for block in self.blocks}
         ends = [*self._first[1:], len(self.blocks)]
         with torch.set_grad_enabled(hidden.requires_grad):
@@ -275,7 +276,7 @@ class BlockWalker:
     def logits(self, hidden_nd: torch.Tensor) -> torch.Tensor:
         """Return logits for the output of the last block, of any leading shape. Gradients are as in :meth:`run`.
 
-        The model itself computes what follows the backbone: its head, and any scale or cap.
+        The model itself runs everything after the backbone: its head, and any scale or cap of the logits.
         """
         states_nd = self.states(hidden_nd)
         entering = _Output(last_hidden_state=states_nd.view(1, -1, states_nd.shape[-1]))
