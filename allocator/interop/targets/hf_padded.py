@@ -1,4 +1,4 @@
-"""Hugging Face without remote code: every layer is padded with zeros to the width of the widest."""
+"""Export target for Hugging Face without remote code. Zeros pad every layer to the width of the widest."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from allocator.model.live.write import find_dtype, read_tensors, write_companion
 
 
 class HuggingFacePadded(Target):
-    """Writes a checkpoint of the dense model's own class, which needs no code next to it.
+    """Writes a checkpoint of the dense model's own class. It needs no code next to it.
 
     The zeros change nothing. A channel of zeros, or a head with zero queries, keys and values, gives zeros to the
     output projection for any attention, and no other head reads it. Only rounding differs, because sums have more
@@ -42,7 +42,7 @@ class HuggingFacePadded(Target):
         """Check the checkpoint, and that the stock class has a place for every tensor.
 
         Raises:
-            UserError: It has not.
+            UserError: The class lacks a place for a tensor, or cannot express the plan.
         """
         if source.layout.mixtures:
             raise UserError(
@@ -86,7 +86,7 @@ class _PaddedModel:
         compact: The executed plan.
         config: The content of ``config.json``.
         widths: Number of items that every sub-block of a kind is padded to.
-        shapes: The shape of every tensor; tied tensors once.
+        shapes: The shape of every tensor. Tied tensors appear once.
     """
 
     compact: Checkpoint
@@ -111,14 +111,14 @@ def _plan_padding(source: Source) -> _PaddedModel:
         widths[kind] = _find_accepted_width(unit, widths[kind], checkpoint, config)
         config |= state_sizes(unit, widths[kind], checkpoint.config)
     stock = list_stock_shapes(checkpoint, config)
-    # tensors that the class renames when it loads are outside units, and keep their shape
+    # the class renames some tensors when it loads; these are outside units and keep their shape
     shapes = {name: stock.get(name, shape) for name, shape in checkpoint.shapes.items()}
     gained = {name: shape for name, shape in stock.items() if _dense_name(name, checkpoint) in checkpoint.shapes}
     return _PaddedModel(compact, config, widths, shapes | gained)
 
 
 def _enable_biases(source: Source, compact: Checkpoint) -> dict[str, bool]:
-    """Return the Llama keys that add the biases which output projections gained."""
+    """Return Llama's configuration keys for the biases that output projections gained."""
     gained = compact.shapes.keys() - source.checkpoint.shapes.keys()
     return {
         f"{sub_block.part}_bias": True for sub_block in source.layout.sub_blocks if f"{sub_block.output}.bias" in gained
@@ -128,7 +128,7 @@ def _enable_biases(source: Source, compact: Checkpoint) -> dict[str, bool]:
 def _find_accepted_width(unit: Unit, items: int, checkpoint: Checkpoint, config: Mapping[str, Any]) -> int:
     """Return the smallest width of at least ``items`` that the stock class accepts.
 
-    Llama's class, for one, accepts only numbers of heads that divide its hidden size.
+    For example, Llama's class accepts only numbers of heads that divide its hidden size.
     """
     for width in range(items, unit.total, unit.num_groups):
         try:
@@ -142,7 +142,7 @@ def _find_accepted_width(unit: Unit, items: int, checkpoint: Checkpoint, config:
 
 
 def _find_misfits(source: Source, model: _PaddedModel) -> Iterator[str]:
-    """Yield the tensors that the stock class lacks, or gives another shape than its configuration says."""
+    """Describe each tensor that the stock class lacks, or whose shape there differs from its configuration."""
     architecture = source.checkpoint.architecture
     for name in sorted(model.compact.shapes.keys() - source.checkpoint.shapes.keys() - model.shapes.keys()):
         yield f"{architecture} has no {name}, which the search added (pruner.bias)"
@@ -158,7 +158,7 @@ def _find_misfits(source: Source, model: _PaddedModel) -> Iterator[str]:
 
 
 def _read_padded_tensors(source: Source, model: _PaddedModel, names: list[str]) -> dict[str, torch.Tensor]:
-    """Read tensors of the padded model; those that the checkpoint lacks are zeros."""
+    """Read tensors of the padded model. Those that the compact checkpoint lacks are zeros."""
     checkpoint = source.checkpoint
     stored = read_tensors(model.compact, [name for name in names if name in model.compact.shapes])
     units = {unit.name: unit for unit in source.plan.space.units}
@@ -188,8 +188,8 @@ def pad(tensor: torch.Tensor, shape: tuple[int, ...], groups: int, runs: Sequenc
     Args:
         tensor: The tensor.
         shape: The shape to reach.
-        groups: Number of parts of its rows or columns that are each padded at their end.
-        runs: Rows per item in each of the runs that its rows consist of.
+        groups: Number of equal parts of the rows or columns. Each part is padded at its end.
+        runs: Rows per item, for each run of rows.
     """
     for axis, size in enumerate(shape):
         if tensor.shape[axis] != size:
@@ -209,7 +209,7 @@ def _pad_groups(tensor: torch.Tensor, axis: int, size: int, groups: int) -> torc
 
 
 def _dense_name(name: str, checkpoint: Checkpoint) -> str:
-    """Return the name of the dense tensor next to which a tensor is stored: itself, or the weight of a new bias."""
+    """Return the tensor itself if the dense model has it, or the weight that a new bias belongs to."""
     return name if name in checkpoint.shapes else f"{name.removesuffix('.bias')}.weight"
 
 

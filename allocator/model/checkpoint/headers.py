@@ -20,7 +20,7 @@ from allocator.model.checkpoint.hashing import fingerprint_weights, same_values
 from allocator.model.checkpoint.kinds import ENDINGS, Kind, find_kind
 
 PACKAGED = "tiny-python-llama"
-"""Name of the model inside the package, the default of every command."""
+"""Name of the model inside the package. Every command uses it by default."""
 
 INDEX = "model.safetensors.index.json"
 _CONV1D = ("gpt2", "openai-gpt")
@@ -37,13 +37,13 @@ class Checkpoint:
     Attributes:
         folder: The model's folder.
         config: The content of ``config.json``.
-        shapes: Shape of every tensor by name; tied tensors once.
+        shapes: Shape of every tensor by name. Tied tensors appear once.
         shards: The file, inside ``folder``, of every tensor.
         dtypes: Safetensors data type (``BF16``, ``F32``, ...) of every tensor.
-        transposed: Matrices that the files store transposed, inputs first. ``shapes`` has the usual order.
-        stored: The name in the files of each tensor whose name here, that of the model, differs.
-        renames: Parts of names in the files, and their replacements here.
-        settings: The configuration with every default; empty for causal language models.
+        transposed: Matrices that the files store as [inputs, outputs]. ``shapes`` has them as [outputs, inputs].
+        stored: Names of tensors in the files, by their names in the model. It has only those that differ.
+        renames: Parts of tensor names in the files, and what replaces them in the model.
+        settings: The configuration with every default. It is empty for causal language models.
     """
 
     folder: Path
@@ -83,7 +83,7 @@ class Checkpoint:
         """Return a copy with parts of tensor names replaced, such as ``{"block_sparse_moe": "mlp"}``.
 
         Raises:
-            UserError: Two tensors would have one name.
+            UserError: Two tensors would get the same name.
         """
         names = {name: _replace_parts(name, table) for name in self.shapes}
         if len({*names.values()}) < len(names):
@@ -146,7 +146,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """Read the configuration and the tensor headers of a model.
 
     Raises:
-        UserError: The folder is not a model of a kind that is served, in safetensors, or a file is damaged.
+        UserError: The folder has no safetensors model of a supported kind, or a file is damaged.
     """
     if not folder.is_dir():
         raise UserError(f"model: {folder}: no such folder. {_REMEDY}")
@@ -220,7 +220,7 @@ def _use_model_names(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _check_tied(folder: Path, shards: Mapping[str, str]) -> None:
-    """Raise if a head that should be tied to the embedding differs from it: transformers would keep both."""
+    """Raise if a head differs from the embedding that it should be tied to. Transformers would keep both."""
     heads = [
         (folder / shards[name], name) for name in ("model.embed_tokens.weight", "lm_head.weight") if name in shards
     ]
@@ -235,7 +235,7 @@ def _read_architectures(folder: Path, config: Mapping[str, Any]) -> list[str]:
     """Return the classes that a configuration names.
 
     Raises:
-        UserError: It names none, or no type of model.
+        UserError: It names no class, or no model type.
     """
     where, kind, named = folder / "config.json", config.get("model_type"), config.get("architectures")
     if not isinstance(named, list) or not named:

@@ -1,4 +1,4 @@
-"""Families of model names, as the files of ``search_spaces/`` describe them."""
+"""Families of models with the same module names, as the files of ``search_spaces/`` describe them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from allocator.core.errors import UserError
 from allocator.core.strict import StrictModel
 
 Attention = Literal["kv_groups", "query_heads"]
-"""The items of attention: KV groups with the query heads that they serve, or query heads alone."""
+"""The items of attention: whole KV groups, or query heads alone."""
 
 Experts = Literal["whole", "inside"]
 """The items of a mixture of experts: whole experts with their router rows, or channels inside experts."""
@@ -28,12 +28,13 @@ Part = Literal["attention", "mlp"]
 class _Parts(StrictModel):
     output: str
     remove: list[str] = Field(default_factory=list)
-    """Modules to remove when no item is left: what leads to the output projection, and the projection. By default it is
-    the module that the matrices share or, if they share only the block, the matrices themselves."""
+    """Modules to remove when no item is left: the output projection, and the modules that lead to it. The default is
+    the
+    module that holds all the matrices. If only the block holds them all, the default is the matrices themselves."""
 
 
 class KvGroups(_Parts):
-    """Attention whose key/value heads are removed together with the query heads they serve.
+    """Attention. A key head and a value head are removed together with the query heads that they serve.
 
     Query, key and value may be one matrix. Its rows are all queries, then all keys, then all values (``by_part``), or
     queries, keys and values of one group after the other (``by_group``).
@@ -45,18 +46,20 @@ class KvGroups(_Parts):
     value: str
     fused: Literal["by_part", "by_group"] | None = None
     counts: list[str] = Field(default_factory=list)
-    """Attributes of the module that the matrices share, which count heads or what is proportional to heads:
-    ``config.x`` is one of its configuration, ``self.x`` one of a module inside it."""
+    """Attributes that count heads, or something proportional to heads. They belong to the module that holds the
+    matrices:
+    ``config.x`` is an attribute of its configuration, ``self.x`` one of a module inside it."""
     norms: list[str] = Field(default_factory=list)
-    """Norms over all heads at once, of queries or keys. Removing a head would change the others' norm, so attention
-    is removed as a whole or not at all."""
+    """Norms of queries or keys that run over all heads at once. Removing one head would change the norm of the others.
+    So
+    attention is removed as a whole or not at all."""
     cache: str | None = None
     """The matrix whose outputs are cached. None if keys and values themselves are cached."""
 
     @model_validator(mode="after")
     def _check_fused(self) -> KvGroups:
         matrices = len({self.query, self.key, self.value})
-        # one that holds key and value alone has those of each group in turn
+        # a matrix of only keys and values holds them group by group
         if matrices not in ((2, 3) if self.fused is None else (1,)):
             raise ValueError(f"query, key and value name {matrices} matrices, and fused is {self.fused or 'not set'}")
         return self
@@ -76,8 +79,8 @@ class KvGroups(_Parts):
 class Channels(_Parts):
     """A feed-forward network whose hidden channels are removed.
 
-    A matrix that is named several times has that many runs of rows, each with one row for each channel, as where gates
-    and values are one matrix.
+    If a matrix is named several times, it has that many runs of rows. Each run has one row per channel. An example is
+    one matrix for gates and values.
     """
 
     kind: Literal["channels"]
@@ -90,7 +93,7 @@ class Channels(_Parts):
 
 
 class Mixture(StrictModel):
-    """A mixture of experts: a router, and experts by number, each with a gate, an up and a down projection."""
+    """A mixture of experts: a router and numbered experts. Each expert has a gate, an up and a down projection."""
 
     kind: Literal["experts"]
     router: str
@@ -108,7 +111,7 @@ class Mixture(StrictModel):
 
 
 class Family(StrictModel):
-    """One naming family, as a file of ``search_spaces/`` describes it."""
+    """One family, as a file of ``search_spaces/`` describes it."""
 
     schema_: Literal[1] = Field(alias="schema")
     model_types: list[str] = Field(min_length=1)
@@ -119,14 +122,14 @@ class Family(StrictModel):
     entry: list[str] = Field(default_factory=list)
     """Matrices between the embeddings and the first block."""
     tail: list[str] = Field(default_factory=list)
-    """Modules from the blocks to the logits, the head last. Causal language models need one.
+    """Modules between the blocks and the logits, the head last. Causal language models must have this list.
 
-    A name that ends in ``?`` is optional, here and in ``entry``. Models of other kinds compute what follows themselves.
+    A name that ends in ``?`` is optional, here and in ``entry``. Models of other kinds need no tail.
     """
     skip: list[str]
     """Modules that are not pruned. ``{block}`` is each block in turn; a name that ends in ``?`` is optional."""
     renamed: dict[str, str] = Field(default_factory=dict)
-    """Parts of tensor names in the files, and their names in the model."""
+    """Parts of tensor names in the files, and what replaces them in the model."""
 
     @field_validator("blocks")
     @classmethod
@@ -155,7 +158,7 @@ class Family(StrictModel):
         return self
 
     def skipped(self, numbers: Sequence[int]) -> dict[str, str]:
-        """Return the line of ``skip`` for each module that it names, in a model whose blocks have these numbers."""
+        """Return the modules that ``skip`` names in blocks with these numbers, each with its line of ``skip``."""
         lines = [(line.removesuffix("?"), line) for line in self.skip]
         return {name.replace("{block}", str(number)): line for name, line in lines for number in numbers}
 
@@ -178,7 +181,7 @@ def find_families_folder() -> Path:
 
 
 class _Once(yaml.SafeLoader):
-    """YAML that refuses a duplicate key, of which YAML would silently take the last."""
+    """YAML loader that refuses duplicate keys. PyYAML would silently take the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
@@ -232,7 +235,7 @@ def load_shipped_families() -> dict[str, Family]:
     """Read the shipped families, by model type.
 
     Raises:
-        UserError: Two of them serve the same.
+        UserError: Two families serve the same model type.
     """
     homes: dict[str, Path] = {}
     served: dict[str, Family] = {}

@@ -191,7 +191,7 @@ class _Serving:
         return found
 
     def dense(self) -> dict[Cost, int]:
-        """Return the costs of the dense sub-block that no matrix has: those of scores and of the cache, and its time."""
+        """Return the costs of the dense sub-block outside its matrices: scores, cache and time."""
         sub_block, work = self._sub_block, self._work
         macs = work.batch * sub_block.total * self._score_macs
         seen = self._seen(work.context)

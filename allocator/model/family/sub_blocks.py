@@ -27,7 +27,7 @@ from allocator.model.family.schema import (
 
 
 class Rows(NamedTuple):
-    """Rows of a matrix that items own: item i owns [start + i·rows, start + (i+1)·rows)."""
+    """Rows of a matrix that items own. Item i owns rows [start + i·rows, start + (i+1)·rows)."""
 
     module: str
     rows: int
@@ -38,20 +38,20 @@ class Rows(NamedTuple):
 class SubBlock:
     """A prunable sub-block of one block, with concrete module names.
 
-    It holds ``total`` items (channels, KV groups or query heads). Item i owns rows of the input modules, as ``inputs``
-    says, and columns [i·width, (i+1)·width) of the output module. A fused matrix has one entry in ``inputs`` per part,
-    and the entries cover all its rows. Query heads own no rows of key and value, which are kept until the
-    last head is removed. Each run of ``group`` query heads shares a KV group and loses the same number. ``counts`` are
-    attributes of its ``parent`` that are proportional to the number of items.
+    It holds ``total`` items (channels, KV groups or query heads). Item i owns the rows of input modules that
+    ``inputs`` states, and columns [i·width, (i+1)·width) of the output module. A fused matrix has one entry in
+    ``inputs`` per part, and the entries cover all its rows. Query heads own no rows of key and value. These rows are
+    kept until the last head is removed. Each run of ``group`` query heads shares a KV group, and every run loses the
+    same number of heads. ``counts`` are attributes of ``parent`` that are proportional to the number of items.
 
-    ``modules_removed`` are the modules to remove when no item is left. Usually this is one module, which names the
-    sub-block. A sub-block without a module of its own removes the modules that lead to the output projection, and the
-    projection. Its name is then that of the module that its matrices share or, if they share only the block, that of
-    the output projection.
+    ``modules_removed`` are the modules to remove when no item is left. Usually this is one module, and the
+    sub-block has its name. If a sub-block has no module of its own, the output projection and the modules that lead to
+    it are removed. Then the sub-block has the name of the module that holds its matrices. If only the block holds them
+    all, it has the name of the output projection.
 
     A whole expert owns one row of the router and its matrices in ``experts``. At least ``least`` experts stay, or none.
-    ``routed`` names the module that adds the sum of several sub-blocks: whole experts, channels inside one expert, or
-    the network that all tokens pass in addition.
+    ``routed`` names the module of the mixture, which adds up the outputs of several sub-blocks. These are whole experts
+    or single experts with channels as items, and the network that every token passes in addition.
     """
 
     name: str
@@ -70,7 +70,7 @@ class SubBlock:
     experts: tuple[tuple[str, ...], ...] = ()
     least: int = 0
     used: Fraction = Fraction(1)
-    """Share of the tokens that pass it if a router divides them evenly."""
+    """Share of the tokens that pass the sub-block, if the router divides tokens evenly."""
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -87,7 +87,7 @@ class SubBlock:
 
     @property
     def parent(self) -> str:
-        """The innermost module that holds its matrices: the sub-block or the block."""
+        """The innermost module that holds all its matrices: that of the sub-block, or the block."""
         return _find_parent(self.modules)
 
     @property
@@ -99,14 +99,14 @@ class SubBlock:
         return {module: "output" if module == self.output else inner for module in self.modules_removed}
 
     def owns(self, tensor: str) -> bool:
-        """Whether a tensor belongs to it and is removed with it."""
+        """Whether a tensor belongs to the sub-block and is removed with it."""
         return any(tensor.startswith(f"{module}.") for module in self.modules_removed)
 
 
 def resolve_sub_blocks(
     family: Family, block: str, index: int, checkpoint: Checkpoint, attention: Attention, experts: Experts
 ) -> tuple[list[SubBlock], list[SubBlock]]:
-    """Return the sub-blocks of one block, and its mixtures of experts with whole experts for items."""
+    """Return the sub-blocks of one block, and its mixtures of experts. Items of a mixture are whole experts."""
     sub_blocks: list[SubBlock] = []
     mixtures: list[SubBlock] = []
     for part, spec in family.units.items():
@@ -123,7 +123,7 @@ def resolve_sub_blocks(
 def _build_mixture_parts(
     mixture: SubBlock, spec: Mixture, family: Family, block: str, checkpoint: Checkpoint, experts: Experts
 ) -> list[SubBlock]:
-    """Return the sub-blocks of a mixture: all experts or each one, and the network that all tokens pass."""
+    """Return the sub-blocks of a mixture: the experts, together or one by one, and the network for all tokens."""
     around = _find_parent(mixture.modules_removed)
     own = (
         [mixture]
@@ -136,7 +136,7 @@ def _build_mixture_parts(
 
 
 def _build_mixture(part: Part, spec: Mixture, block: str, index: int, checkpoint: Checkpoint) -> SubBlock:
-    """Return whole experts as items."""
+    """Return a mixture as one sub-block with whole experts as items."""
     router, name = f"{block}.{spec.router}", f"{block}.{spec.experts}"
     for module in (router, f"{name}.0.{EXPERT_OUTPUT}"):
         if f"{module}.weight" not in checkpoint.shapes:
@@ -172,14 +172,14 @@ def _build_mixture(part: Part, spec: Mixture, block: str, index: int, checkpoint
 
 
 def _read_routing(checkpoint: Checkpoint, total: int) -> tuple[int, int]:
-    """Return the number of groups of experts that a router forms, and the least number of experts that must stay."""
+    """Return the router's number of groups of experts, and the smallest number of experts that must stay."""
     picked = int(checkpoint.config["num_experts_per_tok"])
     groups = int(checkpoint.config.get("n_group") or 1)
     if total % groups:
         raise UserError(
             f"family: {total} experts of {checkpoint.architecture} do not divide into {groups} groups (n_group)"
         )
-    # a group is judged by its two best
+    # the router scores a group by its two best experts
     each = -(-picked // int(checkpoint.config.get("topk_group") or 1))
     return groups, groups * max(each, 2) if checkpoint.config.get("n_group") else picked
 
@@ -256,7 +256,7 @@ def _build_sub_block(
 def _list_modules_removed(
     part: Part, spec: KvGroups | Channels, block: str, parent: str | None, checkpoint: Checkpoint
 ) -> tuple[str, ...]:
-    """Return the modules to remove with a sub-block, in the order of the forward pass. ``parent`` may be one."""
+    """Return the modules to remove with a sub-block, in the order of the forward pass. ``parent`` is the sub-block's own module, if any."""
     inputs, output = [_choose_module(block, names, checkpoint) for names in spec.inputs], f"{block}.{spec.output}"
     modules_removed = [f"{block}.{name}" for name in spec.remove]
     if not modules_removed and parent is not None:
@@ -269,7 +269,7 @@ def _list_modules_removed(
     wrong += sorted({*inputs, output} - {module for modules in held.values() for module in modules})
     if len(modules_removed) > 1 and output not in modules_removed:
         wrong.append(output)
-    # attention returns more than a matrix does, and keeps its place in the cache
+    # removed attention needs a module that returns as attention does and keeps its place in the cache
     if part == "attention":
         wrong += [module for module in modules_removed if module in (block, *inputs)]
     if wrong:
@@ -314,7 +314,7 @@ def _choose_module(block: str, names: str, checkpoint: Checkpoint) -> str:
 def _assign_rows(
     spec: KvGroups | Channels, inputs: Sequence[str], rows: Mapping[str, int], total: int, width: int
 ) -> tuple[Rows, ...]:
-    """Return the rows of input modules that items own. An item of attention owns ``width`` rows of queries."""
+    """Return the rows of input modules that items own. An item of fused attention owns ``width`` query rows."""
     if isinstance(spec, Channels):
         run = {module: rows[module] // inputs.count(module) for module in inputs}
         before = [inputs[:place].count(module) for place, module in enumerate(inputs)]
@@ -371,7 +371,7 @@ def _with_query_heads(sub_block: SubBlock, spec: KvGroups, checkpoint: Checkpoin
 
 
 def _count_groups(spec: KvGroups, checkpoint: Checkpoint, rows: int, columns: int) -> int:
-    """Return the KV groups of attention, from the rows of its first input and the columns of its output projection.
+    """Count KV groups, from the rows of the first input and the columns of the output projection.
 
     Groups that cannot be removed separately count as one.
     """
@@ -379,12 +379,12 @@ def _count_groups(spec: KvGroups, checkpoint: Checkpoint, rows: int, columns: in
         return 1
     if spec.fused is not None:
         return (rows - columns) * read_num_heads(checkpoint) // (2 * columns)
-    # models from before grouped queries name query heads alone
+    # configurations older than grouped queries state only the number of query heads
     return int(checkpoint.config.get("num_key_value_heads") or read_num_heads(checkpoint))
 
 
 def list_removed_lengths(sub_block: SubBlock, checkpoint: Checkpoint) -> set[int]:
-    """Return the lengths of vectors that would lose a part with a sub-block. The width of a head is not among them."""
+    """Return the lengths of vectors that lose entries with a sub-block. The width of a head is left out."""
     lengths = {sub_block.width * sub_block.total, *(own.rows * sub_block.total for own in sub_block.inputs)}
     if sub_block.kind == "channels":
         return lengths

@@ -163,7 +163,8 @@ class BlockWalker:
     ) -> dict[str, torch.Tensor]:
         """Run a block until it has reached some of its modules, and return their outputs by name.
 
-        If ``entering``, return their inputs instead. Modules that were removed or not reached are left out. Other arguments are those of :meth:`run`.
+        If ``entering``, return their inputs instead. Modules that were removed or not reached are left out. The other
+        arguments are those of :meth:`run`.
         """
         root = self.blocks[index] if block is None else block
         heard: dict[str, torch.Tensor] = {}

@@ -1,8 +1,8 @@
-"""Writing a pruned checkpoint that stock tools load, and counting what is in one.
+"""Write pruned checkpoints that stock tools can load, and count the parameters of a checkpoint.
 
-The files mirror the dense checkpoint's shards. Where shapes changed, ``config.json`` lists them and a short
-modelling file lies beside the weights, so that ``trust_remote_code=True`` loads it without this package;
-where only values changed, the checkpoint is an ordinary dense one with zeros.
+The files mirror the dense checkpoint's shards. If shapes changed, ``config.json`` lists them, and a short modelling
+file lies beside the weights. Transformers then loads the checkpoint with ``trust_remote_code=True``, without this
+package. If only values changed, the checkpoint is an ordinary dense one with zeros.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def write_checkpoint(checkpoint: Checkpoint, layout: Layout, replace: Callable[[
     Args:
         checkpoint: The dense model.
         layout: Its prunable parts.
-        replace: Returns the new tensors of a sub-block by its name, one sub-block at a time.
-        out: A folder that does not exist yet. It appears when it is complete.
+        replace: Takes the name of a sub-block and returns its new tensors. It is called for one sub-block at a time.
+        out: A folder that does not exist yet. It appears only when it is complete.
 
     Raises:
         UserError: The folder exists, or writing fails.
@@ -148,7 +148,7 @@ def _write(checkpoint: Checkpoint, layout: Layout, replace: Callable[[str], Repl
 
 
 def find_stored_name(checkpoint: Checkpoint, name: str) -> str:
-    """Return the name in the files of a tensor of the model, or of a bias that pruning adds."""
+    """Return the name that a tensor has in the files. The tensor may also be a bias that pruning adds."""
     if name not in checkpoint.shapes and name.endswith(".bias"):
         weight = f"{name.removesuffix('bias')}weight"
         return f"{checkpoint.stored.get(weight, weight).removesuffix('weight')}bias"
@@ -156,7 +156,7 @@ def find_stored_name(checkpoint: Checkpoint, name: str) -> str:
 
 
 def _list_kept_experts(mixture: SubBlock, layout: Layout, gone: set[str]) -> list[int]:
-    """Return the numbers of the experts that the router keeps. It keeps those that lost all their channels."""
+    """Return the numbers of the experts that the router keeps. Experts that lost all their channels are among them."""
     whole = mixture.name in {sub_block.name for sub_block in layout.sub_blocks}
     matrices = [f"{expert[0]}.weight" for expert in mixture.experts]
     return [number for number, name in enumerate(matrices) if not whole or name not in gone]
@@ -199,8 +199,8 @@ def write_modelling(folder: Path, architecture: str, kind: Kind = CAUSAL) -> Non
 def count_params(folder: Path, space: SearchSpace, dense: Checkpoint) -> int:
     """Count the parameters of a saved checkpoint as the budget counts them.
 
-    Structured: the elements of all tensors. Unstructured: the same without the zeros in units' matrices. A kept weight
-    that happens to be zero is then not counted.
+    For structured pruning, count the elements of all tensors. For masks, do not count zeros in the matrices of units.
+    Then a kept weight that happens to be zero is not counted either.
     """
     checkpoint = read_checkpoint(folder).with_names_of(dense)
     total = 0

@@ -1,7 +1,7 @@
 """The multiple-choice knapsack: the best allocation when losses add up over units.
 
-Every unit takes exactly one level; the sum of ``table[unit][level]`` is minimised under limits on exact
-integer costs. Axes of arrays: k limited costs, u units, l levels, b buckets of cost, p points of a front.
+Every unit takes exactly one level. The sum of ``table[unit][level]`` is minimised under limits on exact integer costs.
+Axes of arrays: k limited costs, u units, l levels, b buckets of cost, p points of a front.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from allocator.searchers.solvers.lagrange import Floats, Ints, fill, find_cheape
 from allocator.searchers.solvers.space_arrays import SpaceArrays
 
 Table: TypeAlias = Sequence[Sequence[float]]
-"""What each level of each unit adds to the loss, in the order of the units; inf forbids the level."""
+"""What each level of each unit adds to the loss, in the order of the units. The value inf forbids a level."""
 
 MAX_BUCKETS = 2**15
-"""If the costs of a space span no more steps than this, :func:`additive_front` is exact."""
+""":func:`additive_front` is exact if the costs of a space span at most this many steps."""
 
 
 def knapsack(
@@ -43,8 +43,8 @@ def knapsack_nearby(
         table_ul: What each level of each unit adds to the loss. Entries beyond a unit's last level are ignored.
         centre: One level per unit, within the budget.
         radius: Levels that a unit may move.
-        slack: By how much the sum may exceed the minimum. With hundreds of units, a little slack saves most of the
-            work.
+        slack: How much larger than the minimum the sum may be. With hundreds of units, a little slack saves most of
+            the work.
     """
     last_u1, unit_u1 = arrays.last_u[:, None], np.arange(len(centre))[:, None]
     level_uw = np.array(centre)[:, None] + np.arange(-radius, radius + 1)  # the window of each unit
@@ -67,21 +67,21 @@ def knapsack_multi(
 ) -> Allocation:
     """Minimise the sum of ``table`` within a limit on each of several costs of the whole model.
 
-    The answer is exact. One limit is solved by dynamic programming on Lagrangian bounds, without rounding any cost;
-    several limits are solved by the mixed-integer solver HiGHS, to its tolerances. See
-    :mod:`allocator.searchers.solvers.lagrange`, also for the two sizes beyond which the answer is only the best found.
-    The limits always hold, and equal inputs give equal allocations.
+    The answer is exact. With one limit, dynamic programming on Lagrangian bounds finds it without rounding any cost.
+    With several limits, the mixed-integer solver HiGHS finds it to its tolerances. Beyond two sizes, the answer is only
+    the best one found. :mod:`allocator.searchers.solvers.lagrange` states these sizes. The limits always hold, and
+    equal inputs give equal allocations.
 
-    Then the optimum is filled: while some unit could be one level denser within the limits, the unit that lowers the
-    sum most is made denser. If ``table`` falls with density, there is nothing to fill. If a denser level is worse, a
-    full budget is preferred to a smaller sum. The fill leaves the ranges of ``allowed`` only for room that no unit can
-    use inside its range. It never takes a level whose value is inf.
+    Then the optimum is filled. While some unit can be one level denser within the limits, the unit that lowers the sum
+    most becomes denser. If ``table`` falls with density, there is nothing to fill. If a denser level is worse, a
+    full budget is preferred to a smaller sum. Units first move inside the ranges of ``allowed``. The fill leaves these
+    ranges only to use room that is then left. It never takes a level whose value is inf.
 
     Args:
         space: The search space.
         limits: Upper bounds on costs of the whole model, by name.
         table: One row per unit, one value per level; inf forbids the level.
-        allowed: The lowest and the highest level to choose from, both included, per unit; all when None.
+        allowed: The lowest and the highest level to choose from, per unit, both included. None allows all levels.
 
     Raises:
         UserError: A unit has no usable level, or no choice of levels keeps the limits.
@@ -108,10 +108,10 @@ def knapsack_multi(
 def additive_front(space: SearchSpace, cost: Cost, table: Table) -> list[tuple[int, float, Allocation]]:
     """Return the Pareto front of one cost of the whole model and the sum of ``table``, cheapest first.
 
-    Dynamic programming over buckets of cost. The steps of the ladders are divided by their greatest common divisor. If
-    the space then spans at most :data:`MAX_BUCKETS` steps, the front is exact. Otherwise steps are rounded to that many
-    buckets. Cost and value of every point are still those of its allocation, and no point dominates another, but some
-    points of the exact front may be missed or only approached.
+    The method is dynamic programming over buckets of cost. The steps of the ladders are divided by their greatest
+    common divisor. If the space then spans at most :data:`MAX_BUCKETS` steps, the front is exact. Otherwise steps are
+    rounded to that many buckets. Then cost and value of every point are still those of its allocation, and no point
+    dominates another. But some points of the exact front may be missing, or have a slightly worse point in their place.
 
     Raises:
         UserError: A unit has no finite value.
