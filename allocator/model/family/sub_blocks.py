@@ -256,7 +256,7 @@ def _build_sub_block(
 def _list_modules_removed(
     part: Part, spec: KvGroups | Channels, block: str, parent: str | None, checkpoint: Checkpoint
 ) -> tuple[str, ...]:
-    """Return the modules to remove with a sub-block, in the order of the forward pass. ``parent`` is the sub-block's own module, if any."""
+    """Return the modules to remove with a sub-block, in forward order. ``parent`` is its own module, if it has one."""
     inputs, output = [_choose_module(block, names, checkpoint) for names in spec.inputs], f"{block}.{spec.output}"
     modules_removed = [f"{block}.{name}" for name in spec.remove]
     if not modules_removed and parent is not None:
