@@ -247,8 +247,10 @@ def pruned_class(dense):
         def __init__(self, config):
             with uniform(config):
                 super().__init__(config)
-            resize(self, config.pruned)
-            rename(self, dense, config.pruned.get("renamed", {}))
+            # transformers keeps this class for later dense checkpoints of the same configuration class
+            if hasattr(config, "pruned"):
+                resize(self, config.pruned)
+                rename(self, dense, config.pruned.get("renamed", {}))
 
     return PrunedForCausalLM
 
