@@ -13,6 +13,10 @@ ROOT = Path(allocator.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 MAX_LINES = 400
 MAX_POSITIONAL = 4
+REGISTRIES = ("searchers/methods", "pruning/pruners", "interop/targets")
+"""Packages whose registry is an index too, so that a new member is one file and one line there."""
+
+INDEXED = [p for p in FILES if p.name == "__init__.py" and p.parent.relative_to(ROOT).as_posix() not in REGISTRIES]
 
 
 def _name(path: Path) -> str:
@@ -33,7 +37,7 @@ def test_a_file_is_no_longer_than_four_hundred_lines(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_LINES
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path.name == "__init__.py"], ids=_name)
+@pytest.mark.parametrize("path", INDEXED, ids=_name)
 def test_a_package_says_what_is_in_it(path: Path) -> None:
     """Its docstring is an index: every module and package inside is named."""
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
