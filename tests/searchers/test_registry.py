@@ -17,7 +17,10 @@ from allocator.searchers.registry import METHODS, find_sections
 from allocator.searchers.settings import SearchSettings
 from allocator.searchers.study import Study, run_study
 
-KEYS = "method tokens budget rounds trust_region guided evolution steady sweep nsga emo_pms tpe gp thompson".split()
+RELEASED = "method tokens budget rounds trust_region guided evolution steady sweep nsga emo_pms tpe gp thompson".split()
+"""Keys under ``search`` that run files have. None is taken away."""
+
+KEYS = [*RELEASED[:4], *find_sections()]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +51,7 @@ class OnlyStarts:
 def test_the_keys_of_run_files_are_those_of_the_registry():
     assert list(RunConfig().model_dump()["search"]) == KEYS
     assert list(asdict(SearchSettings())) == KEYS
-    assert set(find_sections()) == set(KEYS[4:])
+    assert set(RELEASED) <= set(KEYS)
 
 
 @pytest.mark.parametrize("method", METHODS)

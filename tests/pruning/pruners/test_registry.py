@@ -16,8 +16,9 @@ SPECS = [
 
 
 def test_the_default_of_a_pattern_is_the_first_that_serves_it():
-    assert pruners_for("structured") == ("obs",)
-    assert pruners_for("unstructured") == pruners_for("n:m") == ("sparsegpt", "wanda", "magnitude")
+    assert pruners_for("structured")[0] == "obs"
+    for pattern in ("unstructured", "n:m"):
+        assert pruners_for(pattern)[:3] == ("sparsegpt", "wanda", "magnitude")
     assert [make_pruner(PrunerSpec(), p).name for p in ("structured", "n:m")] == ["obs", "sparsegpt"]
 
 
