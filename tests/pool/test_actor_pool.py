@@ -168,7 +168,9 @@ def test_workers_that_died_while_they_were_idle_are_charged_to_one_task_at_most(
         ray.kill(actor)
     for actor in killed:
         with pytest.raises(RayActorError):  # they die a moment after they are told to
-            ray.get(actor.ready.remote())
+            for _ in range(600):
+                ray.get(actor.ready.remote())
+                time.sleep(0.1)
     died = 0
     for number in range(12):
         ticket = made.add(ActorCall(method="double", arguments=(number,)))
