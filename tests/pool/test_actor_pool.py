@@ -158,6 +158,13 @@ def test_a_worker_that_dies_is_replaced_and_its_task_told(start_pool: Callable[.
     assert answers(made, 6) == expected
 
 
+def answer_until_dead(actor: Any) -> None:
+    """Ask an actor until it is dead, which it is a moment after it was told to die."""
+    for _ in range(600):
+        ray.get(actor.ready.remote())
+        time.sleep(0.1)
+
+
 def test_workers_that_died_while_they_were_idle_are_charged_to_one_task_at_most(
     start_pool: Callable[..., ActorPool],
 ) -> None:
@@ -167,10 +174,8 @@ def test_workers_that_died_while_they_were_idle_are_charged_to_one_task_at_most(
     for actor in killed:
         ray.kill(actor)
     for actor in killed:
-        with pytest.raises(RayActorError):  # they die a moment after they are told to
-            for _ in range(600):
-                ray.get(actor.ready.remote())
-                time.sleep(0.1)
+        with pytest.raises(RayActorError):
+            answer_until_dead(actor)
     died = 0
     for number in range(12):
         ticket = made.add(ActorCall(method="double", arguments=(number,)))
