@@ -160,7 +160,7 @@ class Measurer:
 
 def _undecidable(what: str) -> UserError:
     return UserError(
-        f"evaluation: {what}: workers die of it. "
+        f"evaluation: {what}: its workers die. "
         "Free some memory or use fewer workers, and begin again under another --name"
     )
 

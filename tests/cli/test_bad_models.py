@@ -660,12 +660,12 @@ IMPORTS = [
     ("a.json", '{"model.layers.0.mlp.down": 0.5}', "did you mean 'model.layers.0.mlp.down_proj'?"),
     ("a.json", '{"lm_head": 0.5}', "no prunable matrix 'lm_head'"),
     ("a.csv", "module,sparsity\nmodel.layers.9.mlp.down_proj,0.5\n", "no prunable matrix"),
-    ("a.json", "[0.5, 0.5, 1.5]", "would lose 1.5 of itself; removed shares are in [0, 1]"),
-    ("a.json", "[0.5, 0.5, -0.5]", "would lose -0.5 of itself"),
-    ("a.txt", "50 50 50", "would lose 50 of itself"),
-    ("a.json", "[0.5, 0.5, NaN]", "would lose nan of itself"),
-    ("a.txt", "0.5 nan 0.5", "would lose nan of itself"),
-    ("a.json", "[0.5, 0.5, Infinity]", "would lose inf of itself"),
+    ("a.json", "[0.5, 0.5, 1.5]", "to remove is 1.5; shares are in [0, 1]"),
+    ("a.json", "[0.5, 0.5, -0.5]", "to remove is -0.5"),
+    ("a.txt", "50 50 50", "to remove is 50"),
+    ("a.json", "[0.5, 0.5, NaN]", "to remove is nan"),
+    ("a.txt", "0.5 nan 0.5", "to remove is nan"),
+    ("a.json", "[0.5, 0.5, Infinity]", "to remove is inf"),
     ("a.json", "[0.5, 0.5]", "2 shares for 3 blocks. Give one for each block"),
     ("a.txt", "0.5 0.5 0.5 0.5", "4 shares for 3 blocks"),
     ("a.json", "[]", "0 shares for 3 blocks"),
@@ -689,13 +689,13 @@ def test_import_of_a_bad_file(
 
 
 ARRAYS = {
-    "of objects": (lambda folder: np.array([0.5, 0.5, Harm(folder)], dtype=object), "no allocation: Object arrays"),
-    "of two dimensions": (lambda folder: np.full((3, 2), 0.5), "no allocation: an array of the shape [3, 2]"),
-    "of one number": (lambda folder: np.array(0.5), "no allocation: an array of the shape []"),
+    "of objects": (lambda folder: np.array([0.5, 0.5, Harm(folder)], dtype=object), "cannot be read as an allocation: Object arrays"),
+    "of two dimensions": (lambda folder: np.full((3, 2), 0.5), "cannot be read as an allocation: an array of the shape [3, 2]"),
+    "of one number": (lambda folder: np.array(0.5), "cannot be read as an allocation: an array of the shape []"),
     "of nothing": (lambda folder: np.array([]), "0 shares for 3 blocks"),
-    "of NaN": (lambda folder: np.array([0.5, np.nan, 0.5]), "would lose nan of itself"),
-    "of words": (lambda folder: np.array(["half", "0.5", "0.5"]), "no allocation: could not convert string"),
-    "of complex numbers": (lambda folder: np.array([0.5j, 0.5, 0.5]), "no allocation: "),
+    "of NaN": (lambda folder: np.array([0.5, np.nan, 0.5]), "to remove is nan"),
+    "of words": (lambda folder: np.array(["half", "0.5", "0.5"]), "cannot be read as an allocation: could not convert string"),
+    "of complex numbers": (lambda folder: np.array([0.5j, 0.5, 0.5]), "cannot be read as an allocation: "),
 }  # fmt: skip
 
 
@@ -717,6 +717,6 @@ def test_import_of_a_bad_array(refused: Refused, import_args: Args, here: Path, 
 def test_import_of_a_pickle_runs_no_code(refused: Refused, import_args: Args, here: Path, suffix: str) -> None:
     (here / f"a.{suffix}").write_bytes(pickle.dumps(Harm(here / "harm")))
     message = refused("import", here / f"a.{suffix}", *import_args)
-    assert f"{here / f'a.{suffix}'}: no allocation: " in message
+    assert f"{here / f'a.{suffix}'}: cannot be read as an allocation: " in message
     assert "allow_pickle" not in message
     assert not (here / "harm").exists()

@@ -55,7 +55,7 @@ def read_ratios(path: Path, layout: Layout, checkpoint: Checkpoint, levels: Leve
         ratios = content if is_share else convert_levels(path, content, levels, layout, checkpoint)
     for module, ratio in ratios.items():
         if not -_SLACK <= ratio <= 1 + _SLACK:
-            raise UserError(f"{path}: {module} would lose {ratio:g} of itself; removed shares are in [0, 1]")
+            raise UserError(f"{path}: the share of {module} to remove is {ratio:g}; shares are in [0, 1]")
     return {module: min(max(ratio, 0.0), 1.0) for module, ratio in ratios.items()}
 
 
@@ -67,7 +67,7 @@ def _read_file(path: Path) -> list[float] | dict[str, float]:
         raise UserError(f"{path}: {error.strerror or 'cannot be read'}. {_FORMATS}") from None
     except (ValueError, TypeError, KeyError, EOFError, OverflowError) as error:
         reason = f"there is no column {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
-        raise UserError(f"{path}: no allocation: {reason}. {_FORMATS}") from None
+        raise UserError(f"{path}: cannot be read as an allocation: {reason}. {_FORMATS}") from None
 
 
 def _read_array(path: Path) -> list[float]:

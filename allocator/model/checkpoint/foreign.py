@@ -1,4 +1,4 @@
-"""What a model folder may hold in place of plain weights: adapters, quantised weights, files of other formats."""
+"""Model folders that do not hold plain weights: adapters, quantised weights, files of other formats."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _GGUF = "from_pretrained(FOLDER, gguf_file=FILE)"
 
 
 def check_folder(folder: Path) -> None:
-    """Check that a folder holds a model, and none that transformers would change as it loads it.
+    """Check that a folder holds a model in safetensors, without an adapter.
 
-    Where ``peft`` is installed, transformers puts an adapter that lies beside a model into it, and elsewhere it does
-    not, without a word either way.
+    An adapter in the folder is an error, because what transformers loads would depend on the machine. If ``peft`` is
+    installed, transformers adds the adapter to the model. If not, it ignores the adapter. It says so in neither case.
 
     Raises:
-        UserError: It holds an adapter, or weights of another format alone.
+        UserError: The folder holds an adapter, or only weights of another format.
     """
     if found := _find_first(folder, _ADAPTERS):
         beside = ", or move the adapter's files elsewhere" if (folder / "config.json").is_file() else ""
@@ -55,10 +55,10 @@ def check_folder(folder: Path) -> None:
 
 
 def check_tensors(folder: Path, config: Mapping[str, Any], dtypes: Mapping[str, str]) -> None:
-    """Check that tensors are plain weights: floating point, one tensor for each matrix.
+    """Check that tensors are plain weights: floating-point numbers, with one tensor for each matrix.
 
     Raises:
-        UserError: They are quantised or packed, or those of adapters are among them.
+        UserError: A tensor is quantised or packed, or belongs to an adapter.
     """
     if name := next((name for name in dtypes if _ADAPTED.search(name)), None):
         raise UserError(
@@ -74,7 +74,7 @@ def check_tensors(folder: Path, config: Mapping[str, Any], dtypes: Mapping[str, 
 
 
 def _describe_quantisation(config: Mapping[str, Any]) -> str | None:
-    """Return what a configuration, or one of its parts, says of how weights are quantised."""
+    """Return how a configuration, or a section of it, says that weights are quantised; None if it does not."""
     for part in (config, *(value for value in config.values() if isinstance(value, Mapping))):
         for key in _QUANTISED:
             if settings := part.get(key):
@@ -84,7 +84,7 @@ def _describe_quantisation(config: Mapping[str, Any]) -> str | None:
 
 
 def _describe_packed(name: str, dtype: str) -> str | None:
-    # other integers are masks and positions that some checkpoints keep
+    # other integer tensors are masks and positions, which some checkpoints keep
     if _PACKED.search(name) or dtype.startswith("F8") or (name.endswith(".weight") and dtype not in _PLAIN):
         return f"{name} is of type {dtype}"
     return None

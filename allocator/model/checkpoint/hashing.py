@@ -1,4 +1,4 @@
-"""Reading files of weights byte by byte: their hash, whether every number is one, whether tensors are the same."""
+"""Weight files byte by byte: their hash, a check for NaN and infinity, and a comparison of tensors."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ _EXPONENTS = {
     "F32": ("<u4", 0x7F800000),
     "F64": ("<u8", 0x7FF0000000000000),
 }
-"""By safetensors data type: unsigned integers of its width, and the bits that only NaN and infinity have all set."""
+"""By safetensors data type: the unsigned integer of the same width, and the exponent bits.
+
+A number whose exponent bits are all set is NaN or infinity.
+"""
 
 
 def fingerprint_weights(path: Path) -> str:
     """Return ``sha256:<hex>`` of a safetensors file's bytes.
 
     Raises:
-        UserError: A tensor holds NaN or infinity; names it.
+        UserError: A tensor holds NaN or infinity. The message names the tensor.
     """
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -34,7 +37,7 @@ def fingerprint_weights(path: Path) -> str:
         header = file.read(int.from_bytes(size, "little"))
         digest.update(size + header)
         entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
-        # tensors lie one after the other without gaps: readers check that when they open the file
+        # there are no gaps between tensors; safetensors checks that when it opens the file
         for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
             start, end = entry["data_offsets"]
             while chunk := file.read(min(_CHUNK_BYTES, end - start)):
@@ -46,7 +49,7 @@ def fingerprint_weights(path: Path) -> str:
 
 
 def same_values(first: tuple[Path, str], second: tuple[Path, str]) -> bool:
-    """Whether two tensors, each of a file and by its name, are the same: type, shape and every byte."""
+    """Whether two tensors have the same type, shape and bytes. Each is given by its file and name."""
     with first[0].open("rb") as one, second[0].open("rb") as other:
         left, right = _seek_tensor(one, first[1]), _seek_tensor(other, second[1])
         if left[0] != right[0]:

@@ -158,8 +158,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     kind = find_kind(config)
     if kind is None:
         raise UserError(
-            f"model: {folder}/config.json names the architecture {architectures[0]!r}, which is not a causal "
-            f"language model, nor another that can be pruned. Give one whose architecture ends in one of {ENDINGS}"
+            f"model: {folder}/config.json names the architecture {architectures[0]!r}, which "
+            f"cannot be pruned. Give a model whose architecture ends in one of {ENDINGS}"
         )
     if (folder / INDEX).exists():
         index = read_json(folder / INDEX, "safetensors index")
@@ -240,8 +240,8 @@ def _read_architectures(folder: Path, config: Mapping[str, Any]) -> list[str]:
     where, kind, named = folder / "config.json", config.get("model_type"), config.get("architectures")
     if not isinstance(named, list) or not named:
         raise UserError(
-            f"model: {where} names no class (architectures: {json.dumps(named)}), which is not a causal language model "
-            'to be sure of. Write one there, such as "architectures": ["LlamaForCausalLM"], or save the model again '
+            f"model: {where} names no class (architectures: {json.dumps(named)}), so the kind of model is unknown. "
+            'Write the class there, such as "architectures": ["LlamaForCausalLM"], or save the model again '
             "with save_pretrained"
         )
     if not isinstance(kind, str) or not kind:

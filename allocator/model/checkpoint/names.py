@@ -1,4 +1,4 @@
-"""Names of a checkpoint's tensors as the model has them, where its files have older ones, or those of its base."""
+"""From the names of tensors in files to their names in the model. Files may have older names, or those of the base."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ def map_names(
 ) -> tuple[dict[str, str], dict[str, Any]]:
     """Return the name in the model of every tensor in the files, and the configuration with every default.
 
-    Tensors that the model has no parameter for are left out, as transformers does: a head that it lacks, a tied one.
+    Tensors without a parameter in the model are left out, as transformers does: an unused head, or a tied tensor.
 
     Args:
-        folder: Where the checkpoint lies, for messages.
+        folder: The checkpoint's folder, for messages.
         config: The content of ``config.json``.
         architecture: The dense model's class.
         stored: Names in the files.
 
     Raises:
-        UserError: transformers has no such class, or makes several parameters of one tensor, or misses one.
+        UserError: transformers has no such class, splits a tensor into several parameters, or misses a tensor.
     """
     model = build_stock_model(folder, architecture, config)
     own = {name for name, _ in model.named_parameters()}
@@ -44,7 +44,7 @@ def map_names(
                 f"model: {folder}: {old} is not one parameter of {architecture}, which has it in other pieces. "
                 "Such checkpoints cannot be pruned"
             )
-        if new in own or pruned:  # of what is pruned, all is the model's
+        if new in own or pruned:  # every tensor of a pruned checkpoint is the model's
             names[old] = new
     if not pruned and (missing := sorted(own - set(names.values()))):
         raise UserError(

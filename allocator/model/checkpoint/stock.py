@@ -1,4 +1,4 @@
-"""The class that transformers has for a model, its configuration, and the model without weights."""
+"""The stock class of a model in transformers, its configuration, and the model without weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def find_stock_class(folder: Path, architecture: str) -> Any:
     """Return the class of an architecture.
 
     Raises:
-        UserError: transformers has none of that name; names the model's ``folder``.
+        UserError: transformers has no such class. The message names ``folder``.
     """
     found = getattr(transformers, architecture, None)
     if found is None:
@@ -26,10 +26,10 @@ def find_stock_class(folder: Path, architecture: str) -> Any:
 
 
 def build_stock_config(folder: Path, architecture: str, config: Mapping[str, Any]) -> Any:
-    """Return a configuration as the class of an architecture understands it.
+    """Return a configuration as an object of the architecture's configuration class.
 
     Raises:
-        UserError: transformers has no such class, or it refuses a value.
+        UserError: transformers has no such class, or the class refuses a value.
     """
     try:
         return find_stock_class(folder, architecture).config_class.from_dict(dict(config))
@@ -41,7 +41,7 @@ def build_stock_config(folder: Path, architecture: str, config: Mapping[str, Any
 
 
 def build_stock_model(folder: Path, architecture: str, config: Mapping[str, Any]) -> Any:
-    """Return the model that a class makes of a configuration, without memory for its weights.
+    """Return the model of a configuration on the meta device, which holds no weights.
 
     Raises:
         UserError: See :func:`build_stock_config`.

@@ -1,11 +1,13 @@
 """Modelling code of a structurally pruned checkpoint: the stock architecture with smaller layers.
 
-This file lies beside the weights and needs nothing but torch and transformers. `config.json` says under
-`pruned` which matrices are smaller (`shapes`: module name to [rows, columns]), which of them gained a bias
-(`biases`: module names), which modules are gone (`removed`: module name to what takes its place, see `remove`), which
-of their attributes count what is left (`counts`: module name to attribute names, and the share [kept, total]), which
-experts stay (`experts`: module name to that of their router, and their numbers), and which parts of names the files
-call otherwise than the model does (`renamed`).
+This file is stored with the weights and needs only torch and transformers. The key `pruned` of `config.json` holds:
+
+- `shapes`: smaller matrices, as module name to [rows, columns]
+- `biases`: names of the matrices that gained a bias
+- `removed`: removed modules, as module name to what takes its place (see `remove`)
+- `counts`: attributes that count heads, as module name to attribute names and the share [kept, total]
+- `experts`: kept experts, as module name to the name of the router and the numbers of the experts
+- `renamed`: parts of tensor names in the files, and their names in the model
 """
 
 import copy
@@ -21,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 
 class RemovedAttention(nn.Module):
-    """Attention that adds nothing. It keeps its place in the cache, whose length other layers rely on."""
+    """Attention that adds nothing. It fills the cache with placeholders: other layers read its length."""
 
     def __init__(self, layer_idx):
         super().__init__()
@@ -44,7 +46,7 @@ class RemovedMLP(nn.Module):
 
 
 class RemovedOutput(nn.Module):
-    """An output projection that gives nothing."""
+    """An output projection that returns zeros."""
 
     def __init__(self, out_features):
         super().__init__()
@@ -66,7 +68,7 @@ class Expert(nn.Module):
 
 
 class Experts(nn.Module):
-    """A module for each expert, under its number, in place of stacked matrices. A router counts those that are here."""
+    """One module for each kept expert, named by its number, in place of stacked matrices."""
 
     def __init__(self, experts):
         super().__init__()
@@ -87,18 +89,18 @@ class RemovedExperts(nn.Module):
     """Experts that add nothing."""
 
     def forward(self, hidden_states, *routing):
-        return hidden_states * 0  # by a product, so that gradients in it can be asked for
+        return hidden_states * 0  # a product, so that it has a gradient
 
 
 class RemovedRouter(nn.Module):
-    """A router that has nothing to choose from."""
+    """A router without experts."""
 
     def forward(self, hidden_states):
         return None, None, None
 
 
 def stacked(module):
-    """Say whether a module holds the gated experts of a mixture as stacked matrices, outputs first, without biases."""
+    """Return whether a module holds gated experts as stacked matrices, outputs first, without biases."""
     shapes = [tuple(parameter.shape) for parameter in module.parameters(recurse=False)]
     if len(shapes) != 2 or not hasattr(module, "gate_up_proj") or not hasattr(module, "act_fn"):
         return False
@@ -107,7 +109,7 @@ def stacked(module):
 
 
 def split(module):
-    """Return stacked experts one by one; their matrices are views."""
+    """Return stacked experts as one module for each. Their matrices are views."""
 
     def linear(weight):
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
@@ -123,7 +125,7 @@ def split(module):
 
 
 def choose(model, name, router, kept, experts, gate):
-    """Put some of a mixture's experts, by number, in its place, and say so to their router; its rows are as given."""
+    """Keep the experts of a mixture whose numbers are in `kept`. `gate` is the router with their rows alone."""
     if kept:
         model.set_submodule(name, Experts({str(number): experts.get_submodule(str(number)) for number in kept}))
         model.set_submodule(router, gate)
@@ -134,7 +136,7 @@ def choose(model, name, router, kept, experts, gate):
 
 
 def cut(router, kept):
-    """Give a router the shapes of one of so many experts."""
+    """Shrink a router to the shapes of a router of `kept` experts."""
     for name, parameter in router.named_parameters():
         setattr(router, name, nn.Parameter(parameter.detach()[:kept].clone(), requires_grad=False))
     for name, buffer in router.named_buffers():
@@ -142,14 +144,14 @@ def cut(router, kept):
 
 
 def remove(model, name, part):
-    """Put a module without parameters in the place of another.
+    """Replace a module by one without parameters.
 
-    A sub-block, which is `attention` or `mlp`, then adds nothing. One that is no module of its own goes in pieces: its
-    attention proper, or what is `input` to its output projection, and that `output`.
+    `part` says what the module is. A whole sub-block (`attention` or `mlp`) then adds nothing. A sub-block without a
+    module of its own is replaced in pieces: its attention or its `input` matrices, and its `output` projection.
     """
     old = model.get_submodule(name)
     if part == "attention":
-        new = RemovedAttention(getattr(old, "layer_idx", None))  # encoders number no layers, and have no cache
+        new = RemovedAttention(getattr(old, "layer_idx", None))  # layers of encoders have no index and no cache
     elif part == "output":
         new = RemovedOutput(old.nf if isinstance(old, Conv1D) else old.out_features)
     else:
@@ -158,20 +160,20 @@ def remove(model, name, part):
 
 
 def regroup(attention):
-    """Say how many query heads share a key/value head, where a family keeps that in an attribute."""
+    """Update the number of query heads per key/value head, if the family keeps it in an attribute."""
     if hasattr(attention, "num_key_value_groups") and hasattr(attention, "k_proj"):
         attention.num_key_value_groups = len(attention.q_proj.weight) // len(attention.k_proj.weight)
 
 
 def owner(module, name):
-    """Return what has the attribute `name` of a module: itself, what is inside it (`self.x`), or a configuration."""
+    """Return the object that has an attribute: the module, a module inside it (`self.x`), or a configuration."""
     for part in name.split(".")[:-1]:
         module = getattr(module, part)
     return module
 
 
 def counted(module, names):
-    """Return attributes of a module by name; a configuration of which one is (`config.x`) is then the module's own."""
+    """Return attributes of a module by name. A configuration that holds one (`config.x`) is copied first."""
     for path in {name.rpartition(".")[0] for name in names}:
         if path.rpartition(".")[2] == "config":
             holder = owner(module, path)
@@ -180,13 +182,13 @@ def counted(module, names):
 
 
 def recount(module, dense, kept, total):
-    """Set attributes that are proportional to what a module keeps, given those of the dense one by `counted`."""
+    """Scale the attributes of a module to its kept share. `dense` holds their values in the dense model."""
     for name, value in dense.items():
         setattr(owner(module, name), name.rpartition(".")[2], value * kept // total)
 
 
 def linear_like(old, rows, columns, bias):
-    """Return a layer of the kind of another, in another shape."""
+    """Return a layer of the same kind in another shape."""
     like = {"device": old.weight.device, "dtype": old.weight.dtype}
     return Conv1D(rows, columns).to(**like) if isinstance(old, Conv1D) else nn.Linear(columns, rows, bias=bias, **like)
 
@@ -211,7 +213,7 @@ def resize(model, pruned):
 
 @contextmanager
 def uniform(config):
-    """Hide `per_layer_config`, which says the same for other readers: stock classes refuse or misread it."""
+    """Hide `per_layer_config` from stock classes, which refuse or misread it."""
     layers = config.to_dict().get("per_layer_config")
     if layers:
         config.per_layer_config = None
@@ -221,9 +223,9 @@ def uniform(config):
 
 
 def rename(model, dense, renamed):
-    """Have names of tensors converted as for the dense model, while nothing is stacked.
+    """Register the tensor-name conversions of the dense model for the pruned class, without those that stack experts.
 
-    transformers looks for conversions by the name of a class, or else by the type of a model; that of the class counts.
+    transformers looks up conversions by the name of the class first, and then by the type of the model.
     """
     own = [WeightRenaming(rf"\.{old}\.", f".{new}.") for old, new in renamed.items()]
     for module in model.modules():

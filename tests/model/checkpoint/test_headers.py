@@ -70,11 +70,19 @@ def test_a_folder_without_configuration_is_refused(folder):
         read_checkpoint(folder)
 
 
-@pytest.mark.parametrize("architectures", [["BertForPreTraining"], [], None, ["LlamaForTokenClassification"]])
-def test_what_is_no_causal_language_model_is_refused(folder, architectures):
+@pytest.mark.parametrize(
+    ("architectures", "said"),
+    [
+        (["BertForPreTraining"], "'BertForPreTraining', which cannot be pruned"),
+        ([], "the kind of model is unknown"),
+        (None, "the kind of model is unknown"),
+        (["LlamaForTokenClassification"], "'LlamaForTokenClassification', which cannot be pruned"),
+    ],
+)
+def test_what_is_no_causal_language_model_is_refused(folder, architectures, said):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "architectures": architectures}))
-    with pytest.raises(UserError, match="not a causal"):
+    with pytest.raises(UserError, match=said):
         read_checkpoint(folder)
 
 
