@@ -67,7 +67,7 @@ def _read_file(path: Path) -> list[float] | dict[str, float]:
         raise UserError(f"{path}: {error.strerror or 'cannot be read'}. {_FORMATS}") from None
     except (ValueError, TypeError, KeyError, EOFError, OverflowError) as error:
         reason = f"there is no column {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
-        raise UserError(f"{path}: cannot be read as an allocation: {reason}. {_FORMATS}") from None
+        raise UserError(f"{path}: not an allocation: {reason}. {_FORMATS}") from None
 
 
 def _read_array(path: Path) -> list[float]:
