@@ -670,7 +670,7 @@ IMPORTS = [
     ("a.txt", "0.5 0.5 0.5 0.5", "4 shares for 3 blocks"),
     ("a.json", "[]", "0 shares for 3 blocks"),
     ("a.json", "{}", "says nothing of model.layers.0.self_attn"),
-    ("a.json", "", "no allocation"),
+    ("a.json", "", "not an allocation"),
     ("a.txt", "", "0 shares for 3 blocks"),
     ("a.csv", "", "says nothing of model.layers.0.self_attn"),
     ("a.csv", "module,share\nx,0.5\n", "there is no column 'sparsity'"),

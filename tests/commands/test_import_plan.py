@@ -179,15 +179,15 @@ BAD = [
     ("a.json", '{"model.layers.0.mlp.down_proj": 0.5, "model.layers.0.mlp.down_proj": 0.6}', "is there twice"),
     ("a.json", '{"model.layers.0.mlp.down_proj": 0.5}', "says nothing of model.layers.0.self_attn, .* and 2 more"),
     ("a.json", '{"schema": 3, "kind": "allocator.plan"}', "could not convert string to float"),
-    ("a.json", "{", "no allocation"),
+    ("a.json", "{", "not an allocation"),
     ("a.csv", "layer,sparsity\nx,0.5\n", "there is no column 'module'"),
     ("a.txt", "half and half", "could not convert string to float: 'half'"),
-    ("a.txt", "model.layers.0.mlp.down_proj: 1\n\n", "no allocation"),
+    ("a.txt", "model.layers.0.mlp.down_proj: 1\n\n", "not an allocation: the line '' has no level"),
     ("a.txt", "model.layers.0.mlp.down_proj: many", "invalid literal for int"),
-    ("a.npy", "not an array", "no allocation"),
-    ("a.npy", "", "no allocation"),
+    ("a.npy", "not an array", "not an allocation"),
+    ("a.npy", "", "not an allocation"),
     ("a.txt", "", "0 shares for 3 blocks"),
-    ("a.json", "0.5", "no allocation"),
+    ("a.json", "0.5", "not an allocation: neither a list nor an object: '0.5'"),
 ]
 
 

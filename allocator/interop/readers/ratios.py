@@ -87,6 +87,8 @@ def _read_table(path: Path) -> dict[str, float]:
 
 def _read_json(path: Path) -> list[float] | dict[str, float]:
     data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_collect_unique)
+    if not isinstance(data, list | dict):
+        raise ValueError(f"neither a list nor an object: {str(data)[:40]!r}")
     return {n: float(share) for n, share in data.items()} if isinstance(data, dict) else [*map(float, data)]
 
 
@@ -106,7 +108,9 @@ _READERS: Mapping[str, Callable[[Path], list[float] | dict[str, float]]] = {
 
 
 def _parse_level(line: str) -> tuple[str, int]:
-    module, level = line.split(":")
+    module, colon, level = line.rpartition(":")
+    if not colon:
+        raise ValueError(f"the line {line[:80]!r} has no level")
     return module.strip(), int(level)
 
 
