@@ -14,8 +14,8 @@ if __name__ == "__main__":
         name="from-python",
         settings=[
             "tokens.calibration=2048",
-            "tokens.selection=1024",
-            "tokens.test=1024",
+            "tokens.selection=512",
+            "tokens.test=512",
             "search.evolution.tokens=[512,1024]",
         ],
     )

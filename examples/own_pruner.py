@@ -44,7 +44,7 @@ class Ria:
 
 
 if __name__ == "__main__":
-    small = ["tokens.calibration=4096", "tokens.selection=1024", "tokens.test=1024"]
+    small = ["tokens.calibration=2048", "tokens.selection=512", "tokens.test=512"]
     result = allocator.search(
         target=0.5,
         pattern="unstructured",

@@ -53,6 +53,6 @@ class HillClimber:
 
 
 if __name__ == "__main__":
-    small = ["tokens.calibration=4096", "tokens.test=1024", "tokens.selection=1024"]
+    small = ["tokens.calibration=2048", "tokens.test=512", "tokens.selection=512"]
     result = allocator.search(target=0.5, searcher=HillClimbing(), workers=0, name="own-searcher", settings=small)
     print(result.figures["uniform"]["kl"], result.figures["searched"]["kl"])

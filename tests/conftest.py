@@ -105,15 +105,21 @@ LONGEST = (
     "test_end_to_end.py",
     "pool/test_jobs.py",
     "pool/test_dispatch.py",
-    "run/test_rounds.py",
     "test_families.py",
+    "run/test_rounds.py",
+    "test_examples.py",
+    "model/family/test_schema.py",
     "pool/test_nodes.py",
     "pool/test_actor_pool.py",
     "cli/test_fronts.py",
     "test_other_models.py",
     "cli/test_commands.py",
     "searchers/test_fronts.py",
+    "interop/test_contract.py",
+    "evaluation/test_expansion.py",
+    "searchers/test_contract.py",
     "interop/targets/test_hf_padded.py",
+    "testing/test_suites.py",
 )
 """Files that take the longest. They come first, so that no process waits for another at the end."""
 

@@ -69,24 +69,26 @@ OTHERS = {
 HEADS = ("BertForMaskedLM", "BertForSequenceClassification", "ViTForImageClassification", "ModernBertForMaskedLM")
 """What else is made of these."""
 
-QUICK = ("BertModel", "ViTModel")
-"""Architectures that go the whole way with masks too."""
-
 PATTERNS = ("structured", "unstructured", "n:m")
-ALSO = [("structured", name) for name in (*HEADS, "DistilBertForMaskedLM", "Dinov2Model", "CLIPModel", "SiglipModel")]
+QUICK = [
+    ("unstructured", "BertModel"),
+    ("unstructured", "ViTModel"),
+    ("n:m", "BertModel"),
+    *(("structured", name) for name in ("BertModel", "ViTModel", *HEADS)),
+    *(("structured", name) for name in ("DistilBertForMaskedLM", "Dinov2Model", "CLIPModel", "SiglipModel")),
+]
+"""Patterns and architectures of the default suite; the towers of a model are in the model."""
 ALIKE = ("mistral", "qwen2", "gemma", "gemma3_text", "olmo3", "qwen2_moe", "deepseek_v2")
 """Types whose names and computations another type of their file has too."""
 
-MASKED = ("llama", "gpt2", "opt", "mixtral")
+MASKED = {"unstructured": ("llama", "gpt2", "opt", "mixtral"), "n:m": ("gpt2",)}
 """Masks are made in one way for all but where matrices lie inputs first, or in the block itself, or are stacked."""
 
 CASES = [
     pytest.param(
         kind,
         pattern,
-        marks=[]
-        if (kind not in ALIKE if pattern == "structured" else kind in MASKED and (pattern, kind) != ("n:m", "mixtral"))
-        else pytest.mark.slow,
+        marks=[] if (kind not in ALIKE if pattern == "structured" else kind in MASKED[pattern]) else pytest.mark.slow,
     )
     for kind in FAMILIES
     for pattern in PATTERNS
@@ -100,7 +102,7 @@ SETTINGS = (
 
 
 OTHER_CASES = [
-    pytest.param(name, pattern, marks=[] if name in QUICK or (pattern, name) in ALSO else pytest.mark.slow)
+    pytest.param(name, pattern, marks=[] if (pattern, name) in QUICK else pytest.mark.slow)
     for name in (*HEADS, *(architecture for _, architecture in OTHERS.values()))
     for pattern in PATTERNS
 ]

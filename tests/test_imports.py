@@ -3,6 +3,8 @@
 import ast
 import graphlib
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -83,6 +85,13 @@ def test_heavy_packages_are_imported_only_where_they_belong(path):
     for package, homes in HOMES.items():
         assert package not in found or _package(path) in homes
     assert "torch" not in found or _package(path) not in NO_TORCH
+
+
+@pytest.mark.parametrize("name", ["cli", "commands.open_run", "commands.report", "commands.submit", "run.status"])
+def test_what_reads_a_run_loads_no_model(name):
+    """Or each look at a run would wait for torch."""
+    script = f"import sys, allocator.{name}; print(sorted({{'torch', 'transformers', 'ray'}} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_there_is_no_cycle():

@@ -16,7 +16,7 @@ from allocator.core.costs import from_units
 from allocator.core.errors import UserError, did_you_mean
 from allocator.core.files import fingerprint, read_json, write_json
 from allocator.core.plan import Plan
-from allocator.core.results import COMPARISON_KIND, COMPARISON_SCHEMA
+from allocator.core.results import COMPARISON_KIND, COMPARISON_SCHEMA, Figures
 from allocator.core.signals import Signal, Signals
 from allocator.core.space import Allocation, SearchSpace
 from allocator.evaluation.spec import Evaluator, Execution
@@ -26,7 +26,6 @@ from allocator.pruning.signals import collect
 from allocator.run.config.load import build_config
 from allocator.run.config.run import RunConfig
 from allocator.run.directory import check_folder, create_run, reopen_run
-from allocator.run.execution import Figures
 from allocator.run.job import Job
 from allocator.run.level_store import build_store, find_store, locate_store
 from allocator.run.model import with_serving_costs

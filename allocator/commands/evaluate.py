@@ -6,6 +6,7 @@ from pathlib import Path
 
 from allocator.commands.dense_model import choose_model, open_dense
 from allocator.core.errors import UserError
+from allocator.core.results import Figures
 from allocator.evaluation.engine import Engine
 from allocator.evaluation.spec import EngineSpec
 from allocator.model.checkpoint.headers import Checkpoint, locate, read_checkpoint
@@ -15,7 +16,6 @@ from allocator.model.family.space import build_space
 from allocator.model.live.write import count_params
 from allocator.run.config.load import build_config
 from allocator.run.config.run import RunConfig
-from allocator.run.execution import Figures
 from allocator.run.model import check_length
 
 

@@ -21,8 +21,8 @@ from allocator.core.outcomes import list_objectives, read_front, select_comparab
 from allocator.core.plan import Plan
 from allocator.core.protocols import Outcome
 from allocator.core.provenance import make_plan
+from allocator.core.results import Figures
 from allocator.core.space import Allocation
-from allocator.run.execution import Figures
 from allocator.run.status import read_status
 from allocator.searchers.hypervolume import box
 

@@ -17,13 +17,14 @@ from allocator.core.files import write_json
 from allocator.core.journal import Journal
 from allocator.core.plan import Plan
 from allocator.core.protocols import Outcome
+from allocator.core.results import Figures
 from allocator.evaluation.spec import EngineSpec, Evaluator
 from allocator.pruning.levels.store import LevelStore
 from allocator.pruning.pruners.protocol import LocalPruner
 from allocator.run.config.load import build_config
 from allocator.run.config.run import RunConfig
 from allocator.run.directory import check_folder, create_run, reopen_run, start_next_round
-from allocator.run.execution import Figures, execute_decision, measure_latencies
+from allocator.run.execution import execute_decision, measure_latencies
 from allocator.run.front_file import FrontWriter
 from allocator.run.job import TRAINING_FOLDER, Job
 from allocator.run.level_store import build_store, find_store, locate_store, name_round

@@ -18,6 +18,9 @@ COMPARISON_SCHEMA = 3
 
 COMPARISON_KIND = "allocator.comparison"
 
+Figures = dict[str, float]
+"""Measured figures of one checkpoint, by name."""
+
 
 def read_result(path: Path) -> dict[str, Any] | None:
     """Read a ``result.json``; None for a run that is not finished.

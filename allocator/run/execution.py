@@ -12,14 +12,12 @@ from allocator.core.costs import from_units
 from allocator.core.errors import UserError
 from allocator.core.latency import LatencyTable
 from allocator.core.protocols import BEFORE, Request
+from allocator.core.results import Figures
 from allocator.evaluation.latency import describe, measure
 from allocator.evaluation.spec import Evaluator, Execution
 from allocator.run.job import Job
 from allocator.run.reporting import Reporter
 from allocator.searchers.study import Decision
-
-Figures = dict[str, float]
-"""Measured figures of one checkpoint, by name."""
 
 
 def execute_decision(job: Job, decision: Decision, evaluator: Evaluator, reporter: Reporter) -> dict[str, Figures]:

@@ -12,12 +12,14 @@ from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from allocator.core.errors import UserError
 from allocator.core.files import write_json
-from allocator.evaluation.spec import Evaluator
 from allocator.run.reporting import Reporter
+
+if TYPE_CHECKING:  # what reads the status of a run loads no model
+    from allocator.evaluation.spec import Evaluator
 
 NAME = "status.json"
 SCHEMA = 1

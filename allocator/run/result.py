@@ -10,9 +10,8 @@ from allocator.core.costs import COSTS
 from allocator.core.journal import Journal
 from allocator.core.plan import Plan
 from allocator.core.provenance import collect_versions, make_plan
-from allocator.core.results import RESULT_KIND, RESULT_SCHEMA
+from allocator.core.results import RESULT_KIND, RESULT_SCHEMA, Figures
 from allocator.core.training_effect import summarise_training
-from allocator.run.execution import Figures
 from allocator.run.job import Job
 from allocator.run.rounds import list_rounds
 from allocator.searchers.study import Decision

@@ -129,7 +129,7 @@ def test_unstructured_costs_are_the_nonzeros_on_disk(model, tmp_path):
         assert space.cost(allocation, "macs") == space.cost(space.dense, "macs")
 
 
-@pytest.mark.parametrize("pattern", ["structured", "unstructured", "n:m"])
+@pytest.mark.parametrize("pattern", ["structured", "unstructured", pytest.param("n:m", marks=pytest.mark.slow)])
 def test_what_is_switched_in_is_what_is_saved(model, tmp_path, pattern):
     """In place, in the checkpoint, and for structured units in dense shapes: the same logits."""
     checkpoint, layout, space = _resolve(model, pattern)
