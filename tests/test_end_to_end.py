@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from forked import Command, Python
+from forked import Command, Python, without_cluster
 from safetensors.numpy import load_file
 
 import allocator
@@ -112,7 +112,7 @@ class Driver:
     """A search as a user starts it, in a session of its own, so that all its processes can be found."""
 
     def __init__(self, arguments: list[object], folder: Path) -> None:
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+        environment = without_cluster()
         self.process = Command(arguments, folder, environment)
 
     @property
@@ -689,7 +689,7 @@ allocator.search({str(tiny_model)!r}, text={str(text_folder)!r}, runs_dir={str(t
                  settings={assignments(SHORT)!r})
 assert not ray.is_initialized()
 """
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    environment = without_cluster()
     process = Python(["-c", script], tmp_path, environment)
     try:
         assert process.wait(DEADLINE_S) == 0

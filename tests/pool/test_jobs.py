@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 import yaml
-from forked import Command
+from forked import Command, without_cluster
 
 import allocator
 from allocator.commands.compare import run_comparison
@@ -149,7 +149,7 @@ def shell(tiny_model: Path, text_folder: Path) -> Iterator[Shell]:
     shutil.copytree(tiny_model, folder / "model")
     shutil.copytree(text_folder, folder / "text")
     (folder / "run.yaml").write_text(RUN_FILE)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTHONPATH"))}
+    environment = {name: value for name, value in without_cluster().items() if not name.startswith("PYTHONPATH")}
     environment |= {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
@@ -234,7 +234,7 @@ def refused(tmp_path: Path) -> Callable[..., str]:
     (tmp_path / "run.yaml").write_text("target: 0.5\n")
 
     def run(*arguments: str, **variables: str) -> str:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | variables
+        environment = without_cluster() | variables
         command = Command(["submit", "run.yaml", "--runs-dir", "/shared", *arguments], tmp_path, environment)
         out, err = command.communicate(timeout=30)
         assert (command.returncode, out) == (2, ""), err

@@ -53,6 +53,11 @@ def _command(program: str, arguments: list[str], folder: str, environment: dict[
         atexit._run_exitfuncs()
 
 
+def without_cluster() -> dict[str, str]:
+    """Return this environment without the variables that name a Ray cluster. Ray's own settings stay."""
+    return {key: value for key, value in os.environ.items() if not (key.startswith("RAY_") and key.isupper())}
+
+
 class Command:
     """A command of this package, in a session of its own; it looks like a :class:`subprocess.Popen`."""
 
