@@ -46,7 +46,7 @@ def test_the_loss_fits_the_model(make_other: Callable[..., Path], text_folder: P
             "BertModel",
             ["search.evolution.training=[64]", "training.batch_sequences=1"],
             {},
-            "not a causal language model, which alone are trained",
+            "only causal language models are trained, and",
         ),
     ],
 )
@@ -126,7 +126,7 @@ def test_compare_and_a_plan_alone(make_other: Callable[..., Path], pixels: Path,
         model, target=0.5, rules=["uniform"], workers=0, name="c", runs_dir=tmp_path, text=pixels, settings=SETTINGS
     )
     assert found.measured["dense"]["hidden"] == pytest.approx(0, abs=1e-9)
-    with pytest.raises(UserError, match="ecoflap follows the likelihood of text"):
+    with pytest.raises(UserError, match="ecoflap needs the likelihood of text"):
         allocator.compare(
             model,
             target=0.5,

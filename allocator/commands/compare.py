@@ -206,8 +206,8 @@ def _drop_likelihood_rules(job: Job, names: list[str], named: bool, recorder: Re
     if job.checkpoint.kind.generates or not odd:
         return names
     if named:
-        raise UserError(f"--rule: {odd[0]} follows the likelihood of text, and {job.checkpoint.architecture} has none")
-    recorder.notify(f"notice: {odd[0]} is left out, for it follows the likelihood of text")
+        raise UserError(f"--rule: {odd[0]} needs the likelihood of text, and {job.checkpoint.architecture} has none")
+    recorder.notify(f"notice: {odd[0]} is left out: it needs the likelihood of text")
     return [name for name in names if name not in odd]
 
 
@@ -282,12 +282,12 @@ def _read_plans(job: Job, plans: Sequence[Path]) -> dict[str, Entry]:
         served = with_serving_costs(job.config, job.checkpoint, job.layout, plan.space) if own == ours else plan.space
         if own != ours or any(served.fixed[cost] != job.space.fixed[cost] for cost in ("params", "macs")):
             raise UserError(
-                f"{path}: its units are others than this comparison's. Use the plan's settings of ladder.attention, "
+                f"{path}: its units differ from this comparison's. Use the plan's settings of ladder.attention, "
                 "ladder.patterns and pruner.bias"
             )
         if served != job.space and not job.recompute:
             raise UserError(
-                f"{path}: its ladders are others than this comparison's, and {job.pruner.name} takes weights from a "
+                f"{path}: its ladders differ from this comparison's, and {job.pruner.name} takes weights from a "
                 "store of one ladder. Use the plan's target or ladder.sparsities, or --set pruner.execution=recompute"
             )
         name = path.absolute().parent.name if path.name == "plan.json" else path.stem

@@ -147,9 +147,8 @@ def with_default_loss(config: RunConfig, checkpoint: Checkpoint) -> RunConfig:
         )
     if config.search.training:
         raise UserError(
-            f"search.evolution.training: {checkpoint.architecture} is not a causal language model, which alone are "
-            f"trained. "
-            "Use another method"
+            f"search.evolution.training: only causal language models are trained, and {checkpoint.architecture} is "
+            "not one. Use another method"
         )
     if config.workload.latency is not None:
         raise UserError(

@@ -216,7 +216,10 @@ def test_target_out_of_reach_of_n_m(refused: Refused, search_args: Args) -> None
 
 def test_groups_that_do_not_divide_a_width(refused: Refused, search_args: Args) -> None:
     message = refused(*search_args, "--pattern", "n:m", "--set", 'ladder.patterns=["1:5"]')
-    assert "rows of model.layers.0.self_attn.q_proj hold 32 weights, which groups of 5 do not divide" in message
+    assert (
+        "rows of model.layers.0.self_attn.q_proj hold 32 weights, which is not a multiple of the group size 5"
+        in message
+    )
     assert "--pattern unstructured" in message
 
 
