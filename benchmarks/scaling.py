@@ -42,6 +42,7 @@ from allocator.core.protocols import Outcome, Request, Searcher
 from allocator.core.space import SearchSpace, Unit
 from allocator.evaluation.local import LocalEvaluator
 from allocator.evaluation.spec import EngineSpec
+from allocator.model.data.examples import Examples
 from allocator.model.live.load import load_model
 from allocator.model.live.walk import BlockWalker
 from allocator.pool.dispatch import RayPool
@@ -219,7 +220,8 @@ class Simulated(RayPool):
         self._waiting = (mean_s, SPREAD, 0.0)
         spec = EngineSpec(checkpoint=None, layout=None, space=space)  # type: ignore[arg-type]
         # as long to a mean time as the default is to an evaluation of ten seconds
-        super().__init__(spec, {"search": np.zeros((8, TOKENS // 8))}, workers, patience_s=max(mean_s, 0.05))
+        text = Examples.from_ids(np.zeros((8, TOKENS // 8), dtype=np.int64))
+        super().__init__(spec, {"search": text}, workers, patience_s=max(mean_s, 0.05))
 
     def _start_actor(self) -> Any:
         return ray.remote(Waiter).options(num_cpus=1).remote(*self._waiting)

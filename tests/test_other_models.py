@@ -41,12 +41,12 @@ def test_the_loss_fits_the_model(make_other: Callable[..., Path], text_folder: P
         ("BertForMaskedLM", ["loss=nll"], {}, "cannot be measured by nll. Use kl or topk_kl or hidden"),
         ("BertModel", [], {"constraints": ["kv_bytes <= 0.5x"]}, "kv_bytes: this model does not generate"),
         ("BertModel", [], {"constraints": ["latency_ms <= 3"]}, "latency_ms"),
-        ("BertModel", ["search.method=nsga2"], {"objectives": ["nll", "params"]}, "objectives: nll is of text"),
+        ("BertModel", ["search.method=nsga2"], {"objectives": ["nll", "params"]}, "objectives: nll needs a model"),
         (
             "BertModel",
             ["search.evolution.training=[64]", "training.batch_sequences=1"],
             {},
-            "not a causal language model, which alone are trained",
+            "only causal language models are trained, and",
         ),
     ],
 )
@@ -71,7 +71,7 @@ def test_text_fits_the_positions(make_other: Callable[..., Path], text_folder: P
 
 def test_the_likelihood_of_labels_needs_labels(make_other: Callable[..., Path], text_folder: Path) -> None:
     model = make_other("BertForSequenceClassification", num_labels=3)
-    with pytest.raises(UserError, match="loss: nll is of labels, and the examples have none"):
+    with pytest.raises(UserError, match="loss: nll needs labels, and the examples have none"):
         _job(model, text_folder, "loss=nll")
 
 
@@ -126,7 +126,7 @@ def test_compare_and_a_plan_alone(make_other: Callable[..., Path], pixels: Path,
         model, target=0.5, rules=["uniform"], workers=0, name="c", runs_dir=tmp_path, text=pixels, settings=SETTINGS
     )
     assert found.measured["dense"]["hidden"] == pytest.approx(0, abs=1e-9)
-    with pytest.raises(UserError, match="ecoflap follows the likelihood of text"):
+    with pytest.raises(UserError, match="ecoflap needs the likelihood of text"):
         allocator.compare(
             model,
             target=0.5,

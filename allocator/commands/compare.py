@@ -1,4 +1,4 @@
-"""Comparing: rules of the field and plans are executed, reloaded, counted and measured at one budget."""
+"""The comparison: published rules and plans are executed, reloaded, counted and measured at one budget."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Comparison:
     """A finished comparison.
 
     Attributes:
-        folder: Where it lies.
+        folder: The folder of the comparison.
         data: The content of ``compare.json``.
     """
 
@@ -56,7 +56,7 @@ class Comparison:
 
     @property
     def measured(self) -> Mapping[str, Figures]:
-        """By rule or plan: ``params``, ``sparsity``, ``within_budget``, ``kl``, ``nll`` and ``perplexity``."""
+        """For each rule or plan: ``params``, ``sparsity``, ``within_budget``, ``kl``, ``nll`` and ``perplexity``."""
         measured: Mapping[str, Figures] = self.data["measured"]
         return measured
 
@@ -70,7 +70,7 @@ class Entry:
 
     @property
     def key(self) -> str:
-        """The fingerprint that lines of the same model share."""
+        """A fingerprint. Two lines with the same space and allocation have the same one."""
         return fingerprint([self.space.to_json(), list(self.allocation)])
 
 
@@ -84,16 +84,16 @@ def compare(
     reporter: Reporter | None = None,
     **options: Unpack[RunOptions],
 ) -> Comparison:
-    """Compare the field's allocation rules, and plans, at one budget on held-out text.
+    """Compare published allocation rules and given plans at one budget, on held-out text.
 
-    One local pruner executes all of them on one calibration text, those of the configuration; what a plan says of its
-    own pruner is ignored. Everything that was measured is kept in the comparison's folder.
+    The local pruner and the calibration text of the configuration are used for every rule and every plan. The pruner
+    that a plan names is ignored. All measurements are kept in the comparison's folder.
 
     Args:
-        model: A Hugging Face folder or hub id. None for that of ``config``, or for the packaged model.
-        rules: Names of rules. Empty for all that serve the pattern, or for none if there are plans.
+        model: A Hugging Face folder or hub id. If None, the model of ``config``, else the packaged model.
+        rules: Names of rules. If empty, no rules if there are plans, else all rules that serve the pattern.
         plans: Files of plans for the same model and pattern.
-        config: A configuration or a run file, which options override. Rules measure on its searcher's tokens.
+        config: A configuration or a run file. Options override it. Rules that measure use the searcher's fidelities.
         resume: Continue the comparison of this name, perhaps with more rules or plans.
         reporter: Receives progress.
         options: See :class:`~allocator.run.config.options.RunOptions`.
@@ -108,20 +108,20 @@ def compare(
 def build_comparison_config(
     model: str | Path | None, config: RunConfig | Path | str | None, options: Mapping[str, Any], resume: bool
 ) -> RunConfig:
-    """Return the configuration of a comparison: that of a run, with another default name.
+    """Return the configuration of a comparison. It is a run's configuration with another default name.
 
     Raises:
-        UserError: As :func:`~allocator.run.config.load.build_config`, or there are objectives.
+        UserError: The configuration has objectives, or :func:`~allocator.run.config.load.build_config` raised.
     """
     given = build_config(model, config, options)
     if given.objectives:
-        raise UserError("objectives: a comparison is at one budget. Leave them out, and give a target or constraints")
+        raise UserError("objectives: a comparison has one budget. Give a target or constraints in place of objectives")
     name = given.name or f"{given.run_name}-compare"
     return build_config(model, config, {**options, "name": name}, resume)
 
 
 def choose_rules(pattern: str, names: Sequence[str] = ()) -> list[str]:
-    """Return the names of the rules that serve a pattern: those in ``names``, or all.
+    """Return the names of rules that serve a pattern: the given ``names``, or all such rules if none is given.
 
     Raises:
         UserError: A name is unknown, or its rule does not serve the pattern.
@@ -144,7 +144,7 @@ def run_comparison(
     resume: bool = False,
     reporter: Reporter | None = None,
 ) -> Comparison:
-    """Compare as a configuration says. See :func:`compare`."""
+    """Run the comparison that a configuration describes. See :func:`compare`."""
     with Recorder(reporter or Silent()) as recorder:
         return Comparison(config.folder, _compare(config, rules, plans, resume, recorder))
 
@@ -153,7 +153,7 @@ def _compare(
     config: RunConfig, rules: Sequence[str], plans: Sequence[Path], resume: bool, recorder: Recorder
 ) -> dict[str, Any]:
     folder = config.folder
-    config = config.model_copy(update={"search": replace(config.search, rounds=1)})  # a comparison has one store
+    config = config.model_copy(update={"search": replace(config.search, rounds=1)})  # a comparison has one level store
     check_folder(folder, resume)
     if resume and (folder / "front.json").exists():
         raise UserError(f"{folder}: holds a search, not a comparison. Choose another --name")
@@ -197,22 +197,22 @@ def _compare(
 
 
 def _drop_likelihood_rules(job: Job, names: list[str], named: bool, recorder: Recorder) -> list[str]:
-    """Return the rules without those that need the likelihood of text, if the model has none.
+    """Return the rules that the model can use. Some rules need the likelihood of text, which not every model gives.
 
     Raises:
-        UserError: The user ``named`` such a rule.
+        UserError: The model cannot use a rule that the user ``named``.
     """
     odd = [name for name in names if name in RULES and "gradient" in RULES[name].needs]
     if job.checkpoint.kind.generates or not odd:
         return names
     if named:
-        raise UserError(f"--rule: {odd[0]} follows the likelihood of text, and {job.checkpoint.architecture} has none")
-    recorder.notify(f"notice: {odd[0]} is left out, for it follows the likelihood of text")
+        raise UserError(f"--rule: {odd[0]} needs the likelihood of text, and {job.checkpoint.architecture} gives none")
+    recorder.notify(f"notice: {odd[0]} is left out, because it needs the likelihood of text")
     return [name for name in names if name not in odd]
 
 
 class _Table:
-    """``compare.json``: one line for each rule or plan, written as it grows."""
+    """``compare.json``, with one line for each rule or plan. The file is written again after each batch."""
 
     def __init__(self, job: Job, folder: Path) -> None:
         self._job, self._folder, self._path = job, folder, folder / "compare.json"
@@ -231,7 +231,7 @@ class _Table:
             self.data = read_json(self._path, "comparison")
 
     def execute(self, entries: Mapping[str, Entry], evaluator: Evaluator, reporter: Reporter) -> None:
-        """Measure the new lines, each distinct allocation once, and keep each result at once."""
+        """Measure the new lines and write the results after each batch. Equal allocations are measured once."""
         known = {line["key"]: name for name, line in self.data["allocations"].items()}
         new = {entry.key: entry for entry in entries.values() if entry.key not in known}
         reporter.start_phase("executing", len(new))
@@ -265,41 +265,42 @@ class _Table:
 
 
 def _read_plans(job: Job, plans: Sequence[Path]) -> dict[str, Entry]:
-    """Return a line for each plan. It is named after the plan's folder, or after a file that is not ``plan.json``."""
+    """Return a line for each plan. A plan is named after its file, or after its folder if the file is ``plan.json``."""
     entries: dict[str, Entry] = {}
     for path in plans:
         plan = Plan.load(path)
         if plan.model["fingerprint"] != job.checkpoint.fingerprint:
             raise UserError(
-                f"{path}: a plan for {plan.model['id']}, another model. Compare plans of {job.checkpoint.folder}"
+                f"{path}: this plan is for another model, {plan.model['id']}. Compare plans of {job.checkpoint.folder}"
             )
         if plan.space.pattern != job.space.pattern:
             raise UserError(
-                f"{path}: the pattern of the plan is {plan.space.pattern}, and this comparison's is "
+                f"{path}: the pattern of the plan is {plan.space.pattern}. The pattern of this comparison is "
                 f"{job.space.pattern}. Compare with --pattern {plan.space.pattern}"
             )
         own, ours = ([(u.name, u.kind, u.params[0], u.group) for u in s.units] for s in (plan.space, job.space))
         served = with_serving_costs(job.config, job.checkpoint, job.layout, plan.space) if own == ours else plan.space
         if own != ours or any(served.fixed[cost] != job.space.fixed[cost] for cost in ("params", "macs")):
             raise UserError(
-                f"{path}: its units are others than this comparison's. Use the plan's settings of ladder.attention, "
-                "ladder.patterns and pruner.bias"
+                f"{path}: the plan's units differ from the units of this comparison. Use the plan's settings of "
+                "ladder.attention, ladder.patterns and pruner.bias"
             )
         if served != job.space and not job.recompute:
             raise UserError(
-                f"{path}: its ladders are others than this comparison's, and {job.pruner.name} takes weights from a "
-                "store of one ladder. Use the plan's target or ladder.sparsities, or --set pruner.execution=recompute"
+                f"{path}: the plan's ladders differ from the ladders of this comparison. {job.pruner.name} takes "
+                "weights from a level store, which has only the comparison's ladders. Use the plan's target or "
+                "ladder.sparsities, or --set pruner.execution=recompute"
             )
         name = path.absolute().parent.name if path.name == "plan.json" else path.stem
         name = f"plan {name}"
         if name in entries:
-            raise UserError(f"{path}: two plans are called {name!r}. Copy one to a file with a name of its own")
+            raise UserError(f"{path}: two plans are called {name!r}. Copy one of them to a file with another name")
         entries[name] = Entry(served, plan.allocation)
     return entries
 
 
 def _collect_signals(job: Job, folder: Path, wanted: set[Signal], reporter: Reporter) -> Signals:
-    """Return signals from the run's folder; collect and keep those that are missing."""
+    """Return the wanted signals. Signals that the folder lacks are collected and written to it."""
     path = folder / "signals.npz"
     signals = Signals.load(path) if path.exists() else Signals({})
     spec, blocks = job.engine_spec(None), len(job.layout.blocks)

@@ -55,7 +55,7 @@ def evaluate(
     check_length(dense, length, "length")
     if (shape := _describe_shape(pruned)) != (expected := _describe_shape(dense)):
         raise UserError(
-            f"{pruned.folder}: made from {shape}, and {dense.folder} is {expected}. "
+            f"{pruned.folder}: it was pruned from {shape}, but {dense.folder} is {expected}. "
             "Name the dense model that it was made from with --model"
         )
     pattern = "structured" if "pruned" in pruned.config else "unstructured"

@@ -29,8 +29,8 @@ def export(
         source: A plan's file, or the folder of a run.
         to: A target of :data:`~allocator.interop.targets.registry.TARGETS`.
         out: A folder that does not exist yet.
-        model: The dense model of the plan. None for that of ``config``, or for the packaged model.
-        family: The family file of the plan. None for that of ``config``, or for those of the package.
+        model: The dense model of the plan. If None, the model of ``config``, else the packaged model.
+        family: The family file of the plan. If None, the family file of ``config``, else those of the package.
         config: A configuration or a run file that names model and family.
         checkpoint: The executed plan, for targets that carry weights. None for ``checkpoint`` next to the plan.
 

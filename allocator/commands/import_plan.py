@@ -62,7 +62,7 @@ def import_plan(
     Args:
         path: Shares by module (``ratios.json`` or ``modules.csv`` of ``export``), shares by block (``.npy``, a JSON
             list or text, as of OWL), or levels of EvoPress, Týr-the-Pruner or DarwinLM.
-        model: A Hugging Face folder or hub id. None for that of ``config``, or for the packaged model.
+        model: A Hugging Face folder or hub id. If None, the model of ``config``, else the packaged model.
         config: A configuration or a run file, which options override: the pattern, the pruner and its text.
         level_zero: The sparsity of level 0, for levels without ``metadata.pth`` next to them.
         level_step: How many weights of every matrix one level is, likewise.

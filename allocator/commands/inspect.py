@@ -45,7 +45,7 @@ def inspect(
     """Read the search space of a model. No weight is loaded.
 
     Args:
-        model: A Hugging Face folder or hub id. None for that of ``config``, or for the packaged model.
+        model: A Hugging Face folder or hub id. If None, the model of ``config``, else the packaged model.
         config: A configuration or a run file, which options override.
         options: See :class:`~allocator.run.config.options.RunOptions`.
 
@@ -81,7 +81,7 @@ def explain(
     """Return every matrix of a model with the unit that covers it. Nothing is covered if no family serves the model.
 
     Args:
-        model: A Hugging Face folder or hub id. None for that of ``config``, or for the packaged model.
+        model: A Hugging Face folder or hub id. If None, the model of ``config``, else the packaged model.
         config: A configuration or a run file, which options override.
         options: See :class:`~allocator.run.config.options.RunOptions`; ``family`` names the family file.
 
@@ -99,7 +99,7 @@ def suggest_family(model: str | Path | None = None, *, config: RunConfig | Path 
     """Draft a family file for a model from its names and shapes, and return it as YAML.
 
     Args:
-        model: A Hugging Face folder or hub id. None for that of ``config``, or for the packaged model.
+        model: A Hugging Face folder or hub id. If None, the model of ``config``, else the packaged model.
         config: A configuration or a run file.
 
     Raises:

@@ -38,7 +38,7 @@ def measure_latency(
 
     Args:
         out: The table's file.
-        model: A Hugging Face folder or hub id. None for that of ``config``, or for the packaged model.
+        model: A Hugging Face folder or hub id. If None, the model of ``config``, else the packaged model.
         config: A configuration or a run file, which options override. ``workload``, ``dtype``, ``device`` and
             ``threads`` are those of the measurement.
         repeats: Measurements of each figure.

@@ -216,7 +216,7 @@ class Run:
                 least = min((figure(space, outcome, name) for outcome in outcomes), default=0.0)
                 shown = format_cost(name, int(least)) if name in space.fixed else f"{least:.4f}"
                 raise UserError(
-                    f"{self.folder}: nothing that was measured keeps {text}; the least {name} is {shown}. "
+                    f"{self.folder}: no measured allocation keeps {text}; the least {name} among them is {shown}. "
                     "Allow more, or search with that constraint"
                 )
             outcomes = kept

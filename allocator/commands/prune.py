@@ -1,4 +1,4 @@
-"""Pruning: a plan is executed as a checkpoint."""
+"""Pruning: making the checkpoint of a plan."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from allocator.run.model import fingerprint_ladders, read_texts
 from allocator.run.reporting import Reporter, Silent
 
 _NEEDED = {"name", "calibration", "inputs", "execution", "tokens", "sequence_length", "dtype", "threads"}
-"""What a plan must say of its local pruner, so that its weights can be made again."""
+"""Keys of a plan's pruner that are needed to prune the weights again."""
 
 
 def prune(  # noqa: PLR0913 - a public entry point
@@ -41,24 +41,24 @@ def prune(  # noqa: PLR0913 - a public entry point
     pruner: LocalPruner | None = None,
     reporter: Reporter | None = None,
 ) -> int:
-    """Execute a plan: write the pruned checkpoint, and return the number of parameters in it.
+    """Write the pruned checkpoint of a plan, and return its number of parameters.
 
     Args:
         plan: A plan or its file.
         out: A folder that does not exist yet.
-        model: The dense model of the plan. None for that of ``config``, or for the packaged model.
-        text: The calibration text of the plan, or the texts of its run's domains in their order. None for that of
-            ``config``, or for the Python standard library.
-        family: The family file of the plan. None for that of ``config``, or for those of the package.
-        config: A configuration or a run file that names model, text and family.
-        execution: ``recompute`` prunes block by block on what pruned predecessors produce. ``assemble`` takes the
-            levels that the search saw. None for what the plan says.
+        model: The dense model of the plan. If None, the model of ``config``, else the packaged model.
+        text: The calibration text of the plan. If the run had domains, the texts of the domains in the same order. If
+            None, the text or domains of ``config``, else the Python standard library.
+        family: The family file of the plan. If None, the family file of ``config``, else the package's families.
+        config: A configuration or a run file that names the model, the text and the family file.
+        execution: ``recompute`` prunes block by block, on the outputs of pruned predecessors. ``assemble`` uses the
+            levels that the search measured. If None, the execution that the plan names.
         store: A level store of the same model, text and pruner, for ``assemble``. None to prune every level again.
-        pruner: The local pruner of a plan whose run was given one from Python. None for what the plan says.
+        pruner: A local pruner, if the plan's run got its pruner from Python. If None, the pruner that the plan names.
         reporter: Receives progress.
 
     Raises:
-        UserError: The plan is for another model, the text is another, or ``out`` exists.
+        UserError: The plan is for another model, the text is not the plan's text, or ``out`` exists.
     """
     if execution not in (None, "assemble", "recompute"):
         raise UserError(f"execution: expected assemble or recompute, found {execution!r}")
@@ -70,8 +70,8 @@ def prune(  # noqa: PLR0913 - a public entry point
     checkpoint, layout = open_plan_model(plan, folder, family_file)
     if missing := sorted(_NEEDED - plan.pruner.keys()):
         raise UserError(
-            f"plan: its pruner does not say {', '.join(missing)}, so that its weights cannot be made here. "
-            "Give a plan that a search made"
+            f"plan: its pruner lacks {', '.join(missing)}, so the weights cannot be pruned again. "
+            "Use a plan that a search made"
         )
     execution = execution or plan.pruner["execution"]
     if store is not None:
@@ -83,7 +83,7 @@ def prune(  # noqa: PLR0913 - a public entry point
 
 
 def find_store_of(plan: Plan, file: Path, execution: str | None) -> Path | None:
-    """Return the level store next to a plan's file, if the plan is to be assembled and a finished store is there."""
+    """Return the finished level store next to a plan's file. None if there is none, or the plan is recomputed."""
     beside = file.parent / "levels"
     assembled = (execution or plan.pruner["execution"]) == "assemble"
     return beside if assembled and (beside / "manifest.json").exists() else None
@@ -93,8 +93,8 @@ def _open_store(plan: Plan, checkpoint: Checkpoint, store: Path, execution: str)
     """Return the level store that a plan is assembled from."""
     if execution == "recompute":
         raise UserError(
-            f"store: {store} serves plans that are put together from it, and this one is pruned along its own path. "
-            "Leave --store out, or ask for --execution assemble"
+            f"store: {store} can only be used to assemble a plan, and the execution of this plan is recompute. "
+            "Leave --store out, or use --execution assemble"
         )
     settings = {key: value for key, value in plan.pruner.items() if key != "execution"}
     key = {
@@ -105,14 +105,14 @@ def _open_store(plan: Plan, checkpoint: Checkpoint, store: Path, execution: str)
     }
     opened = open_store(store, key)
     if opened is None:
-        raise UserError(f"store: {store}: no finished level store. Leave --store out to prune afresh")
+        raise UserError(f"store: {store}: no finished level store. Leave --store out to prune every level again")
     return opened
 
 
 def _choose_texts(
     text: Path | str | Sequence[Path | str] | None, config: RunConfig | Path | str | None
 ) -> dict[str, Path | None]:
-    """Return the calibration texts by name: those named, or those of a configuration."""
+    """Return the calibration texts by name: the given texts, or the texts of the configuration if none is given."""
     if isinstance(text, (str, Path)):
         return {str(text): Path(text)}
     if text is not None:
@@ -130,7 +130,7 @@ def _prune_levels(
     pruner: LocalPruner | None,
     reporter: Reporter,
 ) -> dict[str, Any]:
-    """Return the compact levels of every unit, pruned as the plan says."""
+    """Return the compact levels of every unit, pruned with the plan's settings."""
     settings = plan.pruner
     split, length = {"calibration": settings["tokens"]}, settings["sequence_length"]
     if len(texts) > 1:
@@ -139,9 +139,9 @@ def _prune_levels(
         examples = read_examples(next(iter(texts.values())), checkpoint, split, length)["calibration"]
     if examples.fingerprint() != settings["calibration"]:
         raise UserError(
-            "text: the plan was made with other calibration text. Name the same with --text, run the same Python "
-            "version if it was the standard library, or put the plan together from its run's level store with "
-            "--execution assemble --store FOLDER"
+            "text: the plan was made with other calibration text. Give the plan's text with --text. If that text was "
+            "the Python standard library, use the same Python version. You can also assemble the plan from the level "
+            "store of its run, with --execution assemble --store FOLDER"
         )
     pruner = pruner or make_pruner(PrunerSpec.from_plan(settings), plan.space.pattern)
     reporter.start_phase("pruning", len(layout.blocks))

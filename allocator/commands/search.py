@@ -1,4 +1,4 @@
-"""Searching: a model and a budget go in; a plan, a smaller checkpoint and its measured figures come out."""
+"""The search: it takes a model and a budget, and makes a plan, a smaller checkpoint and measured figures."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class SearchResult:
-    """What a finished search leaves.
+    """The result of a finished search.
 
     Attributes:
-        folder: The run.
+        folder: The folder of the run.
         plan: The chosen plan.
         summary: The content of ``result.json``.
     """
@@ -79,14 +79,14 @@ def search(
     reporter: Reporter | None = None,
     **options: Unpack[RunOptions],
 ) -> SearchResult:
-    """Search, execute the plan and measure it: level store, search, plan, checkpoint, figures.
+    """Search for a plan, write its pruned checkpoint, and measure the checkpoint.
 
     Args:
-        model: A Hugging Face folder or hub id. None for that of ``config``, or for the packaged model.
-        config: A configuration or a run file, which options override.
-        searcher: Settings of a searcher of your own, in place of ``method``. Ray workers never see it.
-        pruner: A local pruner of your own, in place of ``pruner.name``. Ray workers must be able to import its class.
-        resume: Continue the run of this name. What it measured is not measured again.
+        model: A Hugging Face folder or hub id. If None, the model of ``config``, else the packaged model.
+        config: A configuration or a run file. Options override it.
+        searcher: Settings of your own searcher, in place of ``method``. Ray workers do not need its code.
+        pruner: Your own local pruner, in place of ``pruner.name``. Ray workers must be able to import its class.
+        resume: Continue the run of this name. Earlier measurements are not repeated.
         reporter: Receives progress.
         options: See :class:`~allocator.run.config.options.RunOptions`.
 
@@ -96,7 +96,7 @@ def search(
     given: dict[str, Any] = {**options}
     if searcher is not None:
         if options.get("method") is not None:
-            raise UserError("method: searcher takes its place. Leave one of them out")
+            raise UserError("method: method and searcher exclude each other. Leave one of them out")
         given["method"] = CUSTOM
     settings = build_config(model, config, given, resume)
     if searcher is not None:
@@ -107,7 +107,7 @@ def search(
 def run_search(
     config: RunConfig, resume: bool = False, reporter: Reporter | None = None, pruner: LocalPruner | None = None
 ) -> SearchResult:
-    """Search as a configuration says. See :func:`search`."""
+    """Run the search that a configuration describes. See :func:`search`."""
     with Recorder(reporter or Silent()) as recorder:
         return _Run(config, resume, recorder, pruner).run()
 
@@ -125,7 +125,7 @@ class _Run:
         recorder.start_phase("checking")
         job = prepare_job(self._config, recorder.notify, self._pruner)
         if job.config.device == "cuda" and job.config.search.training:
-            recorder.notify("notice: GPUs sum gradients in an order of their own; the plan may differ by rounding")
+            recorder.notify("notice: GPUs sum gradients in no fixed order, so rounding may change the plan")
         start_s = time.perf_counter()
         with ExitStack() as journals, ExitStack() as workers:
             if self._resume:
@@ -164,7 +164,7 @@ class _Run:
         return SearchResult(folder, plan, summary)
 
     def _search_round(self, job: Job, evaluator: Evaluator, journal: Journal, store: LevelStore | None) -> Decision:
-        """Search once, on a level store that is built first if there is none."""
+        """Run one round of the search. Build its level store first if there is none."""
         with self._timed("store"):
             if store is None:
                 build_store(job, evaluator, self._recorder)

@@ -109,7 +109,7 @@ def check_name(name: str, where: object) -> None:
         UserError: It is not a plain name. ``where`` says which file holds it.
     """
     if not name or name.startswith(".") or any(character in name for character in "/\\\0"):
-        raise UserError(f"{where}: {name!r} is no name of a module or file: it leads elsewhere. Restore what holds it")
+        raise UserError(f"{where}: {name!r} is not a name of a module or file of this folder. Restore the file")
 
 
 def check_place(path: Path, remedy: str) -> None:

@@ -128,9 +128,11 @@ class Plan:
             if level >= len(kept) or kept[level] != unit["kept"]:
                 raise UserError(f"{path}: unit {name!r}: level {level} does not keep {unit['kept']} items")
         if unknown := data["costs"].keys() - COSTS.keys():
-            raise UserError(f"{path}: costs that are not known: {', '.join(sorted(unknown))}. Restore it")
+            raise UserError(f"{path}: unknown costs: {', '.join(sorted(unknown))}. Restore it")
         if unknown := data["budget"].keys() - data["costs"].keys():
-            raise UserError(f"{path}: its budget is on {', '.join(sorted(unknown))}, which its units say nothing of")
+            raise UserError(
+                f"{path}: its budget bounds {', '.join(sorted(unknown))}, but its units do not have that cost"
+            )
         plan = cls._from_json(data)
         for cost, figures in data["budget"].items():
             achieved = from_units(cost, plan.space.cost(plan.allocation, cost))

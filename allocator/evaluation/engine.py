@@ -1,4 +1,4 @@
-"""The engine: one live model whose units are switched to an allocation, and measured against the dense model."""
+"""The engine: one live model that is set to an allocation and then measured against the dense model."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ from allocator.pruning.levels.execute import save_pruned
 from allocator.pruning.signals import cosines
 
 _CHECKED = 16
-"""Tokens on which a model that runs block by block is compared with the whole model."""
+"""Number of tokens on which the block-by-block forward pass is checked against the whole model."""
 
 BOUNDARY_BYTES = 256 << 20
-"""Memory for hidden states between blocks that several allocations of a batch share."""
+"""Memory limit for hidden states between blocks. Several allocations of a batch share these states."""
 
 
 class Engine:
-    """Measures allocations on examples: one model, one device, and no result depends on earlier measurements."""
+    """Measures allocations with one model on one device. No result depends on earlier measurements."""
 
     def __init__(self, spec: EngineSpec, tokens: Mapping[str, Examples]) -> None:
         """Load the model.
 
         Args:
             spec: What the engine is made from.
-            tokens: Examples of each split. The examples of a fidelity are the first ones.
+            tokens: Examples of each split. A fidelity uses the first examples of a split.
 
         Raises:
             UserError: This machine does not have the device.
@@ -65,7 +65,7 @@ class Engine:
             self._expander = Expander(self._walker, spec.layout, spec.space, assembler, self._level_switch)
         self._trainer: Trainer | None = None
         if spec.store is not None and spec.training is not None:
-            assert spec.layout.kind.generates, "causal language models alone are trained"
+            assert spec.layout.kind.generates, "only causal language models can be trained"
             text = self._tokens["training"].inputs["input_ids"]
             self._trainer = Trainer(
                 spec.checkpoint,
@@ -85,7 +85,7 @@ class Engine:
         return next(self.measure_batch([request]))
 
     def measure_batch(self, requests: Sequence[Request]) -> Iterator[Outcome]:
-        """Yield what :meth:`measure` returns for each request, in an order that shares work between them."""
+        """Yield the outcome of each request. The order is chosen so that requests share work."""
         groups: dict[tuple[str, int, Probe], list[Request]] = {}
         for request in requests:
             if request.probe == "expansion":
@@ -98,31 +98,31 @@ class Engine:
                 yield self._after_training(outcome) if outcome.request.training else outcome
 
     def expand(self, request: Request, index: int) -> ExpansionChunk:
-        """Return one chunk of an expansion, on a part of the text; see :func:`combine_chunks`.
+        """Return one chunk of an expansion, from one part of the text. See :func:`combine_chunks`.
 
         Args:
             request: The allocation to expand around, and the fidelity.
             index: Index of the chunk.
         """
-        assert not request.training, "an expansion is around an untrained allocation"
+        assert not request.training, "an expansion needs an untrained allocation"
         start_s = time.perf_counter()
         batches = self._teacher.batches(request.split, request.tokens, self._spec.loss)
         edges = [0, *accumulate(batch.examples.num_tokens for batch in batches)]
         part = slice(index * BATCHES_PER_CHUNK, (index + 1) * BATCHES_PER_CHUNK)
         start, end = edges[part.start], edges[min(part.stop, len(batches))]
         every = -(-request.tokens // EXPANSION_POSITIONS)
-        # evenly spaced, and not the first position, which may be an attention sink
+        # evenly spaced, without the first position, because it may be an attention sink
         sampled = range((every // 2 - start) % every, end - start, every)
         self._switch(request.allocation, wide=True)
         chunk = self._expander.expand(request.allocation, self._teacher, batches[part], sampled)
         return replace(chunk, wall_s=time.perf_counter() - start_s)
 
     def measure_checkpoint(self, folder: Path, split: str, tokens: int) -> dict[str, float]:
-        """Load a saved checkpoint, and measure its distance from the dense model and from the text.
+        """Load a saved checkpoint, and measure it against the dense model and the text.
 
         Returns:
             ``kl`` from the dense model, or ``hidden`` if the model has no logits. If the examples have right answers,
-            ``nll``, with the ``perplexity`` of a model that generates, or the ``accuracy`` of one that classifies.
+            also ``nll``, with ``perplexity`` for a model that generates text or ``accuracy`` for a classifier.
         """
         walker, kind = self._load(read_checkpoint(folder)), self._walker.kind
         batches = self._teacher.batches(split, tokens, "kl" if kind.logits else "hidden")
@@ -137,7 +137,7 @@ class Engine:
         Args:
             execution: The allocation to save, and how its weights are made.
             tokens: Number of tokens of the test split.
-            notify: Called with messages of the pruner, each after the checkpoint's name.
+            notify: Called with messages of the pruner. The checkpoint's name comes before each message.
 
         Returns:
             ``params``, and the measurements of :meth:`measure_checkpoint`.
@@ -159,7 +159,7 @@ class Engine:
         return BlockWalker(model, self._spec.layout)
 
     def _measure_group(self, requests: Sequence[Request]) -> Iterator[Outcome]:
-        """Measure requests on the same tokens, each from the boundary up to which it agrees with an earlier one."""
+        """Measure requests on the same tokens. Each starts where it first differs from an earlier one."""
         start_s = time.perf_counter()
         walker = self._walker
         split, tokens = requests[0].split, requests[0].tokens
@@ -177,7 +177,7 @@ class Engine:
             kept.update({boundary: [] for boundary in step.keep if boundary > step.start})
             sums: list[LossSums] = []
             errors: list[torch.Tensor] = []
-            # up to its start, this path agrees with the one before
+            # before this start, the path equals the previous path, so its values stay
             turned = [*turned[: step.start], *[0.0] * (len(walker.blocks) - step.start)]
             for number, (batch, hidden_btd) in enumerate(zip(batches, entering, strict=True)):
                 for index in range(step.start, request.blocks or len(walker.blocks)):
@@ -198,7 +198,7 @@ class Engine:
                 name = self._spec.loss
                 measured, parts = self._means(sums, batches)
             if request.probe == "influence":
-                positions = [walker.residual(i, embedded[0]).shape[1] for i in range(len(turned))]  # of one example
+                positions = [walker.residual(i, embedded[0]).shape[1] for i in range(len(turned))]  # number per example
                 count = sum(len(state) for state in embedded)
                 measured.update(
                     {f"influence.{i}": t / (count * n) for i, (t, n) in enumerate(zip(turned, positions, strict=True))}
@@ -210,11 +210,11 @@ class Engine:
             start_s = time.perf_counter()
 
     def _after_training(self, before: Outcome) -> Outcome:
-        """Return the outcome after training, with the loss before training."""
+        """Return the outcome after training. It also contains the loss before training."""
         start_s = time.perf_counter()
-        assert self._trainer is not None, "the run says how to train"
+        assert self._trainer is not None, "a request with training needs training settings"
         request, loss = before.request, self._spec.loss
-        # no stage follows the one that measures on the whole split
+        # the last stage measures on the whole split, and nothing continues from its state
         keep = request.tokens < self._tokens[request.split].num_tokens
         walker = BlockWalker(self._trainer.train(request, keep), self._spec.layout)
         measured, parts = self._score(walker, self._teacher.batches(request.split, request.tokens, loss))
@@ -230,14 +230,14 @@ class Engine:
     def _score(
         self, walker: BlockWalker, batches: Sequence[TeacherBatch]
     ) -> tuple[dict[str, float], tuple[float, ...]]:
-        """Return the measurements of a model that runs as a whole."""
+        """Return measurements by name, and the loss of each sequence, of a model that runs all blocks."""
         sums = [self._teacher.score(batch, walker, walker.run_all(walker.embed(batch.examples))) for batch in batches]
         return self._means(sums, batches)
 
     def _means(
         self, sums: Sequence[LossSums], batches: Sequence[TeacherBatch]
     ) -> tuple[dict[str, float], tuple[float, ...]]:
-        """Return measurements by name, with those of every domain, and the loss of each sequence."""
+        """Return measurements by name, including the loss on every domain, and the loss of each sequence."""
         loss, domains = batches[0].loss, self._spec.domains
         measured, parts = _means(sums, loss, sum(batch.positions for batch in batches))
         by_domain = ((name, parts[index :: len(domains)]) for index, name in enumerate(domains))
@@ -251,14 +251,14 @@ class Engine:
         return tuple(tuple(levels) for levels in by_block[: request.blocks or None])
 
     def _switch(self, allocation: Sequence[int], wide: bool = False) -> None:
-        """Put the model at an allocation, ``wide`` in dense shapes; an engine without a store is always dense."""
+        """Set the model to an allocation. ``wide`` keeps dense shapes. An engine without a store is always dense."""
         if self._level_switch is not None:
             for unit, level in zip(self._spec.space.units, allocation, strict=True):
                 self._level_switch.set(unit.name, level, wide)
 
 
 def combine_chunks(request: Request, loss: Loss, chunks: Sequence[ExpansionChunk]) -> Outcome:
-    """Return the outcome of an expansion from all of its chunks, in order.
+    """Return the outcome of an expansion. ``chunks`` are all of its chunks, in order.
 
     Raises:
         UserError: The gradient is not finite.
@@ -289,7 +289,7 @@ def _means(sums: Sequence[LossSums], loss: Loss, positions: int) -> tuple[dict[s
 
 
 def _accuracy(walker: BlockWalker, batches: Sequence[TeacherBatch]) -> dict[str, float]:
-    """Return the share of examples whose most probable class is their label; nothing if no example has a label."""
+    """Return the share of labelled examples whose label is the most probable class. Empty without labels."""
     right = known = 0
     for batch in batches:
         read_bpd, head = walker.logit_inputs(walker.run_all(walker.embed(batch.examples)), batch.examples)
@@ -299,7 +299,7 @@ def _accuracy(walker: BlockWalker, batches: Sequence[TeacherBatch]) -> dict[str,
 
 
 def _mean_error(errors: Sequence[torch.Tensor]) -> tuple[dict[str, float], tuple[float, ...]]:
-    """Return the error of features over all sequences and for each sequence, from the errors of each batch."""
+    """Return the mean error of features and the error of each sequence, from the errors of each batch."""
     parts = torch.cat(list(errors)).cpu()
     measured = {FEATURES: float(parts.mean())}
     _check_finite(measured)

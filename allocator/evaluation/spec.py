@@ -1,4 +1,4 @@
-"""The door for evaluators: what an engine is made from, and everything that the commands use of an evaluator."""
+"""The specification of an engine, and the protocol of evaluators that the commands use."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSpec:
-    """Everything that an engine is made from, on any machine that sees the folders.
+    """Everything that an engine is made from. It is valid on any machine that can read the folders.
 
     Attributes:
         checkpoint: The dense model.
-        layout: Its sub-blocks.
-        space: Its units and their ladders.
-        store: The level store; None for an engine that measures checkpoints only.
-        pruner: The local pruner; None for an engine that never prunes.
+        layout: The sub-blocks of the dense model.
+        space: The units of the dense model, and their ladders.
+        store: The level store. None for an engine that measures checkpoints only.
+        pruner: The local pruner. None for an engine that never prunes.
         dtype: Key of :data:`DTYPES`.
-        threads: CPU threads of one evaluation. They are part of the numerics.
-        loss: The loss of allocations. Checkpoints are always measured by ``kl``, or by ``hidden`` where a model has no
+        threads: CPU threads of one evaluation. Their number can change results by rounding.
+        loss: The loss of allocations. Checkpoints are always measured by ``kl``, or by ``hidden`` if the model has no
             logits.
         device: ``cpu`` or ``cuda``.
-        training: How candidates are trained; None for a search without training.
-        domains: Names of the texts that the sequences of every split come from, in turn. The loss of each is also
-            measured alone, as ``<loss>.<domain>``. Empty for one text.
+        training: How candidates are trained. None for a search without training.
+        domains: Names of the texts, if there are several. Every split takes sequences from each text in turn. The
+            loss on each text is also measured separately, as ``<loss>.<domain>``. Empty for one text.
     """
 
     checkpoint: Checkpoint
@@ -63,15 +63,15 @@ class EngineSpec:
     def calibration(
         self, examples: Examples, progress: Progress = ignore_progress, notify: Notify = silent
     ) -> Calibration:
-        """Return what pruning works on.
+        """Return the inputs of a pruning pass.
 
         Args:
-            examples: The calibration text, or other examples.
+            examples: The calibration examples: text, images or both.
             progress: Called with the number of blocks that are done.
             notify: Called with a message for the user.
 
         Returns:
-            The dense model, loaded block by block from disk, with the pruner and the text.
+            The dense model, loaded block by block from disk, with the pruner and the examples.
         """
         assert self.pruner is not None
         torch.set_num_threads(self.threads)
@@ -94,9 +94,9 @@ class Execution:
 
     Attributes:
         allocation: One level per unit.
-        recompute: Whether to prune again, block by block on what pruned predecessors produce. If not, the levels come
-            from the store.
-        out: The checkpoint's folder. It does not exist yet, and every worker must reach it.
+        recompute: Whether to prune again, block by block, on the outputs of pruned predecessors. If not, the levels
+            come from the store.
+        out: The checkpoint's folder. It does not exist yet. Every worker must have access to it.
     """
 
     allocation: Allocation
@@ -105,22 +105,22 @@ class Execution:
 
 
 class Evaluator(AllocationEvaluator, Protocol):
-    """Prunes, measures and saves allocations; in this process, or on a pool of workers."""
+    """Prunes, measures and saves allocations, in this process or on a pool of workers."""
 
     @property
     def alive(self) -> int:
-        """Number of workers that can take a task; 0 for an evaluator in this process."""
+        """Number of workers that can take a task. 0 for an evaluator in this process."""
         ...
 
     def renew(self, spec: EngineSpec) -> None:
-        """Continue with engines made from another specification, on the same tokens."""
+        """Replace the engines by engines of another specification. The examples stay the same."""
         ...
 
     def build(self, builder: StoreBuilder, blocks: Sequence[int], progress: Progress) -> None:
         """Prune blocks on dense inputs, and write their units to a store.
 
         Args:
-            builder: The store in the making.
+            builder: The store that is being built.
             blocks: Indices of the blocks to prune.
             progress: Called with the number of blocks that are done.
         """
@@ -131,11 +131,11 @@ class Evaluator(AllocationEvaluator, Protocol):
         ...
 
     def execute(self, executions: Sequence[Execution], tokens: int) -> list[dict[str, float]]:
-        """Save checkpoints and measure each on the first tokens of the test split; return the figures in order."""
+        """Save checkpoints, and return the figures of each on the first tokens of the test split, in order."""
         ...
 
     def close(self) -> None:
-        """Release workers; the evaluator is not used any more."""
+        """Release the workers. The evaluator cannot be used afterwards."""
         ...
 
 
@@ -143,7 +143,7 @@ def check_device(device: str) -> None:
     """Check that this machine has a device.
 
     Raises:
-        UserError: It has no such device.
+        UserError: This machine has no such device.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: this machine has no CUDA device that torch can use. Use --set device=cpu")

@@ -1,14 +1,14 @@
-"""A brief training of a candidate before it is measured, in which pruned weights stay pruned.
+"""Brief training of a candidate before it is measured. Pruned weights stay pruned.
 
-After DarwinLM (Tang et al., COLM 2026), whose published code trains the dense network instead. A candidate gets its own
-weights, always in float32, and all of them are trained: AdamW with its usual settings, next-token cross-entropy on
-calibration text, no dropout. Structured units are compact, so that no removed weight can return. For single weights,
-the gradients of removed ones are set to zero, so that moments and weight decay never change them, and the mask is
-applied again after every step.
+The method follows DarwinLM (Tang et al., COLM 2026). The published code of DarwinLM trains the dense network instead.
+Each candidate has its own copy of the weights, always in float32. All weights of the copy are trained by AdamW with its
+usual settings, on the next-token cross-entropy of calibration text, without dropout. Structured units are compact, so
+removed weights cannot return. In unstructured pruning, the gradients of removed weights are set to zero, so moments and
+weight decay never change these weights. The mask is also applied again after every step.
 
-The rate is constant and step n reads batch n of the text. So training is a function of the allocation and the number of
-tokens, and a later stage of a search continues from an earlier one, to the same weights as from the start. The paper
-trains anew in each stage.
+The learning rate is constant, and step n reads batch n of the text. So the trained weights depend only on the
+allocation and the number of tokens. A later stage of a search continues the training of an earlier stage. The result is
+the same as training from the start. The paper starts the training again in each stage.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from allocator.pruning.levels.masks import kept_mask
 from allocator.pruning.levels.store import LevelStore
 
 _OPTIMIZER = ("step", "exp_avg", "exp_avg_sq")
-"""The state of AdamW for each parameter. Each has its own step, because an expert without tokens makes none."""
+"""AdamW's state for each parameter. Steps are counted per parameter: an expert without tokens makes no step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Training:
     Attributes:
         learning_rate: The constant learning rate of AdamW.
         batch_sequences: Number of sequences in one step.
-        folder: Folder for states between the stages of a search; every worker should reach it.
+        folder: Folder for states between the stages of a search. Every worker should have access to it.
     """
 
     learning_rate: float
@@ -56,11 +56,11 @@ class Candidate:
 
     Attributes:
         model: The model.
-        trained: Number of tokens that it was trained on.
+        trained: Number of tokens that the model was trained on so far.
     """
 
     def __init__(self, model: nn.Module, removed: Mapping[str, torch.Tensor], training: Training) -> None:
-        """Take over a model.
+        """Prepare a model for training. The model is changed in place.
 
         Args:
             model: The model, in float32. It shares its weights with no other model.
@@ -73,12 +73,12 @@ class Candidate:
         self.trained = 0
 
     def train(self, tokens_nt: torch.Tensor, until: int, dtype: torch.dtype) -> None:
-        """Train until a number of tokens was seen since the beginning.
+        """Train until the total number of training tokens is ``until``.
 
         Args:
             tokens_nt: Token ids [sequences, length] of the whole training text.
-            until: Number of tokens, in whole batches.
-            dtype: Data type of matrix products: bfloat16, or float32 for any other.
+            until: Total number of tokens since the start, in whole batches.
+            dtype: Data type of the model. Matrix products use bfloat16 if it is bfloat16, and float32 otherwise.
 
         Raises:
             UserError: The loss is not finite.
@@ -86,7 +86,7 @@ class Candidate:
         size = self._training.batch_sequences
         step_tokens = size * tokens_nt.shape[1]
         assert until % step_tokens == 0, f"{until} tokens are not whole batches of {step_tokens}"
-        assert until <= tokens_nt.numel(), f"{until} tokens of training text were not packed"
+        assert until <= tokens_nt.numel(), f"the training text has fewer than {until} tokens"
         while self.trained < until:
             first = self.trained // tokens_nt.shape[1]
             tokens_bt = tokens_nt[first : first + size].to(next(self.model.parameters()).device)
@@ -102,7 +102,7 @@ class Candidate:
             self.trained += step_tokens
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return the weights and the state of the optimizer, by name."""
+        """Return the weights and the optimizer's state, by name."""
         tensors = {f"weight {name}": parameter.detach() for name, parameter in self._parameters.items()}
         for name, parameter in self._parameters.items():
             moments = self._optimizer.state.get(parameter, {})
@@ -110,7 +110,7 @@ class Candidate:
         return tensors
 
     def resume(self, trained: int, state: Mapping[str, torch.Tensor]) -> None:
-        """Continue from a state after ``trained`` tokens."""
+        """Continue from a state that was saved after ``trained`` tokens."""
         for name, parameter in self._parameters.items():
             parameter.data.copy_(state[f"weight {name}"])
             if f"step {name}" in state:
@@ -131,7 +131,7 @@ class Candidate:
 
 
 class Trainer:
-    """Trains candidates, and writes the states from which later stages continue."""
+    """Trains candidates, and saves their states so that later stages can continue."""
 
     def __init__(
         self,
@@ -144,12 +144,12 @@ class Trainer:
         dtype: torch.dtype,
         device: str,
     ) -> None:
-        """Set what is trained, and how.
+        """Set the models to train, and the settings of training.
 
         Args:
             checkpoint: The dense model.
-            layout: Its sub-blocks.
-            space: Its units and their ladders.
+            layout: The sub-blocks of the dense model.
+            space: The units of the dense model, and their ladders.
             store: The level store.
             training: How candidates are trained.
             tokens_nt: Token ids [sequences, length] of the training text.
@@ -182,7 +182,7 @@ class Trainer:
 
         Args:
             request: The allocation, and the number of training tokens.
-            keep: Whether to write the state, because a longer training may continue from it.
+            keep: Whether to save the state, so that a longer training can continue from it.
         """
         candidate = self.make_candidate(request.allocation)
         if (state := self._states.load(request)) is not None:

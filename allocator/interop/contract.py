@@ -112,6 +112,5 @@ def require_linear_layers(target: Target, source: Source) -> None:
     if source.checkpoint.transposed:
         raise UserError(
             f"export: {target.name} knows linear layers, and those of {source.checkpoint.architecture} are Conv1D, "
-            f"inputs "
-            "first. Use --to ratios, or --to hf for the executed plan"
+            "inputs first. Use --to ratios, or --to hf for the executed plan"
         )

@@ -118,8 +118,8 @@ class JobServer:
             return asyncio.run(self._write_log(job, write))
         except (aiohttp.ClientError, OSError, RuntimeError) as error:
             raise UserError(
-                f"address: the connection to {self.public_address} broke ({type(error).__name__}), and {job} may go "
-                f"on. Follow it again with 'ray job logs --follow --address {self.public_address} {job}'"
+                f"address: the connection to {self.public_address} broke ({type(error).__name__}), but {job} may "
+                f"still run. Follow it again with 'ray job logs --follow --address {self.public_address} {job}'"
             ) from None
 
     def _jobs(self) -> list[JobDetails]:

@@ -1,4 +1,4 @@
-"""From a configuration to a job: every input is read and checked before any work starts or any file is written."""
+"""Making a job from a configuration. Every input is checked before any work starts or any file is written."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def prepare_job(config: RunConfig, notify: Notify = silent, pruner: LocalPruner 
     """Read and check every input of a configuration.
 
     Args:
-        config: The configuration. The job's own has a loss that fits the model.
-        notify: Called with what a user should know of the examples.
-        pruner: A local pruner from Python. None for the configured one.
+        config: The configuration. The job gets a copy with a loss that suits the model.
+        notify: Called with messages about the examples for the user.
+        pruner: A local pruner that the user passed from Python. None for the configured pruner.
 
     Raises:
-        UserError: An input is missing, damaged, too short or out of reach.
+        UserError: An input is missing, damaged, too short or not accessible.
     """
     if config.workers == 0:
         check_device(config.device)
@@ -66,13 +66,13 @@ def _check_objectives(config: RunConfig, space: SearchSpace) -> None:
         check_known(space, cost)
         if space.cost(space.sparsest, cost) == space.cost(space.dense, cost):
             raise UserError(
-                f"objectives: no level of {config.pattern} pruning changes {cost}. Leave it out, "
+                f"objectives: no level of {config.pattern} pruning changes {cost}. Leave this objective out, "
                 "or use --pattern structured"
             )
 
 
 def _check_pruner(pruner: LocalPruner, config: RunConfig) -> LocalPruner:
-    """Return a pruner from Python, if it serves the pattern."""
+    """Return a pruner that the user passed from Python. Raise if it does not serve the pattern."""
     if config.pattern not in pruner.patterns:
         raise UserError(
             f"pruner: {pruner.name!r} serves {', '.join(pruner.patterns)} pruning, and the pattern is "
@@ -90,10 +90,10 @@ def _choose_pruner(config: RunConfig, space: SearchSpace) -> LocalPruner:
 
 
 def _count_tokens(config: RunConfig) -> dict[str, int]:
-    """Return the tokens of every split.
+    """Return the number of tokens of every split.
 
     Raises:
-        UserError: A number is not a multiple of the sequence length, or less than one sequence of every domain.
+        UserError: A number is not a multiple of the sequence length, or too small for one sequence of each domain.
     """
     search, length = config.search, config.tokens.sequence_length
     wanted = {
@@ -111,9 +111,9 @@ def _count_tokens(config: RunConfig) -> dict[str, int]:
             )
         if count < len(config.domains) * length:
             raise UserError(
-                f"domains: {name} asks for {count} tokens, and one sequence of {length} of each of "
-                f"{len(config.domains)} domains takes {len(config.domains) * length}. Ask for as many, or set "
-                "tokens.sequence_length"
+                f"domains: {name} asks for {count} tokens, which are too few. One sequence of {length} tokens from "
+                f"each of the {len(config.domains)} domains takes {len(config.domains) * length}. Ask for more "
+                "tokens, or set a smaller tokens.sequence_length"
             )
     step = config.training.batch_sequences * length
     for count in search.evolution.training:
@@ -129,7 +129,7 @@ def with_default_loss(config: RunConfig, checkpoint: Checkpoint) -> RunConfig:
     """Return a configuration with the model's default loss, if the configuration names no loss.
 
     Raises:
-        UserError: The configuration has a setting that this kind of model does not serve.
+        UserError: This kind of model does not support a setting of the configuration.
     """
     kind = checkpoint.kind
     if kind.generates:
@@ -143,40 +143,48 @@ def with_default_loss(config: RunConfig, checkpoint: Checkpoint) -> RunConfig:
         config.search.check_objectives(config.loss, config.objectives)
     if "nll" in config.objectives and kind.answers != "classes":
         raise UserError(
-            f"objectives: nll is of text that follows, or of labels, and {checkpoint.architecture} has neither"
+            f"objectives: nll needs a model that predicts the next token or a label. {checkpoint.architecture} "
+            "predicts neither"
         )
     if config.search.training:
         raise UserError(
-            f"search.evolution.training: {checkpoint.architecture} is not a causal language model, which alone are "
-            f"trained. "
-            "Use another method"
+            f"search.evolution.training: only causal language models are trained, and {checkpoint.architecture} is "
+            "not one. Use another method"
         )
     if config.workload.latency is not None:
         raise UserError(
-            f"workload.latency: {checkpoint.architecture} does not generate, and has no table. Leave it out"
+            f"workload.latency: {checkpoint.architecture} does not generate text, so it has no latency table. "
+            "Leave workload.latency out"
         )
     if config.domains and kind.reads != "text":
         raise UserError(
-            f"domains: {checkpoint.architecture} reads {kind.words}, and domains are texts. Use text in place"
+            f"domains: domains are texts, and {checkpoint.architecture} reads {kind.words}. "
+            "Use text in place of domains"
         )
     if config.domains and kind.answers == "classes":
-        raise UserError(f"domains: {checkpoint.architecture} classifies, and domains have no labels. Use text in place")
+        raise UserError(
+            f"domains: {checkpoint.architecture} is a classifier, and domains have no labels. "
+            "Use text in place of domains"
+        )
     return config
 
 
 def _check_labels(config: RunConfig, checkpoint: Checkpoint, tokens: Mapping[str, Examples]) -> None:
-    """Raise if a run minimises the likelihood of labels and the examples have none."""
+    """Raise if a run minimises the negative log-likelihood of labels and the examples have no labels."""
     asked = "loss" if config.loss == "nll" else "objectives" if "nll" in config.objectives else ""
     if asked and checkpoint.kind.answers == "classes" and any(batch.labels is None for batch in tokens.values()):
-        raise UserError(f"{asked}: nll is of labels, and the examples have none. Give some, or use another")
+        raise UserError(f"{asked}: nll needs labels, and the examples have none. Add labels, or leave nll out")
 
 
 def _choose_path(config: RunConfig, checkpoint: Checkpoint, space: SearchSpace, budget: Budget) -> Allocation | None:
-    """Return the allocation along which units are pruned; None for dense or expected inputs."""
+    """Return the allocation along which units are pruned. None for dense or expected inputs."""
     if config.pruner.inputs != "path":
         if config.pruner.along is not None:
             found = config.pruner.inputs or "the default"
-            raise UserError(f"pruner.along: it serves pruner.inputs=path, found {found}. Set that, or leave it out")
+            raise UserError(
+                f"pruner.along: it needs pruner.inputs=path, found {found}. Set pruner.inputs=path, or leave "
+                "pruner.along out"
+            )
         return None
     if config.pruner.along is None:
         return uniform(space, budget)
@@ -186,6 +194,6 @@ def _choose_path(config: RunConfig, checkpoint: Checkpoint, space: SearchSpace, 
     ):
         raise UserError(
             f"pruner.along: {config.pruner.along} is a plan for another model or other ladders. "
-            "Name a plan of this model with this pattern and these ladders, or leave it out for uniform"
+            "Use a plan with the model, pattern and ladders of this run, or leave pruner.along out for uniform"
         )
     return plan.allocation

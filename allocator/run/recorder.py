@@ -1,4 +1,4 @@
-"""``status.json``: the progress of a run, kept in its folder for readers outside this process."""
+"""``status.json``: the progress of a run, written to its folder for other processes to read."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from allocator.core.errors import UserError
 from allocator.core.files import write_json
 from allocator.run.reporting import Reporter
 
-if TYPE_CHECKING:  # what reads the status of a run loads no model
+if TYPE_CHECKING:  # code that reads the status of a run imports no model code
     from allocator.evaluation.spec import Evaluator
 
 NAME = "status.json"
 SCHEMA = 1
 
 BEAT_S = 10.0
-"""The longest time between two writes in seconds. The age of the file tells whether the run is alive."""
+"""The longest time between two writes, in seconds. The age of the file shows whether the run is alive."""
 
 _THROTTLE_S = 1.0
 _RECENT_S = 60.0
@@ -33,9 +33,10 @@ _PLACES = re.compile(r"\w+://\S+|\b\d{1,3}(\.\d{1,3}){3}(:\d+)?\b")
 
 
 class Recorder:
-    """A reporter that passes progress on to another and keeps it. Use it as a context manager around a whole run.
+    """A reporter that writes progress to a file and passes it on to another reporter.
 
-    It writes nothing before :meth:`start_recording`. A failure to write does not disturb the run.
+    Use it as a context manager around a whole run. It writes nothing before :meth:`start_recording`. A failure to
+    write does not disturb the run.
     """
 
     def __init__(self, reporter: Reporter) -> None:
@@ -66,27 +67,27 @@ class Recorder:
         self._write()
 
     def start_recording(self, folder: Path, evaluations: int) -> None:
-        """Write ``status.json`` in a run's folder from now on; ``evaluations`` are known already."""
+        """Write ``status.json`` in a run's folder from now on. The journal already has this number of evaluations."""
         self._path = folder / NAME
         self._status = {"state": "running", "begun": _now(), **self._status, "evaluations": evaluations}
         self._write()
         threading.Thread(target=self._beat, daemon=True).start()
 
     def attach(self, evaluator: Evaluator | None) -> None:
-        """Count the workers of an evaluator. None for no workers."""
+        """Report the number of workers of this evaluator from now on. For None, report no workers."""
         self._workers = lambda: 0 if evaluator is None else evaluator.alive
 
     def record_results(self, evaluations: int, members: int, figures: Mapping[str, float]) -> None:
-        """Record what is measured so far. Call it before :meth:`advance`.
+        """Record the results so far. Call this method before :meth:`advance`.
 
         Args:
-            evaluations: Measured allocations.
-            members: Members of the front.
-            figures: How good the front is, by name.
+            evaluations: Number of measured allocations.
+            members: Number of members of the front.
+            figures: Figures by name that show how good the front is.
         """
         with self._lock:
             if evaluations < self._status["evaluations"]:
-                self._points.clear()  # another round, with a journal of its own
+                self._points.clear()  # a new round has begun, with a new journal
             self._status.update(evaluations=evaluations, front=members, reached=dict(figures))
 
     def start_phase(self, name: str, total: int | None = None) -> None:
@@ -118,7 +119,7 @@ class Recorder:
             self._points.popleft()
 
     def _pace(self) -> dict[str, float]:
-        """Return the speed over the last minute, and the time that is left in the phase."""
+        """Return the speed over the last minute, and the time left in the phase."""
         pace: dict[str, float] = {}
         if not self._points or self._points[0][0] == self._points[-1][0]:
             return pace
@@ -147,7 +148,7 @@ class Recorder:
 
 
 def machine() -> str:
-    """Return a hash that identifies this machine since its last start, without naming it."""
+    """Return a hash that identifies this machine until its next start. It does not reveal the machine's name."""
     try:
         booted = Path("/proc/sys/kernel/random/boot_id").read_bytes()
     except OSError:

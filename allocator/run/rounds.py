@@ -1,4 +1,4 @@
-"""From one round of a search to the next: a job with finer ladders, and what the rounds before it came to."""
+"""The step from one round of a search to the next: a job with finer ladders, and a record of earlier rounds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from allocator.searchers.study import Decision
 
 
 def prepare_next_round(job: Job, decision: Decision) -> Job:
-    """Return the job of the round that follows a decision."""
+    """Return the job of the next round. ``decision`` is the result of this round."""
     config, baselines = job.config, (decision.uniform, decision.two_rate)
     space = build_space(
         job.layout,
@@ -35,14 +35,14 @@ def prepare_next_round(job: Job, decision: Decision) -> Job:
 
 
 def restore_round(job: Job, header: JournalHeader) -> Job:
-    """Return the job of the round that a journal was begun for; ``job`` is that of the first round."""
+    """Return the job of the round that a journal belongs to. ``job`` is the job of the first round."""
     if header.round is None:
         return job
     return _in_round(job, header.space, Round.from_json(header.round))
 
 
 def list_rounds(job: Job, decision: Decision) -> tuple[Mapping[str, Any], ...]:
-    """Return what each round spent and reached, up to that of a job."""
+    """Return what each round spent and reached, up to and including the round of ``job``."""
     own = {
         "evaluations": decision.spent.evaluations,
         "candidate_tokens": round(decision.spent.tokens),
@@ -53,6 +53,6 @@ def list_rounds(job: Job, decision: Decision) -> tuple[Mapping[str, Any], ...]:
 
 
 def _in_round(job: Job, space: SearchSpace, begun: Round) -> Job:
-    # the incumbent alone would have weights made for it, and few that differ from it would seem better
+    # only if the configuration asks for it: weights made along the incumbent's path favour the incumbent
     along = begun.incumbent if job.config.pruner.inputs == "path" else None
     return replace(job, space=space, along=along, round=begun)

@@ -1,4 +1,4 @@
-"""The door for search methods: the problem that a method is handed, and what its settings must offer."""
+"""What a search method needs: the problem that a method is handed, and what its settings must offer."""
 
 from __future__ import annotations
 

@@ -186,10 +186,10 @@ def test_plans_that_do_not_belong_are_refused(
     assert "--pattern structured" in refused(*compare_args, *new, "--plan", plan, "--pattern", "unstructured")
     assert "another model" in refused(*compare_args, *new, "--plan", plan, "--model", tiny_qwen2)
     heads = ["--set", "ladder.attention=query_heads"]
-    assert "its units are others" in refused(*compare_args, *new, "--plan", plan, *heads)
+    assert "the plan's units differ" in refused(*compare_args, *new, "--plan", plan, *heads)
     assert "two plans are called" in refused(*compare_args, *new, "--plan", plan, "--plan", plan)
     assembled = ["--set", "ladder.sparsities=[0.5,1.0]", "--set", "pruner.execution=assemble"]
-    assert "its ladders are others" in refused(*compare_args, *new, "--plan", plan, *assembled)
+    assert "the plan's ladders differ" in refused(*compare_args, *new, "--plan", plan, *assembled)
     assert "holds a search" in refused(*compare_args, "--resume")
 
 

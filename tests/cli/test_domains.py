@@ -143,9 +143,9 @@ def test_likelihood_is_an_objective_beside_the_loss(tiny_model: Path, text_folde
         (["--set", "domains={a: x, b: y}", "--objective", "kl.a"], "objectives: kl.a alone makes no front"),
         (["--set", "objectives=5"], "objectives"),
         (["--set", "objectives=[[1]]"], "objectives"),
-        (["--set", "domains.words=x.txt"], "domains: expected several domains; one text is named by text"),
+        (["--set", "domains.words=x.txt"], "domains: expected two domains or more. For one text, set text"),
         (["--set", "domains={a: x, 2b: y}"], "domains"),
-        (["--text", "a.txt", "--set", "domains={a: x, b: y}"], "domains: they take the place of text"),
+        (["--text", "a.txt", "--set", "domains={a: x, b: y}"], "domains: domains and text exclude each other"),
         (
             ["--set", "domains={a: x, b: y}", "--objective", "kl.a", "--objective", "params", "--method", "sweep"],
             "objectives: sweep serves the loss and costs alone. Use --method nsga2",

@@ -64,7 +64,7 @@ def test_a_plan_of_the_run_and_of_its_points() -> None:
     [
         ({"index": 99}, "the front has members 0 to 2, and 99 was asked for"),
         ({"index": 1, "knee": True}, "exclude each other"),
-        ({"where": "params <= 1"}, "nothing that was measured keeps params <= 1"),
+        ({"where": "params <= 1"}, "no measured allocation keeps params <= 1"),
         ({"best": "speed"}, "unknown figure 'speed'"),
     ],
 )

@@ -50,7 +50,9 @@ class LlmCompressor(Target):
                 "Use --to torchao, which zeroes by magnitude"
             )
         if not any(source.plan.allocation):
-            raise UserError("export: the plan removes nothing, and llm-compressor runs no empty recipe. Give another")
+            raise UserError(
+                "export: the plan removes nothing, and llm-compressor cannot run an empty recipe. Give another plan"
+            )
 
     def write(self, source: Source, folder: Path) -> list[str]:
         """Write the recipe and the scripts."""

@@ -153,6 +153,6 @@ def _list_attributes(space: SearchSpace, outcome: Outcome, batch: int) -> dict[s
 def _count_states(trials: Sequence[FrozenTrial]) -> str:
     states = [trial.state.name for trial in trials]
     return (
-        f"{len(trials)} evaluations; {states.count('COMPLETE')} complete, on all tokens; {states.count('PRUNED')} "
-        f"pruned, which cannot be compared with these; {states.count('FAIL')} failed"
+        f"{len(trials)} evaluations: {states.count('COMPLETE')} complete, on all tokens; {states.count('PRUNED')} "
+        f"pruned, on fewer tokens, so not comparable; {states.count('FAIL')} failed"
     )

@@ -41,7 +41,7 @@ def map_names(
         new, converted = rename_source_key(old, renamings, converters, model.base_model_prefix, shapes)
         if converted is not None:
             raise UserError(
-                f"model: {folder}: {old} is not one parameter of {architecture}, which has it in other pieces. "
+                f"model: {folder}: {old} is not one parameter of {architecture}, which splits or merges it. "
                 "Such checkpoints cannot be pruned"
             )
         if new in own or pruned:  # every tensor of a pruned checkpoint is the model's

@@ -59,7 +59,9 @@ def read_examples(
     """
     kind = checkpoint.kind
     if kind.reads == "text" and path is not None and path.suffix in (".npz", *_IMAGES):
-        raise UserError(f"text: {checkpoint.architecture} reads text, and {path} is none. Give text, or another model")
+        raise UserError(
+            f"text: {checkpoint.architecture} reads text, and {path} is not text. Give text, or another model"
+        )
     if kind.reads == "text" and kind.answers != "classes":
         return read_tokens(path, checkpoint, wanted, length)
     counts = {split: tokens // length for split, tokens in wanted.items()}
@@ -186,9 +188,7 @@ def _read_pairs(path: Path, checkpoint: Checkpoint, counts: Mapping[str, int], l
     prepare, tokenizer = _load_processor(checkpoint), load_tokenizer(checkpoint.folder)
     longest = int(checkpoint.settings["text_config"]["max_position_embeddings"])
     if tokenizer.pad_token_id is None:
-        raise UserError(
-            f"model: {checkpoint.folder}: the tokenizer has no token for padding, which texts of pairs need"
-        )
+        raise UserError(f"model: {checkpoint.folder}: the tokenizer has no padding token, and pairs of texts need one")
 
     def make(own: Sequence[Item]) -> dict[str, np.ndarray]:
         # padding comes last and is not masked: texts are read causally, or the model was trained so
@@ -277,7 +277,7 @@ def _number_labels(items: Sequence[Item], checkpoint: Checkpoint, path: Path | N
     for item in items:
         label = item.label
         if label is None:
-            raise UserError(f"text: {path}: {item.name} has no label, and others have. Give all of them one, or none")
+            raise UserError(f"text: {path}: {item.name} has no label, but others have one. Label all of them, or none")
         number = classes.get(label, numbers.get(label))
         if number is None:
             some = ", ".join(list(classes)[:12])
@@ -309,8 +309,7 @@ def _load_processor(checkpoint: Checkpoint) -> Callable[[list[Any]], np.ndarray]
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"model: {checkpoint.folder}: images cannot be prepared: {reason} Copy preprocessor_config.json, and "
-            f"install "
-            "Pillow; or give an .npz file of pixel_values"
+            "install Pillow; or give an .npz file of pixel_values"
         ) from None
     return lambda images: np.asarray(processor(images=images, return_tensors="np")["pixel_values"], dtype=np.float32)
 
@@ -341,7 +340,7 @@ def _check_pixels(pixels: np.ndarray, checkpoint: Checkpoint, path: Path) -> Non
     if pixels.shape[1:] != expected:
         raise UserError(
             f"text: {path} gives pixels of shape {list(pixels.shape[1:])} for each image, and "
-            f"{checkpoint.architecture} sees {list(expected)}. Make them so"
+            f"{checkpoint.architecture} expects {list(expected)}. Resize the images"
         )
     if not np.isfinite(pixels).all():
         raise UserError(f"text: {path} gives pixels that are not finite")

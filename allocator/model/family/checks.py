@@ -37,9 +37,8 @@ def check_depth(blocks: str, numbers: Sequence[int], checkpoint: Checkpoint) -> 
     if stated and len(numbers) not in stated:
         raise UserError(
             f"family: blocks {blocks!r} matches {len(numbers)} blocks of {checkpoint.architecture}, and config.json "
-            f"says "
-            f"{' or '.join(map(str, stated))} layers. Copy the model again, or correct the line; layers that share "
-            "their weights cannot be pruned"
+            f"says {' or '.join(map(str, stated))} layers. Copy the model again, or correct the line; layers that "
+            "share their weights cannot be pruned"
         )
 
 
@@ -78,9 +77,7 @@ def check_skipped(
     for module in sorted(owned):
         other = "skip" if module in skipped else "tail" if module in tail else None
         if other is not None:
-            raise UserError(
-                f"family: {module} is in a unit and under {other!r}, and is pruned or stays. Take it out of one of them"
-            )
+            raise UserError(f"family: {module} is both in a unit and under {other!r}. Take it out of one of them")
     there = {name.removesuffix(".weight"): shape for name, shape in checkpoint.shapes.items()}
     idle = [line for module, line in skipped.items() if module not in there]
     for module, shape in there.items():
@@ -230,7 +227,6 @@ def check_vectors(
         if module not in skipped and not (shape[0] == hidden and beside_output):
             raise UserError(
                 f"family: {key} of {checkpoint.architecture} has {shape[0]} values, as many as {name} has of what it "
-                f"loses, "
-                "and no line says that it loses them too. Such a model cannot be pruned; if the vector has nothing to "
-                "do with what goes, list its module under 'skip', with {block} for the number"
+                "loses, and no line says that it loses them too. Such a model cannot be pruned; if the vector has "
+                "nothing to do with what goes, list its module under 'skip', with {block} for the number"
             )

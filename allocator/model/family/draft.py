@@ -147,7 +147,7 @@ def _draft_unit(
                 (name for name, shape in vectors.items() if shape in (queries, keys)),
                 key=lambda name: not re.search(_PARTS["query"], name.rpartition(".")[2]),
             )
-            yield f"    norms: [{', '.join(norms)}]  # over all heads, so that none can go alone"
+            yield f"    norms: [{', '.join(norms)}]  # over all heads, so no head can be removed alone"
     else:
         twice = [name for name in inputs if own[name][0] == 2 * own[output][1]]
         yield "  mlp:"

@@ -184,8 +184,8 @@ def _build_grouped_unit(module: str, sub_block: SubBlock, shape: Sequence[int], 
     group = groups[0]
     if columns % group:
         raise UserError(
-            f"ladder.patterns: rows of {module} hold {columns} weights, which groups of {group} do not divide. "
-            "Name a size that divides every width, such as --set 'ladder.patterns=[\"1:2\"]' for even ones, "
+            f"ladder.patterns: rows of {module} hold {columns} weights, which is not a multiple of the group size "
+            f"{group}. Name a size that divides every width, such as --set 'ladder.patterns=[\"1:2\"]' for even ones, "
             "or use --pattern unstructured"
         )
     kept = (total, *(total // group * count for count in counts))

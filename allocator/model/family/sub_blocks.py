@@ -233,7 +233,7 @@ def _build_sub_block(
     runs = {module: inputs.count(module) if isinstance(spec, Channels) else 1 for module in inputs}
     for module, size in {**rows, output: columns}.items():
         if size % (total * runs.get(module, 1)):
-            raise UserError(f"family: {module} has {size} rows or columns, which {total} {spec.kind} do not divide")
+            raise UserError(f"family: {size} rows or columns of {module} do not divide into {total} {spec.kind}")
     sub_block = SubBlock(
         name=parent if alone else output,
         modules_removed=_list_modules_removed(part, spec, block, parent if alone else None, checkpoint),
@@ -274,10 +274,10 @@ def _list_modules_removed(
         wrong += [module for module in modules_removed if module in (block, *inputs)]
     if wrong:
         raise UserError(
-            f"family: unit {part!r} of {checkpoint.architecture} cannot be removed as {', '.join(modules_removed)}, "
-            f"for {wrong[0]}. "
-            "Name under 'remove' the modules that go with it: of attention the one that holds queries, keys and "
-            "values, and the output projection itself where it lies beside what stays"
+            f"family: unit {part!r} of {checkpoint.architecture} cannot be removed by taking out "
+            f"{', '.join(modules_removed)}, because of {wrong[0]}. Name under 'remove' the modules that are removed "
+            "with the unit: for attention, the module that holds queries, keys and values, and the output projection "
+            "itself if it lies beside modules that stay"
         )
     return tuple(modules_removed)
 
@@ -298,10 +298,8 @@ def _check_norms(sub_block: SubBlock, spec: KvGroups, block: str, checkpoint: Ch
     if odd:
         raise UserError(
             f"family: {odd[0]} of {checkpoint.architecture} is as long as all heads together. If it norms queries or "
-            f"keys, "
-            f"name it in unit {sub_block.part!r} under 'norms': attention then goes as a whole or not at all. If it "
-            f"lies "
-            "behind the output projection, name under 'remove' what goes without it"
+            f"keys, name it in unit {sub_block.part!r} under 'norms': attention then goes as a whole or not at all. "
+            "If it lies behind the output projection, name under 'remove' what goes without it"
         )
 
 
@@ -337,28 +335,25 @@ def _with_query_heads(sub_block: SubBlock, spec: KvGroups, checkpoint: Checkpoin
     if spec.fused is not None:
         raise UserError(
             f"ladder.attention: queries, keys and values of {checkpoint.architecture} are one matrix, so query heads "
-            f"cannot "
-            "go alone. Use --set ladder.attention=kv_groups"
+            "cannot be removed alone. Use --set ladder.attention=kv_groups"
         )
     if spec.norms:
         raise UserError(
-            f"ladder.attention: {checkpoint.architecture} has norms over all heads, so that query heads cannot go "
-            f"alone. "
-            "Use --set ladder.attention=kv_groups, which takes the whole attention"
+            f"ladder.attention: {checkpoint.architecture} has norms over all heads, so query heads cannot be "
+            "removed alone. Use --set ladder.attention=kv_groups, which removes attention as a whole"
         )
     heads = read_num_heads(checkpoint)
     if heads == sub_block.total:
         raise UserError(
-            f"ladder.attention: {checkpoint.architecture} has one query head per KV group, so query heads cannot go "
-            f"alone. "
-            "Use --set ladder.attention=kv_groups"
+            f"ladder.attention: {checkpoint.architecture} has one query head per KV group, so query heads cannot be "
+            "removed alone. Use --set ladder.attention=kv_groups"
         )
     group, odd = divmod(heads, sub_block.total)
     query, rows, _ = sub_block.inputs[0]
     if odd or rows % group or sub_block.width % group:
         raise UserError(
-            f"family: {query} and {sub_block.output} have {rows} rows and {sub_block.width} columns per KV group, "
-            f"which {heads} query heads in {sub_block.total} KV groups do not divide"
+            f"family: {heads} query heads in {sub_block.total} KV groups do not divide the {rows} rows of {query} and "
+            f"the {sub_block.width} columns of {sub_block.output} that each group has"
         )
     return replace(
         sub_block,

@@ -129,8 +129,7 @@ def check_stock(checkpoint: Checkpoint, family: Family) -> None:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(
             f"model: {checkpoint.folder}/config.json: {checkpoint.architecture} cannot be built from it ({reason}). "
-            f"Copy the "
-            "model again, or save it again with save_pretrained"
+            "Copy the model again, or save it again with save_pretrained"
         ) from None
     chains = adapt_family(checkpoint, family).chains
     blocks = [chain.format(block=number) for chain in chains for number in find_block_numbers(checkpoint, chain)]
@@ -169,8 +168,7 @@ def _check_shared(checkpoint: Checkpoint, units: Collection[str], parameters: Ma
         if other != name and {name.removesuffix(".weight"), other.removesuffix(".weight")} & {*units}:
             raise UserError(
                 f"family: {name} and {other} are one tensor in {checkpoint.architecture}, and what one of them loses "
-                f"the "
-                "other would lose too. List both under 'skip' in a family file of your own, and name that with "
+                "the other would lose too. List both under 'skip' in a family file of your own, and name that with "
                 "--set family=FILE"
             )
 

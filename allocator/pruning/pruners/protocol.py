@@ -1,4 +1,4 @@
-"""The door for local pruners: the protocol, and the problem that a pruner solves.
+"""What a local pruner needs: its protocol, and the problem that a pruner solves.
 
 Shapes: o output rows, i input features of one matrix. ``weight_oi``.
 """

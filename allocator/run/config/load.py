@@ -27,7 +27,7 @@ def build_config(
     """Return the configuration that a verb was called with.
 
     Args:
-        model: A Hugging Face folder or hub id. None for that of ``config``, or for the packaged model.
+        model: A Hugging Face folder or hub id. If None, the model of ``config``, else the packaged model.
         config: A configuration, or a run file. Options override it.
         options: See :class:`RunOptions`. None values are ignored.
         resume: Whether the run of this name is resumed: its own ``run.yaml`` then comes before the defaults.

@@ -33,7 +33,7 @@ Pattern = Literal["structured", "unstructured", "n:m"]
 PLACES = ("name", "runs_dir", "store", "model", "text", "domains", "family", "workers", "worker", "address", "device")
 """Keys that say where a run works and how many workers it has.
 
-The content of these files and folders is part of a run's identity. The keys are not.
+The content of the files and folders is part of a run's identity. The keys themselves are not.
 """
 
 _DEFAULT_TARGET = 0.5
@@ -46,34 +46,36 @@ class RunConfig(StrictModel):
     Attributes:
         model: A Hugging Face folder, a hub id, or the name of the packaged model.
         text: A .txt or .jsonl file or a folder of text. None for the Python standard library.
-        domains: Several texts by name, in place of ``text``. Every split takes sequences of each in turn. The loss on
-            each domain is a measurement of its own, such as ``kl.code``.
+        domains: Several texts by name, in place of ``text``. Every split takes sequences from each text in turn. The
+            loss on each domain is also measured separately, for example as ``kl.code``.
         family: A family file. None for the families of the package.
         pattern: What is removed. ``structured``: channels, KV groups, experts. ``unstructured``: single weights.
-            ``n:m``: weights by the group.
+            ``n:m``: a fixed number of the weights in each group.
         target: Share of the parameters inside units to remove. The default is 0.5 if there is no constraint and no
             objective is a cost.
-        objectives: What is minimised in addition to the loss: costs or the negative log-likelihood (``nll``). Losses of
-            domains (``kl.code``) take the place of the loss. With an objective the search finds a front. Its plan is
-            the knee of the front, or with a target the member of least loss that keeps the target.
+        objectives: What the search minimises in addition to the loss: costs or the negative log-likelihood (``nll``).
+            Losses on domains (``kl.code``) replace the loss. With objectives, the search finds a front. Without a
+            target, the plan is the knee of the front. With a target, the plan is the member with the lowest loss that
+            meets the target.
         constraints: Bounds on costs of the whole model, such as ``latency_ms <= 12``, ``kv_bytes <= 2GiB`` or
-            ``params <= 0.5x`` (half of the dense model's). :mod:`allocator.core.costs` lists the costs.
+            ``params <= 0.5x`` (half of the dense model's parameters). :mod:`allocator.core.costs` lists the costs.
         seed: Seed of the search.
         name: Name of the run. None for a name made of model, pattern, target and seed.
         runs_dir: The folder of runs.
         store: Folder of the level store, which runs may share. None for a folder inside the run.
-        workers: Ray workers, at most. Workers without room wait for nodes that join. 0 runs everything in this process.
-        worker: What each worker takes from its node.
+        workers: Maximum number of Ray workers. Workers that do not fit on the cluster wait for new nodes. 0 runs
+            everything in this process.
+        worker: The resources that each worker takes from its node.
         address: A running Ray cluster. None for a local one.
         dtype: Data type of evaluations.
         threads: CPU threads of one evaluation.
         device: Device of evaluations, ``cpu`` or ``cuda``.
-        loss: What the search minimises. ``kl``: divergence from the dense model. ``topk_kl``: divergence on its most
-            probable tokens. ``nll``: negative log-likelihood of the text. ``hidden``: relative distance of the last
-            hidden states.
+        loss: What the search minimises. ``kl``: divergence from the dense model. ``topk_kl``: divergence on the dense
+            model's most probable tokens. ``nll``: negative log-likelihood of the text. ``hidden``: relative
+            distance of the last hidden states.
         ladder: The levels of units.
         pruner: The local pruner.
-        tokens: How much text serves what.
+        tokens: The sequence length and the number of tokens for each purpose.
         workload: The workload that the pruned model will serve.
         search: The search method, its budget and its settings.
         training: How candidates are trained.
@@ -121,14 +123,14 @@ class RunConfig(StrictModel):
     @classmethod
     def _check_objectives(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if len(set(value)) < len(value):
-            raise ValueError("expected every objective once")
+            raise ValueError("expected each objective only once")
         return value
 
     @field_validator("domains")
     @classmethod
     def _make_domains_absolute(cls, value: dict[str, Path | None]) -> dict[str, Path | None]:
         if len(value) == 1:
-            raise ValueError("expected several domains; one text is named by text")
+            raise ValueError("expected two domains or more. For one text, set text")
         return {name: text and text.absolute() for name, text in value.items()}  # a run may be resumed from elsewhere
 
     @model_validator(mode="after")
@@ -138,7 +140,7 @@ class RunConfig(StrictModel):
             if name not in known:
                 raise ValueError(f"objectives: unknown {name!r}{did_you_mean(name, known)}")
         if self.domains and self.text is not None:
-            raise ValueError("domains: they take the place of text. Leave one of them out")
+            raise ValueError("domains: domains and text exclude each other. Leave one of them out")
         self.search.check_objectives(self.loss, self.objectives)
         return self
 
@@ -167,7 +169,7 @@ class RunConfig(StrictModel):
 
     @property
     def run_name(self) -> str:
-        """The given name, or one made of what the run searches."""
+        """The given name, or a name made from the model, the settings and the seed."""
         pattern = self.pattern.replace(":", "")  # file names should have no colon
         share = "".join(f"-{name}" for name in self.objectives) + ("" if self.target is None else f"-{self.target:g}")
         bounds = "".join(f"-{re.sub('[^A-Za-z0-9.]+', '-', text)}" for text in self.constraints)
@@ -179,13 +181,13 @@ class RunConfig(StrictModel):
         return self.runs_dir / self.run_name
 
     def identity(self) -> dict[str, Any]:
-        """Return what two runs of one search have in common: all keys but names, places and workers."""
+        """Return the settings that two runs of one search have in common: all except names, places and workers."""
         places: dict[str, Any] = {**dict.fromkeys(PLACES, True), "pruner": {"along"}, "workload": {"latency"}}
         names = {"domains": list(self.domains)} if self.domains else {}
         return {**self.model_dump(mode="json", exclude=places), **names}
 
     def to_yaml(self) -> str:
-        """Return the content of ``run.yaml``. The address of a cluster is left out; a resume names it again."""
+        """Return the content of ``run.yaml``. It lacks the cluster's address, so a resumed run must name it again."""
         return str(yaml.safe_dump(self.model_dump(mode="json", exclude={"address"}), sort_keys=False))
 
 
@@ -194,10 +196,10 @@ def _count_cpus() -> int:
 
 
 def _fill_search(data: dict[str, Any]) -> Any:
-    """Return the ``search`` section with a preset's published numbers, and with what ``auto`` stands for.
+    """Return the ``search`` section with the published numbers of a preset, and with ``auto`` replaced.
 
-    ``auto`` is another method for a front. At one budget it is two rounds if the run names neither rounds nor ladders,
-    because the second round draws finer ladders.
+    For a front, ``auto`` is replaced by a method for fronts. At one budget, ``auto`` has two rounds by default. The
+    second round makes finer ladders, so the default does not apply if the run names its ladders.
     """
     search = data.get("search", {})
     if not isinstance(search, dict):

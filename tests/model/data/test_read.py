@@ -143,7 +143,7 @@ def test_arrays_that_do_not_fit_are_refused(make_other, tmp_path, arrays, messag
 
 def test_what_a_model_does_not_read_is_refused(make_other, text_folder, images, pixels, tmp_path):
     bert, vit = (read_checkpoint(make_other(name)) for name in ("BertModel", "ViTModel"))
-    with pytest.raises(UserError, match=r"BertModel reads text, and .*pixels\.npz is none"):
+    with pytest.raises(UserError, match=r"BertModel reads text, and .*pixels\.npz is not text"):
         read_examples(pixels, bert, COUNTS, 32)
     with pytest.raises(UserError, match="ViTModel reads images, and none is named"):
         read_examples(None, vit, COUNTS, 32)

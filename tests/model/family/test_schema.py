@@ -287,7 +287,7 @@ def test_blocks_that_match_nothing_are_named(tiny_model, family_with):
 def test_items_must_divide_rows(tiny_model, tmp_path):
     checkpoint = read_checkpoint(tiny_model)
     checkpoint = replace(checkpoint, config={**checkpoint.config, "num_key_value_heads": 3})
-    with pytest.raises(UserError, match="3 kv_groups do not divide"):
+    with pytest.raises(UserError, match="do not divide into 3 kv_groups"):
         resolve_layout(find_family("llama"), checkpoint)
 
 

@@ -236,13 +236,17 @@ def test_a_configuration_that_is_counted_becomes_the_modules_own():
             {"remove": []},
             r"attention\.output\.LayerNorm\.weight .*name under 'remove' what goes without it",
         ),
-        ("attention", {"remove": ["attention.self"]}, r"cannot be removed as .*self, for .*attention\.output\.dense\."),
+        (
+            "attention",
+            {"remove": ["attention.self"]},
+            r"cannot be removed by taking out .*self, because of .*attention\.output\.dense\.",
+        ),
         ("attention", {"remove": ["attention.self", "attention.output"]}, r"for .*attention\.output\.dense\. Name"),
         ("attention", {"remove": ["attention.slef", "attention.output.dense"]}, r"for .*attention\.slef\."),
         (
             "mlp",
             {"remove": ["intermediate"]},
-            r"unit 'mlp' .* cannot be removed as .*intermediate, for .*output\.dense",
+            r"unit 'mlp' .* cannot be removed by taking out .*intermediate, because of .*output\.dense",
         ),
     ],
 )
