@@ -37,8 +37,8 @@ class _WorkItem:
     Attributes:
         requests: A run of requests; a single one for an expansion.
         chunk: Index of the chunk of an expansion; None for a run.
-        deaths: Workers that died while they worked on it alone.
-        patience: Factor on the time after which it is late.
+        deaths: Number of workers that died while they worked on this item.
+        patience: The time after which the call is late is multiplied by this factor.
     """
 
     requests: tuple[Request, ...]
@@ -60,10 +60,11 @@ class _WorkItem:
 
 
 class RayPool:
-    """An evaluator on Ray workers. Outcomes depend neither on the worker that measured them nor on how many there are.
+    """An evaluator on Ray workers. Outcomes depend neither on which worker measures them nor on the number of workers.
 
-    A worker that dies is replaced, and its work is done again. A run of requests is done again in halves, so that a
-    request that kills its worker is soon alone. When several workers in a row die of it, its outcome is a failure.
+    A worker that dies is replaced, and its work is done again. A run of several requests is split into halves first. A
+    request that kills its worker thus soon runs alone. If several workers in a row die while they measure one request
+    alone, its outcome is a failure.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class RayPool:
         Args:
             spec: The settings of their engines.
             tokens: The examples of each split; one copy per node.
-            workers: The number of workers. Those that find no room wait for nodes that join.
+            workers: The number of workers. If the cluster has too little room, the rest start when nodes join.
             notify: Called with messages for the user.
             demand: The resources of one worker; None for one CPU per thread.
             patience_s: No call is late before this time.
@@ -108,8 +109,8 @@ class RayPool:
     def evaluate(self, requests: Sequence[Request]) -> Iterator[Outcome]:
         """Start to measure requests, and yield outcomes as workers finish.
 
-        A second call may be made before the first iterator ends; both batches are then measured at the same time. Each
-        iterator yields outcomes of either batch, and ends when none of its own requests is left.
+        A second call may be made before the first iterator ends. Both batches are then measured at the same time. Each
+        iterator may yield outcomes of both batches. It ends when all requests of its own batch are done.
         """
         plain = [request for request in requests if request.probe != "expansion"]
         self._open.update(request.key for request in requests)
@@ -123,7 +124,10 @@ class RayPool:
         return self._iterate_outcomes(requests)
 
     def build(self, builder: StoreBuilder, blocks: Sequence[int], progress: Progress) -> None:
-        """Prune blocks on dense inputs in parallel: each worker reads all of the text, and prunes a run of blocks."""
+        """Prune blocks on dense inputs in parallel.
+
+        Each worker prunes a contiguous share of the blocks, on all of the calibration text.
+        """
         count = self._actors.size
         edges = [len(blocks) * index // count for index in range(count + 1)]
         shares = [blocks[start:end] for start, end in pairwise(edges) if start < end]
@@ -189,13 +193,13 @@ class RayPool:
         """Send the work of a lost worker again; return a failure where too many workers were lost."""
         count = len(item.requests)
         if count > 1:
-            self._notify("a worker died and is replaced; what it measured is measured again, in halves")
+            self._notify("a worker died and is replaced; its requests are measured again in two halves")
             for half in (item.requests[: count // 2], item.requests[count // 2 :]):
                 self._send(_WorkItem(half))
             return []
         if item.deaths + 1 < MAX_DEATHS:
             self._notify(
-                f"a worker died and is replaced; its task is run again ({item.deaths + 1} of {MAX_DEATHS} times)"
+                f"a worker died and is replaced; its task is run again (failure {item.deaths + 1} of {MAX_DEATHS})"
             )
             self._send(_WorkItem(item.requests, item.chunk, item.deaths + 1, 4 * item.patience))
             return []
@@ -204,7 +208,7 @@ class RayPool:
             if other.requests == item.requests:
                 self._actors.drop(ticket)
                 del self._work[ticket]
-        reason = f"{MAX_DEATHS} workers died one after the other while they measured it alone ({lost.reason})"
+        reason = f"{MAX_DEATHS} workers died in a row while they measured only this allocation ({lost.reason})"
         self._notify(f"an allocation cannot be measured: {reason}")
         return [Outcome(request=item.requests[0], measured={}, wall_s=0.0, failed=reason)]
 
@@ -221,7 +225,7 @@ class RayPool:
     ) -> Iterator[tuple[int, Any]]:
         """Yield the results of calls with their indices, in any order.
 
-        Meanwhile ``count_done`` is called now and then; the pool counts as moving while its value grows.
+        Meanwhile, ``count_done`` is called repeatedly. If its value grows, the pool takes this as progress.
         """
         pending = {self._actors.add(call): (index, call, 0) for index, call in enumerate(calls)}
         most_done = 0
@@ -242,6 +246,6 @@ class RayPool:
                     f"workers: {MAX_DEATHS} workers died one after the other on the same task ({answer[1].reason}). "
                     "Free some memory or use fewer workers, then resume"
                 )
-            self._notify(f"a worker died and is replaced; its task is run again ({deaths} of {MAX_DEATHS} times)")
+            self._notify(f"a worker died and is replaced; its task is run again (failure {deaths} of {MAX_DEATHS})")
             pending[self._actors.add(call)] = (index, call, deaths)
-        self._actors.drain()  # a duplicate must not write any more
+        self._actors.drain()  # stop duplicates of finished calls, so that they do not write any more

@@ -196,7 +196,8 @@ def add_vectors(model: Path, name: str, length: int) -> None:
 def test_vector_of_what_is_lost(refused: Refused, search_args: Args, model: Path, name: str, length: int) -> None:
     add_vectors(model, name, length)
     message = refused_by_all(refused, search_args, model)
-    assert f"model.layers.0.{name} of LlamaForCausalLM has {length} values, as many as model.layers.0." in message
+    assert f"model.layers.0.{name} of LlamaForCausalLM has {length} values" in message
+    assert "pruning reduces a dimension of this size in model.layers.0." in message
     assert "list its module under 'skip'" in message
 
 
@@ -331,7 +332,7 @@ SWAPPED: dict[str, tuple[str, Change, str]] = {
     "separate, keys for queries": (
         "llama",
         lambda attention: attention.update(query="self_attn.k_proj", key="self_attn.q_proj"),
-        "self_attn.q_proj has 32 rows for 2 KV groups, and model.layers.0.self_attn.k_proj 16 for 4 query heads",
+        "self_attn.q_proj has 32 rows for 2 KV groups, and model.layers.0.self_attn.k_proj has 16 for 4 query heads",
     ),
     "separate, queries for values": (
         "llama",
@@ -341,12 +342,12 @@ SWAPPED: dict[str, tuple[str, Change, str]] = {
     "one part, said to be all by part": (
         "llama",
         lambda attention: attention.update(dict.fromkeys(PARTS, "self_attn.q_proj"), fused="by_part"),
-        "self_attn.q_proj has 32 rows, which are not 4 heads of 8 queries and as many keys as values",
+        "self_attn.q_proj has 32 rows, which are not 4 query heads of width 8 and equally many key and value heads",
     ),
     "one part, said to be all by group": (
         "qwen2",
         lambda attention: attention.update(dict.fromkeys(PARTS, "self_attn.k_proj"), fused="by_group"),
-        "self_attn.k_proj has 16 rows, which are not 4 heads of 8 queries and as many keys as values",
+        "self_attn.k_proj has 16 rows, which are not 4 query heads of width 8 and equally many key and value heads",
     ),
 }  # fmt: skip
 
@@ -384,15 +385,15 @@ FAMILIES: dict[str, tuple[Change, str]] = {
     ),
     "a module in a unit and skipped": (
         lambda f: f["skip"].append("model.layers.2.mlp.up_proj"),
-        "model.layers.2.mlp.up_proj is in a unit and under 'skip'",
+        "model.layers.2.mlp.up_proj is both in a unit and under 'skip'",
     ),
     "modules of all blocks skipped": (
         lambda f: f["skip"].append("model.layers.{block}.self_attn.o_proj"),
-        "model.layers.0.self_attn.o_proj is in a unit and under 'skip'",
+        "model.layers.0.self_attn.o_proj is both in a unit and under 'skip'",
     ),
     "a module in a unit and in the tail": (
         lambda f: f["tail"].insert(0, "model.layers.2.mlp.down_proj"),
-        "model.layers.2.mlp.down_proj is in a unit and under 'tail'",
+        "model.layers.2.mlp.down_proj is both in a unit and under 'tail'",
     ),
     "a unit of nothing": (
         lambda f: f["units"]["mlp"].update(output="mlp.donw_proj"),
@@ -401,7 +402,7 @@ FAMILIES: dict[str, tuple[Change, str]] = {
     "a skip line of nothing": (
         lambda f: f.update(skip=["model.embed_token", "lm_head"]),
         "matrix model.embed_tokens [128, 32] of LlamaForCausalLM is in no unit. 'skip' names 'model.embed_token', "
-        "which is not there: correct it",
+        "which the model lacks: correct that line",
     ),
     "blocks of nothing": (
         lambda f: f.update(blocks="model.layer.{block}"),
@@ -445,7 +446,7 @@ def test_model_type_that_two_files_serve(
 
 
 @pytest.mark.parametrize(
-    ("gone", "left"), [([1], "up to number 2, and number 1"), ([0, 1], "up to number 2, and number 0")]
+    ("gone", "left"), [([1], "up to number 2, but number 1"), ([0, 1], "up to number 2, but number 0")]
 )
 def test_blocks_with_gaps(refused: Refused, search_args: Args, model: Path, gone: list[int], left: str) -> None:
     def drop(tensors: dict[str, torch.Tensor]) -> None:
@@ -454,7 +455,7 @@ def test_blocks_with_gaps(refused: Refused, search_args: Args, model: Path, gone
 
     edit_weights(model, drop)
     message = refused_by_all(refused, search_args, model)
-    assert f"{left} is not there" in message
+    assert f"{left} is missing" in message
     assert "Copy the model again" in message
 
 

@@ -17,17 +17,19 @@ class HuggingFace(Target):
     """Copies the checkpoint. For structured plans, it adds ``per_layer_config`` to the configuration.
 
     Transformers has this key since 5.14. It maps the index of a layer to the values that differ from the rest of the
-    configuration. Llama-like stock classes do not build layers from it yet. If a value differs in some layer, they
-    raise when they read it for the whole model, unless ``allow_global_per_layer_attribute_access`` is set. It is set
-    here, because ``LlamaConfig`` always reads the number of heads. Transformers then warns once per key.
+    configuration. The stock classes of Llama-like models do not use the key to build layers yet. If a value differs in
+    some layer, reading that value for the whole model is an error, unless ``allow_global_per_layer_attribute_access``
+    is set. This target sets it, because ``LlamaConfig`` always reads the number of heads for the whole model.
+    Transformers then warns once per key.
 
-    The modelling file next to the weights builds the model. It takes the shapes from ``pruned``, and hides the key from
-    the stock class. So it also works with a future class that builds from the key. Configurations without Llama's keys,
-    or with fused matrices, do not get the key.
+    The modelling file next to the weights builds the model. It takes the shapes from the key ``pruned``, and hides
+    ``per_layer_config`` from the stock class. So the file also works with future stock classes that use
+    ``per_layer_config``. A configuration does not get this key if it lacks Llama's keys, or if the model has fused
+    matrices.
     """
 
     name = "hf"
-    writes = "checkpoint with per_layer_config; of masks, dense with zeros"
+    writes = "checkpoint with per_layer_config; for masks, dense with zeros"
     patterns = ("structured", "unstructured", "n:m")
     any_kind = True
 
@@ -36,7 +38,7 @@ class HuggingFace(Target):
         open_executed(source, self.name)
 
     def write(self, source: Source, folder: Path) -> list[str]:
-        """Copy the checkpoint, and write the differences of layers into its configuration."""
+        """Copy the checkpoint, and write the sizes that differ between layers into its configuration."""
         assert source.executed is not None
         for path in source.executed.iterdir():
             if path.is_file():
@@ -55,7 +57,10 @@ TARGET = HuggingFace()
 
 
 def _describe_layers(source: Source) -> dict[str, Any]:
-    """Return the configuration of the layers that differ. It is empty if none differs, or if no keys exist for them."""
+    """Return the configuration keys that describe layers with other sizes.
+
+    The result is empty if no layer differs, or if the configuration has no keys for the sizes.
+    """
     plan, config, layers = source.plan, source.checkpoint.config, dict[str, dict[str, Any]]()
     if not source.checkpoint.kind.generates or not uses_llama_keys(source):
         return {}

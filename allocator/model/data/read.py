@@ -1,6 +1,6 @@
-"""Reading examples: packed text, documents with labels, images, or images with text, split by name.
+"""Reading examples: packed text, documents with labels, images, or images with text. Names decide the split.
 
-Every example counts as ``length`` tokens, so that each split and fidelity is a number of examples.
+Every example counts as ``length`` tokens. A number of tokens, for a split or a fidelity, is thus a number of examples.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One example before it becomes numbers: its name, its content and its label as written."""
+    """One example before it is converted to arrays: its name, its content and its label as written."""
 
     name: str
     content: Any
@@ -40,22 +40,24 @@ def read_examples(
     length: int,
     notify: Notify = silent,
 ) -> dict[str, Examples]:
-    """Read examples for a model, as its kind needs.
+    """Read examples in the form that the kind of the model needs.
 
     Args:
-        path: Where it is. Text: see :func:`~allocator.model.data.text.read_documents`; a model that classifies text
-        takes
-            labels from the key ``label`` of a .jsonl file. Images: a folder of them, where names of the folders inside
-            are labels for a model that classifies, or an .npz file of ``pixel_values`` and perhaps ``labels``. Images
-            with text: a .jsonl file whose lines have ``image``, a path beside the file, and ``text``, or an .npz file
-            of ``pixel_values`` and ``input_ids``.
+        path: Where the examples are. It depends on the input of the model:
+
+            - text: see :func:`~allocator.model.data.text.read_documents`. A model that classifies takes labels from the
+              key ``label`` of a .jsonl file.
+            - images: a folder of images, or an .npz file of ``pixel_values`` and perhaps ``labels``. For a model that
+              classifies, the names of the folders inside are the labels.
+            - images with text: a .jsonl file, or an .npz file of ``pixel_values`` and ``input_ids``. Each line of the
+              .jsonl file has the keys ``text`` and ``image``. The image is a path relative to the file's folder.
         checkpoint: The model.
         wanted: Tokens of each split, multiples of ``length``.
-        length: Tokens that an example has, or counts as.
+        length: Number of tokens that one example has, or counts as.
         notify: Called with a message if examples are left out.
 
     Raises:
-        UserError: It is something else, is damaged, or a split holds too few examples.
+        UserError: The data are of another kind or damaged, or a split holds too few examples.
     """
     kind = checkpoint.kind
     if kind.reads == "text" and path is not None and path.suffix in (".npz", *_IMAGES):
@@ -87,9 +89,10 @@ def read_tokens(
 
     Args:
         text: Where the text is; None for the Python standard library.
-        checkpoint: The model, whose tokenizer it is. If it has a token that classifies, every sequence begins with it,
-            unless the model generates.
-        wanted: Tokens of each split, multiples of ``length``; ``training`` reads the calibration split too.
+        checkpoint: The model. Its tokenizer encodes the text. If the tokenizer has a classification token, every
+            sequence begins with it, unless the model generates.
+        wanted: Tokens of each split, multiples of ``length``. The split ``training`` reads the same documents as
+            ``calibration``.
         length: Tokens per sequence.
 
     Raises:
@@ -170,7 +173,7 @@ def _read_pairs(path: Path, checkpoint: Checkpoint, counts: Mapping[str, int], l
     if path.suffix != ".jsonl":
         raise UserError(
             f"text: {checkpoint.architecture} reads images with text, and {path} is no .jsonl file. Write lines "
-            '{"image": "a.jpg", "text": "..."}, with paths beside the file, or give an .npz file'
+            '{"image": "a.jpg", "text": "..."}, with paths relative to the folder of the file, or give an .npz file'
         )
     items = []
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
@@ -180,18 +183,23 @@ def _read_pairs(path: Path, checkpoint: Checkpoint, counts: Mapping[str, int], l
         image, text = record.get("image"), record.get("text")
         if type(image) is not str or type(text) is not str:
             raise UserError(
-                f'text: {path}, line {number} has not the keys "image" and "text" with strings (found {sorted(record)})'
+                f'text: {path}, line {number} needs strings under the keys "image" and "text" (found {sorted(record)})'
             )
         if not (path.parent / image).is_file():
-            raise UserError(f"text: {path}, line {number}: {path.parent / image} does not exist. Paths are beside it")
+            raise UserError(
+                f"text: {path}, line {number}: {path.parent / image} does not exist. "
+                "Paths are relative to the folder of the .jsonl file"
+            )
         items.append(Item(f"{path.name}#{number}", (path.parent / image, text)))
     prepare, tokenizer = _load_processor(checkpoint), load_tokenizer(checkpoint.folder)
     longest = int(checkpoint.settings["text_config"]["max_position_embeddings"])
     if tokenizer.pad_token_id is None:
-        raise UserError(f"model: {checkpoint.folder}: the tokenizer has no padding token, and pairs of texts need one")
+        raise UserError(
+            f"model: {checkpoint.folder}: the tokenizer has no padding token, and text with images needs padding"
+        )
 
     def make(own: Sequence[Item]) -> dict[str, np.ndarray]:
-        # padding comes last and is not masked: texts are read causally, or the model was trained so
+        # padding comes last and needs no mask: the model reads text causally, or was trained without a mask
         texts = [item.content[1] for item in own]
         ids = tokenizer(texts, padding="max_length", truncation=True, max_length=longest)["input_ids"]
         return {
@@ -251,9 +259,9 @@ def _build_splits(
         own = [item for item in ordered if choose_split(item.name) == split][:count]
         if len(own) < count:
             raise UserError(
-                f"{split} split: text: {count} examples are needed, {path} holds {len(own)}; give more, or ask for "
-                f"fewer, with --set tokens.calibration=N (or selection, or test), or, for the search split, its "
-                f"method's tokens. An example counts as tokens.sequence_length={length}"
+                f"{split} split: text: {count} examples are needed, but {path} holds {len(own)}. Give more, or ask for "
+                "fewer with --set tokens.calibration=N (or selection, or test). For the search split, set the tokens "
+                f"of the search method. An example counts as {length} tokens (tokens.sequence_length)"
             )
         arrays = make(own)
         labels = [known[item.name] for item in own]
@@ -283,7 +291,7 @@ def _number_labels(items: Sequence[Item], checkpoint: Checkpoint, path: Path | N
             some = ", ".join(list(classes)[:12])
             raise UserError(
                 f"text: {path}: {item.name} has the label {label!r}, which is no class of {checkpoint.architecture}. "
-                f"It has {len(classes)}: {some}"
+                f"The model has {len(classes)} classes: {some}"
             )
         found.append((item, number))
     return found
@@ -308,8 +316,8 @@ def _load_processor(checkpoint: Checkpoint) -> Callable[[list[Any]], np.ndarray]
     except (OSError, ValueError, ImportError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"model: {checkpoint.folder}: images cannot be prepared: {reason} Copy preprocessor_config.json, and "
-            "install Pillow; or give an .npz file of pixel_values"
+            f"model: {checkpoint.folder}: images cannot be prepared: {reason} Copy preprocessor_config.json into the "
+            "folder and install Pillow, or give an .npz file of pixel_values"
         ) from None
     return lambda images: np.asarray(processor(images=images, return_tensors="np")["pixel_values"], dtype=np.float32)
 
@@ -352,7 +360,7 @@ def _check_ids(ids: np.ndarray, checkpoint: Checkpoint, path: Path) -> None:
     if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or ids.shape[1] > longest:
         raise UserError(
             f"text: {path}: input_ids are {ids.dtype} of shape {list(ids.shape)}, and {checkpoint.architecture} reads "
-            f"integers of shape [N, {longest}] at most"
+            f"integers of shape [N, T] with T at most {longest}"
         )
     if ids.size and (ids.min() < 0 or ids.max() >= size):
         raise UserError(f"text: {path}: input_ids lie in [{ids.min()}, {ids.max()}], and the vocabulary has {size}")

@@ -15,10 +15,10 @@ _DEPTH = re.compile(r"^(n|num)_((hidden|encoder|decoder)_)?layers?$|^(en|de)code
 
 
 def check_depth(blocks: str, numbers: Sequence[int], checkpoint: Checkpoint) -> None:
-    """Check that a model has blocks of a name, all of them, and each with weights of its own.
+    """Check that a model has all blocks of a name, and that no two blocks share weights.
 
     Raises:
-        UserError: There are none, numbers are left out, or the configuration says another number of layers.
+        UserError: No block has the name, a number is missing, or the configuration states another number of layers.
     """
     if not numbers:
         there = find_numbered_modules(checkpoint)
@@ -31,7 +31,7 @@ def check_depth(blocks: str, numbers: Sequence[int], checkpoint: Checkpoint) -> 
     if gap is not None:
         raise UserError(
             f"family: blocks {blocks!r} matches {len(numbers)} blocks of {checkpoint.architecture} up to number "
-            f"{numbers[-1]}, and number {gap} is not there. Copy the model again, or correct the line"
+            f"{numbers[-1]}, but number {gap} is missing. Copy the model again, or correct the line"
         )
     stated = sorted({*_list_depths(checkpoint.config)})
     if stated and len(numbers) not in stated:
@@ -60,19 +60,19 @@ def find_numbered_modules(checkpoint: Checkpoint) -> str | None:
 def check_skipped(
     skipped: Mapping[str, str], tail: Sequence[str], owned: Collection[str], checkpoint: Checkpoint
 ) -> None:
-    """Check that every matrix is in a unit or under ``skip``, and in one of them.
+    """Check that every matrix is either in a unit or under ``skip``, and not in both.
 
-    A line of ``skip`` may name nothing, for a family serves models with and without it. One that was meant for a matrix
-    leaves that uncovered, and is named with it.
+    A line of ``skip`` may match no matrix, because one family file serves models with and without that matrix. If a
+    matrix is not covered, the error also names the most similar line of ``skip`` that matches nothing.
 
     Args:
-        skipped: Modules by name, and the line of ``skip`` for each.
+        skipped: The line of ``skip`` for each module, by module name.
         tail: Modules that follow the blocks.
         owned: Matrices of units.
         checkpoint: The model.
 
     Raises:
-        UserError: One is in neither, or in both.
+        UserError: A matrix is in neither of them, or in both.
     """
     for module in sorted(owned):
         other = "skip" if module in skipped else "tail" if module in tail else None
@@ -83,18 +83,20 @@ def check_skipped(
     for module, shape in there.items():
         if len(shape) >= 2 and module not in owned and module not in skipped:
             near = get_close_matches(_drop_numbers(module), idle, n=1) if idle else []
-            hint = f". 'skip' names {near[0]!r}, which is not there: correct it" if near else ""
+            hint = f". 'skip' names {near[0]!r}, which the model lacks: correct that line" if near else ""
             raise UserError(
                 f"family: matrix {module} {list(shape)} of {checkpoint.architecture} is in no unit{hint}. "
-                "Name it in a unit, or list it under 'skip'"
+                "Name the matrix in a unit, or list it under 'skip'"
             )
 
 
 def check_heads(inputs: Sequence[str], output: str, fused: bool, checkpoint: Checkpoint) -> None:
-    """Check that heads divide the matrices of attention: queries, keys and values, in this order, and the output.
+    """Check that the matrices of attention divide into heads.
+
+    The inputs are queries, keys and values, in this order. If ``fused``, one input holds all three.
 
     Raises:
-        UserError: They do not.
+        UserError: A matrix does not divide into heads.
     """
     heads = read_num_heads(checkpoint)
     rows = {module: checkpoint.shapes[f"{module}.weight"][0] for module in inputs}
@@ -107,11 +109,12 @@ def check_heads(inputs: Sequence[str], output: str, fused: bool, checkpoint: Che
         if rest <= 0 or rest % (2 * width):
             _raise_mismatch(
                 inputs[0],
-                f"{rows[inputs[0]]} rows, which are not {heads} heads of {width} queries and as many keys as values",
+                f"{rows[inputs[0]]} rows, which are not {heads} query heads of width {width} and "
+                "equally many key and value heads",
             )
         groups = rest // (2 * width)
     else:
-        # models from before grouped queries name query heads alone
+        # configurations that are older than grouped queries state only the number of query heads
         groups = int(checkpoint.config.get("num_key_value_heads") or heads)
         query, key, value = inputs
         if groups < 1:
@@ -126,14 +129,14 @@ def check_heads(inputs: Sequence[str], output: str, fused: bool, checkpoint: Che
         if rows[query] * groups != rows[key] * heads:
             _raise_mismatch(
                 key,
-                f"{rows[key]} rows for {groups} KV groups, and {query} {rows[query]} for {heads} query heads, so that "
+                f"{rows[key]} rows for {groups} KV groups, and {query} has {rows[query]} for {heads} query heads: "
                 "their heads differ in width",
             )
         if rows[value] * heads != columns * groups:
             _raise_mismatch(
                 value,
-                f"{rows[value]} rows for {groups} KV groups, and {output} {columns} columns for {heads} query heads, "
-                "so that their heads differ in width",
+                f"{rows[value]} rows for {groups} KV groups, and {output} has {columns} columns for {heads} query "
+                "heads: their heads differ in width",
             )
     if heads % groups:
         _raise_mismatch(inputs[0], f"{heads} query heads, which {groups} kv_groups do not divide")
@@ -146,10 +149,10 @@ def _raise_mismatch(module: str, found: str) -> NoReturn:
 
 
 def read_num_heads(checkpoint: Checkpoint) -> int:
-    """Return the query heads of a layer.
+    """Return the number of query heads of a layer.
 
     Raises:
-        UserError: The configuration does not say.
+        UserError: The configuration does not state it.
     """
     for key in ("num_attention_heads", "n_head", "n_heads"):
         heads = checkpoint.config.get(key)
@@ -162,10 +165,12 @@ def read_num_heads(checkpoint: Checkpoint) -> int:
 
 
 def check_biases(owned: Collection[str], checkpoint: Checkpoint) -> None:
-    """Check that a bias is as long as its matrix has rows, and that of a unit is there in every block or in none.
+    """Check the lengths of all biases, and that blocks agree on which biases they have.
+
+    A bias must have one value per row of its matrix. A matrix of a unit must have a bias in every block or in none.
 
     Raises:
-        UserError: One is not.
+        UserError: A bias has another length, or only some blocks have it.
     """
     remedy = "Copy the model again, or save it again with save_pretrained"
     first: dict[str, str] = {}
@@ -181,7 +186,7 @@ def check_biases(owned: Collection[str], checkpoint: Checkpoint) -> None:
         other = first.setdefault(_drop_numbers(module), module) if module in owned else module
         if (f"{other}.bias" in checkpoint.shapes) != (bias is not None):
             there, absent = (module, other) if bias is not None else (other, module)
-            raise UserError(f"model: {checkpoint.folder}: {there}.bias is there and {absent}.bias is not. {remedy}")
+            raise UserError(f"model: {checkpoint.folder}: {there}.bias exists, but {absent}.bias does not. {remedy}")
 
 
 def _drop_numbers(module: str) -> str:
@@ -197,23 +202,24 @@ def check_vectors(
     own: Mapping[str, tuple[int, ...]],
     checkpoint: Checkpoint,
 ) -> None:
-    """Check that no vector beside the matrices of a sub-block would have to lose what they lose.
+    """Check that no vector of a sub-block would have to lose values when its matrices lose rows or columns.
 
-    A norm of hidden channels or of all heads would, and nothing says so. One of the hidden size may be as long by
-    chance: it belongs to what the sub-block adds where it lies with the output projection, apart from the inputs, and
-    any that stays can be listed under ``skip``.
+    For example, a norm over hidden channels or over all heads would have to. Only its length shows this. A vector of
+    the hidden size may have such a length by chance. It is accepted if its module lies next to the output projection
+    and not next to the inputs, because it then acts on what the sub-block adds. A vector that stays can be listed under
+    ``skip``.
 
     Args:
-        name: The sub-block.
-        lost: Lengths of what it loses a part of.
-        inputs: Matrices whose rows it loses.
-        output: The matrix whose columns it loses.
-        skipped: Modules that stay.
+        name: Name of the sub-block.
+        lost: Lengths that pruning reduces.
+        inputs: Matrices that lose rows.
+        output: The matrix that loses columns.
+        skipped: Modules that stay unchanged.
         own: Shapes of the sub-block's tensors.
         checkpoint: The model.
 
     Raises:
-        UserError: One would.
+        UserError: A vector would have to lose values.
     """
     hidden = checkpoint.shapes[f"{output}.weight"][0]
     for key, shape in own.items():
@@ -226,7 +232,8 @@ def check_vectors(
         beside_output = output.startswith(parent) and not any(each.startswith(parent) for each in inputs)
         if module not in skipped and not (shape[0] == hidden and beside_output):
             raise UserError(
-                f"family: {key} of {checkpoint.architecture} has {shape[0]} values, as many as {name} has of what it "
-                "loses, and no line says that it loses them too. Such a model cannot be pruned; if the vector has "
-                "nothing to do with what goes, list its module under 'skip', with {block} for the number"
+                f"family: {key} of {checkpoint.architecture} has {shape[0]} values, and pruning reduces a dimension of "
+                f"this size in {name}. No line says that the vector loses values too, so the model cannot be pruned. "
+                "If the vector does not depend on what is removed, list its module under 'skip', with {block} in place "
+                "of the number"
             )

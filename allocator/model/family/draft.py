@@ -1,4 +1,4 @@
-"""Help for writing a family file: which line covers each matrix, and a first draft from names and shapes."""
+"""Help for writing a family file: list what covers each matrix, and draft a file from names and shapes."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Covered:
     """Matrices of the same name in all blocks, or one matrix outside the blocks.
 
     Attributes:
-        module: Its name, with ``{block}`` for the number of the block, and ``{expert}`` for that of an expert.
+        module: The name, with ``{block}`` in place of a block's number and ``{expert}`` in place of an expert's number.
         shape: [outputs, inputs], as in linear layers.
         count: The number of matrices of that name and shape.
-        by: The unit that holds it, ``skip``, ``entry`` or ``tail``. None if no line of the family covers it.
+        by: What covers it: the name of a unit, ``skip``, ``entry`` or ``tail``. None if nothing covers it.
     """
 
     module: str
@@ -35,7 +35,7 @@ class Covered:
 
 
 def list_coverage(checkpoint: Checkpoint, family: Family | None) -> list[Covered]:
-    """Return all matrices of a model and what covers each in a family. Without a family nothing covers them."""
+    """Return all matrices of a model, each with what covers it in the family. Without a family, nothing covers them."""
     prefixes = [_find_prefix(checkpoint)]
     owners: dict[str, str] = {}
     if family is not None:
@@ -58,7 +58,7 @@ def draft_family(checkpoint: Checkpoint) -> str:
     """Draft a family file from the names and shapes of a model, with comments at uncertain guesses.
 
     Raises:
-        UserError: No tensor name looks like that of a numbered block.
+        UserError: No tensor name contains a number, so no blocks can be found.
     """
     prefix = _find_prefix(checkpoint)
     inside = {
@@ -114,7 +114,7 @@ def _draft_mixture(experts: str, own: Mapping[str, tuple[int, ...]]) -> Iterator
     yield f"    router: {router}"
     yield f"    experts: {experts}"
     if missing := {*EXPERT_INPUTS, EXPERT_OUTPUT} - {*parts}:
-        yield f"    # each has {', '.join(parts)}: say at the end which are {', '.join(sorted(missing))},"
+        yield f"    # each has {', '.join(parts)}. Say at the end of the file which are {', '.join(sorted(missing))}:"
         yield "    # renamed: {w1: gate_proj, w3: up_proj, w2: down_proj}"
     for output in (name for name in beside if _OUTPUT.search(name)):
         folder = output.rpartition(".")[0]
@@ -130,7 +130,7 @@ def _draft_unit(
     output = next((name for name in own if _OUTPUT.search(name)), list(own)[-1])
     inputs = [name for name in own if name != output]
     if not inputs:
-        yield f"  # {output} {list(own[output])}: a unit needs inputs too; add them, or list it under skip"
+        yield f"  # {output} {list(own[output])}: no inputs found. Add them for a unit, or list it under skip"
     elif "att" in folder:
         found = [next((n for n in inputs if re.search(p, n.rpartition(".")[2])), inputs[0]) for p in _PARTS.values()]
         fused = len(set(found)) == 1
@@ -138,9 +138,9 @@ def _draft_unit(
         yield "    kind: kv_groups"
         yield from (f"    {part}: {name}" for part, name in zip(_PARTS, found, strict=True))
         if fused:
-            yield "    fused: by_part  # or by_group: do rows hold all queries first, or each group in turn?"
+            yield "    fused: by_part  # rows hold all queries, all keys, all values. by_group: each group in turn"
         yield f"    output: {output}"
-        yield "    # counts: [num_heads]  # attributes of the module that count heads, if it has some"
+        yield "    # counts: [num_heads]  # attributes of the module that count heads, if there are any"
         queries, keys, _ = (own[name][:1] for name in found)
         if not fused and queries in vectors.values():
             norms = sorted(
@@ -157,14 +157,14 @@ def _draft_unit(
 
 
 def _quote(name: str) -> str:
-    """Return a name as YAML takes it inside of a list."""
+    """Return a name in the form that YAML accepts inside a list."""
     return f'"{name}"' if "{" in name else name
 
 
 def _find_prefix(checkpoint: Checkpoint) -> str:
     found = find_numbered_modules(checkpoint)
     if found is None:
-        raise UserError(f"model: {checkpoint.folder}: no name of a tensor has a number in it, so no blocks can be told")
+        raise UserError(f"model: {checkpoint.folder}: no tensor name contains a number, so no blocks can be found")
     return found
 
 

@@ -23,7 +23,8 @@ class Layout:
         blocks: Module names of the blocks, in order.
         tail: Modules between the last block and the logits. The last one is the head, as the checkpoint names it.
         sub_blocks: Prunable sub-blocks, in model order.
-        around: Matrices that every token passes and no sub-block prunes. They lie before, in and after the blocks.
+        around: Unpruned matrices outside the sub-blocks. Every token passes through them. They lie before, inside and
+            after the blocks.
         kind: The kind of the model.
         towers: Number of blocks of each tower, in order. Empty if all blocks are one chain.
         mixtures: Mixtures of experts. Their items are whole experts, even if channels inside experts are pruned.
@@ -71,10 +72,10 @@ def resolve_layout(
         UserError: One of these holds:
 
             - a named module or a block is missing
-            - no unit or ``skip`` line covers a matrix, or two do
+            - a matrix is covered by no unit and no ``skip`` line, or by more than one
             - shapes do not divide into items
             - query heads are the items, but each KV group has only one
-            - a vector beside a unit's matrices has the length that they lose
+            - a vector in a sub-block has a length that pruning reduces, and the family file does not name the vector
     """
     shapes, family, kind = checkpoint.shapes, adapt_family(checkpoint, family), checkpoint.kind
     numbers = [find_block_numbers(checkpoint, chain) for chain in family.chains]
@@ -93,7 +94,7 @@ def resolve_layout(
             towers |= {sub_block.name: tower for sub_block in found}
     if kind.generates and not family.tail:
         raise UserError(
-            f"family: {checkpoint.architecture} is a causal language model. Name in 'tail' what follows blocks"
+            f"family: {checkpoint.architecture} is a causal language model. Name the modules after the blocks in 'tail'"
         )
     # old configurations leave out keys that have the default value of their class
     absent = kind.generates and f"{family.tail[-1]}.weight" not in shapes
@@ -111,7 +112,8 @@ def resolve_layout(
     skipped = family.skipped(sorted({*itertools.chain(*numbers)}))
     check_skipped({**skipped, **dict.fromkeys({*around} - owned, "tail")}, family.tail, owned, checkpoint)
     check_biases(owned, checkpoint)
-    # a sub-block with one item is removed as a whole; every vector of a router has one value per expert
+    # No check is needed for a sub-block with one item, because it is removed as a whole. None is needed for a router
+    # either, because each of its vectors has one value per expert.
     for sub_block in (sub_block for sub_block in sub_blocks if sub_block.total > 1 and not sub_block.experts):
         inside = {name: shape for name, shape in shapes.items() if sub_block.owns(name)}
         check_vectors(
@@ -158,7 +160,7 @@ def adapt_family(checkpoint: Checkpoint, family: Family) -> Family:
     if checkpoint.kind.generates or find_block_numbers(checkpoint, first):
         return family
     before, _, rest = first.partition(".")
-    if find_block_numbers(checkpoint, rest):  # the model is the base of the one in the file
+    if find_block_numbers(checkpoint, rest):  # a base model: its names lack the file's prefix
         chains = [chain.removeprefix(f"{before}.") for chain in family.chains]
         return family.model_copy(
             update={"blocks": chains, "skip": [name.removeprefix(f"{before}.") for name in family.skip]}
@@ -180,13 +182,16 @@ def select_tower(checkpoint: Checkpoint, chain: str) -> Checkpoint:
 
 
 def retained_matrices(sub_block: SubBlock, checkpoint: Checkpoint) -> list[str]:
-    """Return the matrices that stay until the last item is removed: key and value, if the items are query heads."""
+    """Return the matrices of a sub-block that stay until its last item is removed.
+
+    If the items are query heads, these are the key and value matrices.
+    """
     inside = (n.removesuffix(".weight") for n, s in checkpoint.shapes.items() if sub_block.owns(n) and len(s) == 2)
     return sorted(module for module in inside if module not in sub_block.modules)
 
 
 def unpruned_matrices(layout: Layout, checkpoint: Checkpoint, pattern: str) -> tuple[str, ...]:
-    """Return the matrices that every token passes and no unit has. For mask patterns, add retained matrices."""
+    """Return the matrices that process every token and are in no unit. Mask patterns add the retained matrices."""
     if pattern == "structured":
         return layout.around
     return (

@@ -69,7 +69,7 @@ class BlockWalker:
 
         With several towers, return the inputs of all their first blocks, [B, N].
         """
-        entered: dict[nn.Module, torch.Tensor] = {}  # towers need not run in the order of their blocks
+        entered: dict[nn.Module, torch.Tensor] = {}  # towers may run in another order than ``blocks``
         arguments: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -102,7 +102,7 @@ class BlockWalker:
 
     @contextmanager
     def loaded(self, index: int) -> Iterator[None]:
-        """Keep the weights of block ``index`` in memory while the body runs. Here they always are in memory."""
+        """Keep the weights of block ``index`` in memory while the body runs. Here, all weights stay in memory."""
         yield
 
     def run(
@@ -120,7 +120,7 @@ class BlockWalker:
             index: Number of the block.
             hidden_btd: Its input.
             block: A module to run in place of the block.
-            instead: Outputs of modules, by full name. These modules do not run.
+            instead: Outputs to use in place of running some modules, by full name of the module.
         """
         root = self.blocks[index] if block is None else block
         found = [(self._find(index, root, name), answer) for name, answer in instead.items()]
@@ -213,10 +213,10 @@ class BlockWalker:
 
     @torch.no_grad()
     def check(self, examples: Examples) -> None:
-        """Check that the model computes the same block by block as in one pass.
+        """Check that running block by block gives the same output as one pass of the model.
 
         Raises:
-            UserError: It does not, because the blocks or the tail in its family file are incomplete.
+            UserError: The outputs differ, because the blocks or the tail in the family file are incomplete.
         """
         hidden = self.run_all(self.embed(examples))
         if self.kind.generates:
@@ -227,10 +227,10 @@ class BlockWalker:
         # values that are not finite are reported by the measurement
         if whole.isfinite().all() and not torch.allclose(walked, whole, rtol=0, atol=0.05 * float(whole.abs().max())):
             raise UserError(
-                f"family: the blocks and the tail {self._tail} are not what {type(self.model).__name__} computes. "
+                f"family: the blocks and the tail {self._tail} do not compute what {type(self.model).__name__} does. "
                 "Name in 'tail' all modules that follow the blocks, in order"
                 if self.kind.generates
-                else f"family: the blocks are not what {type(self.model).__name__} computes between embedding and end"
+                else f"family: the blocks do not compute what {type(self.model).__name__} does after its embedding"
             )
 
     def logit_inputs(self, hidden: torch.Tensor, examples: Examples) -> tuple[torch.Tensor, Head]:
@@ -238,7 +238,7 @@ class BlockWalker:
 
         For causal language models, the input is the output of the last block. So logits can be computed in chunks. For
         other models, the input is the logits themselves, and the function returns them unchanged. Models that classify
-        have one position. Gradients are as in :meth:`run`.
+        have one position. Gradients are tracked as in :meth:`run`.
         """
         if self.kind.generates:
             return hidden, self.logits
@@ -247,9 +247,9 @@ class BlockWalker:
         return (logits if logits.dim() == 3 else logits[:, None]), _as_it_is
 
     def final_states(self, hidden: torch.Tensor, examples: Examples) -> torch.Tensor:
-        """Return the head's input for the output of the last block, [B, P, D].
+        """Return the states that the head reads, [B, P, D], computed from the output of the last block.
 
-        With two towers, return the embeddings of both. Gradients are as in :meth:`run`.
+        With two towers, return the embeddings of both. Gradients are tracked as in :meth:`run`.
         """
         if self.kind.generates:
             return self.states(hidden)
@@ -275,9 +275,10 @@ class BlockWalker:
                 yield
 
     def logits(self, hidden_nd: torch.Tensor) -> torch.Tensor:
-        """Return logits for the output of the last block, of any leading shape. Gradients are as in :meth:`run`.
+        """Return logits for the output of the last block, of any leading shape.
 
         The model itself runs everything after the backbone: its head, and any scale or cap of the logits.
+        Gradients are tracked as in :meth:`run`.
         """
         states_nd = self.states(hidden_nd)
         entering = _Output(last_hidden_state=states_nd.view(1, -1, states_nd.shape[-1]))
@@ -289,7 +290,7 @@ class BlockWalker:
         return logits.view(*states_nd.shape[:-1], -1)
 
     def states(self, hidden_nd: torch.Tensor) -> torch.Tensor:
-        """Return the head's input for the output of the last block, of any leading shape."""
+        """Return the states that the head reads, computed from the output of the last block, of any leading shape."""
         with torch.set_grad_enabled(hidden_nd.requires_grad):
             for module in self.tail:
                 hidden_nd = module(hidden_nd)

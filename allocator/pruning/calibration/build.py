@@ -1,11 +1,12 @@
 """Pruning the units of a model, block by block, from calibration text.
 
-Every block is pruned from the hidden states that reach it. These depend on the levels of the blocks before it:
+Every block is pruned from the hidden states that enter it. The levels of the earlier blocks determine these states:
 
-- ``dense``: the blocks before it are dense, so that blocks do not depend on each other.
-- ``expected``: they are at every level at once. A sub-block adds the average over its levels, weighted by what each
-  keeps (Týr-the-Pruner, eq. 5). Inside a sub-block of several matrices, the first matrices are dense.
-- ``path``: they are at the levels of one allocation, so that errors accumulate as in the pruned model.
+- ``dense``: the earlier blocks are dense. Pruning one block thus does not affect the pruning of another.
+- ``expected``: every earlier sub-block adds the average of its outputs over all levels. The weight of a level is the
+  share that it keeps (Týr-the-Pruner, eq. 5). In a sub-block of several matrices, later matrices are pruned on the
+  outputs of the dense first matrices.
+- ``path``: the earlier blocks are at the levels of one allocation. Errors thus accumulate as in the pruned model.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ def prune_on_dense_inputs(
 
     Args:
         calibration: The model, the pruner and the text.
-        blocks: Indices of the blocks to prune; None for all. The others only pass the text on.
-        solve: Solves problems; None for one after the other, in this process.
+        blocks: Indices of the blocks to prune; None for all. The other blocks run, but are not pruned.
+        solve: Solves the pruning problems. None solves them one after the other in this process.
     """
     walker, solve = calibration.walker, solve or _solve_in_order(calibration)
     chosen = set(range(len(walker.blocks)) if blocks is None else blocks)
@@ -80,9 +81,9 @@ def prune_on_pruned_inputs(
     Args:
         calibration: The model, the pruner and the text.
         along: The allocation of the predecessors; None for the expectation over all their levels.
-        every_level: Whether to make every level; if not, the level of ``along`` alone.
+        every_level: Whether to make every level. If not, only the level in ``along`` is made.
         known: Returns units that were pruned before. They are neither pruned nor yielded again.
-        solve: Solves problems; None for one after the other, in this process.
+        solve: Solves the pruning problems. None solves them one after the other in this process.
     """
     space, solve = calibration.space, solve or _solve_in_order(calibration)
     path = None if along is None else {u.name: level for u, level in zip(space.units, along, strict=True)}
@@ -91,11 +92,11 @@ def prune_on_pruned_inputs(
     for index, stages in enumerate(plan_stages(calibration.layout, space)):
         with calibration.walker.loaded(index):
             streams = DenseAndPruned(calibration, index, dense, pruned, path)
-            if not streams.adds_up and not warned:  # the blocks of a model are alike
+            if not streams.adds_up and not warned:  # once, because a model's blocks are alike
                 warned = True
                 calibration.notify(
-                    f"{calibration.layout.blocks[index]}: its output is not its input plus what its sub-blocks add, "
-                    "so that refits of output projections cannot make up for what the residual stream lacks"
+                    f"{calibration.layout.blocks[index]}: its output is not its input plus the outputs of its "
+                    "sub-blocks. Refits of output projections thus cannot correct earlier errors of the residual stream"
                 )
             for stage in stages:
                 levels = {}

@@ -1,7 +1,8 @@
 """The level store: every unit pruned at every level, on disk, ready to be assembled.
 
-A folder with one safetensors file per unit, and a manifest. The manifest holds the store's key, which says what the
-store belongs to, and the hash of each file. It is written last, so a store without one is unfinished.
+A store is a folder with one safetensors file per unit, and a manifest. The manifest holds the hash of each file and the
+store's key. The key states for which model, calibration, pruner and space the store was built. The manifest is written
+last, so a store without a manifest is unfinished.
 """
 
 from __future__ import annotations
@@ -43,10 +44,10 @@ class LevelStore:
 
 
 class StoreBuilder:
-    """A store in the making, in a hidden folder next to its own. Every unit in it is complete, and survives a crash.
+    """An unfinished store, in a hidden folder next to the final one. Every unit in it is complete and survives a crash.
 
-    Several processes may write to one store at once, on one machine or many, because the file of a unit is the same
-    in every process.
+    Several processes, on one machine or many, may write to one store at once. This is safe because every process writes
+    the same file for a unit.
     """
 
     def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
@@ -54,19 +55,19 @@ class StoreBuilder:
 
         Args:
             folder: Folder of the finished store.
-            key: What the store belongs to: model, calibration, pruner, space.
+            key: What the store is built for: model, calibration, pruner, space.
 
         Raises:
             UserError: See :func:`check_free`.
         """
         check_free(folder)
         self._folder, self._key = folder.absolute(), dict(key)
-        # one hidden folder for every key, because different runs may share the store's name by mistake
+        # each key has its own hidden folder, because runs with different keys may name the same store by mistake
         self._partial = self._folder.with_name(f".{folder.name}.{fingerprint(self._key)[7:19]}.partial")
         key_file = self._partial / _KEY
         if key_file.is_file() and read_json(key_file, "key of a level store") != self._key:
             shutil.rmtree(self._partial, ignore_errors=True)
-        if not key_file.is_file():  # no unit is there yet: the key is written first, perhaps by another process
+        if not key_file.is_file():  # the key is written before any unit; another process may write it too
             self._partial.mkdir(parents=True, exist_ok=True)
             write_json(key_file, self._key)
 
@@ -97,7 +98,7 @@ class StoreBuilder:
             raise self._unwritable(error) from None
 
     def missing(self, space: SearchSpace) -> list[int]:
-        """Return the blocks with a unit that was not written yet, increasing."""
+        """Return the numbers of the blocks with unwritten units, in increasing order."""
         return sorted({unit.block for unit in space.units if unit.name not in self})
 
     def fill(self, made: Iterable[tuple[str, CompactLevels]]) -> list[str]:
@@ -150,7 +151,7 @@ def open_store(folder: Path, key: Mapping[str, Any]) -> LevelStore | None:
     if not (folder / MANIFEST).exists():
         return None
     manifest = read_json(folder / MANIFEST, "level store manifest")
-    remedy = f"Remove {folder} to have it built again, or name another with --set store=FOLDER"
+    remedy = f"Remove {folder} to have it built again, or name another folder with --set store=FOLDER"
     ours = manifest.get("kind") == "allocator.levels" and manifest.get("schema") == SCHEMA
     if not ours or not all(isinstance(manifest.get(name), dict) for name in ("key", "units")):
         raise UserError(f"{folder / MANIFEST}: not a level store of schema {SCHEMA}. {remedy}")
@@ -162,14 +163,14 @@ def open_store(folder: Path, key: Mapping[str, Any]) -> LevelStore | None:
             )
     strays = sorted({path.stem for path in folder.glob("*.safetensors")} - set(manifest["units"]))
     if strays:
-        raise UserError(f"{folder / MANIFEST}: damaged: it does not name {strays[0]}, which is there. {remedy}")
+        raise UserError(f"{folder / MANIFEST}: damaged: it does not list {strays[0]}, whose file exists. {remedy}")
     for unit, expected in manifest["units"].items():
         check_name(unit, folder / MANIFEST)
         path = folder / f"{unit}.safetensors"
         if not path.is_file():
             raise UserError(f"{path}: missing from the level store. {remedy}")
         if file_fingerprint(path) != expected:
-            raise UserError(f"{path}: damaged: its hash is not the manifest's. {remedy}")
+            raise UserError(f"{path}: damaged: its hash differs from the manifest. {remedy}")
         try:
             with safe_open(path, framework="pt"):
                 pass
@@ -179,12 +180,14 @@ def open_store(folder: Path, key: Mapping[str, Any]) -> LevelStore | None:
 
 
 def check_free(folder: Path) -> None:
-    """Check that a store can be written to a folder, which is empty or does not exist.
+    """Check that a store can be written to a folder. The folder must be empty or not exist.
 
     Raises:
         UserError: The folder is not empty, or cannot be written to.
     """
     remedy = "Name an empty or new folder with --set store=FOLDER"
     if folder.is_dir() and (entry := next(folder.iterdir(), None)) is not None:
-        raise UserError(f"{folder}: not a level store, and it holds {entry.name}, which is not replaced. {remedy}")
+        raise UserError(
+            f"{folder}: not a level store, and it holds {entry.name}. Existing files are not replaced. {remedy}"
+        )
     check_place(folder, remedy)

@@ -1,11 +1,14 @@
-"""Guided evolution: a model of the loss ranks proposals, the best of them race, and the model learns from outcomes.
+"""Guided evolution: a surrogate ranks proposals, the best of them race, and the surrogate learns from outcomes.
 
-Exchange evolution measures each offspring to learn whether it is good. Here proposals are cheap. If the evaluator has
-gradients, the loss is expanded whenever the centre moves. The proposals are then the best nearby allocations of the
-model and of samples of it (Thompson, 1933), each found by a knapsack: exchanges of several units at once. Without
-gradients, thousands of exchanges of the best allocations so far are drawn, favouring units with most to gain and least
-to lose, and the model ranks them. Only a few proposals are measured, in a race on growing token sets. Where blocks can
-be removed, some entrants remove or restore a contiguous run of blocks, which the model does not rank.
+Exchange evolution measures each offspring to learn whether it is good. Here proposals are cheap, because the surrogate
+ranks them without a measurement. If the evaluator has gradients, the loss is expanded whenever the centre moves. A
+knapsack then finds the best allocations near the centre, for the surrogate and for random samples of it (Thompson
+sampling, 1933). Each of these proposals can exchange several units at once. Without gradients, thousands of exchanges
+are drawn from the best allocations so far. Units with little to lose are made sparser more often. Units with much to
+gain are made denser more often. The surrogate ranks the results.
+
+Only a few proposals are measured, in a race on growing token sets. If blocks can be removed, some entrants remove or
+restore a contiguous run of blocks. The surrogate does not rank these entrants.
 """
 
 from __future__ import annotations
@@ -23,20 +26,20 @@ from allocator.searchers.solvers.knapsack import knapsack_nearby
 from allocator.searchers.surrogates.memory import Memory
 
 _EXPLORATION = 0.25
-"""Share of exchanged units that are drawn regardless of the model."""
+"""Share of exchanged units that are drawn uniformly, without the surrogate."""
 
 _RUNS_EVERY = 8
-"""Where blocks can be removed, one entrant in this many moves a run of blocks."""
+"""If blocks can be removed, one of this many entrants removes or restores a run of blocks."""
 
 _RADII = 3
-"""The model's best allocations are sought within 1 to this many levels of the centre."""
+"""The knapsack searches within 1, 2, ... up to this many levels of the centre, in turn."""
 
 _CLOSE = 2e-7
-"""Share of the loss, for each unit, by which a knapsack of a sample may miss the optimum; too little to matter below
-hundreds of units."""
+"""Error that a knapsack may make for each unit, as a share of the loss. With fewer than hundreds of units, the total
+error is too small to matter."""
 
 _SETTLED = 4
-"""Proposals that are fitted to the budget exactly, for each entrant."""
+"""Number of drawn proposals per entrant that are fitted to the budget exactly."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,12 +47,12 @@ class GuidedSettings:
     """Settings of guided evolution.
 
     Attributes:
-        generations: Most races.
+        generations: Maximum number of races.
         patience: Races without a better allocation after which the search ends.
         proposals: Exchanges that are drawn for each race.
         entrants: Proposals that race.
-        survivors: Most entrants of a race that are measured on all tokens.
-        parents: How many of the best allocations so far are exchanged.
+        survivors: Maximum number of entrants of a race that are measured on all tokens.
+        parents: Number of the best allocations so far from which exchanges are drawn.
         max_exchanges: A proposal differs from its parent by min(U{1..m}, U{1..m}) exchanges.
     """
 
@@ -69,13 +72,13 @@ class GuidedSettings:
 
 
 def guided(memory: Memory, settings: GuidedSettings, seed: int) -> Script:
-    """Search from the memory's centre, and return why the search ended. See the module's text."""
+    """Search from the memory's centre, and return why the search ended. See the docstring of the module."""
     stale = 0
     for turn in range(settings.generations):
         yield from memory.expand()
         entrants = propose(memory, settings, np.random.default_rng([seed, turn]))
         if not entrants:
-            return "nothing is left that was not proposed"
+            return "nothing is left to propose"
         yield from race(memory, entrants, settings.survivors)
         stale = 0 if memory.advance() else stale + 1
         if stale == settings.patience:
@@ -84,7 +87,7 @@ def guided(memory: Memory, settings: GuidedSettings, seed: int) -> Script:
 
 
 def propose(memory: Memory, settings: GuidedSettings, rng: np.random.Generator) -> list[Allocation]:
-    """Return the new allocations that the model ranks best, each filling the budget."""
+    """Return the new allocations that the surrogate ranks best. Each fills the budget."""
     found: dict[Allocation, None] = {}
     if all(unit.kept[-1] == 0 for unit in memory.space.units):
         runs = [
@@ -105,7 +108,11 @@ def propose(memory: Memory, settings: GuidedSettings, rng: np.random.Generator) 
 
 
 def _minimise_samples(memory: Memory, count: int, rng: np.random.Generator) -> list[Allocation]:
-    """Return the best allocations of the model and of samples of it within one, two and three levels of the centre."""
+    """Return new allocations that are best for the surrogate or for a sample of it.
+
+    The first ones are for the surrogate itself, one for each radius around the centre. The others are for samples of
+    the surrogate.
+    """
     surrogate = memory.surrogate
     slack = _CLOSE * len(memory.centre)
     found: dict[Allocation, None] = {}
@@ -118,7 +125,7 @@ def _minimise_samples(memory: Memory, count: int, rng: np.random.Generator) -> l
 
 
 def _draw_children(memory: Memory, settings: GuidedSettings, rng: np.random.Generator) -> list[Allocation]:
-    """Return exchanges of the best allocations that the model likes best, settled."""
+    """Draw exchanges of the best allocations. Return those that the surrogate ranks best, fitted to the budget."""
     arrays, surrogate = memory.arrays, memory.surrogate
     parents = memory.rank()[: settings.parents]
     share = settings.proposals // len(parents)
@@ -135,9 +142,10 @@ def _draw_children(memory: Memory, settings: GuidedSettings, rng: np.random.Gene
 def draw_exchanges(
     memory: Memory, parent_u: np.ndarray, count: int, max_exchanges: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Return a parent after exchanges, [count, U], not fitted to the budget.
+    """Return copies of a parent with random exchanges applied, [count, U], not fitted to the budget.
 
-    Units are drawn by the loss or gain that the model expects of one level more or less.
+    The surrogate predicts how the loss changes if a unit moves by one level. Units are drawn more often
+    if this change is favourable.
     """
     arrays, table_ul = memory.arrays, memory.surrogate.table_ul
     units = np.arange(len(parent_u))
@@ -159,7 +167,7 @@ def draw_exchanges(
 
 
 def _weigh_units(gain_u: np.ndarray, can_u: np.ndarray) -> np.ndarray:
-    """Return probabilities of units that fall with the rank of their gain; 0 for units that cannot move."""
+    """Return a probability for each unit. Units with larger gains have larger ones; units that cannot move have 0."""
     if not can_u.any():
         return np.zeros(len(gain_u))
     rank_u = np.argsort(np.argsort(-np.where(can_u, gain_u, -np.inf), kind="stable"), kind="stable")
@@ -169,7 +177,11 @@ def _weigh_units(gain_u: np.ndarray, can_u: np.ndarray) -> np.ndarray:
 
 
 def _find_rate(memory: Memory) -> float:
-    """Return the value of cost: the median over units of the loss of the last step for its price."""
+    """Return the loss that one unit of cost is worth.
+
+    The last step of a unit leads from one level denser to its level at the centre. The result is the median over units
+    of the loss that this step adds, divided by the cost that it saves.
+    """
     arrays, table_ul, level_u = memory.arrays, memory.surrogate.table_ul, np.array(memory.centre)
     units = np.flatnonzero(level_u > 0)
     price_u = arrays.price_ul[units, level_u[units] - 1] - arrays.price_ul[units, level_u[units]]

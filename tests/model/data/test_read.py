@@ -97,7 +97,7 @@ def test_pairs_are_images_with_padded_texts(seeing, images, tmp_path):
     with pytest.raises(UserError, match=r"line 1: .*nothing\.png does not exist"):
         read_examples(images / "pairs.jsonl", checkpoint, COUNTS, 32)
     (images / "pairs.jsonl").write_text('{"picture": "nothing.png", "text": "a"}')
-    with pytest.raises(UserError, match=r"line 1 has not the keys .*found \['picture', 'text'\]"):
+    with pytest.raises(UserError, match=r"line 1 needs strings under the keys .*found \['picture', 'text'\]"):
         read_examples(images / "pairs.jsonl", checkpoint, COUNTS, 32)
 
 
@@ -127,7 +127,7 @@ def test_text_for_encoders_begins_with_the_token_that_classifies(make_other, tex
     ("arrays", "message"),
     [
         ({"pixels": np.zeros((9, 3, 16, 16))}, r"no array pixel_values, found \['pixels'\]"),
-        ({"pixel_values": np.zeros((9, 3, 8, 8))}, r"shape \[3, 8, 8\] for each image, and .* sees \[3, 16, 16\]"),
+        ({"pixel_values": np.zeros((9, 3, 8, 8))}, r"shape \[3, 8, 8\] for each image, and .* expects \[3, 16, 16\]"),
         ({"pixel_values": np.full((9, 3, 16, 16), np.nan)}, "not finite"),
         ({"pixel_values": np.zeros((9, 3, 16, 16)), "labels": np.full(9, 5)}, "label '5', which is no class"),
         ({"pixel_values": np.zeros((9, 3, 16, 16)), "labels": np.zeros(8, int)}, "different numbers of rows"),

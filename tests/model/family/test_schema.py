@@ -379,7 +379,7 @@ def test_a_draft_finds_experts_and_their_router(make_model, kind):
     text = draft_family(read_checkpoint(make_model(kind)))
     around = "block_sparse_moe" if kind == "mixtral" else "mlp"
     assert f"    router: {around}.gate\n    experts: {around}.experts\n" in text
-    assert ("each has w1, w2, w3: say at the end which are down_proj, gate_proj, up_proj" in text) == (
+    assert ("each has w1, w2, w3. Say at the end of the file which are down_proj, gate_proj, up_proj:" in text) == (
         kind == "mixtral"
     )
     assert ("shared: {kind: channels, inputs: [mlp.shared_experts.gate_proj" in text) == (kind != "mixtral")
@@ -402,6 +402,6 @@ def test_a_family_that_leaves_out_what_follows_the_blocks_is_refused(tiny_model)
     checkpoint = read_checkpoint(tiny_model)
     layout = resolve_layout(find_family("llama").model_copy(update={"tail": ["lm_head"]}), checkpoint)
     with pytest.raises(
-        UserError, match=r"the tail \('lm_head',\) are not what LlamaForCausalLM computes. Name in 'tail'"
+        UserError, match=r"the tail \('lm_head',\) do not compute what LlamaForCausalLM does. Name in 'tail'"
     ):
         BlockWalker(load_model(checkpoint), layout).check(Examples.from_ids(torch.arange(16)[None]))
