@@ -31,10 +31,10 @@ demo: $(VENV)/.installed
 	$(BIN)/allocator search search_spaces/runs/structured.yaml --name demo
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m slow --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 .consumers/%/.installed: tests/export/environments/%.txt
 	$(PYTHON) -m venv .consumers/$*

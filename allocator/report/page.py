@@ -6,9 +6,10 @@ import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from allocator.core.costs import COSTS
 from allocator.core.files import read_json, write_atomic
@@ -30,6 +31,9 @@ from allocator.report.tables.formats import (
 )
 from allocator.report.tables.front import list_front_rows
 from allocator.report.tables.result import find_distance, list_headings, list_predictions, list_results
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 _FILES = {
     "plan.json": "the plan: what each unit keeps, with its provenance",
@@ -72,7 +76,6 @@ def write_report(folder: Path) -> Path:
     Raises:
         UserError: The folder holds no journal, or a file in it is damaged. Nothing was written.
     """
-    import jinja2
     from markupsafe import Markup
 
     journal = Journal.read(folder / "journal.jsonl")
@@ -81,17 +84,7 @@ def write_report(folder: Path) -> Path:
     named = restore_allocations(space, result["units"]) if result else {}
     front = _load_front(folder / "front.json", journal)
     drawn = _draw_figures(journal, front, named, result)
-    environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters.update(count=format_count, number=format_number, share=format_share, change=format_change)
-    environment.filters.update(figure=format_figure, label=lambda name: COSTS[name].label)
-    template = (resources.files("allocator.report") / "page.html.j2").read_text(encoding="utf-8")
-    page = environment.from_string(template).render(
+    page = _load_template().render(
         run=folder.resolve().name,
         resume=f"allocator search --resume --name {shlex.quote(folder.resolve().name)}",
         header=journal.header.to_json(),
@@ -121,6 +114,23 @@ def write_report(folder: Path) -> Path:
         write_atomic(folder / "figures" / f"{name}.svg", svg)
     write_atomic(folder / "report.html", page)
     return folder / "report.html"
+
+
+@cache
+def _load_template() -> Template:
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(count=format_count, number=format_number, share=format_share, change=format_change)
+    environment.filters.update(figure=format_figure, label=lambda name: COSTS[name].label)
+    source = (resources.files("allocator.report") / "page.html.j2").read_text(encoding="utf-8")
+    return environment.from_string(source)
 
 
 def _compare_with_baselines(measured: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

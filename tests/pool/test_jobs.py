@@ -43,7 +43,7 @@ tokens: {sequence_length: 64, calibration: 512, selection: 256, test: 512}
 pruner: {name: magnitude}
 search:
   method: evolution
-  evolution: {generations: 300, patience: 300, offspring: 8, tokens: [256, 1024], survivors: [2, 1]}
+  evolution: {generations: 200, patience: 200, offspring: 8, tokens: [256, 1024], survivors: [2, 1]}
 """
 MARK = "ALLOCATOR_TEST_CLUSTER"
 DEADLINE_S = 600.0

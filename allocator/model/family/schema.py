@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -231,15 +232,20 @@ def find_family(model_type: str, file: Path | None = None) -> Family:
     return families[model_type]
 
 
-def load_shipped_families() -> dict[str, Family]:
-    """Read the shipped families, by model type.
+def load_shipped_families() -> Mapping[str, Family]:
+    """Read the shipped families, by model type. A process reads them once.
 
     Raises:
         UserError: Two families serve the same model type.
     """
+    return _load_families(find_families_folder())
+
+
+@cache
+def _load_families(folder: Path) -> Mapping[str, Family]:
     homes: dict[str, Path] = {}
     served: dict[str, Family] = {}
-    for path in sorted(find_families_folder().glob("*.yaml")):
+    for path in sorted(folder.glob("*.yaml")):
         family = load_family(path)
         for model_type in family.model_types:
             if (other := homes.setdefault(model_type, path)) != path:
