@@ -17,8 +17,8 @@ from allocator.model.family.layout import Layout
 from allocator.pruning.calibration.build import prune_on_dense_inputs, prune_on_pruned_inputs
 from allocator.pruning.levels.execute import save_pruned
 from allocator.pruning.levels.store import LevelStore, open_store
-from allocator.pruning.pruners.protocol import LocalPruner, PrunerSpec
-from allocator.pruning.pruners.registry import make_pruner
+from allocator.pruning.pruners.protocol import LocalPruner
+from allocator.pruning.pruners.registry import choose_plan_pruner
 from allocator.run.config.load import build_config
 from allocator.run.config.run import RunConfig
 from allocator.run.model import fingerprint_ladders, read_texts
@@ -54,11 +54,11 @@ def prune(  # noqa: PLR0913 - a public entry point
         execution: ``recompute`` prunes block by block, on the outputs of pruned predecessors. ``assemble`` uses the
             levels that the search measured. If None, the execution that the plan names.
         store: A level store of the same model, text and pruner, for ``assemble``. None to prune every level again.
-        pruner: A local pruner, if the plan's run got its pruner from Python. If None, the pruner that the plan names.
+        pruner: Your own local pruner, with which the plan was made. If None, the pruner that the plan names.
         reporter: Receives progress.
 
     Raises:
-        UserError: The plan is for another model, the text is not the plan's text, or ``out`` exists.
+        UserError: The plan is for another model, the text or the pruner is not the plan's, or ``out`` exists.
     """
     if execution not in (None, "assemble", "recompute"):
         raise UserError(f"execution: expected assemble or recompute, found {execution!r}")
@@ -77,6 +77,7 @@ def prune(  # noqa: PLR0913 - a public entry point
     if store is not None:
         opened = _open_store(plan, checkpoint, Path(store), execution)
         return save_pruned(plan.allocation, checkpoint, layout, plan.space, opened, out)
+    pruner = choose_plan_pruner(plan.pruner, plan.space.pattern, pruner)
     texts = _choose_texts(text, config)
     levels = _prune_levels(plan, checkpoint, layout, execution, texts, pruner, reporter)
     return save_pruned(plan.allocation, checkpoint, layout, plan.space, levels.__getitem__, out)
@@ -127,7 +128,7 @@ def _prune_levels(
     layout: Layout,
     execution: str,
     texts: Mapping[str, Path | None],
-    pruner: LocalPruner | None,
+    pruner: LocalPruner,
     reporter: Reporter,
 ) -> dict[str, Any]:
     """Return the compact levels of every unit, pruned with the plan's settings."""
@@ -143,7 +144,6 @@ def _prune_levels(
             "the Python standard library, use the same Python version. You can also assemble the plan from the level "
             "store of its run, with --execution assemble --store FOLDER"
         )
-    pruner = pruner or make_pruner(PrunerSpec.from_plan(settings), plan.space.pattern)
     reporter.start_phase("pruning", len(layout.blocks))
     spec = EngineSpec(
         checkpoint=checkpoint,

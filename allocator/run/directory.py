@@ -16,6 +16,7 @@ from allocator.core.errors import UserError
 from allocator.core.files import check_place, write_atomic
 from allocator.core.header import NUMERICS, JournalHeader
 from allocator.core.journal import Journal
+from allocator.pruning.pruners.registry import PRUNERS
 from allocator.run.job import Job
 from allocator.run.level_store import STORE_FOLDER
 from allocator.run.reporting import Reporter
@@ -94,9 +95,10 @@ def reopen_run(job: Job, reporter: Reporter) -> tuple[Job, Journal]:
     for key, value in job.identity().items():
         if journal.header.identity.get(key) != value:
             journal.close()
+            found = journal.header.identity.get(key)
             raise UserError(
-                f"{folder}: holds another search: its {key} is {journal.header.identity.get(key)}, and this one's "
-                f"is {value}. Resume it with its own settings ({folder / 'run.yaml'}), or choose another --name"
+                f"{folder}: holds another search: its {key} is {found}, and this one's is {value}. "
+                f"{_name_remedy(key, found, folder)}, or choose another --name"
             )
     if journal.header.budget != job.budget:
         journal.close()
@@ -134,6 +136,15 @@ def start_next_round(job: Job) -> Journal:
     journal.path = journal.path.rename(folder / "journal.jsonl")
     shutil.rmtree(folder / _OUTDATED, ignore_errors=True)
     return journal
+
+
+def _name_remedy(key: str, found: object, folder: Path) -> str:
+    """Return how a run is resumed that differs in one key of its identity."""
+    if key == "searcher":
+        return "Pass its own searcher, as allocator.search(searcher=...)"
+    if key == "pruner.name" and found not in PRUNERS:
+        return "Pass its own pruner, as allocator.search(pruner=...)"
+    return f"Resume it with its own settings ({folder / 'run.yaml'})"
 
 
 def _list_limits(header: JournalHeader) -> dict[str, int]:

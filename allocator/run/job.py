@@ -14,6 +14,7 @@ from allocator.core.files import file_fingerprint, fingerprint
 from allocator.core.header import JournalHeader
 from allocator.core.provenance import collect_versions
 from allocator.core.space import Allocation, SearchSpace
+from allocator.core.user_objects import make_plain
 from allocator.evaluation.spec import EngineSpec
 from allocator.evaluation.training import Training
 from allocator.model.checkpoint.headers import Checkpoint
@@ -77,7 +78,7 @@ class Job:
         calibration = self.text_fingerprints["calibration"]
         return {
             "name": self.pruner.name,
-            **self.pruner.settings(),
+            **make_plain(self.pruner.settings(), "pruner: its settings"),
             "inputs": self.inputs,
             **({"along": list(self.along)} if self.along is not None else {}),
             "execution": "recompute" if self.recompute else "assemble",

@@ -15,7 +15,7 @@ from allocator.model.checkpoint.headers import Checkpoint
 from allocator.model.data.examples import Examples
 from allocator.model.data.read import read_examples
 from allocator.pruning.pruners.protocol import LocalPruner, PrunerSpec
-from allocator.pruning.pruners.registry import make_pruner
+from allocator.pruning.pruners.registry import check_own_pruner, make_pruner
 from allocator.run.config.run import RunConfig
 from allocator.run.job import Job
 from allocator.run.model import check_length, fingerprint_ladders, read_model, read_texts
@@ -39,7 +39,7 @@ def prepare_job(config: RunConfig, notify: Notify = silent, pruner: LocalPruner 
     config = with_default_loss(config, checkpoint)
     _check_objectives(config, space)
     budget = budget_for(space, config.target, config.bounds)
-    pruner = _choose_pruner(config, space) if pruner is None else _check_pruner(pruner, config)
+    pruner = _choose_pruner(config, space) if pruner is None else check_own_pruner(pruner, config.pattern)
     wanted, length = _count_tokens(config), config.tokens.sequence_length
     check_length(checkpoint, length, "tokens.sequence_length")
     along = _choose_path(config, checkpoint, space, budget)
@@ -69,16 +69,6 @@ def _check_objectives(config: RunConfig, space: SearchSpace) -> None:
                 f"objectives: no level of {config.pattern} pruning changes {cost}. Leave this objective out, "
                 "or use --pattern structured"
             )
-
-
-def _check_pruner(pruner: LocalPruner, config: RunConfig) -> LocalPruner:
-    """Return a pruner that the user passed from Python. Raise if it does not serve the pattern."""
-    if config.pattern not in pruner.patterns:
-        raise UserError(
-            f"pruner: {pruner.name!r} serves {', '.join(pruner.patterns)} pruning, and the pattern is "
-            f"{config.pattern}. Use --pattern {pruner.patterns[0]}"
-        )
-    return pruner
 
 
 def _choose_pruner(config: RunConfig, space: SearchSpace) -> LocalPruner:

@@ -10,11 +10,15 @@ from allocator.core.costs import COSTS
 from allocator.core.effort import Limit
 from allocator.core.errors import UserError
 from allocator.core.front import minimised
+from allocator.core.user_objects import check_object, make_plain
 from allocator.searchers.problem import MethodSettings
 from allocator.searchers.registry import METHODS, configure, find_keys, find_sections
 
 CUSTOM = "custom"
 """What ``search.method`` says where the searcher was handed in from Python."""
+
+_NEEDED = ("fidelities", "num_batches", "lag", "training", "make")
+"""What the settings of a searcher from Python must have."""
 
 
 @runtime_checkable
@@ -73,9 +77,22 @@ class _SharedSettings:
         return self.method
 
     def with_custom(self, searcher: MethodSettings) -> SearchSettings:
-        """Return these settings with a searcher from Python in place of the method."""
+        """Return these settings with a searcher from Python in place of the method.
+
+        Raises:
+            UserError: It is a class, lacks something, or has settings that cannot be recorded.
+        """
+        check_object(searcher, "searcher", _NEEDED)
+        fidelities = searcher.fidelities
+        if not isinstance(fidelities, Sequence) or list(fidelities) != sorted({*fidelities}) or not fidelities:
+            raise UserError(
+                f"searcher: {type(searcher).__name__}.fidelities: expected increasing counts of tokens, such as "
+                f"(512, 2048), found {fidelities!r}"
+            )
         shared = {each.name: getattr(self, each.name) for each in fields(SearchSettings)}
-        return CustomSearchSettings(**{**shared, "method": CUSTOM, "custom": searcher})
+        settings = CustomSearchSettings(**{**shared, "method": CUSTOM, "custom": searcher})
+        settings.custom_identity()  # raises where a setting cannot be recorded
+        return settings
 
     def custom_identity(self) -> dict[str, Any]:
         """Return what identifies a searcher from Python: its class and settings. Empty for a registered method."""
@@ -226,12 +243,15 @@ class CustomSearchSettings(SearchSettings):
         return str(getattr(self.custom, "name", CUSTOM))
 
     def custom_identity(self) -> dict[str, Any]:
-        """Return the class of the searcher's settings and, if that is a dataclass, their values."""
+        """Return the class of the searcher's settings and, if that is a dataclass, their values.
+
+        The module is left out: a class of a script is ``__main__``'s there, and another module's where it is imported.
+        """
         kind = type(self.custom)
         values: dict[str, Any] = {}
         if is_dataclass(self.custom) and not isinstance(self.custom, type):
             values = asdict(self.custom)
-        return {"class": f"{kind.__module__}.{kind.__qualname__}", "settings": values}
+        return {"class": kind.__qualname__, "settings": make_plain(values, f"searcher: {kind.__name__}'s settings")}
 
 
 def choose_method(objectives: Sequence[str]) -> str:

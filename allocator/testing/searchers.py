@@ -10,6 +10,7 @@ Sizes should be small: a suite runs some forty searches.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +23,7 @@ from allocator.core.protocols import AllocationEvaluator, Outcome, Request, Sear
 from allocator.core.space import Allocation, SearchSpace
 from allocator.searchers.problem import MethodSettings, SearchProblem
 from allocator.searchers.rules.baselines import uniform
+from allocator.searchers.settings import SearchSettings
 from allocator.testing.landscapes import Chain, bowl
 from allocator.testing.runs import Failing, Recording, Shuffled, run_search
 from allocator.testing.spaces import make_six_units, make_space, make_uneven_space
@@ -97,6 +99,11 @@ class SearcherContract:
         assert losses == sorted(losses)
         outcomes = [outcome for batch in record.told for outcome in batch]
         assert {*finalists} <= {o.request.allocation for o in outcomes if o.request.tokens == self.tokens}
+
+    def test_the_settings_can_be_recorded(self) -> None:
+        """A run records the settings, and a resume finds those that it would record again."""
+        recorded = SearchSettings().with_custom(self.settings).custom_identity()
+        assert json.loads(json.dumps(recorded)) == recorded
 
     @pytest.mark.parametrize("target", [0.05, 0.3, 0.5, 0.8, 0.97])
     def test_finalists_keep_and_fill_the_budget_and_are_sorted(
