@@ -93,7 +93,7 @@ def test_plan(run: Path, tmp_path: Path, name: str) -> None:
     first = next(iter(data["units"]))
     data["units"] = {name if unit == first else unit: value for unit, value in data["units"].items()}
     (tmp_path / "plan.json").write_text(json.dumps(data))
-    with pytest.raises(UserError, match=f"{tmp_path / 'plan.json'}: '{name}' is no name"):
+    with pytest.raises(UserError, match=f"{tmp_path / 'plan.json'}: '{name}' is not a name"):
         Plan.load(tmp_path / "plan.json")
 
 
@@ -103,7 +103,7 @@ def test_journal(run: Path, tmp_path: Path, name: str) -> None:
     data = json.loads(header)
     data["space"]["units"][0]["name"] = name
     (tmp_path / "journal.jsonl").write_text("\n".join([json.dumps(data), *rest]) + "\n")
-    with pytest.raises(UserError, match=f"'{name}' is no name"):
+    with pytest.raises(UserError, match=f"'{name}' is not a name"):
         _ = Journal.read(tmp_path / "journal.jsonl").space
 
 
@@ -116,7 +116,7 @@ def test_level_store(run: Path, tmp_path: Path, name: str) -> None:
     (store / f"{unit}.safetensors").rename(tmp_path / "inner" / "x.safetensors")
     manifest["units"][name] = hashed
     (store / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=f"'{name}' is no name"):
+    with pytest.raises(UserError, match=f"'{name}' is not a name"):
         open_store(store, manifest["key"])
 
 
@@ -125,5 +125,5 @@ def test_index_of_a_model(tmp_path: Path, tiny_model: Path) -> None:
     save_file({"x": np.zeros(1, np.float32)}, tmp_path / "x.safetensors")
     index = {"weight_map": {"x": "../../x.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"'../../x.safetensors' is no name"):
+    with pytest.raises(UserError, match=r"'../../x.safetensors' is not a name"):
         read_checkpoint(model)

@@ -18,6 +18,7 @@
 ``latency``          latency tables
 ``files``            atomic files, fingerprints and checks of paths
 ``strict``           the base of classes that are read from files
+``user_objects``     checks of searchers and pruners that users pass from Python
 ``notify``           callbacks for messages and progress
 ``errors``           the error that users see
 ``version``          the version of the package

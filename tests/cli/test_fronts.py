@@ -162,7 +162,7 @@ def test_any_member_becomes_a_plan(swept: Path, cli: Cli, here: Path) -> None:
 def test_choices_that_make_no_sense_are_refused(own: Path, refused: Callable[..., str], cli: Cli) -> None:
     count = len(cli("front", own, "--json").json["points"])
     assert f"has members 0 to {count - 1}, and 99 was asked for" in refused("plan", own, "--index", 99)
-    assert "keeps kv_bytes <= 3; the least kv_bytes is " in refused("plan", own, "--where", "kv_bytes <= 3")
+    assert "keeps kv_bytes <= 3; the least kv_bytes among them is " in refused("plan", own, "--where", "kv_bytes <= 3")
     assert "unknown figure 'kv_byte'; did you mean 'kv_bytes'?" in refused("plan", own, "--best", "kv_byte")
     assert "--index, --knee and --best exclude each other" in refused("plan", own, "--index", 1, "--knee")
     assert "unknown figure 'speed'" in refused("plan", own, "--where", "speed <= 3")

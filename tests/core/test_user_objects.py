@@ -154,7 +154,7 @@ def test_a_run_of_own_parts_resumes_and_its_plan_is_pruned(options: Options, tmp
     places = {"model": options["model"], "text": options["text"]}
     with pytest.raises(allocator.UserError, match=r"its pruner 'last' is not part of the package\. .*pruner=\.\.\."):
         allocator.prune(first.plan, tmp_path / "without", **places)
-    with pytest.raises(allocator.UserError, match=r"made with .*0\.5, 1\.0.*, and this one is .*0\.5, 0\.5"):
+    with pytest.raises(allocator.UserError, match=r"made with .*0\.5, 1\.0.*, and this pruner is .*0\.5, 0\.5"):
         allocator.prune(first.plan, tmp_path / "other", pruner=Last((0.5, 0.5)), **places)
     params = allocator.prune(first.plan, tmp_path / "pruned", pruner=Last(), **places)
     assert params == first.figures["searched"]["params"]
