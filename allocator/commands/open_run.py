@@ -155,7 +155,7 @@ class Run:
         Args:
             target: The least share of the units' parameters to remove, in (0, 1).
             where: Bounds on costs or measurements, such as ``"latency_ms <= 12"``.
-            best: The figure that shall be least, in place of the loss.
+            best: The figure to minimise instead of the loss.
             knee: Take the knee of the members of the front that keep the bounds.
             index: Take the member of the front with this number.
 
@@ -233,7 +233,7 @@ class Run:
         return min(outcomes, key=lambda o: (figure(space, o, name), o.loss, o.request.allocation))
 
     def _budget_of(self, allocation: Allocation) -> Budget:
-        """Return what an allocation costs of each minimised cost; the run's own budget if no cost is minimised."""
+        """Return the budget that an allocation fills: its minimised costs, or the run's budget if there are none."""
         space = self._journal.space
         reached = {n: space.cost(allocation, n) for n in list_objectives(self._journal) if n in space.fixed}
         budget = Budget(**reached) if reached else self._journal.header.budget

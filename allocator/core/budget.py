@@ -30,8 +30,8 @@ def budget_for(space: SearchSpace, target: float | None, bounds: Iterable[Bound]
     Without a target and bounds, the limit is the cost of the dense model.
 
     Raises:
-        UserError: ``target`` is not in (0, 1), or no allocation keeps the budget. For each cost whose bound is too low,
-            the message gives the range of the ladders and the units that hold most of the least cost.
+        UserError: ``target`` is not in (0, 1), or no allocation keeps the budget. The message names each cost whose
+            bound is too low, the range that the ladders reach, and the units that hold most of the cost then.
     """
     limits: dict[Cost, int] = {}
     if target is not None:
@@ -98,16 +98,16 @@ def repair(
 ) -> Allocation:
     """Move an allocation into the budget, then fill the budget.
 
-    Round after round in ``order``, each unit is made one level sparser until the budget holds. Then, in the same order,
-    each unit is made one level denser while it fits, until none does. Costs are exact, so steps may be unequal. No cost
-    rises with sparsity, so a budget that the sparsest allocation keeps can always be met.
+    Units become sparser in turn, by one level each, in ``order``, until the budget holds. Then they become denser in
+    the same way, until no unit could be one level denser. Costs are exact, and steps may have unequal costs. No cost
+    rises with sparsity, so any budget that the sparsest allocation keeps can be met.
 
     Args:
         space: The search space.
         allocation: Any levels, within the ladders.
         budget: The limits to keep.
         order: Unit indices, in the order in which units become sparser and then denser.
-        spared: The other unit indices, if any. They move only when those in ``order`` no longer can.
+        spared: The other unit indices, if any. They move only when no unit in ``order`` can move.
     """
     assert sorted([*order, *spared]) == list(range(len(space.units)))
     ledger = _Ledger(space, allocation, budget)

@@ -1,17 +1,17 @@
 """The expansion of the loss around an allocation: one backward pass for every level of every unit.
 
-The inner product of the loss's gradient in a unit's weights and of the change that a level makes to them is the
-first-order change of the loss, for all units and levels at once. At the dense model this gradient is zero, because any
-distance from itself is. At a pruned model it holds what the unit's error has in common with the errors of all other
-units, on which a profile of single steps spends most of its evaluations. The rest is the unit's own curvature. It is
-nearly proportional to the mean square of the change of the unit's output, by a factor that hardly changes during a
-search.
+A level changes the weights of a unit. The inner product of this change with the gradient of the loss is the
+first-order change of the loss. One backward pass gives it for all units and levels. At the dense model the gradient is
+zero, because the distance from the dense model is least there. At a pruned model the gradient shows how the error of
+the unit adds to the errors of all other units. A profile of single steps spends most of its evaluations to learn this.
+What is left is the unit's own curvature. It is nearly proportional to the mean square of the change of the unit's
+output, by a factor that hardly changes during a search.
 
-Whole experts change a router's choice, and not weights. For them the gradient is that in their output, and the mixture
-is run at every level on the tokens that reach it.
+Whole experts change a router's choice instead of weights. Their gradient is taken in the output of the mixture. The
+mixture is run at every level, on the tokens that reach it.
 
-Second-order Taylor saliency goes back to Optimal Brain Damage (LeCun et al., 1989). Here it is that of whole levels,
-with their refits, around an allocation that is already pruned.
+Second-order Taylor saliency goes back to Optimal Brain Damage (LeCun et al., 1989), where single weights are removed
+from the dense model. Here whole levels are taken, with their refits, around an allocation that is already pruned.
 
 Shapes: B sequences, T tokens, D hidden size, n positions of all batches, o outputs and i inputs of a matrix.
 ``delta_no`` is the gradient in a matrix's outputs.

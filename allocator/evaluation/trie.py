@@ -1,8 +1,8 @@
 """The order in which a batch of allocations is run, so that shared blocks are computed once.
 
-An allocation is a path from the first block to the last block that is run. In lexicographic order, paths walk a trie:
-each one starts at a boundary between blocks up to which it agrees with the path before. Boundary b is the input of
-block b. Boundary 0 is always available.
+An allocation is a path from the first block to the last block that is run. Paths are run in lexicographic order, which
+walks a trie. A path shares its first blocks with the path before it, and starts after them, at a boundary between
+blocks. Boundary b is the input of block b. Boundary 0 is always available.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Step:
 def plan(paths: Sequence[Path], limit: int) -> list[Step]:
     """Return steps in lexicographic order of paths.
 
-    A boundary is kept while a later path branches off there. Beyond ``limit`` boundaries, the one with the fewest
-    blocks above the next lower one is dropped, because it is the cheapest to compute again. Of equally cheap ones it is
-    the lowest, which is needed last.
+    A boundary is kept while a later path branches off there. At most ``limit`` boundaries are kept. If there are more,
+    the boundary with the fewest blocks since the kept one below it is dropped, because it is the cheapest to compute
+    again. Of equally cheap ones, the lowest is dropped, because it is needed last.
     """
     order = sorted(range(len(paths)), key=lambda index: paths[index])
     shared = [_shared(paths[a], paths[b]) for a, b in pairwise(order)]

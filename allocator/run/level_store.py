@@ -12,14 +12,14 @@ from allocator.run.job import Job
 from allocator.run.reporting import Reporter
 
 STORE_FOLDER = "levels"
-"""Folder inside a run of the level store, unless the user names another place."""
+"""The folder of the level store inside a run's folder. The user may name another place."""
 
 
 def locate_store(job: Job) -> Path:
     """Return the folder of the level store of a job's round.
 
-    Runs of one round share the folder that the user named. Runs of several rounds use folders next to it, named after
-    what each store belongs to, so that runs share the stores of equal rounds.
+    A run of one round uses the folder that the user named. A run of several rounds needs several stores. They lie next
+    to that folder, and each name contains the hash of all that the store depends on. So runs share equal stores.
     """
     named = job.config.store
     if named is None:
@@ -30,7 +30,7 @@ def locate_store(job: Job) -> Path:
 
 
 def find_store(job: Job) -> LevelStore | None:
-    """Return the finished level store of a job's round; None if there is none and one can be written.
+    """Return the finished level store of a job's round; None if it has to be built.
 
     Raises:
         UserError: The folder holds something else, or cannot be written to.

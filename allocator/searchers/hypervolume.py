@@ -1,10 +1,14 @@
 """The hypervolume of a front during its search, against a reference point from the search's first batch.
 
-It is the share of the box between two points that the front dominates. The ideal point has the costs of the sparsest
-model and 0 for distances from the dense model. Likelihoods never come near 0, so theirs is the least of the journal's
-first batch, to which the dense model belongs if a likelihood is an objective. The reference point has the costs of the
-dense model and the worst measurements of that batch, which holds the uniform allocations with which every search of a
-front begins. An outcome beyond the reference point in any figure adds nothing.
+Two points span a box. The hypervolume is the share of this box that the front dominates.
+
+The ideal point has the costs of the sparsest model, and 0 for each distance from the dense model. A likelihood never
+comes near 0, so the ideal point has its lowest value in the journal's first batch. If a likelihood is an objective, the
+first batch measures the dense model too.
+
+The reference point has the costs of the dense model, and the worst measurements of the first batch. This batch measures
+uniform allocations, with which every search of a front begins. An outcome that is worse than the reference point in any
+figure adds nothing.
 """
 
 from __future__ import annotations
@@ -82,7 +86,7 @@ class Hypervolume:
         return [(step.evaluations, round(step.tokens), step.volume) for step in self._steps]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the entry of ``front.json``: both points by objective in written figures, the value and its curve.
+        """Return the entry of ``front.json``: the ideal and the reference point, the hypervolume, and its curve.
 
         At least one batch must have been measured.
         """

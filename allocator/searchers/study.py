@@ -1,4 +1,4 @@
-"""A study: from a budget or objectives to a decision, through baselines, a search, and a choice on text of its own.
+"""A study: it measures baselines, searches, and chooses the plan among the best on text that the search did not see.
 
 Every measurement is looked up in the journal first, so a finished study can be replayed without a model.
 """
@@ -26,10 +26,10 @@ from allocator.searchers.rules.baselines import two_rate, uniform
 from allocator.searchers.settings import SearchSettings
 
 FINALISTS = 4
-"""Allocations that are measured again on the selection split. The best of them is the plan."""
+"""Number of the best allocations that are measured again, on the selection split. The best there is the plan."""
 
 MEMBERS = 24
-"""Most members of a front that are measured again on the selection split; evenly spaced ones if there are more."""
+"""Maximum number of members of a front that are measured again, on the selection split. They are evenly spaced."""
 
 _STARTS = 3
 """Uniform allocations with which every search of a front begins."""
@@ -42,13 +42,13 @@ class Study:
     Attributes:
         space: What may be pruned.
         budget: Limits that every allocation keeps.
-        objectives: What is minimised in addition to the loss, or in its place. Without any, the study is of one budget;
-            with some, it is of a front.
+        objectives: What is minimised in addition to the loss, or in its place. Empty for a study of one budget. With
+            objectives, the study is of a front.
         settings: The method and its settings.
-        seed: Of the search.
+        seed: The seed of the search.
         selection_tokens: Tokens of the selection split on which the best allocations are compared.
-        at_knee: Whether the plan is the knee of the front; otherwise it is the member of least loss.
-        round: What this round begins with, if it follows another.
+        at_knee: Whether the plan is the knee of the front. If not, it is the member with the lowest loss.
+        round: What the round before handed to this one. None in the first round.
     """
 
     space: SearchSpace
@@ -83,16 +83,17 @@ class Study:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """The chosen allocation, the baselines within the same budget, and what the choice took.
+    """The chosen allocation, and the baselines within the same budget.
 
     Attributes:
-        uniform: The same sparsity everywhere.
-        two_rate: The best of one sparsity for attention and one for the rest.
+        uniform: The allocation with one sparsity for all units.
+        two_rate: The best allocation with one sparsity for attention and one for all other units.
         searched: The chosen allocation.
         losses: Losses of the chosen allocation: ``search`` on the search split and, in the last round, ``selection`` on
-            the selection split. There ``incumbent`` is the loss of the allocation that the round before chose.
+            the selection split. ``incumbent`` is the loss, on the selection split, of the allocation that the round
+            before chose.
         ended: Why the search ended.
-        spent: On measurements, selection included.
+        spent: The effort of all measurements, those on the selection split included.
     """
 
     uniform: Allocation
@@ -199,11 +200,11 @@ class _Task(Protocol):
 class _BudgetTask:
     """Steps of a study of one budget.
 
-    Finalists of a search that trains are trained as in its last stage, because that is what they were scored by. The
-    baselines are compared with each other untrained.
+    If the search trains candidates, finalists are trained too, as in the last stage of the search. Baselines are not
+    trained.
 
-    A round that follows another begins at the allocation that the round before chose, which is also a finalist. A round
-    that another follows only finds where finer ladders belong: its choice is the best of the search.
+    Every round but the first begins at the allocation that the round before chose. This allocation is also a finalist.
+    Every round but the last only finds where finer ladders belong, so it chooses the best allocation of its search.
     """
 
     def __init__(self, study: Study, measurer: Measurer) -> None:
@@ -252,7 +253,7 @@ class _BudgetTask:
 
 
 class _FrontTask:
-    """Steps of a study of a front. Its baselines keep what the chosen member costs."""
+    """Steps of a study of a front. Its baselines cost no more than the chosen member."""
 
     def __init__(self, study: Study, measurer: Measurer, names: Sequence[str]) -> None:
         self._study, self._measurer, self._names = study, measurer, names

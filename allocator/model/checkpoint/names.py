@@ -1,4 +1,7 @@
-"""From the names of tensors in files to their names in the model. Files may have older names, or those of the base."""
+"""Names of tensors: those in the files of a checkpoint, and those in the model.
+
+They differ where files have the names of an older version, or those of the model without its head.
+"""
 
 from __future__ import annotations
 

@@ -50,8 +50,9 @@ class SubBlock:
     all, it has the name of the output projection.
 
     A whole expert owns one row of the router and its matrices in ``experts``. At least ``least`` experts stay, or none.
-    ``routed`` names the module of the mixture, which adds up the outputs of several sub-blocks. These are whole experts
-    or single experts with channels as items, and the network that every token passes in addition.
+    ``routed`` names the module of the mixture. The mixture adds up the outputs of several sub-blocks: its experts, and
+    the network that every token passes in addition, if there is one. Either all experts are one sub-block with whole
+    experts as items, or each expert is a sub-block with channels as items.
     """
 
     name: str

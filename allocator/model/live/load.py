@@ -103,7 +103,7 @@ def build_shaped_model(
 
 
 def list_stock_shapes(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of all parameters of the stock model of a configuration, tied ones once.
+    """Return the shape of every parameter that the stock class makes of a configuration. Tied ones appear once.
 
     Raises:
         UserError: transformers has no such class, or it refuses a value.
@@ -118,8 +118,8 @@ def check_stock(checkpoint: Checkpoint, family: Family) -> None:
     No weight is loaded. Tensors that the class renames when it loads are not compared.
 
     Raises:
-        UserError: A tensor has another shape, a bias has no place in the class or is not in the files, a matrix of a
-            unit is one tensor with another, or transformers has no such class or cannot build it.
+        UserError: A tensor has another shape, a bias has no place in the class or is not in the files, two matrices of
+            units share one tensor, or transformers has no such class or cannot build it.
     """
     try:
         model = build_stock_model(checkpoint.folder, checkpoint.architecture, checkpoint.config)

@@ -16,7 +16,7 @@ _LAST = 1e300
 """The rate of a step that frees nothing."""
 
 _NOTHING = 1e-18
-"""A step that costs nothing costs this."""
+"""The cost that is assumed for a step that costs nothing, so that losses can be divided by it."""
 
 
 class SpaceArrays:
@@ -24,7 +24,7 @@ class SpaceArrays:
 
     Attributes:
         cost_kul: Cost of each level, int64. Beyond a unit's last level, that level is repeated.
-        price_ul: Sum over costs of each level's cost as a share of the budget's room.
+        price_ul: Cost of each level as a share of the room that the budget leaves, summed over the limited costs.
         sparsity_ul: Share of the unit that each level removes, padded likewise.
         last_u: Each unit's last level.
         room_k: What the budget leaves to units: the limit less the fixed cost.
@@ -47,7 +47,7 @@ class SpaceArrays:
         self._units = np.arange(len(space.units))
 
     def measure_excess(self, levels_nu: np.ndarray) -> np.ndarray:
-        """Return the sum over limits of the share by which allocations [..., U] exceed each, [...]."""
+        """Return by which share allocations [..., U] exceed each limit, summed over limits, [...]."""
         over_nk = self._cost(levels_nu) - self.room_k
         return np.asarray((np.maximum(over_nk, 0) / np.maximum(self.room_k, 1)).sum(-1))
 

@@ -221,7 +221,10 @@ def test_ladders_of_n_m(tiny_model):
 
 def test_widths_that_groups_do_not_divide(tiny_model):
     name = r"model\.layers\.0\.self_attn\.q_proj"
-    with pytest.raises(UserError, match=rf"rows of {name} hold 32 weights, which is not a multiple of the group size 3.*ladder\.patterns="):
+    with pytest.raises(
+        UserError,
+        match=rf"rows of {name} hold 32 weights, which is not a multiple of the group size 3.*ladder\.patterns=",
+    ):
         _resolve(tiny_model, "n:m", patterns=["1:3"])
 
 
@@ -258,7 +261,9 @@ def family_with(tmp_path):
 
 def test_an_uncovered_matrix_is_named(tiny_model, family_with):
     family = find_family("llama", family_with(skip=["lm_head"]))
-    with pytest.raises(UserError, match=r"matrix model\.embed_tokens \[128, 32\].*Name the matrix in a unit, or list it"):
+    with pytest.raises(
+        UserError, match=r"matrix model\.embed_tokens \[128, 32\].*Name the matrix in a unit, or list it"
+    ):
         resolve_layout(family, read_checkpoint(tiny_model))
 
 

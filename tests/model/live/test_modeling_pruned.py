@@ -241,7 +241,11 @@ def test_a_configuration_that_is_counted_becomes_the_modules_own():
             {"remove": ["attention.self"]},
             r"cannot be removed by taking out .*self, because of .*attention\.output\.dense\.",
         ),
-        ("attention", {"remove": ["attention.self", "attention.output"]}, r"because of .*attention\.output\.dense\. Name"),
+        (
+            "attention",
+            {"remove": ["attention.self", "attention.output"]},
+            r"because of .*attention\.output\.dense\. Name",
+        ),
         ("attention", {"remove": ["attention.slef", "attention.output.dense"]}, r"because of .*attention\.slef\."),
         (
             "mlp",
