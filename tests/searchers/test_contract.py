@@ -139,6 +139,7 @@ class RuleContract(SearcherContract):
     rule = ""
     tokens = 128
     draws = False
+    test_the_settings_can_be_recorded = None  # a rule has none
     test_what_cannot_be_measured_is_never_the_best = None  # a rule has no second choice
 
     def make(self, space, budget, start, seed):
