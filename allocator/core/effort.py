@@ -87,7 +87,7 @@ class Trained:
         self._tokens: dict[tuple[Allocation, str], int] = {}
 
     def before(self, request: Request) -> int:
-        """Return the tokens of a request on which its allocation was trained already."""
+        """Return on how many of a request's training tokens its allocation was trained already."""
         return min(request.training, self._tokens.get((request.allocation, request.split), 0))
 
     def note(self, requests: Iterable[Request]) -> None:

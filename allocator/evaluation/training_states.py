@@ -64,7 +64,7 @@ class TrainingStates:
             ) from None
 
     def forget(self, done: Iterable[Request]) -> None:
-        """Remove the states of lower fidelities than that of a batch, which no later stage continues."""
+        """Remove the states of lower fidelities than a batch has. No later stage continues them."""
         least = min((request.tokens for request in done if request.training), default=0)
         for path in self._folder.glob("*") if least else ():
             if path.suffix != _SUFFIX or int(path.stem.split("-")[1]) < least:

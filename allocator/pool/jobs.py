@@ -39,7 +39,7 @@ class JobServer:
         """Connect.
 
         Raises:
-            UserError: The address is not that of a dashboard, nothing answers there, or the cluster requires a token.
+            UserError: The address is not a dashboard's, nothing answers there, or the cluster requires a token.
         """
         url = address or os.environ.get(ADDRESS) or _DEFAULT
         url = (url if "://" in url else f"http://{url}").rstrip("/")

@@ -121,7 +121,7 @@ def convergence_figure(curve: Sequence[tuple[float, float]], marks: Mapping[str,
 
 
 def sparsity_figure(units: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw the share that the plan removes from each block next to that of uniform, one panel per part.
+    """Draw the share that the plan and uniform remove from each block, one panel per part.
 
     A part with one unit per block gets bars, with uniform as a line. A part with several (matrices) gets a
     heat map of the difference from uniform, with the plan's own sparsity written in the cells.

@@ -15,7 +15,7 @@ _SILENT_S = 6 * BEAT_S
 
 
 def read_status(run: Path) -> dict[str, Any]:
-    """Return what ``status.json`` says, with ``age_s``, and as ``state`` what is the case.
+    """Return the content of ``status.json``, with its age in seconds as ``age_s`` and the true ``state``.
 
     A process that was killed says nothing of it: a run that seems to be running is ``lost`` where no process has its
     journal's lock; of one on another machine, whose locks may not be seen here, where nothing was heard for a minute.

@@ -121,7 +121,7 @@ class EvaluatorContract:
     def test_checkpoints_are_saved_and_measured_in_order(
         self, evaluator: Evaluator, bench: Bench, tmp_path: Path
     ) -> None:
-        """From the store or pruned again, figures and files are those of one engine."""
+        """Figures and files equal those of one engine, whether levels come from the store or are pruned again."""
 
         def list_executions(name: str) -> list[Execution]:
             return [Execution(bench.draw(seed), bool(seed % 2), tmp_path / f"{name}{seed}") for seed in range(3)]

@@ -48,7 +48,7 @@ class TwoTexts:
 
 
 class FrontRecord:
-    """A search to its end, answered by what is known and then by an evaluator.
+    """A search that runs to its end. Known outcomes answer its requests first, then an evaluator.
 
     Attributes:
         batches: The requests of every batch.

@@ -250,7 +250,7 @@ class Bowl:
     def optimum(self, budget: Budget) -> tuple[float, Allocation]:
         """Return the least loss within the budget, and where it is, if only neighbouring units interact.
 
-        By dynamic programming over what is spent and the level of the last unit.
+        Find it by dynamic programming over the cost so far and the level of the last unit.
         """
         form, count = self.forms.mean(0), len(self.positions)
         assert not np.triu(form, 2).any(), "units interact beyond their neighbours"

@@ -1,4 +1,4 @@
-"""A tiny model with random weights, what an engine needs of it, and plans of it that were executed."""
+"""A tiny model with random weights, its engine specification, and executed plans for it."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ ODD_LADDERS = {
 
 
 class Landscape(AllocationEvaluator, Protocol):
-    """A loss that is a function of the allocation, and what was asked of it."""
+    """A loss that is a function of the allocation. It records the requests."""
 
     requests: list[Request]
 
@@ -156,7 +156,7 @@ class SearcherContract:
         assert self.run(tmp_path, space, seed=1).batches != self.run(tmp_path, space, seed=2).batches
 
     def test_resumed_at_any_point_is_uninterrupted(self, space: SearchSpace, tmp_path: Path) -> None:
-        """A search that is told what is known asks for the rest, and ends as it would have."""
+        """A search that is told the known outcomes asks for the others, and ends like the uninterrupted one."""
         whole = self.run(tmp_path, space, seed=5)
         measured = whole.known
         for known in {0, 1, 2, len(measured) // 3, len(measured) // 2, len(measured) - 1, len(measured)}:

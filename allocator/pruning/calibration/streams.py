@@ -203,7 +203,7 @@ class DenseAndPruned:
         return [project(inputs) for inputs in self._projection_inputs]
 
     def _average_over_levels(self, stage: PruneStage) -> list[torch.Tensor]:
-        """Return the average of what sub-blocks of several units add over their levels, batch by batch.
+        """Return the mean output of sub-blocks over their levels, batch by batch. The sub-blocks have several units.
 
         The weight of a level is what it keeps. All units are at the same level, and the sub-blocks are run at each.
         """

@@ -58,7 +58,7 @@ def coverage_table(rows: Iterable[tuple[str, Sequence[int], int, str | None]]) -
 
 
 def format_alignment(lack: Mapping[str, Any]) -> str:
-    """Format what aligned ladders lack compared with those of any width, in two lines."""
+    """Format in two lines what aligned ladders lack, compared with ladders of any width."""
     parts = "; ".join(
         f"{part} has {own['levels']} levels of {own['unaligned']}, "
         f"at most {format_share(own['furthest'])} of its channels away"

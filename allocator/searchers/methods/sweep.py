@@ -1,4 +1,4 @@
-"""One profile for every budget: a whole front from a chain of searches, each of which continues the one before.
+"""One profile for every budget: a whole front from a chain of searches. Each continues the one before.
 
 The loss of a unit hardly depends on how sparse the others are. So one model of the loss serves every budget: its
 curvatures are measured once, and it learns from the outcomes of all budgets. The best allocation of a budget, fitted to

@@ -1,4 +1,4 @@
-"""Thompson sampling of an additive model of the loss, each sample of it minimised exactly.
+"""Thompson sampling of an additive model of the loss. Each sample of the model is minimised exactly.
 
 Thompson (1933): draw a model from the posterior, measure its best allocation, learn. The model is
 :mod:`allocator.searchers.surrogates.additive`, a table over units and levels. A knapsack finds the best allocation of a

@@ -129,7 +129,7 @@ def ecoflap(space: SearchSpace, budget: Budget, target: float, signals: Signals)
 
 
 def shortgpt(space: SearchSpace, budget: Budget, target: float, signals: Signals) -> Allocation:
-    """Drop whole blocks, those of least influence 1 - cos(input, output) first, until the budget holds.
+    """Drop whole blocks until the budget holds, in the order of their influence 1 - cos(input, output), least first.
 
     Men et al., "ShortGPT", 2024. The source removes a number of blocks. Here the budget is exact, so the last dropped
     block takes back what the budget leaves. A dropped unit is at its last level.

@@ -30,7 +30,7 @@ _DOUBT = 0.25
 """Relative deviation of a curvature that was measured by a single step on few tokens."""
 
 _IGNORANCE = 1.0
-"""Relative deviation of a curvature that was not measured and is estimated from those of other units."""
+"""Relative deviation of a curvature that was not measured. It is estimated from the curvatures of other units."""
 
 _LEAST = 0.05
 """The least curvature, relative to the median; smaller ones are noise."""
@@ -106,7 +106,8 @@ class Quadratic:
     """The model. It is recomputed from all observations, so it depends on nothing else.
 
     Attributes:
-        table_ul: Expected loss of each level, relative to that of the last expansion on all tokens.
+        table_ul: Expected change of the loss by each level, from the last allocation that was expanded on all tokens,
+            as a share of its loss.
     """
 
     def __init__(self, arrays: SpaceArrays, tokens: int) -> None:
@@ -154,7 +155,7 @@ class Quadratic:
             self._observed.append(_Observed(size_u=size_u, left=left, away=away, tokens=difference.tokens, error=error))
 
     def find_missing_curvatures(self, tokens: int) -> np.ndarray:
-        """Return the units with several levels of which no single step on so many tokens was measured, [n]."""
+        """Return the units whose curvature is not measured on so many tokens, [n]. Units with one level have none."""
         told = [unit for unit, on, _ in self._steps if on >= tokens]
         return np.setdiff1d(np.flatnonzero(self._arrays.last_u > 0), told)
 

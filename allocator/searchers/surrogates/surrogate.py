@@ -20,7 +20,7 @@ class Difference:
     Attributes:
         allocation: The allocation.
         reference: The allocation that it is compared with.
-        value: Loss of the allocation less that of the reference, relative to the mean of the two.
+        value: Loss of the allocation minus the loss of the reference, divided by their mean.
         tokens: Tokens of the measurement.
         error: Standard error of the value, from its spread over sequences; None if unknown.
         mean: The mean of the two losses.

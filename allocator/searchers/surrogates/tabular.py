@@ -56,7 +56,7 @@ _MISFIT = 0.1
 
 
 _DRIFT = 2.0
-"""The same, once every unit has moved away from the place of the measurement."""
+"""The same deviation once every unit has moved away from the measured allocation."""
 
 _PESSIMISM = 0.25
 """Deviations that are added to the expected loss of a level for cautious moves."""
