@@ -3,7 +3,7 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-CONSUMERS = $(patsubst tests/export/environments/%.txt,.consumers/%/.installed,$(wildcard tests/export/environments/*.txt))
+CONSUMERS = $(patsubst tests/interop/environments/%.txt,.consumers/%/.installed,$(wildcard tests/interop/environments/*.txt))
 
 .PHONY: help install demo docs test test-slow test-consumers lint clean
 
@@ -36,7 +36,7 @@ test: $(VENV)/.installed-test
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
-.consumers/%/.installed: tests/export/environments/%.txt
+.consumers/%/.installed: tests/interop/environments/%.txt
 	$(PYTHON) -m venv .consumers/$*
 	@echo "installing what $< names into .consumers/$* ..."
 	.consumers/$*/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<

@@ -298,6 +298,13 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(there), f"{page.name}: {link}"
 
 
+def test_the_makefile_names_what_exists() -> None:
+    words = re.findall(r"(?:tests|search_spaces|allocator|docs|runs)/[\w./*-]+", (ROOT / "Makefile").read_text("utf-8"))
+    named = {word for word in words if not word.startswith("runs/demo")}
+    assert any("environments" in word for word in named)
+    assert [word for word in named if not any(ROOT.glob(word.replace("%", "*")))] == []
+
+
 def test_every_page_is_in_both_indices() -> None:
     names = {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
     index = set(links(ROOT / "docs" / "README.md"))
