@@ -84,7 +84,9 @@ def _diagonal(matrix_ii: torch.Tensor, width: int) -> torch.Tensor:
 def _scores(inverse_mww: torch.Tensor, square_mww: torch.Tensor) -> torch.Tensor:
     if inverse_mww.shape[1] == 1:
         return (square_mww / inverse_mww).flatten()
-    return torch.linalg.solve(inverse_mww, square_mww).diagonal(dim1=1, dim2=2).sum(1)
+    # not by LU: with several threads, PyTorch's LU of a batch of such sizes hangs or fails (pytorch/pytorch#142815)
+    solved_mww = torch.cholesky_solve(square_mww, torch.linalg.cholesky(inverse_mww))
+    return solved_mww.diagonal(dim1=1, dim2=2).sum(1)
 
 
 def _factors(inverse_wi: torch.Tensor, square_wi: torch.Tensor, item: slice) -> tuple[torch.Tensor, torch.Tensor]:

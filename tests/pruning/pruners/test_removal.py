@@ -1,8 +1,11 @@
 import numpy as np
 import pytest
 import torch
+from forked import Python
 
 from allocator.pruning.pruners.removal import obs_order
+
+DEADLINE_S = 120.0
 
 
 def _problem(seed, inputs, outputs):
@@ -58,6 +61,27 @@ def test_items_in_groups_go_in_the_order_of_the_plain_pass(width, num_groups, ba
         assert found == _plain_order(weight, gram, width, num_groups)
         for group, part in enumerate(np.split(np.array(found), num_groups)):
             assert sorted(part) == list(range(12 // num_groups * group, 12 // num_groups * (group + 1)))
+
+
+def test_wide_items_are_ordered_on_several_threads(tmp_path):
+    """PyTorch's LU of a batch of matrices over some 150 rows hangs or fails on more than one thread."""
+    code = """
+import torch
+from allocator.pruning.pruners.removal import obs_order
+weight = torch.randn(64, 480, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+inverse = torch.linalg.cholesky(weight.T @ weight + torch.eye(480)).cholesky_inverse()
+orders = []
+for threads in (1, 2):
+    torch.set_num_threads(threads)
+    orders.append(obs_order(weight, inverse, 160).tolist())
+assert orders[0] == orders[1], orders
+"""
+    process = Python(["-c", code], tmp_path)
+    try:
+        _, error = process.communicate(DEADLINE_S)
+    finally:
+        process.kill()
+    assert process.returncode == 0, error
 
 
 def test_inputs_are_left_as_they_were():
