@@ -39,7 +39,7 @@ _COMPARE = tuple(name for name in RunOptions.__annotations__ if name not in ("ob
 
 
 @app.command()
-@take_options("pattern", "target", "constraints", "family", "settings")
+@take_options("text", "pattern", "target", "constraints", "family", "settings")
 def inspect(
     model: ModelArgument = None,
     explain: Annotated[bool, typer.Option("--explain", help="Show which unit covers each matrix.")] = False,
@@ -47,7 +47,7 @@ def inspect(
     json_: Json = False,
     **options: Any,
 ) -> None:
-    """Show a model's units, ladders and exact costs, from its headers alone."""
+    """Show a model's units, ladders and exact costs, from its headers alone, and what the splits hold of a text."""
     from allocator.commands import inspect as verbs
 
     if suggest:

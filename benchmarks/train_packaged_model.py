@@ -41,7 +41,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from allocator.model.data.text import Document, choose_split, pack_documents, read_standard_library
+from allocator.model.data.text import Document, choose_split, read_standard_library
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -366,8 +366,9 @@ def held_out_sequences(tokenizer: Tokenizer, split: str, most: int) -> np.ndarra
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False).ids
 
-    total = sum(len(encode(document.text)) + 1 for document in documents)
-    return pack_documents(documents, encode, min(most, total // SEQUENCE_LENGTH), SEQUENCE_LENGTH, 0)
+    tokens = [token for document in documents for token in [*encode(document.text), 0]]
+    count = min(most, len(tokens) // SEQUENCE_LENGTH)
+    return np.array(tokens[: count * SEQUENCE_LENGTH], dtype=np.int64).reshape(count, SEQUENCE_LENGTH)
 
 
 def token_bytes(tokenizer: Tokenizer) -> np.ndarray:

@@ -34,7 +34,7 @@ def evaluate(
     Args:
         checkpoint: A pruned or dense folder with the dense model's blocks.
         model: The dense model. If None, the model of ``config``, else the packaged model.
-        text: Text or other examples. If None, the text of ``config``, else the Python standard library.
+        text: Text or other examples. If None, the text of ``config``. ``python`` for the Python standard library.
         family: A family file. If None, the file of ``config``, else the files of the package.
         config: A configuration or a run file that names model, text and family.
         tokens: Number of tokens of the test split to measure on, a multiple of ``length``.

@@ -15,7 +15,8 @@ from allocator.model.family.layout import apply_family_names
 from allocator.model.family.schema import find_family, load_shipped_families
 from allocator.run.config.load import build_config
 from allocator.run.config.run import RunConfig
-from allocator.run.model import read_model
+from allocator.run.model import describe_texts, read_model
+from allocator.run.prepare import read_splits
 from allocator.searchers.rules.baselines import uniform
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def inspect(
     config: RunConfig | Path | str | None = None,
     **options: Unpack[RunOptions],
 ) -> Inspection:
-    """Read the search space of a model. No weight is loaded.
+    """Read the search space of a model, and how much of a text the splits hold. No weight is loaded.
 
     Args:
         model: A Hugging Face folder or hub id. If None, the model of ``config``, else the packaged model.
@@ -50,11 +51,12 @@ def inspect(
         options: See :class:`~allocator.run.config.options.RunOptions`.
 
     Raises:
-        UserError: The model cannot be used, or the budget is out of reach.
+        UserError: The model cannot be used, the budget is out of reach, or the text is too short.
     """
     settings = build_config(model, config, options)
     checkpoint, _, space = read_model(settings)
     budget = budget_for(space, settings.target, settings.bounds)
+    text = describe_texts(read_splits(settings, checkpoint)) if settings.text or settings.domains else []
     even = uniform(space, budget)
     aligned = alignment(settings, space, budget)
     summary = {
@@ -68,6 +70,7 @@ def inspect(
         "uniform": {"params": space.cost(even), "sparsity": round(space.sparsity(even), 6)},
         "units": space.to_json()["units"],
         **({"align": aligned} if aligned else {}),
+        **({"text": text} if text else {}),
     }
     return Inspection(space, summary)
 

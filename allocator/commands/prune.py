@@ -48,7 +48,7 @@ def prune(  # noqa: PLR0913 - a public entry point
         out: A folder that does not exist yet.
         model: The dense model of the plan. If None, the model of ``config``, else the packaged model.
         text: The calibration text of the plan. If the run had domains, the texts of the domains in the same order. If
-            None, the text or domains of ``config``, else the Python standard library.
+            None, the text or domains of ``config``. ``python`` for the Python standard library.
         family: The family file of the plan. If None, the family file of ``config``, else the package's families.
         config: A configuration or a run file that names the model, the text and the family file.
         execution: ``recompute`` prunes block by block, on the outputs of pruned predecessors. ``assemble`` uses the

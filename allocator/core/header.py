@@ -30,6 +30,7 @@ class JournalHeader:
         objectives: What is minimised in addition to the loss, or in its place; empty for a search at one budget.
         tokens: Fidelities of the search, increasing.
         selection: Tokens of the selection split.
+        text: How much of each text the splits hold, by split and by the name of the text; empty without text.
         workload: What the plan's costs of serving are for.
         training: How candidates are trained; None where they are not.
         round: What the round begins with (see :class:`~allocator.searchers.coarse_to_fine.Round`); None for the first.
@@ -50,6 +51,7 @@ class JournalHeader:
     objectives: tuple[str, ...] = ()
     tokens: tuple[int, ...] = ()
     selection: int = 0
+    text: Mapping[str, Any] = field(default_factory=dict)
     workload: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] | None = None
     round: Mapping[str, Any] | None = None
@@ -62,6 +64,7 @@ class JournalHeader:
         optional: dict[str, Any] = {
             "budget": None if self.budget is None else dict(self.budget.limits),
             "objectives": list(self.objectives) or None,
+            "text": dict(self.text) or None,
             "training": self.training,
             "round": self.round,
         }

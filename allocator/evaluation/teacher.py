@@ -130,7 +130,7 @@ class Teacher:
         """Return the index of the first sequence of each batch, and the number of its sequences."""
         length = self._tokens[split].length
         assert tokens % length == 0, f"{tokens} tokens are not whole sequences of {length}"
-        assert tokens <= self._tokens[split].num_tokens, f"{tokens} tokens of the {split} split were not packed"
+        assert tokens <= self._tokens[split].num_tokens, f"{tokens} tokens of the {split} split were not read"
         count = tokens // length
         return [(start, min(SEQUENCES_PER_BATCH, count - start)) for start in range(0, count, SEQUENCES_PER_BATCH)]
 

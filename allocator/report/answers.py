@@ -29,7 +29,8 @@ def answer_inspection(space: SearchSpace, summary: Mapping[str, Any]) -> Answer:
         answer.append(line)
     params = summary["uniform"]["params"]
     answer.append(f"{summary['asked']}: {format_budget(summary['budget'])}; uniform has {params:,} parameters")
-    return [*answer, *([format_alignment(summary["align"])] if "align" in summary else [])]
+    answer += [format_alignment(summary["align"])] if "align" in summary else []
+    return [*answer, *summary.get("text", [])]
 
 
 def answer_latency(table: LatencyTable, out: Path) -> Answer:

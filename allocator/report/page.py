@@ -105,6 +105,7 @@ def write_report(folder: Path) -> Path:
         figures={name: Markup(_inline_svg(svg)) for name, svg in drawn.items()},
         prints=_list_fingerprints(journal.header.to_json()),
         pruner=_read_pruner(folder),
+        shared_text=any(seen["shared"] for texts in journal.header.text.values() for seen in texts.values()),
         files={
             name: what for name, what in _FILES.items() if (name == "figures" and drawn) or (folder / name).exists()
         },

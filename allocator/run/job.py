@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -189,6 +189,11 @@ class Job:
             objectives=config.objectives,
             tokens=config.search.settings_for_round(self.round_number).fidelities,
             selection=config.tokens.selection,
+            text={
+                split: {name: asdict(coverage) for name, coverage in examples.coverage.items()}
+                for split, examples in self.tokens.items()
+                if examples.coverage
+            },
             workload=self.workload_id,
             training=self.training_id.get("training"),
             round=None if self.round is None else self.round.to_json(),

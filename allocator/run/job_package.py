@@ -16,7 +16,7 @@ import yaml
 
 from allocator.core.errors import UserError
 from allocator.model.checkpoint.headers import PACKAGED, list_model_files
-from allocator.model.data.text import list_text_files
+from allocator.model.data.text import list_text_files, names_library
 from allocator.model.family.schema import find_families_folder
 from allocator.run.config.load import read_keys, validate
 from allocator.run.config.run import RunConfig
@@ -94,6 +94,8 @@ def pack(keys: Mapping[str, Any], file: Path | None = None, *, installed: bool =
     for group, key, label in list(_places(sent)):
         named = Path(group[key])
         if named.is_absolute() or group[key].startswith("~") or (key == "model" and not _is_here(group[key])):
+            continue
+        if label == "text" and names_library(named):
             continue
         # a model is called after where it really lies, and a text file after what names it
         there = f"inputs/{label}/{named.name if named.is_file() else named.resolve().name}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from allocator.core.space import SearchSpace
 from allocator.model.checkpoint.headers import Checkpoint, locate
 from allocator.model.data.examples import Examples
 from allocator.model.data.read import read_tokens
+from allocator.model.data.text import LIBRARY
+from allocator.model.data.windows import Coverage, describe_coverage
 from allocator.model.family.layout import Layout, resolve_layout
 from allocator.model.family.serving_costs import Workload, add_serving_costs
 from allocator.model.family.space import build_space
@@ -93,15 +96,27 @@ def read_texts(
     if count == 1:
         return read_tokens(next(iter(texts.values())), checkpoint, wanted, length)
     packed = {split: np.empty((tokens // length, length), dtype=np.int64) for split, tokens in wanted.items()}
+    coverage: dict[str, dict[str, Coverage]] = {split: {} for split in wanted}
     for index, (name, text) in enumerate(texts.items()):
         shares = {split: len(rows[index::count]) * length for split, rows in packed.items()}
         try:
-            read = read_tokens(text, checkpoint, shares, length)
+            read = read_tokens(text or Path(LIBRARY), checkpoint, shares, length)
         except UserError as error:
             raise UserError(f"domains.{name}: {error}") from None
         for split, rows in packed.items():
             rows[index::count] = read[split].inputs["input_ids"]
-    return {split: Examples.from_ids(rows) for split, rows in packed.items()}
+            coverage[split][name] = read[split].coverage[""]
+    return {split: replace(Examples.from_ids(rows), coverage=coverage[split]) for split, rows in packed.items()}
+
+
+def describe_texts(tokens: Mapping[str, Examples]) -> list[str]:
+    """Say how much of every text the splits hold; see :func:`~allocator.model.data.windows.describe_coverage`."""
+    names = dict.fromkeys(name for examples in tokens.values() for name in examples.coverage)
+    return [
+        line
+        for name in names
+        for line in describe_coverage({split: examples.coverage[name] for split, examples in tokens.items()}, name)
+    ]
 
 
 def _check_ladders(config: RunConfig) -> None:

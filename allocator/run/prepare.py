@@ -18,7 +18,7 @@ from allocator.pruning.pruners.protocol import LocalPruner, PrunerSpec
 from allocator.pruning.pruners.registry import check_own_pruner, make_pruner
 from allocator.run.config.run import RunConfig
 from allocator.run.job import Job
-from allocator.run.model import check_length, fingerprint_ladders, read_model, read_texts
+from allocator.run.model import check_length, describe_texts, fingerprint_ladders, read_model, read_texts
 from allocator.searchers.rules.baselines import uniform
 
 
@@ -40,13 +40,10 @@ def prepare_job(config: RunConfig, notify: Notify = silent, pruner: LocalPruner 
     _check_objectives(config, space)
     budget = budget_for(space, config.target, config.bounds)
     pruner = _choose_pruner(config, space) if pruner is None else check_own_pruner(pruner, config.pattern)
-    wanted, length = _count_tokens(config), config.tokens.sequence_length
-    check_length(checkpoint, length, "tokens.sequence_length")
     along = _choose_path(config, checkpoint, space, budget)
-    if config.domains:
-        tokens = read_texts(config.domains, checkpoint, wanted, length)
-    else:
-        tokens = read_examples(config.text, checkpoint, wanted, length, notify)
+    tokens = read_splits(config, checkpoint, notify)
+    for line in describe_texts(tokens):
+        notify(line)
     _check_labels(config, checkpoint, tokens)
     return Job(
         config=config,
@@ -58,6 +55,19 @@ def prepare_job(config: RunConfig, notify: Notify = silent, pruner: LocalPruner 
         tokens=tokens,
         along=along,
     )
+
+
+def read_splits(config: RunConfig, checkpoint: Checkpoint, notify: Notify = silent) -> dict[str, Examples]:
+    """Read the examples of every split.
+
+    Raises:
+        UserError: The text or other data cannot be read, or a split holds too few examples.
+    """
+    wanted, length = _count_tokens(config), config.tokens.sequence_length
+    check_length(checkpoint, length, "tokens.sequence_length")
+    if config.domains:
+        return read_texts(config.domains, checkpoint, wanted, length)
+    return read_examples(config.text, checkpoint, wanted, length, notify)
 
 
 def _check_objectives(config: RunConfig, space: SearchSpace) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
 from allocator.core.files import fingerprint
+from allocator.model.data.windows import Coverage
 
 LABELS = "labels"
 """Name of the array with the class of every example. It is not an input of the model."""
@@ -27,10 +28,13 @@ class Examples:
     Attributes:
         arrays: Arrays with N rows each. They are numpy arrays after reading, and tensors when a model runs.
         length: How many tokens one example counts as. Every split and fidelity is counted in tokens.
+        coverage: How much of each text a split of plain text holds, by the name of the text. Empty for other examples,
+            and for a part of a split.
     """
 
     arrays: Mapping[str, Any]
     length: int
+    coverage: Mapping[str, Coverage] = field(default_factory=dict, compare=False)
 
     @classmethod
     def from_ids(cls, ids_nt: Any) -> Examples:

@@ -1,4 +1,4 @@
-"""Reading examples: packed text, documents with labels, images, or images with text. Names decide the split.
+"""Reading examples: windows of text, documents with labels, images, or images with text. Names decide the split.
 
 Every example counts as ``length`` tokens. A number of tokens, for a split or a fidelity, is thus a number of examples.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ import transformers
 
 from allocator.core.errors import UserError
 from allocator.core.notify import Notify, silent
-from allocator.model.checkpoint.headers import Checkpoint
+from allocator.model.checkpoint.headers import PACKAGED, Checkpoint, locate
 from allocator.model.data.examples import LABELS, Examples
-from allocator.model.data.text import choose_split, pack_documents, parse_json_line, read_documents, sort_by_hash
+from allocator.model.data.text import LIBRARY, choose_split, parse_json_line, read_documents, sort_by_hash
+from allocator.model.data.windows import Passages
 from allocator.model.live.load import load_encoder, load_tokenizer
 
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -85,10 +86,10 @@ def read_examples(
 def read_tokens(
     text: Path | None, checkpoint: Checkpoint, wanted: Mapping[str, int], length: int
 ) -> dict[str, Examples]:
-    """Read text, split it, and pack each split into sequences.
+    """Read text, and take the windows of every split; see :mod:`~allocator.model.data.windows`.
 
     Args:
-        text: Where the text is; None for the Python standard library.
+        text: Where the text is. None for the Python standard library, on which the packaged model was trained.
         checkpoint: The model. Its tokenizer encodes the text. If the tokenizer has a classification token, every
             sequence begins with it, unless the model generates.
         wanted: Tokens of each split, multiples of ``length``. The split ``training`` reads the same documents as
@@ -96,28 +97,38 @@ def read_tokens(
         length: Tokens per sequence.
 
     Raises:
-        UserError: A split holds too few tokens.
+        UserError: A split holds too few tokens, or no text is named for a model that is not the packaged one.
     """
-    documents = read_documents(text)
+    _require_text(text, checkpoint)
     encode, separator = load_encoder(checkpoint.folder)
     first = None if checkpoint.kind.generates else load_tokenizer(checkpoint.folder).cls_token_id
+    passages = Passages(read_documents(text), length - (first is not None))
     examples = {}
     for split, count in wanted.items():
         source = "calibration" if split == "training" else split
-        own = [document for document in documents if choose_split(document.name) == source]
         try:
-            packed = pack_documents(own, encode, count // length, length - (first is not None), separator)
-        except ValueError as error:
+            windows, coverage = passages.take(source, encode, count // length, separator)
+        except UserError as error:
             raise UserError(f"{split} split: {error}") from None
-        ids = packed if first is None else np.pad(packed, ((0, 0), (1, 0)), constant_values=first)
-        examples[split] = Examples.from_ids(ids)
+        ids = windows if first is None else np.pad(windows, ((0, 0), (1, 0)), constant_values=first)
+        examples[split] = replace(Examples.from_ids(ids), coverage={"": coverage})
     return examples
+
+
+def _require_text(text: Path | None, checkpoint: Checkpoint) -> None:
+    """Raise if no text is named for a model that is not the packaged one."""
+    if text is None and checkpoint.folder.resolve() != locate(PACKAGED).resolve():
+        raise UserError(
+            "text: no text is named. Name a file or a folder with --text: some hundreds of documents like those that "
+            f"the model will read. For the Python standard library, use --text {LIBRARY}"
+        )
 
 
 def _read_labelled(
     path: Path | None, checkpoint: Checkpoint, counts: Mapping[str, int], length: int, notify: Notify
 ) -> dict[str, Examples]:
     """Return one sequence per document, with labels if there are any. Shorter documents are left out."""
+    _require_text(path, checkpoint)
     labels = _read_labels(path) if path is not None and path.is_file() and path.suffix == ".jsonl" else {}
     items = [Item(each.name, each.text, labels.get(each.name)) for each in read_documents(path)]
     tokenizer = load_tokenizer(checkpoint.folder)

@@ -1,4 +1,4 @@
-"""Text to measure a model on: read documents, assign them to splits, pack them into token sequences."""
+"""Text to measure a model on: read its documents, and assign names to splits."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import hashlib
 import json
 import os
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
-
-import numpy as np
 
 from allocator.core.errors import UserError
 
@@ -23,8 +21,8 @@ LONGEST_LIBRARY_DOCUMENT = 16 * 1024
 SHORTEST_LIBRARY_FILE = 512
 """Standard-library files with fewer bytes are skipped."""
 
-PIECE_BYTES = 8 * 1024
-"""Approximate size, in bytes, of the documents that a plain text file is cut into."""
+LIBRARY = "python"
+"""What a user names as text for the standard library."""
 
 _EXCLUDED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 _EXCLUDED_FOLDERS |= {"__pycache__", "encodings", "pydoc_data", "lib2to3"}
@@ -48,7 +46,7 @@ def choose_split(name: str) -> str:
     Returns:
         One of `SPLITS`: 6 % search, 4 % selection, 10 % test, the rest calibration.
     """
-    share = int.from_bytes(_hash_name(name)[:6], "big") / 2**48
+    share = int.from_bytes(hash_name(name)[:6], "big") / 2**48
     if share < 0.06:
         return "search"
     if share < 0.10:
@@ -69,11 +67,12 @@ def read_standard_library() -> list[Document]:
         data = path.read_bytes()
         if len(data) < SHORTEST_LIBRARY_FILE:
             continue
+        if len(data) > LONGEST_LIBRARY_DOCUMENT:
+            data = data[: data.rfind(b"\n", 0, LONGEST_LIBRARY_DOCUMENT) + 1]
         try:
-            text = data.decode("utf-8")
+            documents.append(Document(path.relative_to(root).as_posix(), data.decode("utf-8")))
         except UnicodeDecodeError:
             continue
-        documents.append(Document(path.relative_to(root).as_posix(), next(_cut_pieces(text, LONGEST_LIBRARY_DOCUMENT))))
     return sort_by_hash(documents)
 
 
@@ -90,11 +89,10 @@ def read_documents(path: Path | None) -> list[Document]:
         path: One of these:
 
             - a `.jsonl` file, with one document per line under the key "text"
-            - a text file, which is cut at line ends into documents of about `PIECE_BYTES`
-            - a folder of `.jsonl` and text files (`.txt`, `.py`, `.md`). It is read recursively, and each text file is
-              one document
+            - a text file, which is one document
+            - a folder of `.jsonl` and text files (`.txt`, `.py`, `.md`). It is read recursively
             - a folder that Hugging Face `datasets` saved, with one document per row in the column "text"
-            - None for the standard library
+            - None, or the word ``python`` if there is no such file, for the standard library
 
     Returns:
         The documents, sorted by the hash of their names. So the first ones are a random sample.
@@ -102,12 +100,12 @@ def read_documents(path: Path | None) -> list[Document]:
     Raises:
         UserError: The path is missing, a file cannot be parsed, or there is no document.
     """
-    if path is None:
+    if path is None or names_library(path):
         documents = read_standard_library()
     elif path.is_dir():
         documents = sort_by_hash(_read_folder(path))
     elif path.is_file():
-        documents = sort_by_hash(_read_file(path, path.name, whole=False))
+        documents = sort_by_hash(_read_file(path, path.name))
     else:
         raise UserError(f"text: {path} does not exist; give a .jsonl file, a text file or a folder of them")
     if not documents:
@@ -118,6 +116,11 @@ def read_documents(path: Path | None) -> list[Document]:
     return documents
 
 
+def names_library(path: Path) -> bool:
+    """Whether a path is the word for the standard library, and no file has that name."""
+    return str(path) == LIBRARY and not path.exists()
+
+
 def list_text_files(path: Path) -> list[Path]:
     """List the files from which the documents at a path are read."""
     if path.is_file():
@@ -126,45 +129,8 @@ def list_text_files(path: Path) -> list[Path]:
     return every if (path / "dataset_info.json").exists() else [f for f in every if f.suffix in _FOLDER_SUFFIXES]
 
 
-def pack_documents(
-    documents: Iterable[Document],
-    encode: Callable[[str], list[int]],
-    num_sequences: int,
-    sequence_length: int,
-    separator_id: int,
-) -> np.ndarray:
-    """Pack documents, in the given order, into full token sequences.
-
-    Args:
-        documents: The documents. Only as many as needed are encoded.
-        encode: Gives the token ids of a text, without special tokens.
-        num_sequences: How many sequences to make.
-        sequence_length: Tokens in each sequence.
-        separator_id: The token put after each document.
-
-    Returns:
-        Token ids, int64, of shape (num_sequences, sequence_length).
-
-    Raises:
-        UserError: If the documents hold too few tokens.
-    """
-    needed = num_sequences * sequence_length
-    tokens: list[int] = []
-    for document in documents:
-        if len(tokens) >= needed:
-            break
-        tokens.extend(encode(document.text))
-        tokens.append(separator_id)
-    if len(tokens) < needed:
-        raise UserError(
-            f"text: {num_sequences} sequences of {sequence_length} tokens need {needed} tokens, "
-            f"the documents hold {len(tokens)}; give more text, or ask for fewer, with "
-            "--set tokens.calibration=N (or selection, or test), or, for the search split, its method's tokens"
-        )
-    return np.asarray(tokens[:needed], dtype=np.int64).reshape(num_sequences, sequence_length)
-
-
-def _hash_name(name: str) -> bytes:
+def hash_name(name: str) -> bytes:
+    """Return the hash of a name, which decides a split and a place in the order."""
     return hashlib.sha256(name.encode("utf-8")).digest()
 
 
@@ -181,7 +147,7 @@ Something = TypeVar("Something", bound=Named)
 
 def sort_by_hash(documents: Iterable[Something]) -> list[Something]:
     """Sort documents or other examples by the hash of their names."""
-    return sorted(documents, key=lambda document: (_hash_name(document.name), document.name))
+    return sorted(documents, key=lambda document: (hash_name(document.name), document.name))
 
 
 def _read_folder(folder: Path) -> Iterator[Document]:
@@ -192,7 +158,7 @@ def _read_folder(folder: Path) -> Iterator[Document]:
         yield from _read_dataset(folder)
         return
     for path in list_text_files(folder):
-        yield from _read_file(path, path.relative_to(folder).as_posix(), whole=True)
+        yield from _read_file(path, path.relative_to(folder).as_posix())
 
 
 def _read_dataset(folder: Path) -> Iterator[Document]:
@@ -213,7 +179,7 @@ def _read_dataset(folder: Path) -> Iterator[Document]:
             yield Document(f"row#{number}", text)
 
 
-def _read_file(path: Path, name: str, whole: bool) -> Iterator[Document]:
+def _read_file(path: Path, name: str) -> Iterator[Document]:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -221,12 +187,8 @@ def _read_file(path: Path, name: str, whole: bool) -> Iterator[Document]:
     if path.suffix == ".jsonl":
         yield from _read_json_lines(path, name, text)
         return
-    if whole:
-        if text:
-            yield Document(name, text)
-        return
-    for number, piece in enumerate(_cut_pieces(text, PIECE_BYTES)):
-        yield Document(f"{name}#{number}", piece)
+    if text:
+        yield Document(name, text)
 
 
 def _read_json_lines(path: Path, name: str, text: str) -> Iterator[Document]:
@@ -257,18 +219,3 @@ def parse_json_line(path: Path, number: int, line: str) -> Any:
         raise UserError(
             f"text: {path}, line {number} is not JSON ({error}); put one JSON object on each line"
         ) from None
-
-
-def _cut_pieces(text: str, size: int) -> Iterator[str]:
-    """Cut text at line ends into pieces of at most `size` bytes. A longer line becomes a piece of its own."""
-    lines: list[str] = []
-    used = 0
-    for line in text.splitlines(keepends=True):
-        length = len(line.encode("utf-8"))
-        if lines and used + length > size:
-            yield "".join(lines)
-            lines, used = [], 0
-        lines.append(line)
-        used += length
-    if lines:
-        yield "".join(lines)

@@ -45,7 +45,8 @@ class RunConfig(StrictModel):
 
     Attributes:
         model: A Hugging Face folder, a hub id, or the name of the packaged model.
-        text: A .txt or .jsonl file or a folder of text. None for the Python standard library.
+        text: A .txt or .jsonl file, or a folder of text. ``python`` for the Python standard library, which is also the
+            text of the packaged model if none is named.
         domains: Several texts by name, in place of ``text``. Every split takes sequences from each text in turn. The
             loss on each domain is also measured separately, for example as ``kl.code``.
         family: A family file. None for the families of the package.

@@ -2,21 +2,18 @@ import json
 import shutil
 import sys
 from collections import Counter
+from pathlib import Path
 
-import numpy as np
 import pytest
 
 from allocator.core.errors import UserError
 from allocator.model.data.text import (
     LONGEST_LIBRARY_DOCUMENT,
-    PIECE_BYTES,
     SPLITS,
     Document,
     choose_split,
-    pack_documents,
     read_documents,
 )
-from allocator.model.live.load import load_encoder
 
 PINNED = [
     ("argparse.py", "calibration"),
@@ -57,50 +54,6 @@ def test_no_token_is_in_two_splits(text_folder):
         by_split[choose_split(document.name)].add((document.name, document.text))
     assert all(by_split.values())
     assert sum(map(len, by_split.values())) == len(set.union(*by_split.values()))
-
-
-def test_pack_puts_a_separator_after_each_document():
-    documents = [Document("a", "abc"), Document("b", "de"), Document("c", "fghij")]
-    packed = pack_documents(documents, lambda text: [ord(c) for c in text], 3, 3, 0)
-    assert packed.dtype == np.int64
-    assert packed.tolist() == [[97, 98, 99], [0, 100, 101], [0, 102, 103]]
-
-
-def test_pack_encodes_no_more_than_it_needs():
-    encoded = []
-
-    def encode(text):
-        encoded.append(text)
-        return [1] * 5
-
-    pack_documents([Document(str(n), str(n)) for n in range(9)], encode, 2, 6, 0)
-    assert encoded == ["0", "1"]
-
-
-def test_pack_uses_the_very_last_token_and_no_more():
-    documents = [Document("a", "abc")]
-    assert pack_documents(documents, lambda text: [1, 2, 3], 2, 2, 0).tolist() == [[1, 2], [3, 0]]
-    with pytest.raises(UserError, match="need 6 tokens, the documents hold 4"):
-        pack_documents(documents, lambda text: [1, 2, 3], 3, 2, 0)
-
-
-def test_a_lower_fidelity_is_a_prefix(text_folder, tiny_model):
-    encode, separator = load_encoder(tiny_model)
-    documents = read_documents(text_folder)
-    few, many = (pack_documents(documents, encode, count, 64, separator) for count in (3, 9))
-    assert (many[:3] == few).all()
-
-
-def test_a_text_file_is_cut_at_line_ends(tmp_path):
-    path = tmp_path / "book.txt"
-    text = "".join(f"line {number} é\n" for number in range(3000)) + "x" * 20_000 + "\nlast, without an end"
-    path.write_text(text, encoding="utf-8")
-    documents = sorted(read_documents(path), key=lambda document: int(document.name.removeprefix("book.txt#")))
-    assert "".join(d.text for d in documents) == text
-    assert [d.name for d in documents] == [f"book.txt#{number}" for number in range(len(documents))]
-    sizes = [len(d.text.encode()) for d in documents]
-    assert sum(size > PIECE_BYTES for size in sizes) == 1
-    assert all(d.text.endswith("\n") for d in documents[:-1])
 
 
 def test_json_lines(tmp_path):
@@ -169,8 +122,9 @@ def test_text_that_is_not_utf8_is_refused(tmp_path):
         read_documents(tmp_path)
 
 
-def test_the_standard_library_is_the_default():
-    documents = read_documents(None)
+@pytest.mark.parametrize("name", [None, Path("python")])
+def test_the_standard_library_is_text(name):
+    documents = read_documents(name)
     names = {d.name for d in documents}
     assert {"argparse.py", "json/decoder.py"} <= names
     assert len(documents) > 300
