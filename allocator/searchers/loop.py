@@ -165,6 +165,11 @@ def _undecidable(what: str) -> UserError:
     )
 
 
+def say_spent(limit: Limit) -> str:
+    """Return why a search ended that has spent what it may spend."""
+    return f"the budget of {limit} is spent"
+
+
 def search(
     searcher: Searcher,
     measurer: Measurer,
@@ -197,7 +202,7 @@ def search(
             if not requests:
                 break
             if limit is not None and not limit.allows(measurer.cost(requests) - spent_before):
-                ended = f"the budget of {limit} is spent"
+                ended = say_spent(limit)
             else:
                 under_way.append(measurer.begin(requests))
         if not under_way:

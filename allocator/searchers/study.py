@@ -19,7 +19,7 @@ from allocator.core.protocols import AllocationEvaluator, Outcome, Request, Sear
 from allocator.core.space import Allocation, SearchSpace
 from allocator.searchers.coarse_to_fine import Round
 from allocator.searchers.hypervolume import box, is_likelihood
-from allocator.searchers.loop import Listener, Measurer, search
+from allocator.searchers.loop import Listener, Measurer, say_spent, search
 from allocator.searchers.methods.sweep import make_budgets
 from allocator.searchers.problem import SearchProblem
 from allocator.searchers.rules.baselines import two_rate, uniform
@@ -27,6 +27,9 @@ from allocator.searchers.settings import SearchSettings
 
 FINALISTS = 4
 """Number of the best allocations that are measured again, on the selection split. The best there is the plan."""
+
+CONFIRMED = 2
+"""Maximum number of allocations that are measured on all tokens after a search whose budget was spent."""
 
 MEMBERS = 24
 """Maximum number of members of a front that are measured again, on the selection split. They are evenly spaced."""
@@ -144,6 +147,8 @@ def run_study(
     )
     limit = settings.limit(() if study.round is None else study.round.earlier)
     ended = search(searcher, measurer, note, limit, settings.lag)
+    if limit is not None and ended == say_spent(limit):
+        note(task.confirm(searcher))
     losses: dict[str, float] = {}
     if study.is_last_round:
         phase("selection")
@@ -156,7 +161,7 @@ def run_study(
         winner = chosen.request.allocation
         losses = {"selection": chosen.loss, **({"incumbent": selected[0].loss} if study.round else {})}
     else:
-        winner = searcher.finalists()[0]
+        winner = task.rank(searcher)[0]
     assert fits(study.space, winner, study.budget), "every searcher keeps the budget"
     even, uneven, searched = task.measure_winner(winner)
     return Decision(
@@ -182,6 +187,14 @@ class _Task(Protocol):
 
     def find_starts(self) -> Sequence[Allocation]:
         """Return the allocations with which the search begins."""
+        ...
+
+    def confirm(self, searcher: Searcher) -> list[Outcome]:
+        """Measure, on all tokens, the best of what a search that was cut short knows on fewer tokens alone."""
+        ...
+
+    def rank(self, searcher: Searcher) -> Sequence[Allocation]:
+        """Return the best allocations within the budget that were measured on all tokens, best first."""
         ...
 
     def find_candidates(self, searcher: Searcher) -> Sequence[Allocation]:
@@ -213,6 +226,8 @@ class _BudgetTask:
         self._uniform = uniform(study.space, study.budget) if previous is None else previous.uniform
         self._sweep = two_rate(study.space, study.budget) if previous is None else [previous.two_rate]
         self._incumbents = [] if previous is None else [previous.incumbent]
+        self._losses: dict[int, dict[Allocation, float]] = {}
+        self._confirmed: list[Allocation] = []
 
     def measure_baselines(self) -> list[Outcome]:
         """Measure uniform, the two-rate sweep and, in a later round, the incumbent."""
@@ -226,7 +241,41 @@ class _BudgetTask:
         return outcomes
 
     def note(self, outcomes: Sequence[Outcome]) -> None:
-        """Do nothing: the searcher knows its finalists."""
+        """Remember losses on the search split, by tokens."""
+        for outcome in outcomes:
+            request = outcome.request
+            if request == Request(allocation=request.allocation, tokens=request.tokens):
+                self._losses.setdefault(request.tokens, {})[request.allocation] = outcome.loss
+
+    def confirm(self, searcher: Searcher) -> list[Outcome]:
+        """Measure, on all tokens, allocations that are better than the best finalist on the same fewer tokens.
+
+        The budget of the search may end between a race and its last fidelity. Without this step, the best that the race
+        found would be lost. Searches that train candidates are left as they are.
+        """
+        study = self._study
+        if study.round_settings.training:
+            return []
+        full, best = self._losses[study.tokens], searcher.finalists()[0]
+        better: dict[Allocation, None] = {}
+        for tokens in sorted(self._losses.keys() - {study.tokens}, reverse=True):
+            losses = self._losses[tokens]
+            ranked = sorted(losses, key=lambda allocation: (losses[allocation], allocation))
+            better.update(dict.fromkeys(one for one in ranked if losses[one] < losses.get(best, 0.0)))
+        unconfirmed = [one for one in better if one not in full and one not in self._measurer.failed]
+        self._confirmed = [one for one in unconfirmed if self._fills_budget(one)][:CONFIRMED]
+        return self._measurer.measure([Request(allocation=one, tokens=study.tokens) for one in self._confirmed])
+
+    def rank(self, searcher: Searcher) -> Sequence[Allocation]:
+        """Return the searcher's finalists, with what was confirmed after its end."""
+        if not self._confirmed:
+            return searcher.finalists()
+        losses = self._losses[self._study.tokens]
+        return sorted({*searcher.finalists(), *self._confirmed}, key=lambda one: (losses[one], one))
+
+    def _fills_budget(self, allocation: Allocation) -> bool:
+        space, budget = self._study.space, self._study.budget
+        return fits(space, allocation, budget) and not denser_moves(space, allocation, budget)
 
     def find_starts(self) -> Sequence[Allocation]:
         """Return the incumbent or, in the first round, the baselines."""
@@ -236,7 +285,7 @@ class _BudgetTask:
 
     def find_candidates(self, searcher: Searcher) -> Sequence[Allocation]:
         """Return the incumbent, if any, and the best finalists that could be measured."""
-        finalists = [allocation for allocation in searcher.finalists() if allocation not in self._measurer.failed]
+        finalists = [allocation for allocation in self.rank(searcher) if allocation not in self._measurer.failed]
         return list(dict.fromkeys([*self._incumbents, *finalists[:FINALISTS]]))
 
     def choose(self, selected: Sequence[Outcome], journal: Journal) -> Outcome:
@@ -286,6 +335,14 @@ class _FrontTask:
     def find_starts(self) -> Sequence[Allocation]:
         """Return the uniform allocations."""
         return self._starts
+
+    def confirm(self, searcher: Searcher) -> list[Outcome]:
+        """Measure nothing: the front holds only what was measured on all tokens."""
+        return []
+
+    def rank(self, searcher: Searcher) -> Sequence[Allocation]:
+        """Return the searcher's finalists."""
+        return searcher.finalists()
 
     def find_candidates(self, searcher: Searcher) -> Sequence[Allocation]:
         """Return members of the front of all outcomes, evenly spaced."""

@@ -1,16 +1,20 @@
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 
 from allocator.core.budget import budget_for, denser_moves, fits
 from allocator.core.header import JournalHeader
 from allocator.core.journal import Journal
-from allocator.core.protocols import Outcome
+from allocator.core.protocols import Outcome, Request
+from allocator.searchers.generator import GeneratorSearcher
 from allocator.searchers.methods.bayesian import GpSettings, TpeSettings
-from allocator.searchers.methods.evolution import EvolutionSettings
+from allocator.searchers.methods.evolution import EvolutionSettings, exchange
 from allocator.searchers.methods.thompson import ThompsonSettings
+from allocator.searchers.problem import MethodSettings
 from allocator.searchers.settings import SearchSettings
-from allocator.searchers.study import FINALISTS, Study, run_study
+from allocator.searchers.study import CONFIRMED, FINALISTS, Study, run_study
+from allocator.testing.spaces import make_uneven_space
 
 EVOLUTION = EvolutionSettings(generations=6, offspring=6, tokens=(64, 128), survivors=(2, 1))
 SETTINGS = {
@@ -69,6 +73,57 @@ def test_the_winner_is_the_best_finalist_on_the_selection_split(settings, space,
     for allocation in (decision.uniform, decision.two_rate, decision.searched):
         assert fits(space, allocation, budget)
         assert denser_moves(space, allocation, budget) == []
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutShort(MethodSettings):
+    """Measures starts on all tokens and on few, then exchanges on few, and asks for more than it may spend."""
+
+    tokens = (64, 128)
+    exchanges = 20
+
+    @property
+    def fidelities(self):
+        return self.tokens
+
+    def make(self, problem):
+        few, full = self.tokens
+        losses = {}
+
+        def script():
+            starts = list(problem.start)
+            told = yield [Request(allocation=one, tokens=tokens) for tokens in (full, few) for one in starts]
+            losses.update({o.request.allocation: o.loss for o in told if o.request.tokens == full})
+            best = min(losses, key=losses.get)
+            rng = np.random.default_rng(problem.seed)
+            drawn = [exchange(problem.space, best, problem.budget, rng, times=2) for _ in range(self.exchanges)]
+            yield [Request(allocation=one, tokens=few) for one in dict.fromkeys(drawn) if one not in losses]
+            yield [Request(allocation=one, tokens=full) for one in drawn]
+            return "never"
+
+        return GeneratorSearcher(script(), lambda: sorted(losses, key=losses.get))
+
+
+@pytest.mark.parametrize("is_last", [True, False])
+def test_a_search_that_is_cut_short_confirms_the_best_that_it_found(is_last, landscape, tmp_path):
+    space = make_uneven_space(0, 16, 7)
+    budget, path = budget_for(space, 0.5), tmp_path / "journal.jsonl"
+    rounds = 1 if is_last else 2
+    settings = SearchSettings(budget=f"{30 * rounds} evaluations", rounds=rounds).with_custom(CutShort())
+    study = Study(space=space, budget=budget, settings=settings, seed=0, selection_tokens=256)
+    with Journal.create(path, JournalHeader(space=space)) as journal:
+        decision = run_study(study, landscape(space), journal)
+        outcomes = [o for o in journal if o.request.split == "search"]
+    assert decision.ended.startswith("the budget of ")
+    few, full = ({o.request.allocation: o.loss for o in outcomes if o.request.tokens == t} for t in (64, 128))
+    searched = [one for one in few if one not in (decision.uniform, decision.two_rate)]
+    start = min((decision.uniform, decision.two_rate), key=full.get)
+    better = sorted((one for one in searched if few[one] < few[start]), key=few.get)
+    assert len(better) > CONFIRMED
+    assert [one for one in searched if one in full] == sorted(better[:CONFIRMED], key=searched.index)
+    assert decision.searched in better[:CONFIRMED]
+    with Journal.resume(path) as journal:
+        assert run_study(study, landscape(space), journal) == decision
 
 
 @pytest.mark.parametrize("split", ["search", "selection"])
