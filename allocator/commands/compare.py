@@ -28,7 +28,7 @@ from allocator.run.config.run import RunConfig
 from allocator.run.directory import check_folder, create_run, reopen_run
 from allocator.run.job import Job
 from allocator.run.level_store import build_store, find_store, locate_store
-from allocator.run.model import with_serving_costs
+from allocator.run.model import describe_texts, with_serving_costs
 from allocator.run.prepare import prepare_job
 from allocator.run.recorder import Recorder
 from allocator.run.reporting import Reporter, Silent
@@ -174,6 +174,8 @@ def _compare(
         if not resume:
             journal = opened.enter_context(create_run(job))
         recorder.start_recording(folder, len(journal))
+        for line in describe_texts(job.tokens):
+            recorder.notify(line)
         signals = _collect_signals(job, folder, {need for name in one_shot for need in RULES[name].needs}, recorder)
         for name in one_shot:
             entries[name] = Entry(job.space, RULES[name].allocate(job.space, job.budget, job.target, signals))

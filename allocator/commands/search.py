@@ -28,6 +28,7 @@ from allocator.run.execution import execute_decision, measure_latencies
 from allocator.run.front_file import FrontWriter
 from allocator.run.job import TRAINING_FOLDER, Job
 from allocator.run.level_store import build_store, find_store, locate_store, name_round
+from allocator.run.model import describe_texts
 from allocator.run.prepare import prepare_job
 from allocator.run.recorder import Recorder
 from allocator.run.reporting import Reporter, Silent
@@ -136,6 +137,8 @@ class _Run:
             if not self._resume:
                 journal = journals.enter_context(create_run(job))
             recorder.start_recording(folder, len(journal))
+            for line in describe_texts(job.tokens):
+                recorder.notify(line)
             evaluator = workers.enter_context(open_evaluator(_engine_spec(job), job.tokens, job.config, recorder))
             recorder.attach(evaluator)
             decision = self._search_round(job, evaluator, journal, store)

@@ -18,7 +18,7 @@ from allocator.pruning.pruners.protocol import LocalPruner, PrunerSpec
 from allocator.pruning.pruners.registry import check_own_pruner, make_pruner
 from allocator.run.config.run import RunConfig
 from allocator.run.job import Job
-from allocator.run.model import check_length, describe_texts, fingerprint_ladders, read_model, read_texts
+from allocator.run.model import check_length, fingerprint_ladders, read_model, read_texts
 from allocator.searchers.rules.baselines import uniform
 
 
@@ -42,8 +42,6 @@ def prepare_job(config: RunConfig, notify: Notify = silent, pruner: LocalPruner 
     pruner = _choose_pruner(config, space) if pruner is None else check_own_pruner(pruner, config.pattern)
     along = _choose_path(config, checkpoint, space, budget)
     tokens = read_splits(config, checkpoint, notify)
-    for line in describe_texts(tokens):
-        notify(line)
     _check_labels(config, checkpoint, tokens)
     return Job(
         config=config,

@@ -171,7 +171,7 @@ def describe_coverage(coverages: Mapping[str, Coverage], of: str = "") -> list[s
     if few:
         lines.append(
             f"notice: {text}: {' and '.join(few)} hold fewer than {FEWEST} documents, so the plan may fit these rather "
-            "than the model. Give more documents"
+            "than the model. Give more documents, or more tokens to each split"
         )
     return lines
 
